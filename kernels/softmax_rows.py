@@ -1,0 +1,331 @@
+"""Rows of logits -> loss and statistics; logits and statistics -> gradients. One row is never stored as probabilities.
+
+Two pairs of kernels, because a class id and a row of class probabilities are different loops: the first reads one number beside
+the logits, the second a whole row. ``stats`` is what the gradient needs again: the row maximum and the log-sum kept apart, and for
+probabilities the mass of the target. Loss and statistics take one program per row, gradients one per row and block.
+
+N rows, V classes. A target outside [0, V) that is not ignore_index makes its row NaN; nothing outside a row is read for it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import gradient_config, on_device_of, statistics_config
+from .tile_math import (
+    expm1_to_zero,
+    lse_finish,
+    lse_square,
+    lse_start,
+    lse_update,
+    shaped,
+    shaped_slope,
+    shortfall_finish,
+    shortfall_update,
+    soft_target_slope,
+    softmax_slope,
+)
+
+
+@triton.jit
+def logits_tile(row_ptr, offs_v, mask_v, scale, softcap):
+    """(BLOCK_V,) fp32 logits as the loss sees them, -inf outside mask_v."""
+    x = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    # after the scale and the cap, which would turn a padded -inf into another number
+    return tl.where(mask_v, shaped(x, scale, softcap), -float("inf"))
+
+
+@triton.jit
+def target_logit(row_ptr, y, readable, scale, softcap):
+    """The fp32 logit of class y as the loss sees it; 0 where it may not be read."""
+    x = tl.load(row_ptr + tl.where(readable, y, 0), mask=readable, other=0.0).to(tl.float32)
+    return shaped(x, scale, softcap)
+
+
+@triton.jit
+def mass_tile(target_row_ptr, class_weight_ptr, offs_v, mask_v, V, smoothing):
+    """(BLOCK_V,) fp32 class_weight * smoothed target probability, 0 outside mask_v."""
+    q = tl.load(target_row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    if smoothing is not None:
+        q = q * (1.0 - smoothing) + tl.where(mask_v, smoothing / V, 0.0)
+    if class_weight_ptr is not None:
+        q = q * tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
+    return q
+
+
+@triton.jit
+def row_loss_kernel(
+    logits_ptr,  # (N, V) any float dtype
+    target_ptr,  # (N,) int64
+    class_weight_ptr,  # (V,) fp32, or None
+    loss_ptr,  # (N,) fp32, output
+    stats_ptr,  # (2, N) fp32, output: row maximum, log-sum
+    stride_logits_n,
+    N,
+    V,
+    ignore_index,
+    scale,  # or None
+    softcap,  # or None
+    smoothing,  # or None
+    lse_square_scale,  # or None
+    BLOCK_V: tl.constexpr,
+):
+    """One row per program: loss against a class id."""
+    row = tl.program_id(0).to(tl.int64)  # N * V passes 2**31 in ordinary runs
+    row_ptr = logits_ptr + row * stride_logits_n
+    y = tl.load(target_ptr + row).to(tl.int64)
+    ignored = y == ignore_index
+    readable = (y >= 0) & (y < V) & (y != ignore_index)
+
+    top, ties, rest = lse_start(BLOCK_V)
+    mass = tl.zeros([BLOCK_V], tl.float32)
+    shortfall = tl.zeros([BLOCK_V], tl.float32)
+    for v in range(0, tl.where(readable, V, 0), BLOCK_V):
+        offs_v = v + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        z = logits_tile(row_ptr, offs_v, mask_v, scale, softcap)
+        top_before = top
+        top, ties, rest = lse_update(top, ties, rest, z)
+        if smoothing is not None:
+            if class_weight_ptr is not None:
+                w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
+            else:
+                w = tl.where(mask_v, 1.0, 0.0)
+            mass, shortfall = shortfall_update(mass, shortfall, w, z, top_before, top)
+
+    row_max, log_sum = lse_finish(top, ties, rest)
+    nll = (row_max - target_logit(row_ptr, y, readable, scale, softcap)) + log_sum
+    if class_weight_ptr is not None:
+        nll = nll * tl.load(class_weight_ptr + tl.where(readable, y, 0), mask=readable, other=0.0)
+    loss = nll
+    if smoothing is not None:
+        row_mass, row_shortfall = shortfall_finish(mass, shortfall, top, row_max)
+        loss = (1.0 - smoothing) * nll + smoothing / V * (row_mass * log_sum + row_shortfall)
+    if lse_square_scale is not None:
+        loss = loss + lse_square(row_max, log_sum, lse_square_scale)
+
+    tl.store(loss_ptr + row, tl.where(ignored, 0.0, tl.where(readable, loss, float("nan"))))
+    tl.store(stats_ptr + row, row_max)
+    tl.store(stats_ptr + N + row, log_sum)
+
+
+@triton.jit
+def row_grads_kernel(
+    logits_ptr,  # (N, V) any float dtype
+    target_ptr,  # (N,) int64
+    class_weight_ptr,  # (V,) fp32, or None
+    class_weight_sum_ptr,  # () fp32, or None
+    stats_ptr,  # (2, N) fp32
+    dloss_ptr,  # (N,) fp32; stride 0 when it is one number
+    dlogits_ptr,  # (N, V) contiguous, output
+    stride_logits_n,
+    stride_dloss,
+    N,
+    V,
+    ignore_index,
+    scale,  # or None
+    softcap,  # or None
+    smoothing,  # or None
+    lse_square_scale,  # or None
+    BLOCK_V: tl.constexpr,
+):
+    """One row and block per program: gradient of the loss against a class id."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits_n
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < V
+    y = tl.load(target_ptr + row).to(tl.int64)
+    ignored = y == ignore_index
+    readable = (y >= 0) & (y < V) & (y != ignore_index)
+    target_v = tl.where(readable, y, -1).to(tl.int32)  # compared with int32 offsets; a padded lane never equals it
+    row_max = tl.load(stats_ptr + row)
+    log_sum = tl.load(stats_ptr + N + row)
+
+    x = tl.load(row_ptr + offs_v, mask=mask_v & readable, other=0.0).to(tl.float32)
+    p = tl.exp((shaped(x, scale, softcap) - row_max) - log_sum)
+    # p and 1 are nearly equal once the model is confident, so the target's p - 1 is formed from its logarithm
+    target_slope = expm1_to_zero((target_logit(row_ptr, y, readable, scale, softcap) - row_max) - log_sum)
+    dz = tl.where(offs_v == target_v, target_slope, p)
+    if class_weight_ptr is not None:
+        dz = dz * tl.load(class_weight_ptr + tl.where(readable, y, 0), mask=readable, other=0.0)
+    if smoothing is not None:
+        if class_weight_ptr is not None:
+            w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
+            dz = (1.0 - smoothing) * dz + smoothing / V * (tl.load(class_weight_sum_ptr) * p - w)
+        else:
+            dz = (1.0 - smoothing) * dz + smoothing * (p - 1.0 / V)
+    if lse_square_scale is not None:
+        dz = dz + softmax_slope(p, row_max, log_sum, lse_square_scale)
+    dx = dz * shaped_slope(x, scale, softcap) * tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
+
+    dx = tl.where(ignored, 0.0, tl.where(readable, dx, float("nan")))
+    tl.store(dlogits_ptr + row * V + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+
+
+@triton.jit
+def soft_row_loss_kernel(
+    logits_ptr,  # (N, V) any float dtype
+    target_ptr,  # (N, V) any float dtype, probabilities
+    class_weight_ptr,  # (V,) fp32, or None
+    loss_ptr,  # (N,) fp32, output
+    stats_ptr,  # (3, N) fp32, output: row maximum, log-sum, mass of the target
+    stride_logits_n,
+    stride_target_n,
+    N,
+    V,
+    scale,  # or None
+    softcap,  # or None
+    smoothing,  # or None
+    lse_square_scale,  # or None
+    BLOCK_V: tl.constexpr,
+):
+    """One row per program: loss against class probabilities."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits_n
+    target_row_ptr = target_ptr + row * stride_target_n
+
+    top, ties, rest = lse_start(BLOCK_V)
+    mass = tl.zeros([BLOCK_V], tl.float32)
+    shortfall = tl.zeros([BLOCK_V], tl.float32)
+    for v in range(0, V, BLOCK_V):
+        offs_v = v + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        z = logits_tile(row_ptr, offs_v, mask_v, scale, softcap)
+        q = mass_tile(target_row_ptr, class_weight_ptr, offs_v, mask_v, V, smoothing)
+        top_before = top
+        top, ties, rest = lse_update(top, ties, rest, z)
+        mass, shortfall = shortfall_update(mass, shortfall, q, z, top_before, top)
+
+    row_max, log_sum = lse_finish(top, ties, rest)
+    row_mass, row_shortfall = shortfall_finish(mass, shortfall, top, row_max)
+    loss = row_mass * log_sum + row_shortfall
+    if lse_square_scale is not None:
+        loss = loss + lse_square(row_max, log_sum, lse_square_scale)
+
+    tl.store(loss_ptr + row, loss)
+    tl.store(stats_ptr + row, row_max)
+    tl.store(stats_ptr + N + row, log_sum)
+    tl.store(stats_ptr + 2 * N + row, row_mass)
+
+
+@triton.jit
+def soft_row_grads_kernel(
+    logits_ptr,  # (N, V) any float dtype
+    target_ptr,  # (N, V) any float dtype, probabilities
+    class_weight_ptr,  # (V,) fp32, or None
+    stats_ptr,  # (3, N) fp32
+    dloss_ptr,  # (N,) fp32; stride 0 when it is one number
+    dlogits_ptr,  # (N, V) contiguous, output, or None
+    dtarget_ptr,  # (N, V) contiguous, output, or None
+    stride_logits_n,
+    stride_target_n,
+    stride_dloss,
+    N,
+    V,
+    scale,  # or None
+    softcap,  # or None
+    smoothing,  # or None
+    lse_square_scale,  # or None
+    BLOCK_V: tl.constexpr,
+):
+    """One row and block per program: gradients of the loss against class probabilities."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < V
+    row_max = tl.load(stats_ptr + row)
+    log_sum = tl.load(stats_ptr + N + row)
+    mass = tl.load(stats_ptr + 2 * N + row)
+    dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
+
+    x = tl.load(logits_ptr + row * stride_logits_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    q = mass_tile(target_ptr + row * stride_target_n, class_weight_ptr, offs_v, mask_v, V, smoothing)
+    logp = (shaped(x, scale, softcap) - row_max) - log_sum
+    if dlogits_ptr is not None:
+        p = tl.exp(logp)
+        dz = soft_target_slope(p, logp, q, mass)
+        if lse_square_scale is not None:
+            dz = dz + softmax_slope(p, row_max, log_sum, lse_square_scale)
+        dx = dz * shaped_slope(x, scale, softcap) * dloss
+        tl.store(dlogits_ptr + row * V + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+    if dtarget_ptr is not None:
+        dt = -logp * dloss
+        if smoothing is not None:
+            dt = dt * (1.0 - smoothing)
+        if class_weight_ptr is not None:
+            dt = dt * tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
+        # a class of zero mass and -inf logit is out of the sum, as in shortfall_update
+        dt = tl.where((q == 0.0) & (logp == -float("inf")), 0.0, dt)
+        tl.store(dtarget_ptr + row * V + offs_v, dt.to(dtarget_ptr.dtype.element_ty), mask=mask_v)
+
+
+def row_loss(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    ignore_index: int,
+    scale: float | None,
+    softcap: float | None,
+    smoothing: float | None,
+    lse_square_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(N, V) logits with unit last stride, (N,) ids or (N, V) probabilities -> (N,) loss and the statistics ``row_grads`` takes."""
+    n, v = logits.shape
+    soft = target.is_floating_point()
+    loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+    stats = torch.empty(3 if soft else 2, n, dtype=torch.float32, device=logits.device)
+    if n == 0:
+        return loss, stats
+    config = statistics_config(v)
+    options = dict(scale=scale, softcap=softcap, smoothing=smoothing, lse_square_scale=lse_square_scale)
+    with on_device_of(logits):
+        if soft:
+            soft_row_loss_kernel[(n,)](
+                logits, target, class_weight, loss, stats, logits.stride(0), target.stride(0), n, v,
+                **options, BLOCK_V=config.block_v, num_warps=config.num_warps,
+            )  # fmt: skip
+        else:
+            row_loss_kernel[(n,)](
+                logits, target, class_weight, loss, stats, logits.stride(0), n, v, ignore_index,
+                **options, BLOCK_V=config.block_v, num_warps=config.num_warps,
+            )  # fmt: skip
+    return loss, stats
+
+
+def row_grads(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    stats: Tensor,
+    dloss: Tensor,
+    *,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+    ignore_index: int,
+    scale: float | None,
+    softcap: float | None,
+    smoothing: float | None,
+    lse_square_scale: float | None,
+) -> None:
+    """Fill ``dlogits`` (and, for probabilities, ``dtarget``): contiguous (N, V), or None where no gradient is wanted."""
+    n, v = logits.shape
+    if n == 0:
+        return
+    config = gradient_config(v)
+    grid = (n, triton.cdiv(v, config.block_v))
+    options = dict(scale=scale, softcap=softcap, smoothing=smoothing, lse_square_scale=lse_square_scale)
+    with on_device_of(logits):
+        if target.is_floating_point():
+            soft_row_grads_kernel[grid](
+                logits, target, class_weight, stats, dloss, dlogits, dtarget,
+                logits.stride(0), target.stride(0), dloss.stride(0), n, v,
+                **options, BLOCK_V=config.block_v, num_warps=config.num_warps,
+            )  # fmt: skip
+        else:
+            class_weight_sum = None if class_weight is None or smoothing is None else class_weight.sum()
+            row_grads_kernel[grid](
+                logits, target, class_weight, class_weight_sum, stats, dloss, dlogits,
+                logits.stride(0), dloss.stride(0), n, v, ignore_index,
+                **options, BLOCK_V=config.block_v, num_warps=config.num_warps,
+            )  # fmt: skip

@@ -1,0 +1,134 @@
+"""The mathematics of the softmax family on one tile: no load, no store, no program_id.
+
+A row is summarised by a running maximum and by what lies around it. The maximum is counted apart (``ties``) from the rest of
+the sum of exponentials (``rest``), so that ``log_sum = log(sum exp(z - max)) = log1p(rest + ties - 1)`` keeps its digits when one
+class holds nearly all of the probability; and every difference is taken from the maximum, so that an offset common to a whole
+row cancels exactly. The running state is one value per lane of the tile and is reduced once, after the loop.
+
+Natural logarithms throughout. Everything is fp32.
+"""
+
+import triton
+import triton.language as tl
+
+# stands for "no logit seen yet"; finite, so that -inf logits subtract from it without NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def log1p_from_minus_one(u):
+    """log(1 + u) for u >= -1, with full relative accuracy around 0."""
+    r = u / (2.0 + u)
+    r2 = r * r
+    # atanh series; r <= 0.2 where it is used, so the first term left out is below 1e-9 of the sum
+    tail = r2 * (1.0 / 3 + r2 * (1.0 / 5 + r2 * (1.0 / 7 + r2 * (1.0 / 9 + r2 * (1.0 / 11)))))
+    return tl.where((u > -0.25) & (u < 0.5), 2.0 * r * (1.0 + tail), tl.log(1.0 + u))
+
+
+@triton.jit
+def expm1_to_zero(x):
+    """exp(x) - 1 for x <= 0 (and rounding above it), with full relative accuracy around 0."""
+    tail = 1.0 + x / 6 * (1.0 + x / 7 * (1.0 + x / 8 * (1.0 + x / 9)))
+    series = x * (1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * tail))))
+    return tl.where(x > -0.5, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh_and_slope(u):
+    """tanh(u) and 1 - tanh(u)^2, both accurate relative to themselves, near 0 and in the tails."""
+    t = tl.exp(-2.0 * tl.abs(u))
+    far = (1.0 - t) / (1.0 + t)
+    far = tl.where(u < 0, -far, far)
+    # (1 - t) cancels near 0; polynomial for tanh(u)/u fitted on |u| < 0.625, relative error 4e-9
+    w = u * u
+    near = u * (1.0 + w * (-0.333332598629 + w * (0.133311140557 + w * (-0.0537201076566 + w * (0.0205881914546 - w * 0.00565713518437)))))
+    return tl.where(tl.abs(u) < 0.625, near, far), 4.0 * t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
+def shaped(x, scale, softcap):
+    """The logit the loss sees, z = softcap * tanh(scale * x / softcap); scale and softcap may be None."""
+    z = x
+    if scale is not None:
+        z = z * scale
+    if softcap is not None:
+        squashed, _ = tanh_and_slope(z / softcap)
+        z = softcap * squashed
+    return z
+
+
+@triton.jit
+def shaped_slope(x, scale, softcap):
+    """dz/dx of ``shaped``."""
+    z = x
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if scale is not None:
+        z = z * scale
+        slope = slope * scale
+    if softcap is not None:
+        _, dsquashed = tanh_and_slope(z / softcap)
+        slope = slope * dsquashed
+    return slope
+
+
+@triton.jit
+def lse_start(BLOCK_V: tl.constexpr):
+    """(maximum, ties, rest) of no logits, per lane."""
+    return tl.full([BLOCK_V], LOWEST, tl.float32), tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
+
+
+@triton.jit
+def lse_update(top, ties, rest, z):
+    """Fold one tile into the running state; -inf adds nothing and NaN stays in ``rest``."""
+    d = z - top
+    e = tl.exp(-tl.abs(d))
+    higher = d > 0
+    equal = d == 0
+    rest = tl.where(higher, (rest + ties) * e, tl.where(equal, rest, rest + e))
+    ties = tl.where(higher, 1.0, tl.where(equal, ties + 1.0, ties))
+    return tl.where(higher, z, top), ties, rest
+
+
+@triton.jit
+def lse_finish(top, ties, rest):
+    """Lanes -> (row maximum, log of the sum of exp(z - maximum)); NaN if a logit was +inf, as torch."""
+    row_max = tl.max(top, 0)
+    at_max = top == row_max
+    others = tl.sum(tl.where(at_max, rest, (rest + ties) * tl.exp(top - row_max)), 0)
+    count = tl.sum(tl.where(at_max, ties, 0.0), 0)
+    log_sum = log1p_from_minus_one(others + (count - 1.0))
+    return row_max, tl.where(row_max == float("inf"), float("nan"), log_sum)
+
+
+@triton.jit
+def shortfall_update(mass, shortfall, q, z, top_before, top):
+    """Fold q * (top - z) into the running sum, moving what was summed before to the new maximum."""
+    # a class of zero mass is out of the sum even where its logit is -inf
+    moved = tl.where(mass == 0.0, 0.0, mass * (top - top_before))
+    return mass + q, shortfall + moved + tl.where(q == 0.0, 0.0, q * (top - z))
+
+
+@triton.jit
+def shortfall_finish(mass, shortfall, top, row_max):
+    """Lanes -> (sum of q, sum of q * (row_max - z))."""
+    moved = tl.where(mass == 0.0, 0.0, mass * (row_max - top))
+    return tl.sum(mass, 0), tl.sum(shortfall + moved, 0)
+
+
+@triton.jit
+def lse_square(row_max, log_sum, lse_square_scale):
+    """The z-loss of a row."""
+    lse = row_max + log_sum
+    return lse_square_scale * lse * lse
+
+
+@triton.jit
+def softmax_slope(p, row_max, log_sum, lse_square_scale):
+    """d (z-loss) / dz."""
+    return 2.0 * lse_square_scale * (row_max + log_sum) * p
+
+
+@triton.jit
+def soft_target_slope(p, logp, q, mass):
+    """d/dz of sum(q * (lse - z)): mass * p - q, without cancellation where p is nearly 1."""
+    return tl.where(p > 0.5, mass * expm1_to_zero(logp) + (mass - q), mass * p - q)

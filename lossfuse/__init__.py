@@ -1,0 +1,8 @@
+"""Cross entropy for large vocabularies: the loss and its gradient without a tensor of probabilities."""
+
+from .functional import cross_entropy
+from .modules import CrossEntropyLoss
+from .targets import debug_targets
+
+__version__ = "0.1.0"
+__all__ = ["CrossEntropyLoss", "cross_entropy", "debug_targets"]

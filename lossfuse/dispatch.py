@@ -1,0 +1,73 @@
+"""``impl`` -> implementation. A name is obeyed or raises; only "auto" chooses."""
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .inputs import Rows
+
+IMPLS = ("auto", "triton", "torch", "reference")
+# device types Triton compiles for; ROCm calls itself cuda
+TRITON_DEVICES = ("cuda", "xpu")
+
+
+def pick(impl: str, rows: Rows) -> str:
+    """The implementation for these rows: triton, torch or reference."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r} but must be one of 'auto', 'triton', 'torch', 'reference'")
+    if impl == "reference":
+        return impl
+    beyond = _beyond_the_fast_paths(rows)
+    if impl == "auto":
+        return "reference" if beyond else "torch" if _triton_obstacle(rows) else "triton"
+    obstacle = beyond or (_triton_obstacle(rows) if impl == "triton" else None)
+    if obstacle:
+        raise ValueError(f"impl={impl!r} cannot run here: {obstacle}; impl='auto' picks one that can")
+    return impl
+
+
+def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor: Tensor | None) -> bool:
+    """Whether loss and gradient are made in one pass: only where one number scales all rows and is known in the forward."""
+    if backend != "torch" or reduction == "none" or not torch.is_grad_enabled():
+        return False
+    # an fp16 gradient must see a loss scaler's factor before it is rounded, or it underflows
+    if rows.logits.dtype == torch.float16 or (rows.soft and rows.target.dtype == torch.float16):
+        return False
+    return (rows.logits.requires_grad or rows.target.requires_grad) and not (divisor is not None and divisor.requires_grad)
+
+
+def _beyond_the_fast_paths(rows: Rows) -> str | None:
+    """Why only the reference, which is made of torch's own operators, can differentiate this call."""
+    if rows.class_weight is not None and rows.class_weight.requires_grad and torch.is_grad_enabled():
+        return "weight requires grad, and its gradient is only in the reference"
+    if torch.compiler.is_compiling():
+        return None
+    # the test torch.autograd.Function makes itself
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    tensors = (rows.logits, rows.target, rows.class_weight)
+    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return "an argument carries a forward-mode tangent"
+    return None
+
+
+def _triton_obstacle(rows: Rows) -> str | None:
+    device = rows.logits.device.type
+    if rows.logits.dtype == torch.float64:
+        return "the kernels compute in float32 and input is float64"
+    if rows.soft and rows.target.dtype == torch.float64:
+        return "the kernels compute in float32 and target is float64"
+    if device not in TRITON_DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        hint = " (for Triton's interpreter set TRITON_INTERPRET=1 before the first import)" if device == "cpu" else ""
+        return f"Triton does not run on {device} tensors{hint}"
+    if not _triton_installed():
+        return "Triton is not installed"
+    return None
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

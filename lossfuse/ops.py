@@ -1,0 +1,114 @@
+"""The operators of the package: opaque to compilers, with shapes for tracing. Torch only.
+
+``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
+gradient nobody needs is an empty tensor, so that every mode returns as many results.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import LossSpec
+from .targets import require_ids_in_range
+
+_BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked"}
+_OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale, str impl"
+
+_library = torch.library.Library("lossfuse", "DEF")
+_library.define(f"row_loss(Tensor logits, Tensor target, Tensor? class_weight, {_OPTIONS}) -> (Tensor loss, Tensor stats)")
+_library.define(
+    "row_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dlogits, bool need_dtarget,"
+    f" {_OPTIONS}) -> (Tensor dlogits, Tensor dtarget)"
+)
+_library.define(
+    "row_loss_and_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dlogits, bool need_dtarget,"
+    f" {_OPTIONS}) -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
+)
+
+row_loss = torch.ops.lossfuse.row_loss
+row_grads = torch.ops.lossfuse.row_grads
+row_loss_and_grads = torch.ops.lossfuse.row_loss_and_grads
+
+
+def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
+    """A spec and a backend's name as the schemas take them."""
+    return (spec.ignore_index, spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale, impl)
+
+
+def _backend(impl: str) -> ModuleType:
+    return importlib.import_module(_BACKENDS[impl], __package__)
+
+
+def _checked_spec(logits: Tensor, target: Tensor, options: tuple[Any, ...]) -> LossSpec:
+    spec = LossSpec(*options[:-1])
+    if not target.is_floating_point():
+        require_ids_in_range(target, logits.shape[1], spec.ignore_index)
+    return spec
+
+
+def _new_grads(logits: Tensor, target: Tensor, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor, Tensor]:
+    dlogits = torch.empty(logits.shape if need_dlogits else (0,), dtype=logits.dtype, device=logits.device)
+    dtarget = torch.empty(target.shape if need_dtarget else (0,), dtype=target.dtype, device=target.device)
+    return dlogits, dtarget
+
+
+def _new_loss(logits: Tensor) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+
+
+def _row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    spec = _checked_spec(logits, target, options)
+    loss, stats = _backend(options[-1]).row_loss(logits, target, class_weight, spec)
+    return loss, stats
+
+
+def _row_loss_shapes(logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    loss = _new_loss(logits)
+    n_stats = 0 if options[-1] == "torch" else 3 if target.is_floating_point() else 2
+    return loss, loss.new_empty(n_stats, logits.shape[0])
+
+
+def _row_grads(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
+    dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
+    _backend(options[-1]).row_grads(
+        logits, target, class_weight, stats, dloss, LossSpec(*options[:-1]), dlogits if need_dlogits else None, dtarget if need_dtarget else None
+    )
+    return dlogits, dtarget
+
+
+def _row_grads_shapes(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
+    return _new_grads(logits, target, need_dlogits, need_dtarget)
+
+
+def _row_loss_and_grads(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = _checked_spec(logits, target, options)
+    dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
+    loss: Tensor = _backend(options[-1]).row_loss_and_grads(
+        logits, target, class_weight, dloss, spec, dlogits if need_dlogits else None, dtarget if need_dtarget else None
+    )
+    return loss, dlogits, dtarget
+
+
+def _row_loss_and_grads_shapes(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_loss(logits), *_new_grads(logits, target, need_dlogits, need_dtarget)
+
+
+for _name, _impl, _shapes in (
+    ("row_loss", _row_loss, _row_loss_shapes),
+    ("row_grads", _row_grads, _row_grads_shapes),
+    ("row_loss_and_grads", _row_loss_and_grads, _row_loss_and_grads_shapes),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=_library)

@@ -1,0 +1,38 @@
+"""none | mean | sum, and what a mean is divided by. The only file that knows ``reduction``."""
+
+import torch
+from torch import Tensor
+
+from .inputs import Rows
+from .spec import LossSpec
+
+
+def denominator(rows: Rows, spec: LossSpec, reduction: str, normalizer: float | Tensor | None) -> Tensor | None:
+    """What the summed loss is divided by, a 0-d tensor on the rows' device; None for none and sum.
+
+    Without ``normalizer`` it is torch's: the sum of the class weights of the valid targets, their number when there are no weights, the
+    number of rows for probabilities.
+    """
+    if reduction != "mean":
+        return None
+    dtype = torch.float64 if rows.logits.dtype == torch.float64 else torch.float32
+    device = rows.logits.device
+    if isinstance(normalizer, Tensor):
+        return normalizer.to(device=device, dtype=dtype)
+    if normalizer is not None:
+        return torch.full((), normalizer, dtype=dtype, device=device)
+    if rows.soft:
+        return torch.full((), rows.logits.shape[0], dtype=dtype, device=device)
+    valid = rows.target != spec.ignore_index
+    if rows.class_weight is None:
+        return valid.sum().to(dtype)
+    # ignored rows may hold any id; clamp before it becomes an address
+    weights = rows.class_weight.to(dtype)[rows.target.clamp(0, rows.num_classes - 1)]
+    return torch.where(valid, weights, 0.0).sum()
+
+
+def reduce_rows(loss: Tensor, rows: Rows, reduction: str, divisor: Tensor | None) -> Tensor:
+    """(N,) row losses -> the shape the caller asked for."""
+    if reduction == "none":
+        return loss.reshape(rows.batch_shape)
+    return loss.sum() if divisor is None else loss.sum() / divisor

@@ -1,0 +1,73 @@
+"""The definition: eager torch, any float dtype, differentiable any number of times. Everything else is judged by it.
+
+It computes in float64 for float64 logits and in float32 otherwise, and keeps a few tensors of N x V.
+"""
+
+import torch
+from torch import Tensor
+
+from .spec import LossSpec
+
+
+def shaped(x: Tensor, spec: LossSpec) -> Tensor:
+    """The logits the loss sees."""
+    z = x if spec.logit_scale is None else x * spec.logit_scale
+    return z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
+
+
+def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> Tensor:
+    """(N, V) logits, (N,) class ids or (N, V) probabilities -> (N,) losses as ``LossSpec`` states them; NaN for an id outside [0, V)."""
+    z = shaped(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), spec)
+    weight = None if class_weight is None else class_weight.to(z.dtype)
+    if target.is_floating_point():
+        return _soft_row_loss(_nan_beside_inf(z), target.to(z.dtype), weight, spec)
+
+    num_classes = z.shape[-1]
+    ignored = target == spec.ignore_index
+    valid = ~ignored & (target >= 0) & (target < num_classes)
+    y = torch.where(valid, target, 0)[:, None]
+    # ignored rows may hold NaN: cut off here, since 0 * NaN would carry it into the gradient
+    z = _nan_beside_inf(torch.where(ignored[:, None], 0.0, z))
+    loss = _negative_log_likelihood(z, y)
+    if weight is not None:
+        loss = loss * weight[y[:, 0]]
+    if spec.label_smoothing:
+        q = (torch.ones_like(z) if weight is None else weight.expand_as(z)) / num_classes
+        loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing * _expected_nll(z, q)
+    loss = _plus_z_loss(loss, z, spec)
+    return torch.where(ignored, 0.0, torch.where(valid, loss, torch.nan))
+
+
+def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:
+    """lse(z) - z[y] = softplus(lse of the other classes - z[y]): no cancellation, however confident."""
+    is_target = torch.zeros_like(z, dtype=torch.bool).scatter(1, y, True)
+    others = z.masked_fill(is_target, -torch.inf)
+    # logsumexp over nothing but -inf has a NaN gradient; its value is known
+    nothing_else = (others == -torch.inf).all(-1)
+    lse_others = torch.logsumexp(torch.where(nothing_else[:, None], 0.0, others), -1)
+    margin = torch.where(nothing_else, -torch.inf, lse_others) - z.gather(1, y)[:, 0]
+    return torch.logaddexp(margin, torch.zeros_like(margin))
+
+
+def _soft_row_loss(z: Tensor, target: Tensor, weight: Tensor | None, spec: LossSpec) -> Tensor:
+    q = target
+    if spec.label_smoothing:
+        q = (1.0 - spec.label_smoothing) * q + spec.label_smoothing / z.shape[-1]
+    if weight is not None:
+        q = q * weight
+    return _plus_z_loss(_expected_nll(z, q), z, spec)
+
+
+def _expected_nll(z: Tensor, q: Tensor) -> Tensor:
+    """sum of q * (lse - z), leaving out classes of zero q and -inf z."""
+    nll = -torch.log_softmax(z, -1)
+    return (q * torch.where((q == 0) & (z == -torch.inf), 0.0, nll)).sum(-1)
+
+
+def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
+    return loss + spec.lse_square_scale * torch.logsumexp(z, -1) ** 2 if spec.lse_square_scale else loss
+
+
+def _nan_beside_inf(z: Tensor) -> Tensor:
+    """inf - inf is undefined, so a row with a +inf logit is NaN throughout, as in torch."""
+    return torch.where((z == torch.inf).any(-1, keepdim=True), torch.nan, z)

@@ -1,0 +1,40 @@
+"""Class ids outside [0, C): who looks, and what is said."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_debug: ContextVar[bool] = ContextVar("lossfuse_debug_targets", default=False)
+
+
+@contextmanager
+def debug_targets() -> Iterator[None]:
+    """Within it, targets are checked on every device, at the price of one synchronisation a call.
+
+    On the CPU they always are. On other devices a target outside ``[0, C)`` that is not ``ignore_index`` otherwise gives a NaN loss and
+    gradient for its row, without synchronising.
+
+    Raises:
+        IndexError: inside, naming the first bad row.
+    """
+    token = _debug.set(True)
+    try:
+        yield
+    finally:
+        _debug.reset(token)
+
+
+def require_ids_in_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise IndexError for the first bad row, where looking is free (CPU) or asked for."""
+    if target.device.type == "meta" or not (target.device.type == "cpu" or _debug.get()):
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    # a host read: free on the CPU, asked for by debug_targets elsewhere
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target of row {row} is {int(target[row])} but input has {num_classes} classes;"
+            f" expected an id in [0, {num_classes}) or ignore_index={ignore_index}"
+        )
