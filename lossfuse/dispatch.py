@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .inputs import Rows
+from .inputs import Rows, torch_func_active
 
 IMPLS = ("auto", "triton", "torch", "reference")
 # device types Triton compiles for; ROCm calls itself cuda
@@ -22,7 +22,9 @@ def pick(impl: str, rows: Rows) -> str:
         return impl
     beyond = _beyond_the_fast_paths(rows)
     if impl == "auto":
-        return "reference" if beyond else "torch" if _triton_obstacle(rows) else "triton"
+        # the interpreter is for those who ask for it by name
+        compiled = rows.logits.device.type in TRITON_DEVICES and not _triton_obstacle(rows)
+        return "reference" if beyond else "triton" if compiled else "torch"
     obstacle = beyond or (_triton_obstacle(rows) if impl == "triton" else None)
     if obstacle:
         raise ValueError(f"impl={impl!r} cannot run here: {obstacle}; impl='auto' picks one that can")
@@ -45,8 +47,7 @@ def _beyond_the_fast_paths(rows: Rows) -> str | None:
         return "weight requires grad, and its gradient is only in the reference"
     if torch.compiler.is_compiling():
         return None
-    # the test torch.autograd.Function makes itself
-    if torch._C._are_functorch_transforms_active():
+    if torch_func_active():
         return "a torch.func transform is active"
     tensors = (rows.logits, rows.target, rows.class_weight)
     if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):

@@ -8,6 +8,7 @@ from .dispatch import forms_gradient_in_forward, pick
 from .inputs import check_normalizer, flatten
 from .reduce import denominator, reduce_rows
 from .spec import LossSpec, resolve_reduction
+from .targets import require_ids_in_range
 
 
 def cross_entropy(
@@ -87,6 +88,8 @@ def cross_entropy(
         loss: Tensor = ReducedLoss.apply(rows.logits, rows.target, rows.class_weight, divisor, spec, backend)
         return loss
     if backend == "reference":
+        if not rows.soft:
+            require_ids_in_range(rows.target, rows.num_classes, ignore_index)
         loss = reference.row_loss(rows.logits, rows.target, rows.class_weight, spec)
     else:
         loss = RowLoss.apply(rows.logits, rows.target, rows.class_weight, spec, backend)

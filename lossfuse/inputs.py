@@ -28,6 +28,12 @@ class Rows:
         return self.target.is_floating_point()
 
 
+def torch_func_active() -> bool:
+    """Whether a torch.func transform is running, so that tensors may stand for batches or tangents."""
+    # the test torch.autograd.Function makes itself; there is no public one
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 

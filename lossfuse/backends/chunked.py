@@ -1,29 +1,30 @@
 """Torch code over blocks of rows that fit a cache: the CPU's backend, and that of any device without Triton.
 
-On a CPU the wall is page faults and memory traffic, not arithmetic: a softmax is written straight into the rows that will hold the
-gradient, and everything else happens to that block while it is in cache. Beyond the gradient there is one block at most. Nothing is
-read back to the host except on the CPU itself, where that is free.
+On a CPU the wall is page faults and memory traffic, not arithmetic. So exponentials are written straight into the rows that will hold
+the gradient, and everything else happens to that block while it is in cache. Beyond the gradient there are a block and O(N). The target
+(for probabilities, the largest class) stays out of the sum of exponentials, so that ``1 - p`` and ``log p`` keep their digits however
+confident the model is. Only a CPU is asked for values.
 """
+
+import ctypes
+import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..spec import LossSpec
 
-# blocks of 2 to 8 MiB are alike within 10 % on a CPU; smaller ones pay for python, larger ones leave the cache
-CPU_BLOCK_BYTES = 4 << 20
-# half precision keeps one block beside the gradient, which is small for a vocabulary of 32k and 1024 rows: 62 MiB of bf16
-CPU_HALF_BLOCK_BYTES = 2 << 20
+# 4 to 8 MiB are alike within 10 % on two cores; smaller blocks pay for python and threads, larger ones leave the cache
+CPU_BLOCK_BYTES = 8 << 20
+# a block beside the gradient (half precision, no gradient) stays below 4 % of the logits
+SCRATCH_SHARE = 25
 # elsewhere a block is a handful of kernel launches
 DEVICE_BLOCK_BYTES = 64 << 20
 
-# above it, 1 - p is summed from the other classes instead of subtracted: log(p) in fp32 is off by 3e-6 of itself there
-CONFIDENT = 0.9
-# below it, p comes near the smallest fp32 numbers and its logarithm is taken by log_softmax
-FAINT = 1e-30
-
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """(N,) losses; this backend keeps no statistics, since the gradient's blocks make their own."""
     loss = _rows(logits, target, class_weight, None, spec, None, None)
     return loss, loss.new_empty(0, logits.shape[0])
 
@@ -38,6 +39,7 @@ def row_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> None:
+    """Fill the gradients that are given."""
     _rows(logits, target, class_weight, dloss, spec, dlogits, dtarget)
 
 
@@ -50,6 +52,7 @@ def row_loss_and_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> Tensor:
+    """(N,) losses, and the gradients that are given filled in the same pass."""
     return _rows(logits, target, class_weight, dloss, spec, dlogits, dtarget)
 
 
@@ -62,132 +65,142 @@ def _rows(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> Tensor:
-    """Losses of all rows; with ``dloss``, their gradients into the tensors given."""
-    n, v = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = None if class_weight is None else class_weight.to(dtype)
-    loss = torch.empty(n, dtype=dtype, device=logits.device)
-    in_place = dlogits is not None and dlogits.dtype == dtype
-    rows = _rows_per_block(v, dtype, logits.device, in_place)
-    scratch = torch.empty(0 if in_place else min(rows, n), v, dtype=dtype, device=logits.device)
+    dloss = None if dloss is None else dloss.to(dtype)[:, None]
+    for grad in (dlogits, dtarget):
+        if grad is not None:
+            _prefer_huge_pages(grad)
+    if target.is_floating_point():
+        return _soft_rows(logits, target, weight, dloss, spec, dlogits, dtarget, dtype)[:, 0]
+    return _id_rows(logits, target[:, None], weight, dloss, spec, dlogits, dtype)[:, 0]
+
+
+def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, logits, a block to work in): rows of ``dlogits`` if they have the dtype, otherwise scratch, copied there after the work."""
+    n, v = logits.shape
+    direct = dlogits if dlogits is not None and dlogits.dtype == dtype else None
+    size = CPU_BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    if direct is None:
+        size = min(size, max(size // 4, n * v * logits.element_size() // SCRATCH_SHARE))
+    rows = max(1, size // (v * dtype.itemsize))
+    scratch = torch.empty(0 if direct is not None else min(rows, n), v, dtype=dtype, device=logits.device)
     for start in range(0, n, rows):
         block = slice(start, min(start + rows, n))
-        p = dlogits[block] if in_place and dlogits is not None else scratch[: block.stop - block.start]
-        slope = None if dloss is None else dloss[block, None].to(dtype)
-        if target.is_floating_point():
-            dt = None if dtarget is None else dtarget[block]
-            loss[block] = _soft_block(logits[block], target[block], weight, slope, spec, p, dt)
-        else:
-            loss[block] = _id_block(logits[block], target[block, None], weight, slope, spec, p)
-        if dlogits is not None and not in_place:
-            dlogits[block].copy_(p)
-    return loss
+        work = direct[block] if direct is not None else scratch[: block.stop - block.start]
+        yield block, logits[block], work
+        if dlogits is not None and direct is None:
+            dlogits[block].copy_(work)
 
 
-def _rows_per_block(v: int, dtype: torch.dtype, device: torch.device, in_place: bool) -> int:
-    size = DEVICE_BLOCK_BYTES if device.type != "cpu" else CPU_BLOCK_BYTES if in_place else CPU_HALF_BLOCK_BYTES
-    return max(1, size // (v * dtype.itemsize))
-
-
-def _id_block(x: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor | None, spec: LossSpec, p: Tensor) -> Tensor:
-    """(n,) losses of a block against (n, 1) class ids; ``p`` is left holding the gradient if there is a ``dloss``, anything otherwise."""
-    v = x.shape[-1]
+def _id_rows(
+    logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor | None, spec: LossSpec, dlogits: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(N, 1) losses against (N, 1) class ids."""
+    n, v = logits.shape
     ignored = target == spec.ignore_index
     valid = ~ignored & (target >= 0) & (target < v)
     y = torch.where(valid, target, 0)
-    z, dz_dx = _shaped(x, spec, p)
-    lse = torch.logsumexp(z, -1, keepdim=True) if spec.lse_square_scale else None
+    ones = torch.ones((), dtype=dtype, device=logits.device)
+    w_y = ones.expand(n, 1) if weight is None else weight[y]
+    kept = (1.0 - spec.label_smoothing) * w_y
     smooth = spec.label_smoothing / v
-    smooth_nll = _expected_nll(torch.log_softmax(z, -1), weight) if spec.label_smoothing else None
+    smooth_sum = smooth * (v * ones if weight is None else weight.sum())
+    # a target outside [0, V) makes its row NaN
+    dloss = torch.where(valid, ones if dloss is None else dloss, torch.nan)
 
-    torch.softmax(z, -1, out=p)
-    p_y = p.gather(1, y)
-    p.scatter_(1, y, 0.0)
-    nll, p_y_minus_1 = -p_y.log(), p_y - 1.0
-    if _anywhere(confident := p_y > CONFIDENT):
-        others = p.sum(-1, keepdim=True)
-        nll = torch.where(confident, -torch.log1p(-others), nll)
-        p_y_minus_1 = torch.where(confident, -others, p_y_minus_1)
-    if _anywhere(faint := p_y < FAINT):
-        faint_rows = faint[:, 0].nonzero()[:, 0] if x.device.type == "cpu" else torch.arange(len(x), device=x.device)
-        z, _ = _shaped(x[faint_rows], spec, torch.empty_like(p[faint_rows]))
-        exact = -torch.log_softmax(z, -1).gather(1, y[faint_rows])
-        nll = torch.where(faint, nll.index_copy(0, faint_rows, exact), nll)
+    row_max, margin, others, shortfall = torch.empty(4, n, 1, dtype=dtype, device=logits.device)
+    for rows, x, p in _blocks(logits, dlogits, dtype):
+        if _nowhere(valid[rows]):
+            continue
+        y_b, margin_b, others_b = y[rows], margin[rows], others[rows]
+        z, slope = _shaped(x, spec, p)
+        torch.amax(z, -1, keepdim=True, out=row_max[rows])
+        torch.sub(z, row_max[rows], out=p)
+        torch.gather(p, 1, y_b, out=margin_b)
+        if smooth:
+            torch.sum(_times(-p, weight), -1, keepdim=True, out=shortfall[rows])
+        p.exp_().scatter_(1, y_b, 0.0)
+        torch.sum(p, -1, keepdim=True, out=others_b)
+        if dlogits is None:
+            continue
 
-    w_y = 1.0 - spec.label_smoothing if weight is None else (1.0 - spec.label_smoothing) * weight[y]
-    loss = nll * w_y
-    if smooth_nll is not None:
-        loss = loss + smooth * smooth_nll
-    if lse is not None:
-        loss = loss + spec.lse_square_scale * lse * lse
-    if dloss is not None:
-        p_factor = torch.zeros_like(p_y)
-        if smooth_nll is not None:
-            p_factor += smooth * (v if weight is None else weight.sum())
-        if lse is not None:
-            p_factor += 2.0 * spec.lse_square_scale * lse
-        target_slope = w_y * p_y_minus_1 + p_factor * p_y
-        # a target outside [0, V) makes its row NaN
-        dloss = torch.where(valid, dloss, torch.nan)
-        p.mul_((w_y + p_factor) * dloss)
-        if smooth_nll is not None:
-            w = torch.ones_like(p[:1]) if weight is None else weight
-            p.addcmul_(w.expand_as(p), dloss.expand_as(p), value=-smooth)
-            target_slope -= smooth * (1.0 if weight is None else weight[y])
-        p.scatter_(1, y, target_slope * dloss)
-        if dz_dx is not None:
-            p.mul_(dz_dx)
-        if _anywhere(ignored):
-            # not by a factor of 0: ignored rows may hold NaN
-            p.masked_fill_(ignored, 0.0) if x.device.type != "cpu" else p.index_fill_(0, ignored[:, 0].nonzero()[:, 0], 0.0)
-    return torch.where(ignored, 0.0, torch.where(valid, loss, torch.nan))[:, 0]
+        e_y, kept_b, dloss_b = margin_b.exp(), kept[rows], dloss[rows]
+        per_sum = dloss_b / (others_b + e_y)
+        dy = others_b * kept_b
+        if smooth or spec.lse_square_scale:
+            # what multiplies every p alike, the target's among them
+            flat = smooth_sum + 2.0 * spec.lse_square_scale * (row_max[rows] + _log_sum(others_b, e_y))
+            dy -= flat * e_y
+            kept_b = kept_b + flat
+        p.mul_(kept_b * per_sum)
+        dy *= -per_sum
+        if smooth:
+            p.addcmul_((ones if weight is None else weight).expand_as(p), dloss_b.expand_as(p), value=-smooth)
+            dy -= smooth * w_y[rows] * dloss_b
+        p.scatter_(1, y_b, dy)
+        if slope is not None:
+            p.mul_(slope)
+
+    if dlogits is not None:
+        _zero_rows(dlogits, ignored)
+    log_sum = _log_sum(others, margin.exp())
+    loss = (log_sum - margin) * kept
+    if smooth:
+        loss += smooth_sum * log_sum + smooth * shortfall
+    if spec.lse_square_scale:
+        loss += spec.lse_square_scale * (row_max + log_sum).square_()
+    return torch.where(ignored, 0.0, torch.where(valid, loss, torch.nan))
 
 
-def _soft_block(
-    x: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor | None, spec: LossSpec, p: Tensor, dtarget: Tensor | None
+def _soft_rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    dloss: Tensor | None,
+    spec: LossSpec,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(n,) losses of a block against (n, V) probabilities; with ``dloss``, ``p`` is left holding the gradient and ``dtarget`` is filled."""
-    v = x.shape[-1]
-    z, dz_dx = _shaped(x, spec, p)
-    lse = torch.logsumexp(z, -1, keepdim=True) if spec.lse_square_scale else None
-    logp = torch.log_softmax(z, -1)
-    q = target.to(p.dtype)
-    if spec.label_smoothing:
-        q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / v
-    if weight is not None:
-        q = q * weight
+    """(N, 1) losses against (N, V) probabilities."""
+    n, v = logits.shape
+    loss = torch.empty(n, 1, dtype=dtype, device=logits.device)
+    for rows, x, p in _blocks(logits, dlogits, dtype):
+        z, slope = _shaped(x, spec, p)
+        row_max, top = z.max(-1, keepdim=True)
+        d = z - row_max
+        q = target[rows].to(dtype)
+        if spec.label_smoothing:
+            q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / v
+        q = _times(q, weight)
+        # a class of zero mass is out of the sum even where its logit is -inf
+        out = (q == 0.0) & (d == -torch.inf)
+        d.masked_fill_(out, 0.0)
+        torch.exp(d, out=p)
+        p.masked_fill_(out, 0.0).scatter_(1, top, 0.0)
+        others = p.sum(-1, keepdim=True)
+        mass = q.sum(-1, keepdim=True)
+        log_sum = torch.log1p(others)
+        lse = row_max + log_sum
+        loss[rows] = mass * log_sum - (q * d).sum(-1, keepdim=True) + spec.lse_square_scale * lse * lse
+        if dloss is None:
+            continue
 
-    torch.exp(logp, out=p)
-    logp_top, top = logp.max(-1, keepdim=True)
-    p_top = logp_top.exp()
-    if _anywhere(confident := p_top > CONFIDENT):
-        p.scatter_(1, top, 0.0)
-        logp_top = torch.where(confident, torch.log1p(-p.sum(-1, keepdim=True)), logp_top)
-        logp.scatter_(1, top, logp_top)
-        p.scatter_(1, top, p_top)
-    loss = _expected_nll(logp, q)
-    if lse is not None:
-        loss = loss + spec.lse_square_scale * lse * lse
-    if dloss is None:
-        return loss[:, 0]
-
-    if dtarget is not None:
-        dt = logp * (-(1.0 - spec.label_smoothing) * dloss)
-        if weight is not None:
-            dt *= weight
-        dtarget.copy_(dt.masked_fill_((q == 0) & (logp == -torch.inf), 0.0))
-    mass = q.sum(-1, keepdim=True)
-    q_top = q.gather(1, top)
-    top_slope = torch.where(p_top > 0.5, mass * torch.expm1(logp_top) + (mass - q_top), mass * p_top - q_top)
-    p_factor = mass
-    if lse is not None:
-        z_factor = 2.0 * spec.lse_square_scale * lse
-        p_factor = mass + z_factor
-        top_slope += z_factor * p_top
-    p.mul_(p_factor).sub_(q).scatter_(1, top, top_slope).mul_(dloss)
-    if dz_dx is not None:
-        p.mul_(dz_dx)
-    return loss[:, 0]
+        dloss_b = dloss[rows]
+        if dlogits is not None:
+            z_slope = 2.0 * spec.lse_square_scale * lse
+            sum_exp = 1.0 + others
+            q_top = q.gather(1, top)
+            # mass * p - q cancels where p is nearly 1
+            d_top = torch.where(others < 1.0, (mass - q_top) - mass * others / sum_exp, mass / sum_exp - q_top)
+            p.mul_((mass + z_slope) / sum_exp).sub_(q).scatter_(1, top, d_top + z_slope / sum_exp).mul_(dloss_b)
+            if slope is not None:
+                p.mul_(slope)
+        if dtarget is not None:
+            nll = _times(log_sum - d, weight).mul_((1.0 - spec.label_smoothing) * dloss_b)
+            dtarget[rows].copy_(nll.masked_fill_(out, 0.0))
+    return loss
 
 
 def _shaped(x: Tensor, spec: LossSpec, scratch: Tensor) -> tuple[Tensor, Tensor | float | None]:
@@ -199,19 +212,43 @@ def _shaped(x: Tensor, spec: LossSpec, scratch: Tensor) -> tuple[Tensor, Tensor 
         slope = spec.logit_scale
     if spec.softcap is not None:
         u = z / spec.softcap
-        z = spec.softcap * torch.tanh(u)
+        z = torch.tanh(u).mul_(spec.softcap)
         # 1 / cosh^2 keeps its digits where 1 - tanh^2 has none left
-        slope = (1.0 if slope is None else slope) / torch.cosh(u).square_()
+        slope = (1.0 if slope is None else slope) / u.cosh_().square_()
     return z, slope
 
 
-def _expected_nll(logp: Tensor, q: Tensor | None) -> Tensor:
-    """(n, 1) sum of q * -logp (q None for ones), leaving out classes of zero q and -inf logit."""
-    if q is None:
-        return -logp.sum(-1, keepdim=True)
-    return -(q * torch.where((q == 0) & (logp == -torch.inf), 0.0, logp)).sum(-1, keepdim=True)
+def _log_sum(others: Tensor, e_y: Tensor) -> Tensor:
+    """log of the sum of exponentials, the target's and the others': exact where they are 1 and nearly 0."""
+    return torch.log1p(others + (e_y - 1.0))
 
 
-def _anywhere(mask: Tensor) -> bool:
-    """Whether a rare case occurs: looked up on the CPU, assumed elsewhere rather than synchronise."""
-    return mask.device.type != "cpu" or bool(mask.any())
+def _times(x: Tensor, weight: Tensor | None) -> Tensor:
+    """x * weight, where a weight of 0 takes a class out even if x is infinite."""
+    return x if weight is None else (x * weight).masked_fill_((weight == 0.0) & x.isinf(), 0.0)
+
+
+def _nowhere(mask: Tensor) -> bool:
+    """Whether a block can be skipped: looked up on the CPU, denied elsewhere rather than synchronise."""
+    return mask.device.type == "cpu" and not mask.any()
+
+
+def _zero_rows(dlogits: Tensor, ignored: Tensor) -> None:
+    """Not by a factor of 0: ignored rows may hold NaN."""
+    if ignored.device.type == "cpu":
+        dlogits.index_fill_(0, ignored[:, 0].nonzero()[:, 0], 0.0)
+    else:
+        dlogits.masked_fill_(ignored, 0.0)
+
+
+_MADV_HUGEPAGE = 14
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _prefer_huge_pages(fresh: Tensor) -> None:
+    """Ask Linux for huge pages under a new tensor, as numpy does: faulting in 4 KiB pages takes longer than the loss. A hint, no more."""
+    size = fresh.numel() * fresh.element_size()
+    if _libc is None or fresh.device.type != "cpu" or size < 4 << 20:
+        return
+    start = -(-fresh.data_ptr() // 4096) * 4096
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t((fresh.data_ptr() + size) // 4096 * 4096 - start), _MADV_HUGEPAGE)

@@ -1,0 +1,36 @@
+"""How near is near enough. Elementwise and relative: at a vocabulary of 128k nearly all of a gradient is smaller than any habitual tolerance."""
+
+import torch
+from torch import Tensor
+
+# one unit in the last place of what is stored; fp32 leaves room for hardware exponentials at logits of size 30
+GRADIENT_RTOL = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def assert_loss_close(got: Tensor, want: Tensor) -> None:
+    """The loss is fp32 whatever came in."""
+    rtol, atol = (1e-12, 1e-13) if got.dtype == torch.float64 else (1e-5, 1e-6)
+    torch.testing.assert_close(got.double(), want.double().to(got.device), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def assert_formula_close(got: Tensor, want: Tensor) -> None:
+    """Tier 1, small sizes in fp32: is it the right formula?"""
+    torch.testing.assert_close(got.double(), want.double().to(got.device), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def assert_gradient_close(got: Tensor, want: Tensor, *, terms: Tensor | float = 0.0) -> None:
+    """Tier 2, real sizes and dtypes: is each entry right relative to itself?
+
+    ``terms`` is the size of the numbers whose difference an entry is, where there is such a difference (smoothing, soft targets): fp32
+    holds it relative to them. Beyond that the absolute allowance is the underflow of the dtype, coarse for fp16 alone.
+    """
+    info = torch.finfo(got.dtype)
+    want = want.double().to(got.device)
+    allowed = GRADIENT_RTOL[got.dtype] * want.abs() + 5e-6 * terms + 2 * info.smallest_normal * info.eps
+    wrong = ~((got.double() - want).abs() <= allowed) & ~(got.isnan() & want.isnan()) & ~(got == want)
+    if wrong.any():
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}: got {got[at].item():.6e}, want {want[at].item():.6e},"
+            f" allowed {allowed[at].item():.1e}"
+        )

@@ -1,0 +1,219 @@
+"""What autograd may ask: any grad_output, again, twice, forwards, batched; right or a sentence."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import lossfuse
+from rows import class_weight, logits_and_ids, probabilities
+
+
+def loss_of(place, **options):
+    return lambda x, target: lossfuse.cross_entropy(x, target, impl=place.impl, **options)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, -0.5, 1e-30, 65536.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+def test_any_grad_output(place, value, reduction, soft):
+    x, target = logits_and_ids(6, 40, device=place.device)
+    leaves = [x]
+    if soft:
+        target = probabilities(6, 40, device=place.device)
+        leaves.append(target)
+    ones = torch.autograd.grad(lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl), leaves)
+    loss = lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl)
+    for got, one in zip(torch.autograd.grad(loss, leaves, torch.tensor(value, device=place.device)), ones, strict=True):
+        torch.testing.assert_close(got, one * value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", ["expanded", "strided", "transposed"])
+def test_grad_output_of_any_stride(place, shape):
+    x = torch.randn(3, 7, 4, device=place.device, requires_grad=True)
+    target = torch.randint(0, 7, (3, 4), device=place.device)
+    dloss = {
+        "expanded": torch.tensor(0.3).expand(3, 4),
+        "strided": torch.randn(6, 8)[::2, ::2],
+        "transposed": torch.randn(4, 3).t(),
+    }[shape].to(place.device)
+    (got,) = torch.autograd.grad(lossfuse.cross_entropy(x, target, reduction="none", impl=place.impl), x, dloss)
+    (want,) = torch.autograd.grad(F.cross_entropy(x, target, reduction="none"), x, dloss)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_second_backward_is_the_first(place, reduction):
+    """In place scaling of a saved gradient makes the second one wrong as soon as grad_output is not 1."""
+    x, target = logits_and_ids(6, 40, device=place.device)
+    loss = lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl)
+    dloss = torch.full_like(loss, 3.0)
+    first, *later = (torch.autograd.grad(loss, x, dloss, retain_graph=True)[0] for _ in range(3))
+    for again in later:
+        torch.testing.assert_close(again, first, rtol=1e-6, atol=0)
+    (other,) = torch.autograd.grad(loss, x, dloss / 3.0)
+    torch.testing.assert_close(other * 3.0, first, rtol=1e-6, atol=1e-12)
+
+
+def test_a_gradient_handed_over_is_not_touched_again(place):
+    x, target = logits_and_ids(6, 40, device=place.device)
+    loss = lossfuse.cross_entropy(x, target, impl=place.impl)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    kept = first.clone()
+    torch.autograd.grad(loss, x, torch.tensor(5.0, device=place.device))
+    assert torch.equal(first, kept)
+
+
+def test_gradients_accumulate_in_a_leaf(place):
+    x, target = logits_and_ids(6, 40, device=place.device)
+    for _ in range(3):
+        lossfuse.cross_entropy(x, target, impl=place.impl).backward()
+    (once,) = torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=place.impl), x)
+    torch.testing.assert_close(x.grad, 3 * once)
+
+
+def test_logits_used_before_and_after_the_loss(place):
+    """A peer that overwrites logits corrupts both other uses without a word."""
+    x, target = logits_and_ids(6, 40, device=place.device)
+
+    def total(f):
+        z = x * 2.0
+        before = z.exp().sum()
+        loss = f(z, target)
+        return before * 1e-3 + loss + (z**2).sum() * 1e-3
+
+    (got,) = torch.autograd.grad(total(loss_of(place)), x)
+    (want,) = torch.autograd.grad(total(F.cross_entropy), x)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_logits_changed_before_the_backward_raise_or_do_not_matter(place, reduction):
+    x, target = logits_and_ids(6, 40, device=place.device)
+    z = x * 1.0
+    (want,) = torch.autograd.grad(F.cross_entropy(z, target, reduction=reduction).sum(), x, retain_graph=True)
+    loss = lossfuse.cross_entropy(z, target, reduction=reduction, impl=place.impl).sum()
+    with torch.no_grad():
+        z.zero_()
+    try:
+        (got,) = torch.autograd.grad(loss, x)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_gradcheck_and_gradgradcheck_in_fp64(impl, soft, reduction):
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.softmax(torch.randn(3, 5, dtype=torch.float64), 1).requires_grad_() if soft else torch.tensor([1, -100, 4])
+    options = dict(label_smoothing=0.2, softcap=4.0, logit_scale=1.5, lse_square_scale=0.1, reduction=reduction, impl=impl)
+    weight = torch.rand(5, dtype=torch.float64)
+
+    def f(x, target):
+        return lossfuse.cross_entropy(x, target, weight, **options)
+
+    assert gradcheck(f, (x, target))
+    assert gradgradcheck(f, (x, target))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_double_backward(place, reduction):
+    """Peers return a gradient without a graph, or a wrong second derivative."""
+    x, target = logits_and_ids(5, 11, device=place.device)
+
+    def second(f):
+        loss = f(x, target, reduction=reduction)
+        (g,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        assert g.requires_grad
+        return torch.autograd.grad((g**2).sum(), x)[0]
+
+    got = second(lambda *a, **k: lossfuse.cross_entropy(*a, **k, impl=place.impl))
+    torch.testing.assert_close(got, second(F.cross_entropy), rtol=1e-4, atol=1e-6)
+
+
+def test_double_backward_in_half_precision_has_the_dtypes(place):
+    x, target = logits_and_ids(5, 11, torch.bfloat16, device=place.device)
+    (g,) = torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=place.impl), x, create_graph=True)
+    assert g.dtype == torch.bfloat16 and torch.autograd.grad(g.float().pow(2).sum(), x)[0].dtype == torch.bfloat16
+
+
+class TestTransforms:
+    """Forward mode and torch.func, which "auto" sends to the reference."""
+
+    def test_forward_mode(self):
+        x, target = logits_and_ids(5, 11)
+        tangent = torch.randn(5, 11)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.detach(), tangent)
+            got = forward_ad.unpack_dual(lossfuse.cross_entropy(dual, target)).tangent
+        (grad,) = torch.autograd.grad(lossfuse.cross_entropy(x, target), x)
+        torch.testing.assert_close(got, (grad * tangent).sum())
+
+    def test_grad(self):
+        x, target = logits_and_ids(5, 11)
+        got = torch.func.grad(lossfuse.cross_entropy)(x.detach(), target)
+        torch.testing.assert_close(got, torch.func.grad(F.cross_entropy)(x.detach(), target))
+
+    @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0)])
+    def test_vmap(self, in_dims):
+        x, target = torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6))
+        args = [a if d == 0 else a[0] for a, d in zip((x, target), in_dims, strict=True)]
+        got = torch.func.vmap(lossfuse.cross_entropy, in_dims=in_dims)(*args)
+        want = torch.stack([F.cross_entropy(*(a[i] if d == 0 else a for a, d in zip(args, in_dims, strict=True))) for i in range(4)])
+        torch.testing.assert_close(got, want)
+
+    def test_per_sample_gradients(self):
+        x, target = torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6))
+        got = torch.func.vmap(torch.func.grad(lossfuse.cross_entropy))(x, target)
+        torch.testing.assert_close(got, torch.stack([torch.func.grad(F.cross_entropy)(a, t) for a, t in zip(x, target, strict=True)]))
+
+    @pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+    def test_jacobians(self, transform):
+        x, target = torch.randn(3, 5), torch.tensor([0, 4, -100])
+        got = transform(lambda x: lossfuse.cross_entropy(x, target, reduction="none"))(x)
+        torch.testing.assert_close(got, transform(lambda x: F.cross_entropy(x, target, reduction="none"))(x))
+
+    def test_jvp_of_probabilities(self):
+        x, q = torch.randn(3, 5), torch.softmax(torch.randn(3, 5), 1)
+        tangents = (torch.randn(3, 5), torch.randn(3, 5))
+        got = torch.func.jvp(lossfuse.cross_entropy, (x, q), tangents)
+        torch.testing.assert_close(got, torch.func.jvp(F.cross_entropy, (x, q), tangents))
+
+
+def test_a_weight_that_requires_grad_gets_one():
+    """torch raises for class ids; the reference knows the derivative."""
+    x, target = logits_and_ids(5, 11)
+    weight = class_weight(11).requires_grad_()
+    loss = lossfuse.cross_entropy(x, target, weight, reduction="sum")
+    (got,) = torch.autograd.grad(loss, weight)
+    rows = F.cross_entropy(x, target, reduction="none").detach()
+    want = torch.zeros(11).index_add(0, target.clamp(min=0), rows)
+    torch.testing.assert_close(got, want)
+    q = probabilities(5, 11)
+    (got,) = torch.autograd.grad(lossfuse.cross_entropy(x, q, weight), weight)
+    torch.testing.assert_close(got, torch.autograd.grad(F.cross_entropy(x, q, weight), weight)[0])
+
+
+def test_nothing_is_saved_without_grad(place):
+    x, target = logits_and_ids(5, 11, device=place.device)
+    saved = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        assert not lossfuse.cross_entropy(x, target, impl=place.impl).requires_grad
+    assert saved == []
+
+
+def test_what_is_saved_is_no_second_tensor_of_the_logits_size(fast_place):
+    x, target = logits_and_ids(5, 1000, device=fast_place.device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lossfuse.cross_entropy(x, target, reduction="none", impl=fast_place.impl)
+    assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) <= 4 * len(x)
+
+
+def test_checkpointing_recomputes_it(place):
+    x, target = logits_and_ids(5, 40, device=place.device)
+    loss = torch.utils.checkpoint.checkpoint(loss_of(place), x, target, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=place.impl), x))

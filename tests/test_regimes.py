@@ -1,0 +1,103 @@
+"""Tier 2: is this regime computed right? Real vocabularies and dtypes; every gradient entry relative to itself."""
+
+import pytest
+import torch
+
+import lossfuse
+import program
+from closeness import assert_gradient_close, assert_loss_close
+from rows import class_weight, logits_and_ids, probabilities
+
+VOCABULARIES = [
+    255,  # below one block of every kernel
+    2048,  # one block of the gradient kernel
+    2049,  # and one class in the next
+    4096,  # one block of the statistics kernel
+    4097,  # and one class in the next
+    32000,  # Llama 2
+    50257,  # GPT-2: odd, so that every row starts at another alignment
+    128256,  # Llama 3
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def check(place, x, target, weight=None, **options):
+    want = program.value_and_grads(x, target, weight, **options)
+    loss = lossfuse.cross_entropy(x, target, weight, impl=place.impl, **options)
+    leaves = [x, target] if target.requires_grad else [x]
+    grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+    assert loss.dtype == torch.float32
+    assert_loss_close(loss, want[0])
+    for leaf, got, wanted in zip(leaves, grads, want[1:], strict=True):
+        assert got.dtype == leaf.dtype and got.shape == leaf.shape
+        # smoothing takes its share of every class from p; the mean divides both
+        share = options.get("label_smoothing", 0.0) / x.shape[-1] * (1.1 if weight is not None else 1.0)
+        assert_gradient_close(got, wanted, terms=share)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", VOCABULARIES)
+def test_plain(place, v, dtype):
+    # fp16 gradients of a mean underflow in torch's own cast too; the sum stays in range
+    x, target = logits_and_ids(4, v, dtype, place.device)
+    check(place, x, target, reduction="sum" if dtype == torch.float16 else "mean")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [4097, 32000])
+def test_as_gemma_is_trained(place, v, dtype):
+    x, target = logits_and_ids(4, v, dtype, place.device)
+    check(place, x, target, reduction="none", softcap=30.0, lse_square_scale=1e-4, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_option(place, dtype):
+    x, target = logits_and_ids(4, 4097, dtype, place.device)
+    options = dict(softcap=20.0, logit_scale=0.8, lse_square_scale=1e-3, label_smoothing=0.1, reduction="sum")
+    check(place, x, target, class_weight(4097, place.device), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [2049, 32000])
+def test_distillation(place, v, dtype):
+    x, _ = logits_and_ids(3, v, dtype, place.device)
+    target = probabilities(3, v, dtype, place.device)
+    want = program.value_and_grads(x, target, reduction="sum")
+    loss = lossfuse.cross_entropy(x, target, reduction="sum", impl=place.impl)
+    dx, dt = torch.autograd.grad(loss, [x, target])
+    assert_loss_close(loss, want[0])
+    assert_gradient_close(dt, want[2])
+    q = target.detach().double()
+    assert_gradient_close(dx, want[1], terms=q + torch.softmax(x.detach().double(), -1) * q.sum(-1, keepdim=True))
+
+
+def test_no_grad_is_the_same_loss(place):
+    x, target = logits_and_ids(4, 4097, torch.bfloat16, place.device)
+    want = lossfuse.cross_entropy(x, target, impl=place.impl)
+    with torch.no_grad():
+        assert torch.equal(lossfuse.cross_entropy(x, target, impl=place.impl), want)
+    with torch.inference_mode():
+        assert torch.equal(lossfuse.cross_entropy(x.detach(), target, impl=place.impl), want)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements(fast_place):
+    if fast_place.impl == "triton" and fast_place.device == "cpu":
+        pytest.skip("two billion elements are out of the interpreter's reach")
+    n, v = 17000, 128256
+    x = torch.zeros(n, v, dtype=torch.bfloat16, device=fast_place.device)
+    target = torch.randint(0, v, (n,), device=fast_place.device)
+    x[torch.arange(n), target] = 20.0
+    x.requires_grad_()
+    loss = lossfuse.cross_entropy(x, target, reduction="none", impl=fast_place.impl)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    tail = slice(n - 3, n)
+    want = program.value_and_grads(x[tail], target[tail], reduction="sum")
+    assert_loss_close(loss[tail].sum(), want[0])
+    assert_gradient_close(grad[tail], want[1])
+
+
+@pytest.mark.slow
+def test_more_rows_than_a_grid_dimension_holds(fast_place):
+    x, target = logits_and_ids(70000, 5, device=fast_place.device)
+    check(fast_place, x, target, reduction="none")
