@@ -17,17 +17,17 @@ def shaped(x: Tensor, spec: LossSpec) -> Tensor:
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> Tensor:
     """(N, V) logits, (N,) class ids or (N, V) probabilities -> (N,) losses as ``LossSpec`` states them; NaN for an id outside [0, V)."""
-    z = shaped(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), spec)
-    weight = None if class_weight is None else class_weight.to(z.dtype)
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    weight = None if class_weight is None else class_weight.to(x.dtype)
     if target.is_floating_point():
-        return _soft_row_loss(_nan_beside_inf(z), target.to(z.dtype), weight, spec)
+        return _soft_row_loss(shaped(x, spec), target.to(x.dtype), weight, spec)
 
-    num_classes = z.shape[-1]
+    num_classes = x.shape[-1]
     ignored = target == spec.ignore_index
     valid = ~ignored & (target >= 0) & (target < num_classes)
     y = torch.where(valid, target, 0)[:, None]
     # ignored rows may hold NaN: cut off here, since 0 * NaN would carry it into the gradient
-    z = _nan_beside_inf(torch.where(ignored[:, None], 0.0, z))
+    z = shaped(torch.where(ignored[:, None], 0.0, x), spec)
     loss = _negative_log_likelihood(z, y)
     if weight is not None:
         loss = loss * weight[y[:, 0]]
@@ -40,6 +40,8 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
 
 def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:
     """lse(z) - z[y] = softplus(lse of the other classes - z[y]): no cancellation, however confident."""
+    # the same for any common offset, so this one is a constant; a +inf logit makes its row NaN here, as in torch
+    z = z - z.amax(-1, keepdim=True).detach()
     is_target = torch.zeros_like(z, dtype=torch.bool).scatter(1, y, True)
     others = z.masked_fill(is_target, -torch.inf)
     # logsumexp over nothing but -inf has a NaN gradient; its value is known
@@ -66,8 +68,3 @@ def _expected_nll(z: Tensor, q: Tensor) -> Tensor:
 
 def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
     return loss + spec.lse_square_scale * torch.logsumexp(z, -1) ** 2 if spec.lse_square_scale else loss
-
-
-def _nan_beside_inf(z: Tensor) -> Tensor:
-    """inf - inf is undefined, so a row with a +inf logit is NaN throughout, as in torch."""
-    return torch.where((z == torch.inf).any(-1, keepdim=True), torch.nan, z)

@@ -22,11 +22,12 @@ def assert_gradient_close(got: Tensor, want: Tensor, *, terms: Tensor | float = 
     """Tier 2, real sizes and dtypes: is each entry right relative to itself?
 
     ``terms`` is the size of the numbers whose difference an entry is, where there is such a difference (smoothing, soft targets): fp32
-    holds it relative to them. Beyond that the absolute allowance is the underflow of the dtype, coarse for fp16 alone.
+    holds it relative to them. Beyond that the absolute allowance is underflow, of the fp32 arithmetic and of the dtype, coarse for fp16 alone.
     """
     info = torch.finfo(got.dtype)
+    underflow = 2 * info.smallest_normal * info.eps + (0.0 if got.dtype == torch.float64 else torch.finfo(torch.float32).smallest_normal)
     want = want.double().to(got.device)
-    allowed = GRADIENT_RTOL[got.dtype] * want.abs() + 5e-6 * terms + 2 * info.smallest_normal * info.eps
+    allowed = GRADIENT_RTOL[got.dtype] * want.abs() + 5e-6 * terms + underflow
     wrong = ~((got.double() - want).abs() <= allowed) & ~(got.isnan() & want.isnan()) & ~(got == want)
     if wrong.any():
         at = tuple(int(i) for i in wrong.nonzero()[0])

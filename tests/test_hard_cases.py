@@ -177,11 +177,15 @@ def test_softcap_in_a_ragged_last_block(place, v, softcap):
     against_program(place, x, target, softcap=softcap)
 
 
-def test_softcap_tails_and_centre_keep_their_slope(place):
-    """1 - tanh^2 has no digits left at 10 caps, and (1 - t) / (1 + t) none near 0."""
+def test_softcap_tails_and_centre_keep_their_slope(fast_place):
+    """1 - tanh^2 has no digits left at 10 caps, not even in fp64, and (1 - t) / (1 + t) none near 0."""
     x = torch.tensor([[-300.0, -100.0, -30.0, -3.0, -1e-3, -1e-6, 0.0, 1e-6, 1e-3, 3.0, 30.0, 100.0]])
+    u = x.double() / 10.0
     for target in (0, 5, 11):
-        against_program(place, x, torch.tensor([target]), softcap=10.0)
+        loss, grad = ours(fast_place, x, torch.tensor([target]), softcap=10.0)
+        want = program.value_and_grads(10.0 * torch.tanh(u), torch.tensor([target]), reduction="none")
+        assert_loss_close(loss, want[0])
+        assert_gradient_close(grad, want[1] / torch.cosh(u) ** 2)
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.0, 1e-3, 50.0])
