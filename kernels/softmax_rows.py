@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import gradient_config, on_device_of, statistics_config
+from .launch import on_device_of, row_blocks
 from .tile_math import (
     expm1_to_zero,
     lse_finish,
@@ -26,6 +26,12 @@ from .tile_math import (
     soft_target_slope,
     softmax_slope,
 )
+
+# compiled once for all values: rows differ from batch to batch
+CHANGING = ["N", "ignore_index"]
+
+# a product fused into the subtraction of a rounded maximum leaves the rounding error of the product: a loss of -1e-6 where it is 0
+UNFUSED = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -54,7 +60,7 @@ def mass_tile(target_row_ptr, class_weight_ptr, offs_v, mask_v, V, smoothing):
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def row_loss_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N,) int64
@@ -81,17 +87,15 @@ def row_loss_kernel(
     top, ties, rest = lse_start(BLOCK_V)
     mass = tl.zeros([BLOCK_V], tl.float32)
     shortfall = tl.zeros([BLOCK_V], tl.float32)
-    for v in range(0, tl.where(readable, V, 0), BLOCK_V):
+    # two stages: with three, ptxas spills on sm_80
+    for v in tl.range(0, tl.where(readable, V, 0), BLOCK_V, num_stages=2):
         offs_v = v + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         z = logits_tile(row_ptr, offs_v, mask_v, scale, softcap)
         top_before = top
         top, ties, rest = lse_update(top, ties, rest, z)
         if smoothing is not None:
-            if class_weight_ptr is not None:
-                w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
-            else:
-                w = tl.where(mask_v, 1.0, 0.0)
+            w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0) if class_weight_ptr is not None else tl.where(mask_v, 1.0, 0.0)
             mass, shortfall = shortfall_update(mass, shortfall, w, z, top_before, top)
 
     row_max, log_sum = lse_finish(top, ties, rest)
@@ -110,7 +114,7 @@ def row_loss_kernel(
     tl.store(stats_ptr + N + row, log_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def row_grads_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N,) int64
@@ -163,7 +167,7 @@ def row_grads_kernel(
     tl.store(dlogits_ptr + row * V + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def soft_row_loss_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N, V) any float dtype, probabilities
@@ -188,7 +192,7 @@ def soft_row_loss_kernel(
     top, ties, rest = lse_start(BLOCK_V)
     mass = tl.zeros([BLOCK_V], tl.float32)
     shortfall = tl.zeros([BLOCK_V], tl.float32)
-    for v in range(0, V, BLOCK_V):
+    for v in tl.range(0, V, BLOCK_V, num_stages=2):
         offs_v = v + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         z = logits_tile(row_ptr, offs_v, mask_v, scale, softcap)
@@ -209,7 +213,7 @@ def soft_row_loss_kernel(
     tl.store(stats_ptr + 2 * N + row, row_mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def soft_row_grads_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N, V) any float dtype, probabilities
@@ -277,18 +281,18 @@ def row_loss(
     stats = torch.empty(3 if soft else 2, n, dtype=torch.float32, device=logits.device)
     if n == 0:
         return loss, stats
-    config = statistics_config(v)
-    options = dict(scale=scale, softcap=softcap, smoothing=smoothing, lse_square_scale=lse_square_scale)
+    config = row_blocks(v)
+    options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
     with on_device_of(logits):
         if soft:
             soft_row_loss_kernel[(n,)](
                 logits, target, class_weight, loss, stats, logits.stride(0), target.stride(0), n, v,
-                **options, BLOCK_V=config.block_v, num_warps=config.num_warps,
+                **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
         else:
             row_loss_kernel[(n,)](
                 logits, target, class_weight, loss, stats, logits.stride(0), n, v, ignore_index,
-                **options, BLOCK_V=config.block_v, num_warps=config.num_warps,
+                **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
     return loss, stats
 
@@ -310,22 +314,22 @@ def row_grads(
 ) -> None:
     """Fill ``dlogits`` (and, for probabilities, ``dtarget``): contiguous (N, V), or None where no gradient is wanted."""
     n, v = logits.shape
-    if n == 0:
+    if n == 0 or (dlogits is None and dtarget is None):
         return
-    config = gradient_config(v)
+    config = row_blocks(v)
     grid = (n, triton.cdiv(v, config.block_v))
-    options = dict(scale=scale, softcap=softcap, smoothing=smoothing, lse_square_scale=lse_square_scale)
+    options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
     with on_device_of(logits):
         if target.is_floating_point():
             soft_row_grads_kernel[grid](
                 logits, target, class_weight, stats, dloss, dlogits, dtarget,
                 logits.stride(0), target.stride(0), dloss.stride(0), n, v,
-                **options, BLOCK_V=config.block_v, num_warps=config.num_warps,
+                **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
         else:
             class_weight_sum = None if class_weight is None or smoothing is None else class_weight.sum()
             row_grads_kernel[grid](
                 logits, target, class_weight, class_weight_sum, stats, dloss, dlogits,
                 logits.stride(0), dloss.stride(0), n, v, ignore_index,
-                **options, BLOCK_V=config.block_v, num_warps=config.num_warps,
+                **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip

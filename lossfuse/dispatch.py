@@ -32,27 +32,42 @@ def pick(impl: str, rows: Rows) -> str:
 
 
 def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor: Tensor | None) -> bool:
-    """Whether loss and gradient are made in one pass: only where one number scales all rows and is known in the forward."""
-    if backend != "torch" or reduction == "none" or not torch.is_grad_enabled():
+    """Whether loss and gradient are made in one eager pass: only where one number scales all rows and is known in the forward."""
+    if backend != "torch" or reduction == "none" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     # an fp16 gradient must see a loss scaler's factor before it is rounded, or it underflows
     if rows.logits.dtype == torch.float16 or (rows.soft and rows.target.dtype == torch.float16):
         return False
-    return (rows.logits.requires_grad or rows.target.requires_grad) and not (divisor is not None and divisor.requires_grad)
+    # somebody decides what is kept until the backward (checkpointing, offloading), and a formed gradient would escape them
+    if _saved_tensors_hooks_active():
+        return False
+    return (rows.logits.requires_grad or rows.target.requires_grad) and not (
+        divisor is not None and (divisor.requires_grad or _has_tangent(divisor))
+    )
 
 
 def _beyond_the_fast_paths(rows: Rows) -> str | None:
     """Why only the reference, which is made of torch's own operators, can differentiate this call."""
     if rows.class_weight is not None and rows.class_weight.requires_grad and torch.is_grad_enabled():
         return "weight requires grad, and its gradient is only in the reference"
-    if torch.compiler.is_compiling():
-        return None
     if torch_func_active():
         return "a torch.func transform is active"
-    tensors = (rows.logits, rows.target, rows.class_weight)
-    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if any(t is not None and _has_tangent(t) for t in (rows.logits, rows.target, rows.class_weight)):
         return "an argument carries a forward-mode tangent"
     return None
+
+
+def _has_tangent(t: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        # a compiler cannot look, but knows whether anything could
+        return torch.autograd.forward_ad._current_level >= 0
+    return torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+
+
+def _saved_tensors_hooks_active() -> bool:
+    # not public; where it is missing, checkpointing keeps the gradient alive but nothing is wrong
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def _triton_obstacle(rows: Rows) -> str | None:

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from . import reference
-from .autograd import ReducedLoss, RowLoss
+from . import ops, reference
+from .autograd import ReducedLoss
 from .dispatch import forms_gradient_in_forward, pick
 from .inputs import check_normalizer, flatten
 from .reduce import denominator, reduce_rows
@@ -43,8 +43,8 @@ def cross_entropy(
 
     Args:
         input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``; float64, float32, bfloat16 or float16, any strides. Never written to.
-        target: class ids, integers of the shape of ``input`` without C, each in ``[0, C)`` or ``ignore_index``; or class probabilities, floating
-            point of the shape of ``input``. Probabilities may require grad.
+        target: class ids, integers of the shape of ``input`` without C, each in ``[0, C)`` or ``ignore_index``; or class probabilities,
+            floating point of the shape of ``input``. Probabilities may require grad.
         weight: ``(C)``, floating point: the weight of each class. If it requires grad, the reference computes the call.
         size_average, reduce: deprecated by torch, in favour of ``reduction``.
         ignore_index: the id of positions that count for nothing: loss 0, gradient 0, whatever their logits hold.
@@ -53,35 +53,39 @@ def cross_entropy(
         softcap: positive, in units of a logit.
         logit_scale: factor of the logits (the inverse of a temperature), applied before the cap.
         lse_square_scale: factor of the squared log-sum-exp of a row ("z-loss"); not multiplied by ``weight``.
-        normalizer: divisor of "mean", such as the tokens of the global batch: a positive number, or a 0-d tensor, which is not read by the host.
-        impl: "triton" (CUDA, ROCm, XPU; the CPU in Triton's interpreter), "torch" (blocks of rows, any device), "reference" (eager), or "auto".
-            A name is obeyed or raises.
+        normalizer: divisor of "mean", such as the tokens of the global batch: a positive number, or a 0-d tensor on the device of
+            ``input`` (nothing synchronises) or on the CPU.
+        impl: "triton" (CUDA, ROCm, XPU; the CPU in Triton's interpreter), "torch" (blocks of rows, any device), "reference" (eager),
+            or "auto". A name is obeyed or raises.
 
     Returns:
-        ``()`` for "mean" and "sum", the shape of the ids for "none". float32, **also for bfloat16 and float16 input, where torch rounds the
-        loss to the input's dtype**; float64 for float64. "mean" over no valid target is NaN with zero gradient, as in torch; with ``normalizer`` it is 0.
+        ``()`` for "mean" and "sum", the shape of the ids for "none". float32, **also for bfloat16 and float16 input, where torch
+        rounds the loss to the input's dtype**; float64 for float64 input alone. "mean" over no valid target is NaN with zero gradient,
+        as in torch; with ``normalizer`` it is 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
-        IndexError: on the CPU, for a target outside ``[0, C)``. Elsewhere the loss and gradient of its row are NaN, nothing is read out of
-            bounds and nothing synchronises; see ``debug_targets``.
+        IndexError: on the CPU, for a target outside ``[0, C)``. Elsewhere, and where a tensor has no values to look at (compilers,
+            ``torch.func``), the loss and gradient of its row are NaN, nothing is read out of bounds and nothing synchronises; see
+            ``debug_targets``.
 
-    Autograd: gradients for ``input`` and probabilities, any number of times; double backward, forward mode, ``torch.func`` transforms and a
-    gradient for ``weight`` go through the eager reference and take its memory.
+    Autograd: gradients for ``input`` and probabilities, any number of times; the derivative of a gradient, forward mode, ``torch.func``
+    transforms and a gradient for ``weight`` go through the eager reference and take its memory.
 
-    Rounding: float32 from load to store (float64 for float64). The row maximum and the log-sum are kept apart, so that an offset common to a
-    row cancels exactly; the target's ``p - 1`` is formed before rounding and keeps its digits however confident the model is.
+    Rounding: float32 from load to store (float64 for float64). The row maximum and the log-sum are kept apart, so that an offset common
+    to a row cancels exactly; the target's ``p - 1`` is formed before rounding and keeps its digits however confident the model is.
 
-    Memory: O(N) in the forward and one tensor like ``input`` for the gradient. On the CPU, for "mean" and "sum", the gradient is formed in the
-    forward, plus a block of at most 4 MiB. Layouts whose rows have no single stride, such as ``(N, C, d)``, are copied once.
+    Memory: O(N) in the forward and one tensor like ``input`` for the gradient. On the CPU, for "mean" and "sum", the gradient is formed
+    in the forward; temporaries take at most 4 MiB or 4 % of the logits, whichever is more, if a row is below 512 KiB. Layouts whose rows
+    have no single stride, such as ``(N, C, d)``, are copied once.
 
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867; z-loss is de
     Brebisson and Vincent, arXiv:1604.08859.
     """
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = LossSpec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-    check_normalizer(normalizer, reduction)
     rows = flatten(input, target, weight, ignore_index)
+    check_normalizer(normalizer, reduction, input)
     backend = pick(impl, rows)
     divisor = denominator(rows, spec, reduction, normalizer)
     if forms_gradient_in_forward(backend, rows, reduction, divisor):
@@ -92,5 +96,5 @@ def cross_entropy(
             require_ids_in_range(rows.target, rows.num_classes, ignore_index)
         loss = reference.row_loss(rows.logits, rows.target, rows.class_weight, spec)
     else:
-        loss = RowLoss.apply(rows.logits, rows.target, rows.class_weight, spec, backend)
+        loss, _ = ops.row_loss(rows.logits, rows.target, rows.class_weight, *ops.options(spec, backend))
     return reduce_rows(loss, rows, reduction, divisor)

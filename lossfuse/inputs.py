@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .spec import require_finite
+
 LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -80,20 +82,22 @@ def _check_target(input: Tensor, target: Tensor, batch_shape: torch.Size, ignore
     if target.shape == input.shape:
         if not target.is_floating_point():
             raise TypeError(
-                f"target has the shape of input, {_shape(input)}, so it holds class probabilities and must be floating point, but has dtype {target.dtype}"
+                f"target has the shape of input, {_shape(input)}, so it holds class probabilities and must be floating point,"
+                f" but has dtype {target.dtype}"
             )
         if target.dtype not in LOGIT_DTYPES:
             raise TypeError(f"target has dtype {target.dtype} but probabilities must be float64, float32, bfloat16 or float16")
         if ignore_index >= 0:
             raise ValueError(f"ignore_index is {ignore_index} but class probabilities have no class id to ignore; leave it negative")
         return
-    if target.shape != batch_shape:
+    # torch takes one row's id as (1,) too
+    if target.shape != batch_shape and not (input.dim() == 1 and target.shape == (1,)):
         raise ValueError(
             f"target has shape {_shape(target)} but input has shape {_shape(input)}; expected class ids of shape {tuple(batch_shape)}"
             f" or probabilities of shape {_shape(input)}"
         )
     if target.dtype not in ID_DTYPES:
-        raise TypeError(f"target has dtype {target.dtype} but class ids must be integers (torch.int64)")
+        raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8")
 
 
 def _check_weight(weight: Tensor, input: Tensor, num_classes: int) -> None:
@@ -106,7 +110,7 @@ def _check_weight(weight: Tensor, input: Tensor, num_classes: int) -> None:
         raise ValueError(f"weight is on {weight.device} but input is on {input.device}")
 
 
-def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
+def check_normalizer(normalizer: float | Tensor | None, reduction: str, input: Tensor) -> None:
     """The divisor of a mean: a positive number, or a 0-d tensor whose value is never read by the host."""
     if normalizer is None:
         return
@@ -115,7 +119,12 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer has shape {_shape(normalizer)} but must be a number or a 0-d tensor")
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, int | float):
-        raise TypeError(f"normalizer is a {type(normalizer).__name__} but must be a number or a 0-d tensor")
-    elif not normalizer > 0:
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"normalizer has dtype {normalizer.dtype} but must be real")
+        # torch divides by a 0-d CPU tensor on any device, without moving it
+        if normalizer.device.type != "cpu" and normalizer.device != input.device:
+            raise ValueError(f"normalizer is on {normalizer.device} but input is on {input.device}")
+        return
+    require_finite("normalizer", normalizer)
+    if not normalizer > 0:
         raise ValueError(f"normalizer is {normalizer} but must be positive")

@@ -8,7 +8,7 @@ from .spec import LossSpec, resolve_reduction
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """``torch.nn.CrossEntropyLoss`` computed by ``lossfuse.cross_entropy``, with its keywords; a drop-in for checkpoints and isinstance alike."""
+    """``torch.nn.CrossEntropyLoss`` computed by ``lossfuse.cross_entropy``, with its keywords; isinstance and checkpoints agree."""
 
     def __init__(
         self,

@@ -17,13 +17,13 @@ from .targets import require_ids_in_range
 _BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked"}
 _OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale, str impl"
 
-_library = torch.library.Library("lossfuse", "DEF")
-_library.define(f"row_loss(Tensor logits, Tensor target, Tensor? class_weight, {_OPTIONS}) -> (Tensor loss, Tensor stats)")
-_library.define(
+library = torch.library.Library("lossfuse", "DEF")
+library.define(f"row_loss(Tensor logits, Tensor target, Tensor? class_weight, {_OPTIONS}) -> (Tensor loss, Tensor stats)")
+library.define(
     "row_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dlogits, bool need_dtarget,"
     f" {_OPTIONS}) -> (Tensor dlogits, Tensor dtarget)"
 )
-_library.define(
+library.define(
     "row_loss_and_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dlogits, bool need_dtarget,"
     f" {_OPTIONS}) -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
 )
@@ -73,17 +73,38 @@ def _row_loss_shapes(logits: Tensor, target: Tensor, class_weight: Tensor | None
 
 
 def _row_grads(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    stats: Tensor,
+    dloss: Tensor,
+    need_dlogits: bool,
+    need_dtarget: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
     _backend(options[-1]).row_grads(
-        logits, target, class_weight, stats, dloss, LossSpec(*options[:-1]), dlogits if need_dlogits else None, dtarget if need_dtarget else None
+        logits,
+        target,
+        class_weight,
+        stats,
+        dloss,
+        LossSpec(*options[:-1]),
+        dlogits if need_dlogits else None,
+        dtarget if need_dtarget else None,
     )
     return dlogits, dtarget
 
 
 def _row_grads_shapes(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    stats: Tensor,
+    dloss: Tensor,
+    need_dlogits: bool,
+    need_dtarget: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     return _new_grads(logits, target, need_dlogits, need_dtarget)
 
@@ -110,5 +131,5 @@ for _name, _impl, _shapes in (
     ("row_grads", _row_grads, _row_grads_shapes),
     ("row_loss_and_grads", _row_loss_and_grads, _row_loss_and_grads_shapes),
 ):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=_library)
+    library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)

@@ -18,9 +18,9 @@ def denominator(rows: Rows, spec: LossSpec, reduction: str, normalizer: float | 
     dtype = torch.float64 if rows.logits.dtype == torch.float64 else torch.float32
     device = rows.logits.device
     if isinstance(normalizer, Tensor):
-        return normalizer.to(device=device, dtype=dtype)
+        return normalizer.to(dtype)
     if normalizer is not None:
-        return torch.full((), normalizer, dtype=dtype, device=device)
+        return torch.full((), float(normalizer), dtype=dtype, device=device)
     if rows.soft:
         return torch.full((), rows.logits.shape[0], dtype=dtype, device=device)
     valid = rows.target != spec.ignore_index

@@ -35,7 +35,8 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
         q = (torch.ones_like(z) if weight is None else weight.expand_as(z)) / num_classes
         loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing * _expected_nll(z, q)
     loss = _plus_z_loss(loss, z, spec)
-    return torch.where(ignored, 0.0, torch.where(valid, loss, torch.nan))
+    # by a factor, so that a bad row's gradient is NaN too
+    return torch.where(ignored, 0.0, loss * torch.where(ignored | valid, 1.0, torch.nan))
 
 
 def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """What a loss is, apart from its tensors: one frozen object that checks its own values."""
 
-import math
 import warnings
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
+
+import torch
+from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -30,14 +32,18 @@ class LossSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
             raise TypeError(f"ignore_index is {self.ignore_index!r} but must be an int")
-        smoothing = _finite("label_smoothing", self.label_smoothing)
-        if not 0.0 <= smoothing <= 1.0:
-            raise ValueError(f"label_smoothing is {smoothing} but must lie in [0, 1]")
-        if self.softcap is not None and _finite("softcap", self.softcap) <= 0.0:
-            raise ValueError(f"softcap is {self.softcap} but must be positive, or None for no cap")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index is {self.ignore_index} but must fit into 64 bits")
+        require_finite("label_smoothing", self.label_smoothing)
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing is {self.label_smoothing} but must lie in [0, 1]")
+        if self.softcap is not None:
+            require_finite("softcap", self.softcap)
+            if not self.softcap > 0.0:
+                raise ValueError(f"softcap is {self.softcap} but must be positive, or None for no cap")
         if self.logit_scale is not None:
-            _finite("logit_scale", self.logit_scale)
-        _finite("lse_square_scale", self.lse_square_scale)
+            require_finite("logit_scale", self.logit_scale)
+        require_finite("lse_square_scale", self.lse_square_scale)
 
     @property
     def shapes_logits(self) -> bool:
@@ -45,20 +51,24 @@ class LossSpec:
         return self.softcap is not None or self.logit_scale is not None
 
 
-def _finite(name: str, value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
+LARGEST = 3.4028234663852886e38
+
+
+def require_finite(name: str, value: object) -> None:
+    """A Python or numpy number that float32 can hold."""
+    if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} is a {type(value).__name__} but must be a Python number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value} but must be finite")
-    return float(value)
+    if not -LARGEST <= value <= LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value} but must be finite in float32")
 
 
 def resolve_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
     """``reduction`` after torch's two deprecated arguments, which win when given."""
     if size_average is not None or reduce is not None:
         average = size_average is None or size_average
-        reduction = "none" if reduce is False else "mean" if average else "sum"
-        warnings.warn(f"size_average and reduce are deprecated, use reduction={reduction!r} instead", UserWarning, stacklevel=3)
+        reduction = "none" if reduce is not None and not reduce else "mean" if average else "sum"
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"size_average and reduce are deprecated, use reduction={reduction!r} instead", UserWarning, stacklevel=3)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r} but must be one of 'none', 'mean', 'sum'")
     return reduction

@@ -1,4 +1,4 @@
-"""How near is near enough. Elementwise and relative: at a vocabulary of 128k nearly all of a gradient is smaller than any habitual tolerance."""
+"""How near is near enough. Elementwise and relative: at a vocabulary of 128k most of a gradient is below any habitual tolerance."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def assert_gradient_close(got: Tensor, want: Tensor, *, terms: Tensor | float = 
     """Tier 2, real sizes and dtypes: is each entry right relative to itself?
 
     ``terms`` is the size of the numbers whose difference an entry is, where there is such a difference (smoothing, soft targets): fp32
-    holds it relative to them. Beyond that the absolute allowance is underflow, of the fp32 arithmetic and of the dtype, coarse for fp16 alone.
+    holds it relative to them. The absolute allowance beyond is underflow, of fp32 arithmetic and of the dtype, coarse for fp16 alone.
     """
     info = torch.finfo(got.dtype)
     underflow = 2 * info.smallest_normal * info.eps + (0.0 if got.dtype == torch.float64 else torch.finfo(torch.float32).smallest_normal)
@@ -32,6 +32,6 @@ def assert_gradient_close(got: Tensor, want: Tensor, *, terms: Tensor | float = 
     if wrong.any():
         at = tuple(int(i) for i in wrong.nonzero()[0])
         raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}: got {got[at].item():.6e}, want {want[at].item():.6e},"
-            f" allowed {allowed[at].item():.1e}"
+            f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}: got {got[at].item():.6e},"
+            f" want {want[at].item():.6e}, allowed {allowed[at].item():.1e}"
         )

@@ -39,7 +39,9 @@ def cross_entropy(
     return loss.sum() / weight[target.where(valid, 0)].where(valid, 0).sum()
 
 
-def value_and_grads(input: Tensor, target: Tensor, weight: Tensor | None = None, dloss: Tensor | None = None, **options: object) -> list[Tensor]:
+def value_and_grads(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, dloss: Tensor | None = None, **options: object
+) -> list[Tensor]:
     """[loss, d input, d target if it has one], in float64 of the same numbers."""
     x = input.detach().double().requires_grad_()
     leaves = [x]

@@ -110,7 +110,7 @@ def test_logits_changed_before_the_backward_raise_or_do_not_matter(place, reduct
 def test_gradcheck_and_gradgradcheck_in_fp64(impl, soft, reduction):
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     target = torch.softmax(torch.randn(3, 5, dtype=torch.float64), 1).requires_grad_() if soft else torch.tensor([1, -100, 4])
-    options = dict(label_smoothing=0.2, softcap=4.0, logit_scale=1.5, lse_square_scale=0.1, reduction=reduction, impl=impl)
+    options = {"label_smoothing": 0.2, "softcap": 4.0, "logit_scale": 1.5, "lse_square_scale": 0.1, "reduction": reduction, "impl": impl}
     weight = torch.rand(5, dtype=torch.float64)
 
     def f(x, target):

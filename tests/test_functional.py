@@ -168,7 +168,7 @@ def test_module_is_the_function_and_a_torch_module(place):
     x, target = logits_and_ids(6, 9, device=place.device)
     weight = class_weight(9, place.device)
     target = target.where(target >= 0, 3)
-    options = dict(ignore_index=3, label_smoothing=0.2, reduction="sum", softcap=9.0, logit_scale=2.0, lse_square_scale=0.1)
+    options = {"ignore_index": 3, "label_smoothing": 0.2, "reduction": "sum", "softcap": 9.0, "logit_scale": 2.0, "lse_square_scale": 0.1}
     module = lossfuse.CrossEntropyLoss(weight, **options, impl=place.impl)
     assert isinstance(module, torch.nn.CrossEntropyLoss)
     assert list(module.state_dict()) == ["weight"] == list(torch.nn.CrossEntropyLoss(weight).state_dict())

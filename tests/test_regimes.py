@@ -9,11 +9,10 @@ from closeness import assert_gradient_close, assert_loss_close
 from rows import class_weight, logits_and_ids, probabilities
 
 VOCABULARIES = [
-    255,  # below one block of every kernel
-    2048,  # one block of the gradient kernel
+    255,  # below the widest block
+    2048,  # one block
     2049,  # and one class in the next
-    4096,  # one block of the statistics kernel
-    4097,  # and one class in the next
+    4097,  # two, and one class in the next
     32000,  # Llama 2
     50257,  # GPT-2: odd, so that every row starts at another alignment
     128256,  # Llama 3
@@ -53,7 +52,7 @@ def test_as_gemma_is_trained(place, v, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_option(place, dtype):
     x, target = logits_and_ids(4, 4097, dtype, place.device)
-    options = dict(softcap=20.0, logit_scale=0.8, lse_square_scale=1e-3, label_smoothing=0.1, reduction="sum")
+    options = {"softcap": 20.0, "logit_scale": 0.8, "lse_square_scale": 1e-3, "label_smoothing": 0.1, "reduction": "sum"}
     check(place, x, target, class_weight(4097, place.device), **options)
 
 

@@ -54,7 +54,16 @@ def strided(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(
     "name",
-    ["transposed", "column slice", "every other row", "every other class", "rows expanded", "classes expanded", "reversed", "offset in storage"],
+    [
+        "transposed",
+        "column slice",
+        "every other row",
+        "every other class",
+        "rows expanded",
+        "classes expanded",
+        "reversed",
+        "offset in storage",
+    ],
 )
 def test_strides(place, name, reduction):
     x = strided(name).to(place.device)

@@ -17,10 +17,13 @@ from ..spec import LossSpec
 
 # 4 to 8 MiB are alike within 10 % on two cores; smaller blocks pay for python and threads, larger ones leave the cache
 CPU_BLOCK_BYTES = 8 << 20
-# a block beside the gradient (half precision, no gradient) stays below 4 % of the logits
-SCRATCH_SHARE = 25
 # elsewhere a block is a handful of kernel launches
 DEVICE_BLOCK_BYTES = 64 << 20
+# what all blocks beside the gradient may take together: 4 % of the logits, or this if it is more
+TEMPORARY_BYTES = 4 << 20
+TEMPORARY_SHARE = 25
+# blocks alive at once where the logits are shaped or summed, or targets are probabilities
+FEATURE_BLOCKS = 6
 
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
@@ -76,13 +79,14 @@ def _rows(
     return _id_rows(logits, target[:, None], weight, dloss, spec, dlogits, dtype)[:, 0]
 
 
-def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, temporaries: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, logits, a block to work in): rows of ``dlogits`` if they have the dtype, otherwise scratch, copied there after the work."""
     n, v = logits.shape
     direct = dlogits if dlogits is not None and dlogits.dtype == dtype else None
+    temporaries += direct is None
     size = CPU_BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
-    if direct is None:
-        size = min(size, max(size // 4, n * v * logits.element_size() // SCRATCH_SHARE))
+    if temporaries:
+        size = min(size, max(TEMPORARY_BYTES, n * v * logits.element_size() // TEMPORARY_SHARE) // temporaries)
     rows = max(1, size // (v * dtype.itemsize))
     scratch = torch.empty(0 if direct is not None else min(rows, n), v, dtype=dtype, device=logits.device)
     for start in range(0, n, rows):
@@ -110,7 +114,8 @@ def _id_rows(
     dloss = torch.where(valid, ones if dloss is None else dloss, torch.nan)
 
     row_max, margin, others, shortfall = torch.empty(4, n, 1, dtype=dtype, device=logits.device)
-    for rows, x, p in _blocks(logits, dlogits, dtype):
+    temporaries = FEATURE_BLOCKS if smooth or spec.shapes_logits else 0
+    for rows, x, p in _blocks(logits, dlogits, dtype, temporaries):
         if _nowhere(valid[rows]):
             continue
         y_b, margin_b, others_b = y[rows], margin[rows], others[rows]
@@ -166,7 +171,7 @@ def _soft_rows(
     """(N, 1) losses against (N, V) probabilities."""
     n, v = logits.shape
     loss = torch.empty(n, 1, dtype=dtype, device=logits.device)
-    for rows, x, p in _blocks(logits, dlogits, dtype):
+    for rows, x, p in _blocks(logits, dlogits, dtype, FEATURE_BLOCKS):
         z, slope = _shaped(x, spec, p)
         row_max, top = z.max(-1, keepdim=True)
         d = z - row_max

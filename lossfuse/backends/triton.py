@@ -52,6 +52,4 @@ def row_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> None:
-    softmax_rows.row_grads(
-        *_operands(logits, target, class_weight), stats, dloss, dlogits=dlogits, dtarget=dtarget, **_options(spec)
-    )
+    softmax_rows.row_grads(*_operands(logits, target, class_weight), stats, dloss, dlogits=dlogits, dtarget=dtarget, **_options(spec))

@@ -1,0 +1,201 @@
+"""The same small transformer trained on the same real text with torch's loss and with ours, in turn, step by step."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lossfuse
+
+from .corpus import batches, standard_library_sources, train_tokenizer
+from .model import Transformer
+from .protocol import Timing, peak_extra_bytes, synchronize
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {"F.cross_entropy": F.cross_entropy, "lossfuse": lossfuse.cross_entropy}
+TORCH, OURS = LOSSES
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained; the defaults take about two minutes on 2 CPU cores."""
+
+    vocab_size: int = 32768
+    characters: int = 12_000_000
+    steps: int = 40
+    batch: int = 8
+    length: int = 128
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+
+@dataclass
+class Run:
+    """One model's training as it was seen."""
+
+    loss_fn: Loss
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None
+
+    @property
+    def timing(self) -> Timing:
+        # the first step pays for what is done once
+        return Timing.of(self.milliseconds[1:] or self.milliseconds)
+
+    def step(self, tokens: Tensor, target: Tensor) -> None:
+        logits = self.model(tokens).flatten(0, 1)
+        synchronize(logits.device)
+        start = time.perf_counter()
+        loss = self.loss_fn(logits, target.flatten())
+        (dlogits,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        synchronize(logits.device)
+        self.milliseconds.append((time.perf_counter() - start) * 1e3)
+        self.losses.append(float(loss.detach()))
+        del loss
+        self.optimizer.zero_grad()
+        logits.backward(dlogits)
+        self.optimizer.step()
+
+
+@dataclass(frozen=True)
+class Result:
+    """Both runs and what they ran on."""
+
+    runs: dict[str, Run]
+    device: torch.device
+    logits_bytes: int
+    rows: int
+    vocab_size: int
+
+
+def train(setup: Setup, device: torch.device, say: Callable[[str], None], advance: Callable[[dict[str, Run]], None]) -> Result:
+    """Tokenise, train both models alternately, then weigh each loss once; ``advance`` is called after every step of both."""
+    say(f"reading the standard library, at most {setup.characters / 1e6:.0f} M characters")
+    texts = standard_library_sources(setup.characters)
+    say(f"training a byte-level BPE of {setup.vocab_size:,} entries on {sum(map(len, texts)) / 1e6:.1f} M characters")
+    tokenizer = train_tokenizer(texts, setup.vocab_size)
+    vocab_size = tokenizer.get_vocab_size()
+    if vocab_size < setup.vocab_size:
+        raise RuntimeError(f"the text gave {vocab_size} entries of the {setup.vocab_size} asked for; raise characters or lower vocab_size")
+    ids = torch.tensor([i for encoding in tokenizer.encode_batch(texts) for i in encoding.ids])
+    say(f"{len(ids) / 1e6:.2f} M tokens; training two models of the same seed, {setup.steps} steps each")
+
+    runs = {}
+    for name, loss_fn in LOSSES.items():
+        torch.manual_seed(setup.seed)
+        model = Transformer(vocab_size, setup.length, setup.width, setup.layers, setup.heads).to(device)
+        runs[name] = Run(loss_fn, model, torch.optim.AdamW(model.parameters(), lr=setup.learning_rate))
+    for tokens, target in batches(ids, setup.batch, setup.length, setup.steps, setup.seed):
+        for run in runs.values():
+            run.step(tokens.to(device), target.to(device))
+        advance(runs)
+
+    logits = runs[OURS].model(tokens.to(device)).flatten(0, 1)
+    for run in runs.values():
+        run.extra_bytes = peak_extra_bytes(lambda: _gradient(run.loss_fn, logits, target.to(device).flatten()), device)  # noqa: B023
+    return Result(runs, device, logits.numel() * logits.element_size(), len(logits), vocab_size)
+
+
+def _gradient(loss_fn: Loss, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss_fn(logits, target), logits, retain_graph=True)
+
+
+def picture(result: Result, path: Path) -> None:
+    """Loss curves, time and memory side by side, as PNG."""
+    import altair as alt
+    import pandas as pd
+
+    names = list(result.runs)
+    curves = pd.DataFrame(
+        [{"step": i + 1, "loss": loss, "with": name} for name, run in result.runs.items() for i, loss in enumerate(run.losses)]
+    )
+    legend = alt.Legend(title=None, orient="top-right", symbolType="stroke", symbolStrokeWidth=4, symbolSize=300)
+    colour = alt.Color("with:N", scale=alt.Scale(domain=names, range=["#9aa5b1", "#d1495b"]), legend=legend)
+    # ours is drawn over torch's: thin on thick, so that both show where they agree
+    width = alt.Size("with:N", scale=alt.Scale(domain=names, range=[6, 1.8]), legend=None)
+    left = alt.Chart(curves, title="The same curve", width=420, height=300).mark_line()
+    left = left.encode(x="step:Q", y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False)), color=colour, size=width)
+
+    def bars(title: str, unit: str, values: list[float]) -> alt.LayerChart:
+        frame = pd.DataFrame({"with": names, "value": values})
+        top = alt.Scale(domain=[0, 1.15 * max(values)], nice=False)
+        base = alt.Chart(frame, title=title, width=190, height=300).encode(
+            x=alt.X("with:N", title=None, sort=names, axis=alt.Axis(labelAngle=0, ticks=False)), y=alt.Y("value:Q", title=unit, scale=top)
+        )
+        label = base.mark_text(dy=-9, fontSize=13).encode(text=alt.Text("value:Q", format=",.0f"))
+        return base.mark_bar().encode(color=colour) + label
+
+    chart = left | bars("Loss, forward + backward", "ms", [run.timing.p50 for run in result.runs.values()])
+    memory = [run.extra_bytes for run in result.runs.values() if run.extra_bytes is not None]
+    if len(memory) == len(names):
+        chart |= bars("Peak memory beyond logits", "MiB", [extra / 2**20 for extra in memory])
+    caption = (
+        f"{result.rows} tokens x {result.vocab_size:,} classes, fp32, {result.device.type}, logits {result.logits_bytes / 2**20:.0f} MiB"
+    )
+    chart = chart.properties(title=alt.Title("torch's cross entropy and ours, training on Python's standard library", subtitle=caption))
+    chart.configure_view(stroke=None).configure_axis(grid=False).save(path, scale_factor=2)
+
+
+def show(result: Result, console: "Console") -> None:
+    """The curves at a few steps, then time and memory."""
+    from rich.table import Table
+
+    ours, theirs = result.runs[OURS], result.runs[TORCH]
+    curves = Table("step", TORCH, OURS, "difference", title="Training loss")
+    costs = Table("the loss alone", TORCH, OURS, "ratio", title=f"{result.rows} x {result.vocab_size:,} logits, fp32, {result.device.type}")
+    for column in (*curves.columns, *costs.columns[1:]):
+        column.justify = "right"
+    last = len(ours.losses) - 1
+    for i in sorted({0, last, *range(4, last, 5)}):
+        curves.add_row(str(i + 1), f"{theirs.losses[i]:.5f}", f"{ours.losses[i]:.5f}", f"{ours.losses[i] - theirs.losses[i]:+.1e}")
+    console.print(curves)
+
+    a, b = theirs.timing, ours.timing
+    costs.add_row("forward + backward, median", f"{a.p50:.1f} ms", f"{b.p50:.1f} ms", f"{a.p50 / b.p50:.2f}")
+    costs.add_row("p20 to p80", f"{a.p20:.0f} - {a.p80:.0f} ms", f"{b.p20:.0f} - {b.p80:.0f} ms", "")
+    if theirs.extra_bytes is None or ours.extra_bytes is None:
+        costs.add_row("peak memory beyond logits", "not measured", "not measured", "")
+    else:
+        sizes = [extra / 2**20 for extra in (theirs.extra_bytes, ours.extra_bytes)]
+        costs.add_row("peak memory beyond logits", *(f"{mib:.0f} MiB" for mib in sizes), f"{sizes[0] / max(sizes[1], 1e-9):.2f}")
+        shares = [extra / result.logits_bytes for extra in (theirs.extra_bytes, ours.extra_bytes)]
+        costs.add_row("in units of the logits", *(f"{share:.2f}" for share in shares), "")
+    console.print(costs)
+
+
+def main(out: Path, setup: Setup) -> Result:
+    """Train, show, draw."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    console.print(f"[bold]lossfuse {lossfuse.__version__}[/bold] on {where}, torch {torch.__version__}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=setup.steps)
+
+        def advance(runs: dict[str, Run]) -> None:
+            losses = ", ".join(f"{name} {run.losses[-1]:.4f}" for name, run in runs.items())
+            progress.update(task, advance=1, description=losses)
+
+        result = train(setup, device, progress.console.print, advance)
+    show(result, console)
+    picture(result, out)
+    console.print(f"picture: {out}")
+    return result

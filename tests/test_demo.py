@@ -1,0 +1,62 @@
+"""The demo, small: real text, a real tokenizer, both losses agreeing, a table and a picture."""
+
+import pytest
+import torch
+
+for name in ("altair", "pandas", "rich", "tokenizers", "vl_convert"):
+    pytest.importorskip(name)
+
+from lossfuse.perf import demo  # noqa: E402
+from lossfuse.perf.corpus import batches, standard_library_sources, train_tokenizer  # noqa: E402
+from lossfuse.perf.protocol import Timing, peak_extra_bytes, time_interleaved  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_the_text_is_the_standard_library_and_survives_the_tokenizer():
+    texts = standard_library_sources(200_000)
+    assert 200_000 <= sum(map(len, texts)) < 1_000_000
+    assert any("def " in text for text in texts)
+    tokenizer = train_tokenizer(texts, 400)
+    assert tokenizer.get_vocab_size() == 400
+    sample = "def f(x):\n    return x + 1  # é\n"
+    assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
+
+
+def test_batches_are_next_tokens_and_repeat_with_their_seed():
+    ids = torch.arange(1000)
+    first = list(batches(ids, 3, 10, 2, seed=4))
+    assert all(torch.equal(target, tokens + 1) for tokens, target in first)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, batches(ids, 3, 10, 2, seed=4), strict=True))
+
+
+def test_both_losses_train_alike_and_are_drawn(tmp_path, capsys):
+    setup = demo.Setup(vocab_size=600, characters=300_000, steps=6, batch=4, length=16, width=16, layers=1, heads=2)
+    result = demo.main(tmp_path / "demo.png", setup)
+    theirs, ours = (result.runs[name] for name in (demo.TORCH, demo.OURS))
+    assert len(ours.losses) == 6 and len(set(ours.losses)) == 6
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "Training loss" in printed and "peak memory beyond logits" in printed
+
+
+def test_too_little_text_is_said():
+    with pytest.raises(RuntimeError, match="raise characters or lower vocab_size"):
+        demo.train(demo.Setup(vocab_size=50_000, characters=1000, steps=1), CPU, lambda line: None, lambda runs: None)
+
+
+def test_timing_is_interleaved_and_drops_the_first_round():
+    calls = []
+    times = time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, repeats=3)
+    assert calls == ["a", "b"] * 4
+    assert times["a"].p20 <= times["a"].p50 <= times["a"].p80
+    assert Timing.of([1.0, 2.0, 3.0, 4.0, 100.0]).p50 == 3.0
+
+
+def test_peak_memory_sees_what_is_freed_before_the_call_returns():
+    size = 64 << 20
+    peak = peak_extra_bytes(lambda: torch.ones(size // 4).sum(), CPU)
+    if peak is None:
+        pytest.skip("no /proc to ask")
+    assert 0.95 * size < peak < 1.5 * size

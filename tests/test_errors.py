@@ -1,0 +1,181 @@
+"""Each refusal, by its words: the argument, what came, what was expected; nothing is written before it."""
+
+import contextlib
+
+import pytest
+import torch
+
+import lossfuse
+
+X = torch.randn(4, 7)
+IDS = torch.tensor([0, 6, 3, 1])
+PROBABILITIES = torch.softmax(torch.randn(4, 7), 1)
+
+REFUSED = {
+    "input no tensor": (TypeError, "input is a list but must be a Tensor", ([[1.0]], IDS), {}),
+    "input of integers": (
+        TypeError,
+        "input has dtype torch.int64 but logits must be float64, float32, bfloat16 or float16",
+        (IDS, IDS),
+        {},
+    ),
+    "input complex": (TypeError, "input has dtype torch.complex64", (X.to(torch.complex64), IDS), {}),
+    "input 0-d": (ValueError, r"input has shape \(\) but logits must be", (torch.tensor(1.0), torch.tensor(0)), {}),
+    "no classes": (ValueError, r"input has shape \(4, 0\): dimension 1 holds the classes", (torch.empty(4, 0), IDS), {}),
+    "target no tensor": (TypeError, "target is a list but must be a Tensor", (X, [0, 1, 2, 3]), {}),
+    "target short": (
+        ValueError,
+        r"target has shape \(3,\) but input has shape \(4, 7\); expected class ids of shape \(4,\)",
+        (X, IDS[:3]),
+        {},
+    ),
+    "target scalar": (ValueError, r"target has shape \(\) but input has shape \(4, 7\)", (X, IDS[0]), {}),
+    "target K-dim": (ValueError, r"expected class ids of shape \(2, 3\)", (torch.randn(2, 5, 3), torch.zeros(3, 2, dtype=torch.long)), {}),
+    "ids as floats": (TypeError, "target has dtype torch.float32 but class ids must be int64", (X, IDS.float()), {}),
+    "ids as bool": (TypeError, "target has dtype torch.bool but class ids must be int64", (X, IDS > 1), {}),
+    "probabilities as integers": (TypeError, "so it holds class probabilities and must be floating point", (X, X.long()), {}),
+    "probabilities of fewer classes": (
+        ValueError,
+        r"target has shape \(4, 6\) but input has shape \(4, 7\)",
+        (X, PROBABILITIES[:, :6]),
+        {},
+    ),
+    "ignoring probabilities": (
+        ValueError,
+        "ignore_index is 3 but class probabilities have no class id",
+        (X, PROBABILITIES),
+        {"ignore_index": 3},
+    ),
+    "weight no tensor": (TypeError, "weight is a list but must be a Tensor", (X, IDS, [1.0] * 7), {}),
+    "weight short": (ValueError, r"weight has shape \(6,\) but input has 7 classes; expected \(7,\)", (X, IDS, torch.ones(6)), {}),
+    "weight of integers": (TypeError, "weight has dtype torch.int64", (X, IDS, torch.ones(7, dtype=torch.long)), {}),
+    "weight elsewhere": (ValueError, "weight is on meta but input is on cpu", (X, IDS, torch.ones(7, device="meta")), {}),
+    "target elsewhere": (ValueError, "target is on meta but input is on cpu", (X, IDS.to("meta")), {}),
+    "smoothing below": (ValueError, r"label_smoothing is -0.1 but must lie in \[0, 1\]", (X, IDS), {"label_smoothing": -0.1}),
+    "smoothing above": (ValueError, r"label_smoothing is 1.5 but must lie in \[0, 1\]", (X, IDS), {"label_smoothing": 1.5}),
+    "smoothing NaN": (ValueError, "label_smoothing is nan but must be finite", (X, IDS), {"label_smoothing": float("nan")}),
+    "smoothing a string": (TypeError, "label_smoothing is a str but must be a Python number", (X, IDS), {"label_smoothing": "0.1"}),
+    "softcap zero": (ValueError, "softcap is 0.0 but must be positive", (X, IDS), {"softcap": 0.0}),
+    "softcap negative": (ValueError, "softcap is -30 but must be positive", (X, IDS), {"softcap": -30}),
+    "softcap infinite": (ValueError, "softcap is inf but must be finite", (X, IDS), {"softcap": float("inf")}),
+    "scale NaN": (ValueError, "logit_scale is nan but must be finite", (X, IDS), {"logit_scale": float("nan")}),
+    "scale a tensor": (TypeError, "logit_scale is a Tensor but must be a Python number", (X, IDS), {"logit_scale": torch.tensor(2.0)}),
+    "z-loss infinite": (ValueError, "lse_square_scale is inf but must be finite", (X, IDS), {"lse_square_scale": float("inf")}),
+    "ignore_index a float": (TypeError, "ignore_index is 1.5 but must be an int", (X, IDS), {"ignore_index": 1.5}),
+    "reduction": (ValueError, "reduction is 'avg' but must be one of 'none', 'mean', 'sum'", (X, IDS), {"reduction": "avg"}),
+    "normalizer of a sum": (
+        ValueError,
+        "normalizer divides reduction='mean' but reduction is 'sum'",
+        (X, IDS),
+        {"reduction": "sum", "normalizer": 2},
+    ),
+    "normalizer zero": (ValueError, "normalizer is 0 but must be positive", (X, IDS), {"normalizer": 0}),
+    "normalizer of 4": (
+        ValueError,
+        r"normalizer has shape \(4,\) but must be a number or a 0-d tensor",
+        (X, IDS),
+        {"normalizer": torch.ones(4)},
+    ),
+    "normalizer a string": (TypeError, "normalizer is a str", (X, IDS), {"normalizer": "4"}),
+    "impl": (ValueError, "impl is 'cuda' but must be one of 'auto', 'triton', 'torch', 'reference'", (X, IDS), {"impl": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    error, words, args, options = REFUSED[name]
+    with pytest.raises(error, match=words):
+        lossfuse.cross_entropy(*args, **options)
+
+
+@pytest.mark.parametrize("bad", [7, 12, -1, -5, 2**40])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_target_out_of_range_names_its_row(place, bad, reduction):
+    x = X.to(place.device).requires_grad_()
+    target = torch.tensor([0, -100, bad, bad], device=place.device)
+    if place.device == "cpu":
+        with pytest.raises(
+            IndexError, match=rf"target of row 2 is {bad} but input has 7 classes; expected an id in \[0, 7\) or ignore_index=-100"
+        ):
+            lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl)
+        return
+    loss = lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.isnan().any() and grad[2:].isnan().all()
+    with lossfuse.debug_targets(), pytest.raises(IndexError, match="target of row 2"):
+        lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl)
+
+
+def test_ignore_index_may_be_any_id(place):
+    x = X.to(place.device)
+    target = torch.tensor([0, 300, 6, 300], device=place.device)
+    want = torch.nn.functional.cross_entropy(x[[0, 2]], target[[0, 2]])
+    torch.testing.assert_close(lossfuse.cross_entropy(x, target, ignore_index=300, impl=place.impl), want)
+    target = torch.tensor([0, 2, 6, 2], device=place.device)
+    want = torch.nn.functional.cross_entropy(x, target, ignore_index=2)
+    torch.testing.assert_close(lossfuse.cross_entropy(x, target, ignore_index=2, impl=place.impl), want)
+
+
+class TestAChosenImplementation:
+    """A name is obeyed or raises with the reason; only auto chooses."""
+
+    def test_triton_does_not_do_fp64(self):
+        with pytest.raises(ValueError, match="impl='triton' cannot run here: the kernels compute in float32 and input is float64"):
+            lossfuse.cross_entropy(X.double(), IDS, impl="triton")
+        with pytest.raises(ValueError, match="target is float64"):
+            lossfuse.cross_entropy(X, PROBABILITIES.double(), impl="triton")
+
+    def test_triton_needs_its_interpreter_on_the_cpu(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(ValueError, match="Triton does not run on cpu tensors .*TRITON_INTERPRET=1"):
+            lossfuse.cross_entropy(X, IDS, impl="triton")
+
+    def test_triton_must_be_installed(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr("lossfuse.dispatch._triton_installed", lambda: False)
+        with pytest.raises(ValueError, match="Triton is not installed"):
+            lossfuse.cross_entropy(X, IDS, impl="triton")
+
+    @pytest.mark.parametrize("impl", ["triton", "torch"])
+    def test_what_only_the_reference_differentiates(self, impl, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(ValueError, match="weight requires grad"):
+            lossfuse.cross_entropy(X, IDS, torch.ones(7, requires_grad=True), impl=impl)
+        with pytest.raises(ValueError, match=r"a torch.func transform is active"):
+            torch.func.grad(lambda x: lossfuse.cross_entropy(x, IDS, impl=impl))(X)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode tangent"):
+            lossfuse.cross_entropy(torch.autograd.forward_ad.make_dual(X, X), IDS, impl=impl)
+
+    def test_auto_on_the_cpu_is_the_chunked_backend(self, monkeypatch):
+        from lossfuse import dispatch
+        from lossfuse.inputs import flatten
+
+        rows = flatten(X, IDS, None, -100)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert dispatch.pick("auto", rows) == "torch"
+        assert dispatch.pick("auto", flatten(X, IDS, torch.ones(7, requires_grad=True), -100)) == "reference"
+
+    def test_auto_on_a_gpu_is_triton(self):
+        from lossfuse import dispatch
+        from lossfuse.inputs import flatten
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        assert dispatch.pick("auto", flatten(X.cuda(), IDS.cuda(), None, -100)) == "triton"
+        assert dispatch.pick("auto", flatten(X.cuda().double(), IDS.cuda(), None, -100)) == "torch"
+
+
+def test_nothing_is_written_before_a_refusal(place):
+    x, target = X.clone().to(place.device), torch.tensor([0, 1, 99, 1], device=place.device)
+    before, version = x.clone(), x._version
+    for options in ({"softcap": -1.0}, {"reduction": "x"}, {}):
+        with contextlib.suppress(ValueError, IndexError):
+            lossfuse.cross_entropy(x, target, impl=place.impl, **options)
+    assert torch.equal(x, before) and x._version == version
+
+
+def test_modules_refuse_when_built():
+    with pytest.raises(ValueError, match="label_smoothing is 2.0"):
+        lossfuse.CrossEntropyLoss(label_smoothing=2.0)
+    with pytest.raises(ValueError, match="reduction is 'avg'"):
+        lossfuse.CrossEntropyLoss(reduction="avg")

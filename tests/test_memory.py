@@ -1,0 +1,66 @@
+"""How much is allocated, watched operator by operator on the CPU: one tensor like the logits for the gradient, one block beside it."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lossfuse.backends import chunked
+from lossfuse.spec import LossSpec
+from rows import logits_and_ids, probabilities
+
+
+class Largest(TorchDispatchMode):
+    """The largest new storage among the results of every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 30.0, "label_smoothing": 0.1, "lse_square_scale": 1e-4}], ids=["plain", "every option"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+def test_nothing_larger_than_a_block_is_allocated(dtype, soft, options):
+    n, v = 2048, 8000
+    x, target = logits_and_ids(n, v, dtype)
+    x = x.detach()
+    target = probabilities(n, v, dtype).detach() if soft else target
+    grad = torch.empty_like(x)
+    with Largest() as largest:
+        chunked.row_loss_and_grads(x, target, None, torch.ones(()).expand(n), LossSpec(**options), grad, None)
+    assert 0 < largest.bytes <= chunked.CPU_BLOCK_BYTES < n * v * x.element_size() / 3
+    with Largest() as largest:
+        chunked.row_loss(x, target, None, LossSpec(**options))
+    assert 0 < largest.bytes <= chunked.CPU_BLOCK_BYTES
+
+
+def test_the_gradient_is_handed_over_not_copied():
+    """While autograd holds it nobody else does: a leaf takes it as its .grad without a clone."""
+    import lossfuse
+
+    x, target = logits_and_ids(64, 4000)
+    with Largest():
+        lossfuse.cross_entropy(x, target).backward()
+    assert x.grad is not None and x.grad.is_contiguous()
+    n_like_logits = []
+
+    class Count(Largest):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "aten" and func.overloadpacket.__name__ == "clone":
+                n_like_logits.append(args[0].numel())
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    x.grad = None
+    with Count():
+        lossfuse.cross_entropy(x, target).backward()
+    assert x.numel() not in n_like_logits
