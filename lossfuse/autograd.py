@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .inputs import torch_func_active
 from .spec import LossSpec
 
 NO_OPTIONS_GRAD = (None,) * len(ops.options(LossSpec(), "torch"))
@@ -92,18 +91,18 @@ class ReducedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.formed is not None and not torch.is_grad_enabled() and not torch_func_active():
+        factor = None if ctx.formed is None or torch.is_grad_enabled() else _number(dtotal)
+        if factor is not None:
             # logits are not asked for, so they may have changed since
             formed, ctx.formed = ctx.formed, None
-            dlogits, dtarget = (None if g is None else _scaled_in_place(g, dtotal) for g in formed)
+            grads = (g if g is None or factor == 1.0 else g.mul_(factor) for g in formed)
         else:
             logits, target, class_weight, dloss = ctx.saved_tensors
             needed = ctx.needs_input_grad[:2]
-            stats = dloss.new_empty(0, logits.shape[0])
-            grads = ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options)
+            again = ops.row_grads(logits, target, class_weight, dloss.new_empty(0, len(logits)), dloss, *needed, *ctx.options)
             # outside the operator, so that a batch of factors multiplies one gradient
-            dlogits, dtarget = (None if g is None else (g * dtotal).to(g.dtype) for g in _wanted(grads, *needed))
-        return dlogits, dtarget, None, None, None, None
+            grads = (None if g is None else (g * dtotal).to(g.dtype) for g in _wanted(again, *needed))
+        return *grads, None, None, None, None
 
 
 def _wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -111,8 +110,9 @@ def _wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor 
     return dlogits if need_dlogits else None, dtarget if need_dtarget else None
 
 
-def _scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
-    # reading the factor is free on the CPU, where a pass over the gradient is not
-    if factor.device.type == "cpu" and type(factor) is Tensor and float(factor) == 1.0:
-        return grad
-    return grad.mul_(factor)
+def _number(dtotal: Tensor) -> float | None:
+    """The value of a CPU scalar, which is free to read; None where it has no one value, as a fake or a batch of them."""
+    try:
+        return float(dtotal)
+    except RuntimeError:
+        return None

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from .inputs import Rows, torch_func_active
 IMPLS = ("auto", "triton", "torch", "reference")
 # device types Triton compiles for; ROCm calls itself cuda
 TRITON_DEVICES = ("cuda", "xpu")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def pick(impl: str, rows: Rows) -> str:
@@ -32,8 +32,10 @@ def pick(impl: str, rows: Rows) -> str:
 
 
 def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor: Tensor | None) -> bool:
-    """Whether loss and gradient are made in one eager pass: only where one number scales all rows and is known in the forward."""
-    if backend != "torch" or reduction == "none" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Whether loss and gradient are made in one eager pass: on the CPU, where one number scales all rows and is known in the forward."""
+    if backend != "torch" or rows.logits.device.type != "cpu" or reduction == "none":
+        return False
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     # an fp16 gradient must see a loss scaler's factor before it is rounded, or it underflows
     if rows.logits.dtype == torch.float16 or (rows.soft and rows.target.dtype == torch.float16):
@@ -79,11 +81,6 @@ def _triton_obstacle(rows: Rows) -> str | None:
     if device not in TRITON_DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         hint = " (for Triton's interpreter set TRITON_INTERPRET=1 before the first import)" if device == "cpu" else ""
         return f"Triton does not run on {device} tensors{hint}"
-    if not _triton_installed():
+    if not TRITON_INSTALLED:
         return "Triton is not installed"
     return None
-
-
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -30,6 +30,9 @@ class LossSpec:
     lse_square_scale: float = 0.0
 
     def __post_init__(self) -> None:
+        # a traced number has no value yet; the operator checks it when it runs
+        if torch.compiler.is_compiling():
+            return
         if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
             raise TypeError(f"ignore_index is {self.ignore_index!r} but must be an int")
         if not -(2**63) <= self.ignore_index < 2**63:

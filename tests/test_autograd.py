@@ -218,3 +218,76 @@ def test_checkpointing_recomputes_it(place):
     x, target = logits_and_ids(5, 40, device=place.device)
     loss = torch.utils.checkpoint.checkpoint(loss_of(place), x, target, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=place.impl), x))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_create_graph_where_target_comes_from_the_logits(place, reduction):
+    """Self-entropy with a penalty on its gradient: each path once."""
+
+    def first(f):
+        x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).to(place.device).requires_grad_()
+        (g,) = torch.autograd.grad(f(x, x.softmax(1), reduction=reduction).sum(), x, create_graph=True)
+        return g, *torch.autograd.grad(g.pow(2).sum(), x)
+
+    got = first(lambda *a, **k: lossfuse.cross_entropy(*a, **k, impl=place.impl))
+    torch.testing.assert_close(got, first(F.cross_entropy), rtol=1e-4, atol=1e-6)
+
+
+def test_hooks_run_once_under_create_graph(place):
+    x, target = logits_and_ids(3, 5, device=place.device)
+    z = x * 1
+    calls = []
+    z.register_hook(lambda g: calls.append(1) or g * 2)
+    (got,) = torch.autograd.grad(lossfuse.cross_entropy(z, target, impl=place.impl), x, create_graph=True)
+    (want,) = torch.autograd.grad(F.cross_entropy(x, target), x)
+    assert calls == [1]
+    torch.testing.assert_close(got, 2 * want)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_batched_grad_outputs(place, reduction):
+    x, target = logits_and_ids(3, 5, device=place.device)
+    loss = lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl)
+    dlosses = torch.randn(4, *loss.shape, device=place.device)
+    (got,) = torch.autograd.grad(loss, x, dlosses, is_grads_batched=True)
+    want = F.cross_entropy(x, target, reduction=reduction)
+    torch.testing.assert_close(got, torch.autograd.grad(want, x, dlosses, is_grads_batched=True)[0])
+
+
+def test_a_bad_target_under_torch_func_is_nan_not_zero():
+    """Nothing can look at values there; a zero gradient would be a silent lie."""
+    grad = torch.func.grad(lambda x: lossfuse.cross_entropy(x, torch.tensor([0, 1, 7])))(torch.randn(3, 5))
+    assert grad[2].isnan().all() and grad[:2].isfinite().all()
+
+
+def test_a_normalizer_with_a_tangent():
+    x, target = logits_and_ids(3, 5)
+    with forward_ad.dual_level():
+        normalizer = forward_ad.make_dual(torch.tensor(4.0), torch.tensor(1.0))
+        loss = forward_ad.unpack_dual(lossfuse.cross_entropy(x, target, normalizer=normalizer))
+        torch.testing.assert_close(loss.tangent, -loss.primal / 4)
+
+
+def test_a_checkpoint_frees_the_formed_gradient():
+    """What autograd holds between forward and backward goes through its hooks, so that checkpointing can drop it."""
+    x, target = logits_and_ids(5, 4000)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, lambda shape: torch.zeros(shape)):
+        loss = lossfuse.cross_entropy(x, target)
+    assert "ReducedLoss" not in type(loss.grad_fn.next_functions[0][0]).__name__
+    held = []
+    node = loss.grad_fn
+    while node is not None:
+        held += [v for v in getattr(node, "__dict__", {}).values() if isinstance(v, torch.Tensor | tuple)]
+        node = node.next_functions[0][0] if node.next_functions else None
+    assert not [t for v in held for t in (v if isinstance(v, tuple) else (v,)) if isinstance(t, torch.Tensor) and t.numel() >= x.numel()]
+
+
+def test_the_mean_does_not_need_the_logits_again_on_the_cpu():
+    x, target = logits_and_ids(5, 40)
+    z = x * 1.0
+    loss = lossfuse.cross_entropy(z, target, impl="torch")
+    with torch.no_grad():
+        z.zero_()
+    (got,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(got, torch.autograd.grad(F.cross_entropy(x, target), x)[0])

@@ -132,7 +132,7 @@ class TestAChosenImplementation:
 
     def test_triton_must_be_installed(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr("lossfuse.dispatch._triton_installed", lambda: False)
+        monkeypatch.setattr("lossfuse.dispatch.TRITON_INSTALLED", False)
         with pytest.raises(ValueError, match="Triton is not installed"):
             lossfuse.cross_entropy(X, IDS, impl="triton")
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lossfuse
 from lossfuse.backends import chunked
+from lossfuse.perf.protocol import peak_extra_bytes
 from lossfuse.spec import LossSpec
 from rows import logits_and_ids, probabilities
 
@@ -46,8 +48,6 @@ def test_nothing_larger_than_a_block_is_allocated(dtype, soft, options):
 
 def test_the_gradient_is_handed_over_not_copied():
     """While autograd holds it nobody else does: a leaf takes it as its .grad without a clone."""
-    import lossfuse
-
     x, target = logits_and_ids(64, 4000)
     with Largest():
         lossfuse.cross_entropy(x, target).backward()
@@ -64,3 +64,25 @@ def test_the_gradient_is_handed_over_not_copied():
     with Count():
         lossfuse.cross_entropy(x, target).backward()
     assert x.numel() not in n_like_logits
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({}, 1.05), ({"softcap": 30.0}, 1.15), ({"label_smoothing": 0.1, "lse_square_scale": 1e-4}, 1.15), ({"reduction": "none"}, 1.05)],
+    ids=["plain", "softcap", "smoothing and z-loss", "none"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_of_a_call(dtype, options, share):
+    """Loss and gradient, in units of logits of 125 or 63 MiB; torch takes 3."""
+    x, target = logits_and_ids(1024, 32000, dtype)
+    torch.use_deterministic_algorithms(False)  # which fills new memory twice
+    size = x.numel() * x.element_size()
+
+    def call():
+        return torch.autograd.grad(lossfuse.cross_entropy(x, target, **options).sum(), x)
+
+    call()
+    peak = peak_extra_bytes(call, x.device)
+    if peak is None:
+        pytest.skip("no /proc to ask")
+    assert 0.9 * size < peak < share * size + (4 << 20)

@@ -1,0 +1,145 @@
+"""Compilers and tracers: operators with schemas and shapes, one graph, the same numbers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+import lossfuse
+from conftest import GPU
+from lossfuse import ops
+from lossfuse.spec import LossSpec
+from rows import class_weight, logits_and_ids, probabilities
+
+IMPLS = ["torch", "triton"]
+DEVICE = "cuda" if GPU else "cpu"
+EVERYTHING = LossSpec(-100, 0.1, 20.0, 0.7, 1e-3)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl, soft):
+    x, target = logits_and_ids(4, 19, device=DEVICE)
+    target = probabilities(4, 19, device=DEVICE) if soft else target
+    for spec, weight in ((LossSpec(), None), (EVERYTHING, class_weight(19, DEVICE))):
+        options = ops.options(spec, impl)
+        torch.library.opcheck(ops.row_loss.default, (x, target, weight, *options))
+        _, stats = ops.row_loss(x, target, weight, *options)
+        dloss = torch.randn(4, device=DEVICE, requires_grad=True)
+        torch.library.opcheck(ops.row_grads.default, (x, target, weight, stats.detach(), dloss, True, soft, *options))
+        if impl == "torch":
+            arguments = (x.detach(), target.detach(), weight, dloss.detach(), True, soft, *options)
+            torch.library.opcheck(ops.row_loss_and_grads.default, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_one_graph_with_the_numbers_of_eager(impl, backend, soft, reduction):
+    """A peer's compiled loss is wrong on ignored rows, silently."""
+    torch._dynamo.reset()
+    x, target = logits_and_ids(6, 19, device=DEVICE)
+    target = probabilities(6, 19, device=DEVICE) if soft else target
+
+    def f(x, target):
+        z = x * 1.5
+        return lossfuse.cross_entropy(z, target, label_smoothing=0.1, softcap=9.0, reduction=reduction, impl=impl).sum() * 0.3
+
+    compiled = torch.compile(f, backend=backend, fullgraph=True)
+    leaves = [x, target] if soft else [x]
+    torch.testing.assert_close(compiled(x, target), f(x, target))
+    got, want = (torch.autograd.grad(g(x, target), leaves) for g in (compiled, f))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_inductor_on_real_shapes_with_ignored_rows():
+    torch._dynamo.reset()
+    x, target = logits_and_ids(16, 1000, torch.bfloat16)
+    compiled = torch.compile(lambda x, t: lossfuse.cross_entropy(x, t), fullgraph=True)
+    torch.testing.assert_close(compiled(x, target), lossfuse.cross_entropy(x, target))
+    got, want = (torch.autograd.grad(f(x, target), x) for f in (compiled, lossfuse.cross_entropy))
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+
+
+def test_a_float_option_that_changes_and_a_batch_that_grows():
+    torch._dynamo.reset()
+
+    def f(x, target, smoothing, normalizer):
+        return lossfuse.cross_entropy(x, target, label_smoothing=smoothing, normalizer=normalizer)
+
+    compiled = torch.compile(f, backend="eager", fullgraph=True, dynamic=True)
+    for n, smoothing in ((4, 0.1), (6, 0.2), (9, 0.3)):
+        x, target = logits_and_ids(n, 19)
+        torch.testing.assert_close(compiled(x, target, smoothing, n), f(x, target, smoothing, n))
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+def test_deprecated_arguments_in_one_graph():
+    torch._dynamo.reset()
+    x, target = logits_and_ids(4, 19)
+    compiled = torch.compile(lambda x, t: lossfuse.cross_entropy(x, t, size_average=False), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, target), lossfuse.cross_entropy(x, target, reduction="sum"))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jvp"])
+def test_torch_func_inside_a_compiled_function(transform):
+    """Zeros without an error, once: the transform must be seen while tracing."""
+    torch._dynamo.reset()
+    x, target = torch.randn(3, 5), torch.tensor([0, 1, -100])
+
+    def f(loss):
+        def run(x):
+            g = lambda x: loss(x, target)  # noqa: E731
+            if transform == "jvp":
+                return torch.func.jvp(g, (x,), (torch.ones_like(x),))[1]
+            return getattr(torch.func, transform)(g)(x)
+
+        return run
+
+    torch.testing.assert_close(torch.compile(f(lossfuse.cross_entropy), backend="eager")(x), f(F.cross_entropy)(x))
+
+
+def test_create_graph_through_a_compiled_loss_is_right_or_raises():
+    torch._dynamo.reset()
+    x, target = logits_and_ids(4, 19)
+    for backend in ("eager", "aot_eager"):
+        loss = torch.compile(lambda x: lossfuse.cross_entropy(x, target, reduction="none").sum(), backend=backend)(x)
+        try:
+            (g,) = torch.autograd.grad(loss, x, create_graph=True)
+            (got,) = torch.autograd.grad(g.pow(2).sum(), x)
+        except RuntimeError as error:
+            assert "double backward" in str(error) or "does not require grad" in str(error)
+            continue
+        (g,) = torch.autograd.grad(F.cross_entropy(x, target, reduction="sum"), x, create_graph=True)
+        torch.testing.assert_close(got, torch.autograd.grad(g.pow(2).sum(), x)[0])
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_fake_tensors(impl):
+    with FakeTensorMode():
+        x = torch.empty(4, 19, requires_grad=True)
+        target = torch.empty(4, dtype=torch.int64)
+        loss = lossfuse.cross_entropy(x, target, impl=impl)
+        (grad,) = torch.autograd.grad(loss, x)
+        assert loss.shape == () and grad.shape == (4, 19)
+
+
+def test_meta_tensors():
+    x = torch.empty(4, 19, device="meta", requires_grad=True)
+    loss = lossfuse.cross_entropy(x, torch.empty(4, dtype=torch.int64, device="meta"))
+    assert loss.device.type == "meta" and torch.autograd.grad(loss, x)[0].shape == (4, 19)
+
+
+def test_export():
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(8, 19)
+
+        def forward(self, x, target):
+            return lossfuse.cross_entropy(self.head(x), target)
+
+    head, x, target = Head(), torch.randn(4, 8), torch.tensor([0, 1, -100, 18])
+    exported = torch.export.export(head, (x, target))
+    torch.testing.assert_close(exported.module()(x, target), head(x, target))
