@@ -124,11 +124,14 @@ def show(rows: list[dict[str, Any]], stamp: dict[str, Any], console: "Console") 
     """A line per variant."""
     from rich.table import Table
 
-    title = f"Loss and gradient on {stamp['device']}, torch {stamp['torch']}, THP_MEM_ALLOC_ENABLE={stamp['thp']}"
-    table = Table("case", "dtype", "variant", "ms (p20 - p80)", "speed-up", "memory", "worst error", title=title)
+    title = f"Loss and gradient, {stamp['device']}, torch {stamp['torch']}, THP_MEM_ALLOC_ENABLE={stamp['thp']}"
+    caption = "memory beyond the logits in units of them; error of the worst entry of the gradient relative to itself"
+    table = Table("case", "variant", "ms", "p20-p80", "faster", "memory", "error", title=title, caption=caption)
     for row in rows:
-        memory = "not measured" if row["peak_in_logits"] is None else f"{row['peak_in_logits']:.2f}x"
-        spread = f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f} - {row['ms_p80']:.1f})"
-        cells = [row["case"], row["dtype"], row["variant"], spread, f"{row['speedup']:.2f}x", memory, f"{row['worst_relative_error']:.1e}"]
+        memory = "-" if row["peak_in_logits"] is None else f"{row['peak_in_logits']:.2f}"
+        spread = f"{row['ms_p20']:.0f}-{row['ms_p80']:.0f}"
+        name = row["variant"].replace("cross_entropy", "ce")
+        cells = [f"{row['case']} {row['dtype']}", name, f"{row['ms_p50']:.1f}", spread, f"{row['speedup']:.2f}", memory]
+        cells.append(f"{row['worst_relative_error']:.1e}")
         table.add_row(*cells, end_section=row["variant"] == list(VARIANTS)[-1])
     console.print(table)

@@ -1,5 +1,6 @@
 """How we time and how we weigh: variants interleaved in one process, medians, memory in a pass of its own."""
 
+import ctypes
 import gc
 import statistics
 import time
@@ -53,7 +54,8 @@ def time_interleaved(
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """The most memory a call holds beyond what was held before it; None where neither CUDA nor Linux can tell.
 
-    CUDA: the allocator's peak. CPU: the process's high-water mark, reset before the call, so other threads count too.
+    CUDA: the allocator's peak. CPU: the process's high-water mark, reset before the call, so other threads count too; memory that was
+    freed but kept by malloc is given back first, or a call would seem to need none.
     """
     gc.collect()
     if device.type == "cuda":
@@ -67,6 +69,9 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if device.type != "cpu" or not clear.exists():
         return None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     clear.write_text("5")
     before = _kilobytes(status, "VmRSS")
     result = run()
