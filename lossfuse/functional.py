@@ -76,7 +76,7 @@ def cross_entropy(
     to a row cancels exactly; the target's ``p - 1`` is formed before rounding and keeps its digits however confident the model is.
 
     Memory: O(N) in the forward and one tensor like ``input`` for the gradient. On the CPU, for "mean" and "sum", the gradient is formed
-    in the forward; temporaries take at most 4 MiB or 4 % of the logits, whichever is more, if a row is below 512 KiB. Layouts whose rows
+    in the forward; temporaries take at most 3 MiB or 4 % of the logits, whichever is more, if a row is below 512 KiB. Layouts whose rows
     have no single stride, such as ``(N, C, d)``, are copied once.
 
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867; z-loss is de

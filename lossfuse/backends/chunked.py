@@ -20,7 +20,7 @@ CPU_BLOCK_BYTES = 8 << 20
 # elsewhere a block is a handful of kernel launches
 DEVICE_BLOCK_BYTES = 64 << 20
 # what all blocks beside the gradient may take together: 4 % of the logits, or this if it is more
-TEMPORARY_BYTES = 4 << 20
+TEMPORARY_BYTES = 3 << 20
 TEMPORARY_SHARE = 25
 # blocks alive at once where the logits are shaped or summed, or targets are probabilities
 FEATURE_BLOCKS = 6
@@ -247,13 +247,13 @@ def _zero_rows(dlogits: Tensor, ignored: Tensor) -> None:
 
 
 _MADV_HUGEPAGE = 14
+_PAGE, _HUGE_PAGE = 4096, 2 << 20
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _prefer_huge_pages(fresh: Tensor) -> None:
-    """Ask Linux for huge pages under a new tensor, as numpy does: faulting in 4 KiB pages takes longer than the loss. A hint, no more."""
-    size = fresh.numel() * fresh.element_size()
-    if _libc is None or fresh.device.type != "cpu" or size < 4 << 20:
-        return
-    start = -(-fresh.data_ptr() // 4096) * 4096
-    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t((fresh.data_ptr() + size) // 4096 * 4096 - start), _MADV_HUGEPAGE)
+    """Ask Linux for huge pages under a new tensor, as numpy does: faulting in small ones takes longer than the loss. A hint, no more."""
+    first = -(-fresh.data_ptr() // _PAGE) * _PAGE
+    end = (fresh.data_ptr() + fresh.numel() * fresh.element_size()) // _PAGE * _PAGE
+    if _libc is not None and fresh.device.type == "cpu" and end - first >= 2 * _HUGE_PAGE:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
