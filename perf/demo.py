@@ -123,12 +123,17 @@ def picture(result: Result, path: Path) -> None:
     curves = pd.DataFrame(
         [{"step": i + 1, "loss": loss, "with": name} for name, run in result.runs.items() for i, loss in enumerate(run.losses)]
     )
-    legend = alt.Legend(title=None, orient="top-right", symbolType="stroke", symbolStrokeWidth=4, symbolSize=300)
-    colour = alt.Color("with:N", scale=alt.Scale(domain=names, range=["#9aa5b1", "#d1495b"]), legend=legend)
+    scale = alt.Scale(domain=names, range=["#9aa5b1", "#d1495b"])
+    legend = alt.Legend(title=None, orient="top-right", symbolType="square", symbolStrokeWidth=9)
     # ours is drawn over torch's: thin on thick, so that both show where they agree
     width = alt.Size("with:N", scale=alt.Scale(domain=names, range=[6, 1.8]), legend=None)
     left = alt.Chart(curves, title="The same curve", width=420, height=300).mark_line()
-    left = left.encode(x="step:Q", y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False)), color=colour, size=width)
+    left = left.encode(
+        x="step:Q",
+        y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False)),
+        color=alt.Color("with:N", scale=scale, legend=legend),
+        size=width,
+    )
 
     def bars(title: str, unit: str, values: list[float]) -> alt.LayerChart:
         frame = pd.DataFrame({"with": names, "value": values})
@@ -137,7 +142,7 @@ def picture(result: Result, path: Path) -> None:
             x=alt.X("with:N", title=None, sort=names, axis=alt.Axis(labelAngle=0, ticks=False)), y=alt.Y("value:Q", title=unit, scale=top)
         )
         label = base.mark_text(dy=-9, fontSize=13).encode(text=alt.Text("value:Q", format=",.0f"))
-        return base.mark_bar().encode(color=colour) + label
+        return base.mark_bar().encode(color=alt.Color("with:N", scale=scale, legend=None)) + label
 
     chart = left | bars("Loss, forward + backward", "ms", [run.timing.p50 for run in result.runs.values()])
     memory = [run.extra_bytes for run in result.runs.values() if run.extra_bytes is not None]
@@ -147,6 +152,7 @@ def picture(result: Result, path: Path) -> None:
         f"{result.rows} tokens x {result.vocab_size:,} classes, fp32, {result.device.type}, logits {result.logits_bytes / 2**20:.0f} MiB"
     )
     chart = chart.properties(title=alt.Title("torch's cross entropy and ours, training on Python's standard library", subtitle=caption))
+    chart = chart.resolve_scale(color="independent")
     chart.configure_view(stroke=None).configure_axis(grid=False).save(path, scale_factor=2)
 
 
