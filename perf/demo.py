@@ -124,7 +124,7 @@ def picture(result: Result, path: Path) -> None:
         [{"step": i + 1, "loss": loss, "with": name} for name, run in result.runs.items() for i, loss in enumerate(run.losses)]
     )
     scale = alt.Scale(domain=names, range=["#9aa5b1", "#d1495b"])
-    legend = alt.Legend(title=None, orient="top-right", symbolType="square", symbolStrokeWidth=9)
+    legend = alt.Legend(title=None, orient="top-right", symbolType="square", symbolStrokeWidth=5)
     # ours is drawn over torch's: thin on thick, so that both show where they agree
     width = alt.Size("with:N", scale=alt.Scale(domain=names, range=[6, 1.8]), legend=None)
     left = alt.Chart(curves, title="The same curve", width=420, height=300).mark_line()
