@@ -125,8 +125,6 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str, input: T
         if normalizer.device.type != "cpu" and normalizer.device != input.device:
             raise ValueError(f"normalizer is on {normalizer.device} but input is on {input.device}")
         return
-    if torch.compiler.is_compiling():
-        return
     require_finite("normalizer", normalizer)
     if not normalizer > 0:
         raise ValueError(f"normalizer is {normalizer} but must be positive")

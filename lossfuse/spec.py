@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,6 @@ class LossSpec:
     lse_square_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        # a traced number has no value yet; the operator checks it when it runs
-        if torch.compiler.is_compiling():
-            return
         if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
             raise TypeError(f"ignore_index is {self.ignore_index!r} but must be an int")
         if not -(2**63) <= self.ignore_index < 2**63:
@@ -57,11 +55,12 @@ class LossSpec:
 LARGEST = 3.4028234663852886e38
 
 
-def require_finite(name: str, value: object) -> None:
+def require_finite(name: str, value: Any) -> None:
     """A Python or numpy number that float32 can hold."""
-    if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
+    # a compiler's symbolic number has no __float__, but compares
+    if not torch.compiler.is_compiling() and (isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__")):
         raise TypeError(f"{name} is a {type(value).__name__} but must be a Python number")
-    if not -LARGEST <= value <= LARGEST:  # type: ignore[operator]
+    if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} is {value} but must be finite in float32")
 
 

@@ -1,5 +1,7 @@
 """The torch program that ``lossfuse.cross_entropy`` equals, as its docstring states it: the oracle of the tests, run in float64."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,7 @@ def cross_entropy(
 
 
 def value_and_grads(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, dloss: Tensor | None = None, **options: object
+    input: Tensor, target: Tensor, weight: Tensor | None = None, dloss: Tensor | None = None, **options: Any
 ) -> list[Tensor]:
     """[loss, d input, d target if it has one], in float64 of the same numbers."""
     x = input.detach().double().requires_grad_()
@@ -50,6 +52,6 @@ def value_and_grads(
         t = target.detach().double()
         if target.requires_grad:
             leaves.append(t.requires_grad_())
-    loss = cross_entropy(x, t, None if weight is None else weight.detach().double(), **options)  # type: ignore[arg-type]
+    loss = cross_entropy(x, t, None if weight is None else weight.detach().double(), **options)
     grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss) if dloss is None else dloss.double().reshape(loss.shape))
     return [loss.detach(), *grads]

@@ -74,6 +74,16 @@ def test_a_float_option_that_changes_and_a_batch_that_grows():
         torch.testing.assert_close(compiled(x, target, smoothing, n), f(x, target, smoothing, n))
 
 
+@pytest.mark.parametrize(
+    "bad", [{"softcap": -1.0}, {"label_smoothing": 2.0}, {"normalizer": -3}, {"lse_square_scale": float("inf")}], ids=str
+)
+def test_bad_numbers_are_refused_while_tracing(bad):
+    torch._dynamo.reset()
+    x, target = logits_and_ids(4, 19)
+    with pytest.raises(Exception, match=f"{next(iter(bad))} is "):
+        torch.compile(lambda x: lossfuse.cross_entropy(x, target, **bad), backend="eager", fullgraph=True)(x)
+
+
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
 def test_deprecated_arguments_in_one_graph():
     torch._dynamo.reset()
