@@ -1,45 +1,111 @@
-"""``python -m lossfuse.perf demo | bench``."""
+"""``python -m lossfuse.perf demo | bench | compare | memory | estimate | dashboard | gpu``."""
 
 import argparse
 import importlib.util
 import sys
 from pathlib import Path
 
+from .cases import CASES, DTYPES, MODES
+from .mistakes import Mistake
+
+EXTRA = ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert")
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lossfuse.perf", description="See what lossfuse does, on this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    """0; 1 where a goal was missed, a test failed or the extra is not installed; 2 with a sentence for what cannot be done."""
+    options = parser().parse_args(arguments)
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{', '.join(missing)} not installed: pip install 'lossfuse[perf]'", file=sys.stderr)
+        return 1
+    try:
+        return run(options)
+    except Mistake as mistake:
+        print(f"lossfuse.perf {options.command}: {mistake}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="python -m lossfuse.perf", description="See what lossfuse does, on this machine.")
+    commands = top.add_subparsers(dest="command", required=True)
+
     demo = commands.add_parser("demo", help="train a small transformer on real text with torch's loss and with ours")
     demo.add_argument("--out", type=Path, default=Path("lossfuse-demo.png"), help="the picture to write (default: %(default)s)")
     demo.add_argument("--steps", type=int, default=40, help="training steps of each model (default: %(default)s)")
-    bench = commands.add_parser("bench", help="time, memory and error of the loss on logits, beside torch's")
-    bench.add_argument(
-        "--shapes", type=shape, nargs="+", default=[(1024, 32000)], metavar="NxV", help="rows x classes (default: 1024x32000)"
-    )
-    bench.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32", "bf16"], help="(default: fp32 bf16)")
-    bench.add_argument("--repeats", type=int, default=9, help="timed calls of each variant (default: %(default)s)")
+
+    bench = commands.add_parser("bench", help="time, memory and error of every method on named cases or your own shapes")
+    bench.add_argument("--cases", nargs="+", default=["llama2"], metavar="CASE", help=f"all, NxV, NxDxV (a head), {', '.join(CASES)}")
+    bench.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)")
+    bench.add_argument("--modes", nargs="+", choices=MODES, default=["no_grad", "forward+backward"], help="(default: %(default)s)")
+    bench.add_argument("--methods", metavar="TEXT", help="only methods whose name contains this, and torch's own (default: all)")
+    bench.add_argument("--repeats", type=int, default=15, help="timed calls of each method, at most (default: %(default)s)")
+    bench.add_argument("--seconds", type=float, default=20.0, help="for a mode of a case; three calls of each are made anyway")
     bench.add_argument("--out", type=Path, help="CSV to append the rows to")
-    options = parser.parse_args(arguments)
-    missing = [name for name in ("altair", "pandas", "rich", "tokenizers", "vl_convert") if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.exit(1, f"{', '.join(missing)} not installed: pip install 'lossfuse[perf]'\n")
+    bench.add_argument(
+        "--tests", choices=["run", "passed", "failed", "not run"], default="not run", help="what the rows say of this commit's tests"
+    )
 
+    compare = commands.add_parser("compare", help="two commits, or two files of rows, side by side")
+    compare.add_argument("a", metavar="FILE[@COMMIT]")
+    compare.add_argument("b", metavar="FILE[@COMMIT]")
+
+    memory = commands.add_parser("memory", help="the peak of a training step of yours, when it comes and who is alive then")
+    memory.add_argument("step", metavar="MODULE:FUNCTION", help="something callable without arguments, e.g. train:step")
+    memory.add_argument("--out", type=Path, help="picture (.png, .svg), page (.html) or table (.csv) of the timeline")
+    memory.add_argument("--warmup", type=int, default=1, help="calls before the one that is watched (default: %(default)s)")
+
+    estimate = commands.add_parser("estimate", help="the bytes each method needs on a shape, without running it")
+    estimate.add_argument("cases", nargs="+", metavar="CASE", help="NxV, NxDxV (a head), or a named case")
+    estimate.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)")
+    estimate.add_argument("--mode", choices=MODES, default="forward+backward", help="(default: %(default)s)")
+    estimate.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
+    estimate.add_argument("--fits", type=float, metavar="GIB", help="memory there is, for a verdict on each method")
+
+    dashboard = commands.add_parser("dashboard", help="one page of rows that opens offline")
+    dashboard.add_argument("rows", type=Path, nargs="+", metavar="CSV")
+    dashboard.add_argument("--out", type=Path, default=Path("lossfuse-dashboard.html"), help="(default: %(default)s)")
+    dashboard.add_argument("--pngs", type=Path, metavar="FOLDER", help="also write the charts as pictures")
+
+    gpu = commands.add_parser("gpu", help="tests, goals and peers on a GPU in one call; without one a small rehearsal")
+    gpu.add_argument("--out", type=Path, default=Path("lossfuse-gpu"), metavar="FOLDER", help="rows, log, summary (default: %(default)s)")
+    gpu.add_argument("--minutes", type=float, default=7.5, help="it ends inside them (default: %(default)s)")
+    return top
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; what it needs is imported here and not before."""
     if options.command == "demo":
-        from .demo import Setup
-        from .demo import main as run_demo
+        from . import demo
 
-        run_demo(options.out, Setup(steps=options.steps))
+        demo.main(options.out, demo.Setup(steps=options.steps))
+    elif options.command == "bench":
+        from . import bench
+
+        cases = list(CASES) if options.cases == ["all"] else options.cases
+        effort = bench.Effort(options.repeats, options.seconds)
+        bench.main(cases, options.dtypes, options.modes, options.methods, effort, options.out, options.tests)
+    elif options.command == "compare":
+        from . import compare
+
+        compare.main(options.a, options.b)
+    elif options.command == "memory":
+        from . import memory_view
+
+        memory_view.main(options.step, options.out, options.warmup)
+    elif options.command == "estimate":
+        from . import estimate
+
+        estimate.main(options.cases, options.dtypes, options.mode, options.device, options.fits)
+    elif options.command == "dashboard":
+        from . import dashboard
+
+        dashboard.main(options.rows, options.out, options.pngs)
     else:
-        from .bench import main as run_bench
+        from . import gpu
 
-        run_bench(options.shapes, options.dtypes, options.repeats, options.out)
+        return gpu.main(options.out, options.minutes)
     return 0
-
-
-def shape(text: str) -> tuple[int, int]:
-    """'1024x32000' -> (1024, 32000)."""
-    n, v = (int(part) for part in text.lower().split("x"))
-    return n, v
 
 
 if __name__ == "__main__":

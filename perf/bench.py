@@ -1,137 +1,199 @@
-"""Loss and gradient of logits, ours beside torch's: time interleaved, memory apart, error against fp64, one row each."""
+"""Cases x dtypes x modes x methods: checked against fp64, then timed in turn, then weighed; one row each."""
 
-import datetime
-import os
-import platform
-import subprocess
-from collections.abc import Callable
-from functools import partial
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import lossfuse
-
-from .protocol import peak_extra_bytes, time_interleaved
+from . import methods as known
+from .cases import DTYPES, Case, named
+from .environment import run_tests, stamp
+from .methods import Method
+from .problems import Errors, Head, Logits, load
+from .protocol import Step, peak_extra_bytes, synchronize, time_interleaved
+from .rows import append
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-VARIANTS: dict[str, Loss] = {
-    "F.cross_entropy": F.cross_entropy,
-    "F.cross_entropy(x.float())": lambda x, target: F.cross_entropy(x.float(), target),
-    "lossfuse": lossfuse.cross_entropy,
-}
-BASELINE = "F.cross_entropy"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Row = dict[str, Any]
+LEAST = "the least work"
 
 
-def inputs(n: int, v: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits drawn from N(0, 2) whose target leads by 6 in every other row; a seventh of the rows is ignored."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(n, v, generator=g).mul_(2.0)
-    target = torch.randint(0, v, (n,), generator=g)
-    x[torch.arange(0, n, 2), target[::2]] += 6.0
-    target[::7] = -100
-    return x.to(dtype).to(device).requires_grad_(), target.to(device)
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: at most so many repeats of each method, and no new round past so many seconds of a mode of a case."""
+
+    repeats: int = 15
+    seconds: float = 20.0
 
 
-def gradient(loss_fn: Loss, x: Tensor, target: Tensor) -> Tensor:
-    """Forward and backward of the loss alone; the gradient is handed out and not accumulated, as a matrix product would take it."""
-    return torch.autograd.grad(loss_fn(x, target), x)[0]
-
-
-def worst_error(loss_fn: Loss, x: Tensor, target: Tensor, rows: int = 64) -> float:
-    """Largest error of an entry of the gradient relative to itself, on the first rows, against fp64 of the same numbers."""
-    x, target = x[:rows].detach().requires_grad_(), target[:rows]
-    got = gradient(loss_fn, x, target).double()
-    want = gradient(F.cross_entropy, x.detach().double().requires_grad_(), target)
-    return float(((got - want).abs() / want.abs().clamp(min=1e-30)).where(want != 0, got.abs()).max())
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a row must say so that it can be repeated."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "device": f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name,
-        "torch": torch.__version__,
-        "lossfuse": lossfuse.__version__,
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "thp": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
-
-
-def measure(n: int, v: int, dtype_name: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """One row per variant."""
-    x, target = inputs(n, v, DTYPES[dtype_name], device)
-    calls = {name: partial(gradient, f, x, target) for name, f in VARIANTS.items()}
-    times = time_interleaved(calls, device, repeats)
-    size = x.numel() * x.element_size()
+def measure(
+    case: Case,
+    dtype_name: str,
+    device: torch.device,
+    modes: Sequence[str],
+    methods: Sequence[Method],
+    effort: Effort,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """One row per mode and method. What fails, is wrong or does not fit is a row that says so, without numbers."""
+    if "torch._dynamo" in sys.modules:
+        # it gives up on a function after eight shapes
+        torch.compiler.reset()
+    dtype = DTYPES[dtype_name]
+    head = {"case": case.name, "op": case.op, "dtype": dtype_name, "n": case.n, "v": case.v, "d": case.d}
+    try:
+        problem = load(case, dtype, device)
+    except Exception as error:
+        status, note = _failure(error)
+        return [head | _of(m) | {"mode": mode, "status": status, "note": note} for mode in modes for m in methods]
     rows = []
-    for name, f in VARIANTS.items():
-        peak = peak_extra_bytes(calls[name], device)
-        rows.append(
-            {
-                "case": f"{n}x{v}", "dtype": dtype_name, "variant": name, "n": n, "v": v,
-                "ms_p50": times[name].p50, "ms_p20": times[name].p20, "ms_p80": times[name].p80,
-                "speedup": times[BASELINE].p50 / times[name].p50,
-                "peak_extra_bytes": peak, "peak_in_logits": None if peak is None else peak / size,
-                "worst_relative_error": worst_error(f, x, target),
-            }
-        )  # fmt: skip
+    for mode in modes:
+        say(f"{case.name} {dtype_name} {mode}")
+        rows += [head | {"mode": mode} | row for row in _measure_mode(problem, mode, methods, device, effort)]
     return rows
 
 
-def main(shapes: list[tuple[int, int]], dtypes: list[str], repeats: int, out: Path | None) -> None:
-    """Measure every shape in every dtype; print a table, and append the rows to a CSV if asked."""
-    import pandas as pd
+def _of(method: Method) -> Row:
+    return {"method": method.name, "package": method.release}
+
+
+def _measure_mode(problem: Logits | Head, mode: str, methods: Sequence[Method], device: torch.device, effort: Effort) -> list[Row]:
+    rows: list[Row] = []
+    steps: dict[str, Step] = {}
+    least, share = problem.least(mode)
+    try:
+        least.run()
+        steps[LEAST] = least
+    except Exception as error:
+        # without a roofline the times still stand
+        if _failure(error)[0] != "out of memory":
+            raise
+    for method in methods:
+        row = _of(method) | {"status": "ok"}
+        rows.append(row)
+        try:
+            step = problem.step(method.make(), mode, method.consumes)
+            errors = _check(problem, step, device)
+            row |= {"loss_error": errors.loss, "grad_error": errors.grad}
+            complaint = errors.complaint(problem.dtype)
+            if complaint is None:
+                row["peak_extra_bytes"] = peak_extra_bytes(step, device)
+                steps[method.name] = step
+            else:
+                row |= {"status": "wrong", "note": complaint}
+        except Exception as error:
+            row["status"], row["note"] = _failure(error)
+            _free(device)
+    times = time_interleaved(steps, device, effort.repeats, effort.seconds)
+    ideal = times[LEAST].p50 * share if LEAST in times else None
+    for row in rows:
+        if row["method"] in times:
+            timing = times[row["method"]]
+            row |= {"ms_p50": timing.p50, "ms_p20": timing.p20, "ms_p80": timing.p80, "repeats": timing.repeats}
+            row |= {"ideal_ms": ideal} | _ceiling(problem, mode, ideal)
+    return rows
+
+
+def _check(problem: Logits | Head, step: Step, device: torch.device) -> Errors:
+    result = step.run(*step.prepare())
+    synchronize(device)
+    return problem.errors(result)  # type: ignore[arg-type]
+
+
+def _ceiling(problem: Logits | Head, mode: str, ideal_ms: float | None) -> Row:
+    if ideal_ms is None:
+        return {}
+    if isinstance(problem, Logits):
+        return {"copy_gbps": problem.case.moved_bytes(mode, problem.logits.element_size()) / ideal_ms / 1e6}
+    return {"matmul_tflops": problem.case.flops(mode) / ideal_ms / 1e9}
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    """Status and note; an exception that is about this program and not about a method is nobody's result."""
+    first = (str(error).strip() or "no message").splitlines()[0][:300]
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return "out of memory" if full else "failed", f"{type(error).__name__}: {first}"
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main(
+    cases: Sequence[str], dtypes: Sequence[str], modes: Sequence[str], only: str | None, effort: Effort, out: Path | None, tests: str
+) -> None:
+    """Measure, print a table per case, append the rows of each case to a CSV as soon as it is measured.
+
+    ``tests`` is what the rows say of this commit's tests; ``run`` runs them first.
+    """
     from rich.console import Console
 
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stamp = environment(device)
-    rows: list[dict[str, Any]] = []
-    for n, v in shapes:
-        for dtype in dtypes:
-            with console.status(f"{n} x {v} {dtype}"):
-                rows += measure(n, v, dtype, device, repeats)
-    show(rows, stamp, console)
+    chosen = [named(name, device) for name in cases]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        frame = pd.DataFrame([row | stamp for row in rows])
-        frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+        # before minutes are spent on rows that cannot be kept
+        append(out, [])
+    if tests == "run":
+        with console.status("running the tests of this commit"):
+            tests, said = run_tests()
+        console.print(f"tests: {tests}; {said.strip().splitlines()[-1]}", markup=False)
+    where = stamp(device, tests)
+    methods = {}
+    for op in dict.fromkeys(case.op for case in chosen):
+        methods[op], lines = known.of(op, device, only)
+        for line in lines:
+            console.print(line, style="dim")
+    console.print(f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}")
+    for case in chosen:
+        rows: list[Row] = []
+        with console.status("") as status:
+            for dtype in dtypes:
+                rows += measure(case, dtype, device, modes, methods[case.op], effort, status.update)
+                _free(device)
+        rows = [row | where for row in rows]
+        show(case, rows, console)
+        if out is not None:
+            append(out, rows)
+    if out is not None:
         console.print(f"rows: {out}")
 
 
-def show(rows: list[dict[str, Any]], stamp: dict[str, Any], console: "Console") -> None:
-    """A line per variant."""
+def show(case: Case, rows: list[Row], console: "Console") -> None:
+    """A line per method, in groups of dtype and mode."""
+    from rich.markup import escape
     from rich.table import Table
 
-    title = f"Loss and gradient, {stamp['device']}, torch {stamp['torch']}, THP_MEM_ALLOC_ENABLE={stamp['thp']}"
-    caption = "memory beyond the logits in units of them; error of the worst entry of the gradient relative to itself"
-    table = Table("case", "variant", "ms", "p20-p80", "faster", "memory", "error", title=title, caption=caption)
-    for row in rows:
-        memory = "-" if row["peak_in_logits"] is None else f"{row['peak_in_logits']:.2f}"
-        spread = f"{row['ms_p20']:.0f}-{row['ms_p80']:.0f}"
-        name = row["variant"].replace("cross_entropy", "ce")
-        cells = [f"{row['case']} {row['dtype']}", name, f"{row['ms_p50']:.1f}", spread, f"{row['speedup']:.2f}", memory]
-        cells.append(f"{row['worst_relative_error']:.1e}")
-        table.add_row(*cells, end_section=row["variant"] == list(VARIANTS)[-1])
+    width = "" if case.d is None else f" x {case.d:,}"
+    title = escape(f"{case.name}: {case.n:,}{width} x {case.v:,} - {case.reason}")
+    least = "a copy of the logits (half of it without a backward)" if case.op == "logits" else "the matrix products alone"
+    unit = "relative to itself" if case.op == "logits" else "relative to its row's largest"
+    caption = f"roofline: {least}, timed in turn with the methods; memory beyond inputs, results included; "
+    caption += f"error: of the worst entry of the gradient, {unit}"
+    table = Table("", "method", "ms", "p20-p80", "faster", "roofline", "memory", "loss off", "error", title=title, caption=caption)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    groups = list(dict.fromkeys((row["dtype"], row["mode"]) for row in rows))
+    for group in groups:
+        mine = [row for row in rows if (row["dtype"], row["mode"]) == group]
+        base = next((row.get("ms_p50") for row in mine if row["method"] == known.BASELINE[case.op]), None)
+        for i, row in enumerate(mine):
+            cells = [" ".join(group) if i == 0 else "", escape(row["method"])]
+            if row["status"] != "ok":
+                table.add_row(*cells, escape(f"{row['status']}: {row['note']}"), style="red", end_section=row is mine[-1])
+                continue
+            ms, peak = row["ms_p50"], row["peak_extra_bytes"]
+            cells += [f"{ms:.3g}" if ms < 100 else f"{ms:.0f}", f"{row['ms_p20']:.3g}-{row['ms_p80']:.3g}"]
+            cells += [f"{base / ms:.2f}" if base else "-", f"{row['ideal_ms'] / ms:.2f}" if row.get("ideal_ms") else "-"]
+            cells += ["-" if peak is None else f"{peak / 2**20:,.0f} MiB", f"{row['loss_error']:.0e}"]
+            cells += ["-" if row["grad_error"] is None else f"{row['grad_error']:.0e}"]
+            table.add_row(*cells, end_section=row is mine[-1])
     console.print(table)

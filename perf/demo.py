@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import lossfuse
 
 from .corpus import batches, standard_library_sources, train_tokenizer
 from .model import Transformer
-from .protocol import Timing, peak_extra_bytes, synchronize
+from .protocol import Step, Timing, peak_extra_bytes, synchronize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,7 +107,7 @@ def train(setup: Setup, device: torch.device, say: Callable[[str], None], advanc
 
     logits = runs[OURS].model(tokens.to(device)).flatten(0, 1)
     for run in runs.values():
-        run.extra_bytes = peak_extra_bytes(lambda: _gradient(run.loss_fn, logits, target.to(device).flatten()), device)  # noqa: B023
+        run.extra_bytes = peak_extra_bytes(Step(partial(_gradient, run.loss_fn, logits, target.to(device).flatten())), device)
     return Result(runs, device, logits.numel() * logits.element_size(), len(logits), vocab_size)
 
 

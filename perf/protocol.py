@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,13 +19,22 @@ class Timing:
     p20: float
     p50: float
     p80: float
+    repeats: int = 1
 
     @classmethod
     def of(cls, milliseconds: list[float]) -> "Timing":
         if len(milliseconds) < 2:
-            return cls(*milliseconds * 3)
+            return cls(milliseconds[0], milliseconds[0], milliseconds[0])
         tenths = statistics.quantiles(milliseconds, n=10, method="inclusive")
-        return cls(tenths[1], statistics.median(milliseconds), tenths[7])
+        return cls(tenths[1], statistics.median(milliseconds), tenths[7], len(milliseconds))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed, and before it, off the clock, what makes its arguments: a method that eats its input gets a fresh one."""
+
+    run: Callable[..., object]
+    prepare: Callable[[], tuple[Any, ...]] = tuple
 
 
 def synchronize(device: torch.device) -> None:
@@ -34,35 +44,73 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_interleaved(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, tick: Callable[[], None] = lambda: None
+    steps: Mapping[str, Step], device: torch.device, repeats: int, seconds: float = float("inf"), tick: Callable[[], None] = lambda: None
 ) -> dict[str, Timing]:
-    """Wall time of each variant, one call of each in turn, after one round that is not counted; results are dropped outside the clock."""
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats + 1):
-        for name, run in variants.items():
-            gc.collect()
-            synchronize(device)
-            start = time.perf_counter()
-            result = run()
-            synchronize(device)
-            taken[name].append((time.perf_counter() - start) * 1e3)
-            del result
+    """The time of each step, one call of each in turn after a round that is not counted; results are dropped off the clock.
+
+    CUDA: between two events, after the L2 cache was overwritten, which also keeps the device busy while Python launches what is timed.
+    Elsewhere: the wall clock. After three rounds no round begins that would end later than ``seconds`` after the first.
+    """
+    clock = _cuda_milliseconds(device) if device.type == "cuda" else _wall_milliseconds(device)
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    begin = time.perf_counter()
+    for done in range(repeats + 1):
+        for name, step in steps.items():
+            arguments = step.prepare()
+            taken[name].append(clock(step.run, arguments))
+            del arguments
             tick()
+        if done >= 3 and (time.perf_counter() - begin) * (done + 2) / (done + 1) > seconds:
+            break
     return {name: Timing.of(ms[1:]) for name, ms in taken.items()}
 
 
-def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory a call holds beyond what was held before it; None where neither CUDA nor Linux can tell.
+Clock = Callable[[Callable[..., object], tuple[Any, ...]], float]
+
+
+def _wall_milliseconds(device: torch.device) -> Clock:
+    def clock(run: Callable[..., object], arguments: tuple[Any, ...]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        result = run(*arguments)
+        synchronize(device)
+        taken = time.perf_counter() - start
+        del result
+        return taken * 1e3
+
+    return clock
+
+
+def _cuda_milliseconds(device: torch.device) -> Clock:
+    cache = torch.empty(max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size), dtype=torch.int8, device=device)
+
+    def clock(run: Callable[..., object], arguments: tuple[Any, ...]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        cache.zero_()
+        start.record()
+        result = run(*arguments)
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end)
+
+    return clock
+
+
+def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
+    """The most memory a call holds beyond what was held before it, its result included; None where neither CUDA nor Linux can tell.
 
     CUDA: the allocator's peak. CPU: the process's high-water mark, reset before the call, so other threads count too; memory that was
     freed but kept by malloc is given back first, or a call would seem to need none.
     """
     gc.collect()
+    arguments = step.prepare()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        result = run()
+        result = step.run(*arguments)
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
@@ -74,7 +122,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
         trim(0)
     clear.write_text("5")
     before = _kilobytes(status, "VmRSS")
-    result = run()
+    result = step.run(*arguments)
     peak = _kilobytes(status, "VmHWM")
     del result
     return max(0, peak - before) * 1024

@@ -31,12 +31,16 @@ if GPU:
     PLACES += [Place("reference", "cuda"), Place("torch", "cuda"), Place("triton", "cuda")]
 
 
-@pytest.fixture(params=PLACES, ids=str)
+def _marked(place: Place) -> object:
+    return pytest.param(place, marks=pytest.mark.gpu if place.device != "cpu" else ())
+
+
+@pytest.fixture(params=map(_marked, PLACES), ids=str)
 def place(request: pytest.FixtureRequest) -> Place:
     return request.param
 
 
-@pytest.fixture(params=[p for p in PLACES if p.impl != "reference"], ids=str)
+@pytest.fixture(params=[_marked(p) for p in PLACES if p.impl != "reference"], ids=str)
 def fast_place(request: pytest.FixtureRequest) -> Place:
     """The implementations with kernels and blocks of their own."""
     return request.param

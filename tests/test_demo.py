@@ -1,5 +1,7 @@
 """The demo, small: real text, a real tokenizer, both losses agreeing, a table and a picture."""
 
+import time
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ for name in ("altair", "pandas", "rich", "tokenizers", "vl_convert"):
 
 from lossfuse.perf import demo  # noqa: E402
 from lossfuse.perf.corpus import batches, standard_library_sources, train_tokenizer  # noqa: E402
-from lossfuse.perf.protocol import Timing, peak_extra_bytes, time_interleaved  # noqa: E402
+from lossfuse.perf.protocol import Step, Timing, peak_extra_bytes, time_interleaved  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -48,17 +50,28 @@ def test_too_little_text_is_said():
 
 def test_timing_is_interleaved_and_drops_the_first_round():
     calls = []
-    times = time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, repeats=3)
+    steps = {name: Step(calls.append, lambda name=name: (name,)) for name in "ab"}
+    times = time_interleaved(steps, CPU, repeats=3)
     assert calls == ["a", "b"] * 4
+    assert times["a"].repeats == 3
     assert times["a"].p20 <= times["a"].p50 <= times["a"].p80
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 100.0]).p50 == 3.0
+
+
+def test_what_prepares_a_step_is_not_timed_and_time_ends_the_rounds():
+    def prepare():
+        time.sleep(0.02)
+        return ()
+
+    (timing,) = time_interleaved({"a": Step(lambda: None, prepare)}, CPU, repeats=1000, seconds=0.2).values()
+    assert timing.p80 < 10 and 3 <= timing.repeats < 20
 
 
 def test_peak_memory_sees_what_is_freed_before_the_call_returns():
     size = 64 << 20
     kept_by_malloc = [torch.ones(4 << 20) for _ in range(16)]
     del kept_by_malloc
-    peak = peak_extra_bytes(lambda: torch.ones(size // 4).sum(), CPU)
+    peak = peak_extra_bytes(Step(lambda: torch.ones(size // 4).sum()), CPU)
     if peak is None:
         pytest.skip("no /proc to ask")
     assert 0.95 * size < peak < 1.5 * size

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lossfuse
 from lossfuse.backends import chunked
-from lossfuse.perf.protocol import peak_extra_bytes
+from lossfuse.perf.protocol import Step, peak_extra_bytes
 from lossfuse.spec import LossSpec
 from rows import logits_and_ids, probabilities
 
@@ -82,7 +82,7 @@ def test_peak_of_a_call(dtype, options, share):
         return torch.autograd.grad(lossfuse.cross_entropy(x, target, **options).sum(), x)
 
     call()
-    peak = peak_extra_bytes(call, x.device)
+    peak = peak_extra_bytes(Step(call), x.device)
     if peak is None:
         pytest.skip("no /proc to ask")
     assert 0.9 * size < peak < share * size + (4 << 20)

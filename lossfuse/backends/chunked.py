@@ -79,16 +79,20 @@ def _rows(
     return _id_rows(logits, target[:, None], weight, dloss, spec, dlogits, dtype)[:, 0]
 
 
+def block_rows(n: int, v: int, itemsize: int, work_itemsize: int, cpu: bool, temporaries: int) -> int:
+    """The rows of a block of (N, V) logits, of which so many temporaries are alive at once."""
+    size = CPU_BLOCK_BYTES if cpu else DEVICE_BLOCK_BYTES
+    if temporaries:
+        size = min(size, max(TEMPORARY_BYTES, n * v * itemsize // TEMPORARY_SHARE) // temporaries)
+    return min(n, max(1, size // (v * work_itemsize)))
+
+
 def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, temporaries: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, logits, a block to work in): rows of ``dlogits`` if they have the dtype, otherwise scratch, copied there after the work."""
     n, v = logits.shape
     direct = dlogits if dlogits is not None and dlogits.dtype == dtype else None
-    temporaries += direct is None
-    size = CPU_BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
-    if temporaries:
-        size = min(size, max(TEMPORARY_BYTES, n * v * logits.element_size() // TEMPORARY_SHARE) // temporaries)
-    rows = max(1, size // (v * dtype.itemsize))
-    scratch = torch.empty(0 if direct is not None else min(rows, n), v, dtype=dtype, device=logits.device)
+    rows = block_rows(n, v, logits.element_size(), dtype.itemsize, logits.device.type == "cpu", temporaries + (direct is None))
+    scratch = torch.empty(0 if direct is not None else rows, v, dtype=dtype, device=logits.device)
     for start in range(0, n, rows):
         block = slice(start, min(start + rows, n))
         work = direct[block] if direct is not None else scratch[: block.stop - block.start]

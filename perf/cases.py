@@ -1,0 +1,148 @@
+"""Named shapes with the reason for each, what the least work on them is, and numbers like a trained model's."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .mistakes import Mistake
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODES = ("no_grad", "forward", "forward+backward")
+IGNORED = 7  # every seventh row is ignored, as padding and prompts are
+
+
+@dataclass(frozen=True)
+class Case:
+    """N rows over V classes; with a width D it is a head, hidden (N, D) times weight (V, D)."""
+
+    name: str
+    n: int
+    v: int
+    d: int | None
+    reason: str
+
+    @property
+    def op(self) -> str:
+        return "logits" if self.d is None else "head"
+
+    def logits_bytes(self, itemsize: int) -> int:
+        return self.n * self.v * itemsize
+
+    def input_bytes(self, itemsize: int) -> int:
+        """Logits, or hidden and weight; and int64 targets."""
+        if self.d is None:
+            return self.logits_bytes(itemsize) + 8 * self.n
+        return (self.n + self.v) * self.d * itemsize + 8 * self.n
+
+    def moved_bytes(self, mode: str, itemsize: int) -> int:
+        """The least a method on logits can move: read them once, and write the gradient once where there is one."""
+        return self.logits_bytes(itemsize) * (2 if mode == "forward+backward" else 1)
+
+    def flops(self, mode: str) -> int:
+        """Of the matrix products of a head: the logits, and with a backward those of both gradients."""
+        return 2 * self.n * self.v * (self.d or 0) * (3 if mode == "forward+backward" else 1)
+
+
+@dataclass(frozen=True)
+class _Named:
+    v: int
+    d: int | None
+    rows: dict[str, int]  # by device type; "cuda" stands for every accelerator
+    reason: str
+
+
+def _logits(v: int, cuda: int, cpu: int, reason: str) -> _Named:
+    return _Named(v, None, {"cuda": cuda, "cpu": cpu}, reason)
+
+
+def _head(v: int, d: int, cuda: int, cpu: int, reason: str) -> _Named:
+    return _Named(v, d, {"cuda": cuda, "cpu": cpu}, reason)
+
+
+CASES: dict[str, _Named] = {
+    "llama2": _logits(32000, 8192, 1024, "Llama 2 and Mistral: the small vocabulary of the large models"),
+    "gpt2": _logits(50257, 8192, 1024, "GPT-2: an odd vocabulary, so that no row but the first is aligned"),
+    "llama3": _logits(128256, 8192, 1024, "Llama 3: the logits of 8192 tokens are 2 GiB in bf16"),
+    "unaligned": _logits(128257, 4096, 512, "Llama 3 and one added token: what resizing a tokenizer does to the alignment"),
+    "qwen": _logits(151936, 4096, 512, "Qwen 2 and 3"),
+    "gemma2": _logits(256000, 4096, 512, "Gemma 1 and 2"),
+    "gemma3": _logits(262144, 4096, 512, "Gemma 3: the largest vocabulary in use, a power of two"),
+    "few-rows": _logits(32000, 512, 16, "fewer rows than a GPU has places: a small batch, the last tokens of a prompt"),
+    "many-rows": _logits(512, 131072, 131072, "more rows than 65,535, hardly any classes: bytes, images, characters"),
+    "head-llama3": _head(128256, 4096, 8192, 128, "Llama 3 8B: one sequence of 8192 tokens"),
+    "head-qwen": _head(151936, 2048, 16384, 128, "Qwen 3 1.7B: a small model, where the head is a third of the work"),
+    "head-gemma2": _head(256000, 2304, 8192, 128, "Gemma 2 2B: more classes per unit of width than anyone"),
+    "head-smollm": _head(49152, 576, 16384, 512, "SmolLM 135M: narrow, so that the loss weighs more than the products"),
+}
+
+
+def named(name: str, device: torch.device) -> Case:
+    """The case of that name with the rows for this kind of device, or of a shape NxV or NxDxV."""
+    if name in CASES:
+        found = CASES[name]
+        return Case(name, found.rows["cpu" if device.type == "cpu" else "cuda"], found.v, found.d, found.reason)
+    parts = name.lower().split("x")
+    if len(parts) in (2, 3) and all(part.isdigit() and int(part) > 0 for part in parts):
+        n, *d, v = (int(part) for part in parts)
+        return Case(name.lower(), n, v, d[0] if d else None, "a shape of your own")
+    raise Mistake(f"case is {name!r} but must be one of {', '.join(CASES)}, or a shape NxV (logits) or NxDxV (head)")
+
+
+def logits_like_a_model(n: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) and targets (N,) with the statistics of a trained language model.
+
+    A logit is the log of a Zipf-Mandelbrot frequency ``1 / (rank + 2.7)``, the same for all rows, plus N(0, 1.5**2) of its row, plus an
+    offset N(0, 3**2) common to the row. The target is drawn by frequency, and its logit set so that its probability is a draw of
+    Beta(0.4, 0.8): many rows are sure, many are lost, and the mean loss is digamma(1.2) - digamma(0.4) = 2.27 nats. Every seventh row
+    is ignored.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    frequency = 1.0 / (torch.arange(v, device=device, dtype=torch.float32) + 2.7)
+    # ids of frequent tokens are low in no tokenizer in particular
+    frequency = frequency[torch.randperm(v, generator=generator, device=device)]
+    target = torch.multinomial(frequency, n, replacement=True, generator=generator)
+    odds = _sure_and_lost(n, generator)
+    logits = torch.empty(n, v, dtype=dtype, device=device)
+    rows = max(1, (64 << 20) // (4 * v))
+    for start in range(0, n, rows):
+        block = torch.randn(min(rows, n - start), v, generator=generator, device=device).mul_(1.5).add_(frequency.log())
+        block += 3.0 * torch.randn(len(block), 1, generator=generator, device=device)
+        mine = target[start : start + rows, None]
+        if v > 1:
+            block.scatter_(1, mine, -math.inf)
+            block.scatter_(1, mine, block.logsumexp(1, keepdim=True) + odds[start : start + rows, None])
+        logits[start : start + rows] = block
+    target[::IGNORED] = -100
+    return logits, target
+
+
+def head_like_a_model(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden (N, D), weight (V, D) and targets (N,) whose product is peaked as a trained model's.
+
+    The weight is N(0, 4 / D) and the hidden state N(0, 1) plus a multiple of the target's row of the weight, so that logits of the other
+    classes have a deviation of 2 and the target's probability is about a draw of Beta(0.4, 0.8).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(v, d, generator=generator, device=device).mul_(2.0 / math.sqrt(d))
+    hidden = torch.randn(n, d, generator=generator, device=device)
+    target = torch.randint(0, v, (n,), generator=generator, device=device)
+    mine = weight[target]
+    # log of a sum of V lognormals of deviation 2, and what the noise has given the target already
+    wanted = math.log(v) + 2.0 + _sure_and_lost(n, generator)
+    hidden += ((wanted - (hidden * mine).sum(1)) / mine.square().sum(1))[:, None] * mine
+    target[::IGNORED] = -100
+    return hidden.to(dtype), weight.to(dtype), target
+
+
+def _sure_and_lost(n: int, generator: torch.Generator) -> Tensor:
+    """log(p / (1 - p)) of n draws p of Beta(0.4, 0.8), as the difference of the logs of two gamma draws."""
+    device = generator.device
+
+    def log_gamma_draws(shape: float) -> Tensor:
+        # gamma(a) = gamma(a + 1) * uniform ** (1 / a), whose log does not underflow
+        bulk = torch._standard_gamma(torch.full((n,), shape + 1.0, device=device), generator)
+        return bulk.log() + torch.rand(n, generator=generator, device=device).clamp(min=1e-30).log() / shape
+
+    return log_gamma_draws(0.4) - log_gamma_draws(0.8)

@@ -1,0 +1,87 @@
+"""Two sets of rows side by side; a ratio only where it means something."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .mistakes import Mistake
+from .rows import read
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# what must be equal for two times to be comparable, the commit apart
+KEY = ["case", "n", "v", "d", "dtype", "mode", "method"]
+
+
+class Incomparable(Mistake):
+    """The two sets cannot be compared; the message says why."""
+
+
+def select(text: str) -> "pd.DataFrame":
+    """The rows of ``FILE`` or ``FILE@COMMIT``: the last run of each row, of the newest commit if none is named."""
+    name, at, commit = text.partition("@")
+    frame = read([Path(name)])
+    if not len(frame):
+        raise Incomparable(f"{name} has no rows")
+    if not at:
+        commit = frame.sort_values("date", kind="stable")["commit"].iloc[-1]
+    frame = frame[frame["commit"].str.startswith(commit) if commit else frame["commit"] == ""]
+    if not len(frame):
+        raise Incomparable(f"{name} has no rows of commit {commit!r}")
+    if frame["commit"].nunique() > 1:
+        raise Incomparable(f"{name} has rows of {frame['commit'].nunique()} commits that begin with {commit!r}")
+    return frame.sort_values("date", kind="stable").drop_duplicates([*KEY, "device", "settings"], keep="last")
+
+
+def compare(a: "pd.DataFrame", b: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per case, dtype, mode and method that both have, with times and how many times faster ``b`` is: none within the spread.
+
+    Incomparable if a side is of changed files or failing tests, or the devices or their settings differ.
+    """
+    for name, side in (("A", a), ("B", b)):
+        commit = side["commit"].iloc[0] or "unknown"
+        if side["dirty"].any():
+            raise Incomparable(f"{name} was measured with uncommitted changes on {commit}: nobody can measure that again")
+        if (side["tests"] == "failed").any():
+            raise Incomparable(f"{name} is commit {commit}, whose tests failed: no ratio from a red commit")
+    for column in ("device", "settings"):
+        if set(a[column]) != set(b[column]):
+            raise Incomparable(f"A and B differ in {column}: {sorted(set(a[column]))} and {sorted(set(b[column]))}")
+    both = a.merge(b, on=[*KEY, "device", "settings"], suffixes=("_a", "_b"))
+    if not len(both):
+        raise Incomparable("A and B have no case, dtype, mode and method in common")
+    apart = (both["ms_p20_a"] > both["ms_p80_b"]) | (both["ms_p20_b"] > both["ms_p80_a"])
+    fine = (both["status_a"] == "ok") & (both["status_b"] == "ok")
+    both["faster"] = (both["ms_p50_a"] / both["ms_p50_b"]).where(apart & fine)
+    both["verdict"] = "within the spread"
+    both.loc[apart, "verdict"] = ""
+    both.loc[~fine, "verdict"] = both["status_a"] + " -> " + both["status_b"]
+    return both
+
+
+def main(a: str, b: str) -> None:
+    """Print the comparison."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    left, right = select(a), select(b)
+    both = compare(left, right)
+    console = Console()
+    table = Table("case", "", "method", "A ms", "B ms", "B faster by", "memory A", "memory B", title="A against B")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in both.to_dict("records"):
+        times = [f"{row[f'ms_p50_{side}']:.3g} ({row[f'ms_p20_{side}']:.3g}-{row[f'ms_p80_{side}']:.3g})" for side in "ab"]
+        memory = [f"{row[f'peak_extra_bytes_{side}'] / 2**20:,.0f} MiB" for side in "ab"]
+        verdict = row["verdict"] or f"{row['faster']:.2f}"
+        table.add_row(escape(row["case"]), f"{row['dtype']} {row['mode']}", escape(row["method"]), *times, escape(verdict), *memory)
+    console.print(table)
+    for name, side in (("A", left), ("B", right)):
+        first = side.iloc[0]
+        console.print(
+            f"{name}: lossfuse {first['lossfuse']} at {first['commit'] or 'an unknown commit'}, torch {first['torch']}, triton "
+            f"{first['triton'] or 'none'}, {first['date']}, tests {first['tests']}",
+            markup=False,
+        )
+    console.print("A peer's own ratio says how much the machine has drifted between the runs.", style="dim")

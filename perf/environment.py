@@ -1,0 +1,72 @@
+"""What a row must say so that it can be repeated: device, versions, commit."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lossfuse
+
+# of the allocator and of the threads; they move times by factors
+SETTINGS = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET")
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def stamp(device: torch.device, tests: str = "not run") -> dict[str, Any]:
+    """The columns of a row that are the same for a whole run."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "settings": " ".join(f"{key}={os.environ[key]}" for key in SETTINGS if key in os.environ),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "lossfuse": lossfuse.__version__,
+        "commit": _git("rev-parse", "--short=10", "HEAD"),
+        # measuring adds rows, and rows do not change what is measured
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!perf/results")),
+        "tests": tests,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def version(package: str) -> str:
+    """'' where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str, str]:
+    """pytest in the checkout: 'passed', 'failed' or 'not run', and its output."""
+    if not (CHECKOUT / "tests").is_dir():
+        return "not run", "no tests beside the package: it is installed and not a checkout"
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    try:
+        done = subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_seconds)
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        return "not run", f"{said}\nstopped after {limit_seconds:.0f} s"
+    # 5: nothing was collected, which is no pass
+    return {0: "passed", 5: "not run"}.get(done.returncode, "failed"), done.stdout
+
+
+def _git(*arguments: str) -> str:
+    # an installed package may lie in somebody else's repository
+    if not (CHECKOUT / ".git").exists():
+        return ""
+    done = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")

@@ -1,0 +1,207 @@
+"""Will it fit: the bytes each method holds at its peak beyond its inputs, by formula, without running it.
+
+Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head; C rows of a chunk. Gradients that are
+returned count. The tests hold the formulas of what runs on a CPU to 5 % of the allocator's own count there, and those that were measured
+on an H100 to 5 % of that; a star marks those that are read off the code and measured nowhere.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..backends.chunked import block_rows
+from .cases import DTYPES, Case, named
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a formula is evaluated on."""
+
+    case: Case
+    b: int
+    mode: str
+    cpu: bool
+    dtype: str
+
+    @property
+    def e(self) -> int:
+        return self.case.n * self.case.v
+
+    @property
+    def dhidden(self) -> int:
+        return self.case.n * (self.case.d or 0) * self.b
+
+    @property
+    def dweight(self) -> int:
+        return self.case.v * (self.case.d or 0) * self.b
+
+    @property
+    def g(self) -> int:
+        return self.dhidden + self.dweight
+
+    @property
+    def step(self) -> bool:
+        return self.mode == "forward+backward"
+
+    @property
+    def wide(self) -> int:
+        """Bytes per element that a CPU's product in bf16 takes beside its result, a copy in fp32."""
+        return 4 if self.cpu and self.dtype == "bf16" else 0
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Words, the same as code, and whether it was held against a measurement there."""
+
+    method: str
+    op: str
+    words: str
+    peak: Callable[[Shape], int]
+    on_cpu: bool
+    on_cuda: bool
+
+
+def _upcast(s: Shape) -> int:
+    return 4 * s.e * (3 if s.step else 1 if s.b == 4 else 2)
+
+
+def _ours(s: Shape) -> int:
+    if not s.cpu:
+        return s.e * s.b * s.step + 24 * s.case.n
+    # fp16 forms its gradient in the backward, the others in the forward
+    gradient = s.step or (s.mode == "forward" and s.dtype != "fp16")
+    scratch = 0 if gradient and s.b == 4 else block_rows(s.case.n, s.case.v, s.b, 4, True, 1) * s.case.v * 4
+    return s.e * s.b * gradient + scratch + 40 * s.case.n
+
+
+def _linear(s: Shape) -> int:
+    logits = s.e * (s.b + s.wide)
+    if not s.step:
+        return max(logits, 2 * s.e * s.b)
+    return max(logits, 3 * s.e * s.b, _gradients(s))
+
+
+def _gradients(s: Shape) -> int:
+    """Of a head, while its dlogits are held: one product after the other."""
+    share = 1 + s.wide / s.b
+    return s.e * s.b + int(max(s.dweight * share, s.dweight + s.dhidden * share, s.dhidden + s.dweight * share))
+
+
+def _linear_upcast(s: Shape) -> int:
+    if s.b == 4:
+        return _linear(s)
+    return max(_upcast(s), s.e * (s.b + s.wide), _gradients(s) if s.step else 0)
+
+
+def _compiled_linear(s: Shape) -> int:
+    return max(s.e * (s.b + s.wide), _gradients(s) if s.step else 0)
+
+
+def torch_chunk_rows(n: int, d: int, v: int, halved: bool) -> int:
+    """Rows of a chunk of ``F.linear_cross_entropy`` with default options (torch 2.13), and of Liger, which does not halve them."""
+    rows = 1 << (math.ceil(n / math.ceil(v / d)) - 1).bit_length()
+    return max(1, min(rows // 2 if halved else rows, n))
+
+
+def _torch_chunked(s: Shape) -> int:
+    n, d, v = s.case.n, s.case.d or 0, s.case.v
+    gradient = s.mode != "no_grad"
+    if s.cpu and s.b < 4:
+        chunk = torch_chunk_rows(n, d, v, halved=False)
+        acting = chunk * v * 4 + chunk * d * 4 * (2 if gradient else 1) + n * d * 4 * gradient
+        # fp32: the weight, its gradient's sum, this chunk's share and their product; and the gradient itself
+        return int(acting + v * d * 4 * (4.5 if gradient else 1))
+    chunk = torch_chunk_rows(n, d, v, halved=True)
+    logits = chunk * v * (4 if s.b == 4 else 6)
+    return max(logits + s.g * gradient, 2 * s.g * s.step)
+
+
+def _liger(s: Shape) -> int:
+    n, d, v = s.case.n, s.case.d or 0, s.case.v
+    return s.g + torch_chunk_rows(n, d, v, halved=False) * v * s.b
+
+
+def _fla(s: Shape) -> int:
+    n, d, v = s.case.n, s.case.d or 0, s.case.v
+    chunk = math.ceil(n / 8)
+    return s.g + 4 * v * d + chunk * (v * s.b + 4 * d)
+
+
+FORMULAS = [
+    Formula("F.cross_entropy", "logits", "3 E b; no backward: E b", lambda s: s.e * s.b * (3 if s.step else 1), True, True),
+    Formula("F.cross_entropy(x.float())", "logits", "12 E; no backward: 8 E", _upcast, True, False),
+    Formula("torch.compile", "logits", "E b; no backward: 0", lambda s: s.e * s.b * s.step, True, True),
+    Formula("lossfuse", "logits", "E b; CPU: and a block", _ours, True, False),
+    Formula("lossfuse reference", "logits", "21 E; half: 25 E", lambda s: s.e * (21 if s.b == 4 else 25), True, False),
+    *(
+        Formula(name, "logits", "numbers per row", lambda s: 12 * s.case.n, False, True)
+        for name in ("Liger", "quack", "flash-attention", "fla")
+    ),
+    Formula("linear + F.cross_entropy", "head", "max(3 E b, E b + G); no backward: 2 E b", _linear, True, True),
+    Formula("linear + F.cross_entropy(x.float())", "head", "12 E; no backward: 8 E", _linear_upcast, True, True),
+    Formula("torch.compile", "head", "E b + G; no backward: E b", _compiled_linear, True, True),
+    Formula("F.linear_cross_entropy", "head", "max(C V (b or 6) + G, 2 G); CPU, half: 18 V D + C V 4", _torch_chunked, True, False),
+    Formula("Liger", "head", "G + C V b", _liger, False, True),
+    Formula("CCE", "head", "G and numbers per row", lambda s: s.g * s.step + 12 * s.case.n, False, True),
+    Formula("fla", "head", "G + 4 V D + N / 8 (V b + 4 D)", _fla, False, True),
+]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a method needs: bytes beyond its inputs at its peak, the words of the formula, and whether that was ever measured there."""
+
+    method: str
+    bytes: int
+    words: str
+    measured: bool
+
+
+def estimate(case: Case, dtype: str, mode: str = "forward+backward", device: str = "cuda") -> list[Need]:
+    """One need per method that runs there on the case's op, the smallest first.
+
+    ``dtype`` is fp32, bf16 or fp16, ``mode`` one of ``cases.MODES``, ``device`` cuda (any accelerator) or cpu. Memory that is neither input
+    nor made by the call, such as a model's activations and cuBLAS's workspace, is yours to add.
+    """
+    cpu = device == "cpu"
+    shape = Shape(case, DTYPES[dtype].itemsize, mode, cpu, dtype)
+    found = [f for f in FORMULAS if f.op == case.op and (f.on_cpu or not cpu)]
+    needs = [Need(f.method, f.peak(shape), f.words, f.on_cpu if cpu else f.on_cuda) for f in found]
+    return sorted(needs, key=lambda need: need.bytes)
+
+
+def main(cases: Sequence[str], dtypes: Sequence[str], mode: str, device: str, fits_gib: float | None) -> None:
+    """Print a table per case and dtype."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for case in [named(name, torch.device(device)) for name in cases]:
+        for dtype in dtypes:
+            inputs = case.input_bytes(DTYPES[dtype].itemsize)
+            size = " x ".join(f"{x:,}" for x in (case.n, case.d, case.v) if x)
+            title = escape(f"{case.name}: {size} in {dtype}, {mode}, inputs {_gib(inputs)}")
+            table = Table("method", "beyond inputs", "in all", "formula", title=title, title_justify="left")
+            table.columns[1].justify = table.columns[2].justify = "right"
+            if fits_gib is not None:
+                table.add_column(f"in {fits_gib:g} GiB", no_wrap=True)
+            for need in estimate(case, dtype, mode, device):
+                total = inputs + need.bytes
+                verdict = [] if fits_gib is None else ["[green]fits" if total <= fits_gib * 2**30 else "[red]no"]
+                table.add_row(
+                    escape(need.method),
+                    _gib(need.bytes) + " " * need.measured + "*" * (not need.measured),
+                    _gib(total),
+                    need.words,
+                    *verdict,
+                )
+            console.print(table)
+    console.print("E = N x V logits of b bytes, G = (N + V) D b the gradients of a head, C rows of a chunk; results included.", style="dim")
+    console.print("* by formula alone, not measured on such a device", style="dim")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,94 @@
+"""The speed and memory we promise on one H100, as data, and whether rows keep it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .cases import DTYPES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one row."""
+
+    case: str
+    dtype: str
+    mode: str
+    method: str
+    roofline: float | None = None  # at least this fraction of it
+    peak_gib: float | None = None  # at most, beyond inputs
+    peak_logits: float | None = None  # at most, in units of the logits
+
+    def __str__(self) -> str:
+        bounds = [
+            f"at least {self.roofline} of the roofline" if self.roofline else "",
+            f"at most {self.peak_gib} GiB" if self.peak_gib else "",
+            f"at most {self.peak_logits} of the logits" if self.peak_logits else "",
+        ]
+        return f"{self.case} {self.dtype} {self.mode}, {self.method}: {' and '.join(filter(None, bounds))}"
+
+
+IN_PLACE, DEFAULT = "lossfuse in place", "lossfuse"
+LINEAR, LEAN, LEANEST = "lossfuse linear", "lossfuse linear lean", "lossfuse linear leanest"
+LARGE = ("llama2", "llama3", "qwen", "gemma2", "gemma3")
+STEP = "forward+backward"
+
+
+def _goals() -> Iterable[Goal]:
+    for dtype in DTYPES:
+        for case in LARGE:
+            yield Goal(case, dtype, STEP, IN_PLACE, roofline=0.94, peak_logits=0.01)
+        yield Goal("16384x8192", dtype, STEP, IN_PLACE, roofline=0.97, peak_logits=0.01)
+        for case in ("gpt2", "unaligned"):
+            yield Goal(case, dtype, STEP, IN_PLACE, roofline=0.90, peak_logits=0.01)
+        yield Goal("few-rows", dtype, STEP, IN_PLACE, roofline=0.85)
+        for case in LARGE:
+            yield Goal(case, dtype, STEP, DEFAULT, roofline=0.66, peak_logits=1.01)
+            yield Goal(case, dtype, "no_grad", DEFAULT, roofline=0.94, peak_logits=0.01)
+    yield Goal("head-llama3", "bf16", STEP, LINEAR, roofline=0.90)
+    yield Goal("head-llama3", "bf16", STEP, LEANEST, roofline=0.92, peak_gib=1.04 + 0.3)
+    yield Goal("head-llama3", "bf16", STEP, LEAN, roofline=0.94, peak_gib=1.04 + 1.0)
+    yield Goal("head-llama3", "bf16", "no_grad", LINEAR, roofline=1.0, peak_gib=0.3)
+    for case in ("head-qwen", "head-gemma2"):
+        yield Goal(case, "bf16", STEP, LINEAR, roofline=0.88)
+
+
+GOALS = list(_goals())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A goal and what was measured: pass, miss, or why nothing was."""
+
+    goal: Goal
+    verdict: str
+    measured: str
+
+
+def judge(goal: Goal, rows: "pd.DataFrame") -> Outcome:
+    """Against the last row that measures it."""
+    mine = rows
+    for column in ("case", "dtype", "mode", "method"):
+        mine = mine[mine[column] == getattr(goal, column)]
+    if not len(mine):
+        return Outcome(goal, "not measured", "no row")
+    row: dict[str, Any] = mine.sort_values("date", kind="stable").iloc[-1].to_dict()
+    if row["status"] != "ok":
+        return Outcome(goal, "miss", f"{row['status']}: {row['note']}")
+    # a NaN, where nothing could be measured, passes no comparison
+    kept, said = [], []
+    if goal.roofline is not None:
+        fraction = row["ideal_ms"] / row["ms_p50"]
+        kept.append(fraction >= goal.roofline)
+        said.append(f"{fraction:.3f} ({row['ms_p50']:.4g} ms)")
+    if goal.peak_gib is not None:
+        kept.append(row["peak_extra_bytes"] <= goal.peak_gib * 2**30)
+        said.append(f"{row['peak_extra_bytes'] / 2**30:.3f} GiB")
+    if goal.peak_logits is not None:
+        share = row["peak_extra_bytes"] / (row["n"] * row["v"] * DTYPES[row["dtype"]].itemsize)
+        kept.append(share <= goal.peak_logits)
+        said.append(f"{share:.4f} of the logits")
+    return Outcome(goal, "pass" if all(kept) else "miss", ", ".join(said))

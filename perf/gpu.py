@@ -1,0 +1,155 @@
+"""Everything worth doing with a GPU in a few minutes: its tests, the cases behind our goals, a summary with pass or miss."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cases import named
+from .environment import CHECKOUT, run_tests, stamp
+from .goals import GOALS, Goal, judge
+from .rows import BadRows, read, write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# of the whole time: the tests may take this share, and goals get the rest
+TESTS_SHARE = 0.45
+# a rehearsal runs a few tests of every kind and cases this much smaller
+REHEARSED_TESTS = ("tests/test_values.py", "tests/test_closeness.py")
+SHRINK = {"n": 64, "v": 32, "d": 16}
+
+
+@dataclass(frozen=True)
+class Errand:
+    """One call of ``bench`` in a process of its own: a kernel that dies takes no other case with it."""
+
+    case: str
+    dtypes: tuple[str, ...]
+    modes: tuple[str, ...]
+    only: str | None
+
+    def __str__(self) -> str:
+        return f"{self.case} {' '.join(self.dtypes)}"
+
+
+def errands(goals: Sequence[Goal]) -> list[Errand]:
+    """What has to be measured for the goals: every case in bf16 beside all peers, then in the other dtypes ours and torch's."""
+    found = []
+    for first in (True, False):
+        mine = [goal for goal in goals if (goal.dtype == "bf16") == first]
+        for case in dict.fromkeys(goal.case for goal in mine):
+            dtypes, modes = (tuple(dict.fromkeys(getattr(g, name) for g in mine if g.case == case)) for name in ("dtype", "mode"))
+            found.append(Errand(case, dtypes, modes, None if first else "lossfuse"))
+    return found
+
+
+def main(out: Path, minutes: float) -> int:
+    """Rows, log and summary under ``out``; 0 unless a test failed or a goal was missed, then 1."""
+    from rich.console import Console
+
+    console = Console()
+    end = time.monotonic() + 60 * minutes
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rehearsal = device.type == "cpu"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "log.txt", b"")
+    except OSError as error:
+        raise BadRows(f"{out} cannot be written: {error.strerror or error}") from error
+    where = stamp(device)
+    console.print(f"{where['device']}, torch {where['torch']}, triton {where['triton'] or 'none'}, at most {minutes:g} minutes")
+    if rehearsal:
+        console.print("no GPU: a rehearsal with small cases on the CPU; its times mean nothing")
+
+    tests = _tests(out, rehearsal, 60 * minutes * TESTS_SHARE, console)
+    goals = [_shrunk(goal) for goal in GOALS] if rehearsal else GOALS
+    rows = out / "rows.csv"
+    failed = _measure(errands(goals), rows, out, tests, end, rehearsal, console)
+    summary, missed = summarize(goals, rows, where, tests, failed)
+    write_atomically(out / "summary.md", summary.encode())
+    console.print(summary, markup=False)
+    console.print(f"rows, log and summary: {out}")
+    return int(tests == "failed" or (missed and not rehearsal))
+
+
+def _tests(out: Path, rehearsal: bool, seconds: float, console: "Console") -> str:
+    arguments = [*(REHEARSED_TESTS if rehearsal else ("-m", "gpu and not slow"))]
+    with console.status(f"tests, at most {seconds:.0f} s"):
+        start = time.monotonic()
+        tests, said = run_tests(*arguments, limit_seconds=seconds)
+    _log(out, f"$ pytest {' '.join(arguments)}\n{said}\n")
+    console.print(f"tests: {tests} in {time.monotonic() - start:.0f} s; {(said.strip().splitlines() or [''])[-1]}", markup=False)
+    return tests
+
+
+def _measure(todo: list[Errand], rows: Path, out: Path, tests: str, end: float, rehearsal: bool, console: "Console") -> list[str]:
+    """What could not be measured, a line each."""
+    failed = []
+    for i, errand in enumerate(todo):
+        left = end - time.monotonic()
+        # what is left, in equal shares, but twice a share for one that needs it
+        limit = min(left, max(2 * left / (len(todo) - i), 20.0))
+        if left < 10:
+            failed += [f"{e}: no time left" for e in todo[i:]]
+            break
+        command = [sys.executable, "-m", "lossfuse.perf", "bench", "--cases", errand.case, "--dtypes", *errand.dtypes]
+        command += ["--modes", *errand.modes, "--out", str(rows.resolve()), "--tests", tests, "--seconds", f"{limit / 20:.2f}"]
+        command += ["--methods", errand.only] if errand.only else []
+        command += ["--repeats", "3"] if rehearsal else []
+        with console.status(f"{i + 1} of {len(todo)}: {errand}, {left:.0f} s left"):
+            try:
+                done = subprocess.run(
+                    command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=limit
+                )
+                said, trouble = done.stdout, "" if done.returncode == 0 else f"exit {done.returncode}"
+            except subprocess.TimeoutExpired as error:
+                said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+                trouble = f"stopped after {limit:.0f} s"
+        _log(out, f"$ {' '.join(command[1:])}\n{said}\n")
+        if trouble:
+            last = (said.strip().splitlines() or [""])[-1]
+            failed.append(f"{errand}: {trouble}; {last}")
+        console.print(f"{errand} {trouble or 'measured'}", markup=False)
+    return failed
+
+
+def summarize(goals: Sequence[Goal], rows: Path, where: dict[str, object], tests: str, failed: Sequence[str]) -> tuple[str, bool]:
+    """A page of Markdown, and whether a goal that was measured was missed."""
+    frame = read([rows] if rows.exists() else [])
+    outcomes = [judge(goal, frame) for goal in goals]
+    counts = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in ("pass", "miss", "not measured")}
+    lines = [
+        f"# {where['device']}, torch {where['torch']}, triton {where['triton'] or 'none'}, lossfuse {where['lossfuse']} at "
+        f"{where['commit'] or 'an unknown commit'}{' with changes' if where['dirty'] else ''}, {where['date']}",
+        "",
+        f"Tests: {tests}. Goals: {counts['pass']} pass, {counts['miss']} miss, {counts['not measured']} not measured.",
+        "",
+        "| goal | measured | |",
+        "|---|---|---|",
+        *(f"| {_cell(str(o.goal))} | {_cell(o.measured)} | {o.verdict} |" for o in outcomes),
+    ]
+    if failed:
+        lines += ["", "Not measured:", "", *(f"- {_cell(line)}" for line in failed)]
+    return "\n".join(lines) + "\n", counts["miss"] > 0
+
+
+def _shrunk(goal: Goal) -> Goal:
+    case = named(goal.case, torch.device("cuda"))
+    n, v = max(8, case.n // SHRINK["n"]), max(64, case.v // SHRINK["v"])
+    d = "" if case.d is None else f"{max(16, case.d // SHRINK['d'])}x"
+    return replace(goal, case=f"{n}x{d}{v}")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _log(out: Path, text: str) -> None:
+    with open(out / "log.txt", "a", encoding="utf-8") as log:
+        log.write(text)

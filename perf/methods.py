@@ -1,0 +1,130 @@
+"""Who is measured: ours, torch's, and published packages where they are installed. Each is one call with the mean over valid targets."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lossfuse
+
+from .environment import version
+
+# logits: (logits, target); head: (hidden, weight, target)
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compute the loss; ``make`` imports what it needs."""
+
+    name: str
+    op: str
+    make: Callable[[], Loss]
+    module: str | None = None  # must be importable
+    package: str | None = None  # whose version a row tells
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    consumes: bool = False  # writes into its logits
+
+    @property
+    def release(self) -> str:
+        return f"{self.package} {version(self.package)}" if self.package else ""
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why it cannot run here."""
+        if device.type not in self.devices:
+            return f"does not run on {device.type}"
+        if self.module is not None and importlib.util.find_spec(self.module) is None:
+            return f"{self.module} is not installed"
+        if self.name == "F.linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has none"
+        return None
+
+
+def _from(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _upcast_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), target)
+
+
+def _linear_then_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def _linear_then_upcast(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+
+
+def _ours(impl: str) -> Loss:
+    return lambda logits, target: lossfuse.cross_entropy(logits, target, impl=impl)
+
+
+def _torch_chunked_head() -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options)
+
+
+def _quack() -> Loss:
+    cross_entropy = _from("quack.cross_entropy", "cross_entropy")
+    return lambda logits, target: cross_entropy(logits, target, inplace_backward=True)
+
+
+def _fla_head() -> Loss:
+    loss = _from("fla.modules", "FusedLinearCrossEntropyLoss")()
+    return lambda hidden, weight, target: loss(hidden, target, weight)
+
+
+def _cut() -> Loss:
+    cut = _from("cut_cross_entropy", "linear_cross_entropy")
+    return lambda hidden, weight, target: cut(hidden, weight, target)
+
+
+def _liger(name: str) -> Loss:
+    return _from("liger_kernel.transformers.functional", name)
+
+
+GPU = ("cuda",)
+BASELINE = {"logits": "F.cross_entropy", "head": "linear + F.cross_entropy"}
+METHODS = [
+    Method("F.cross_entropy", "logits", lambda: F.cross_entropy),
+    Method("F.cross_entropy(x.float())", "logits", lambda: _upcast_cross_entropy),
+    Method("torch.compile", "logits", lambda: torch.compile(F.cross_entropy, dynamic=False)),
+    Method("lossfuse", "logits", lambda: _ours("auto")),
+    # auto is torch on a CPU
+    Method("lossfuse torch", "logits", lambda: _ours("torch"), devices=GPU),
+    Method("lossfuse reference", "logits", lambda: _ours("reference")),
+    Method("Liger", "logits", lambda: _liger("liger_cross_entropy"), "liger_kernel", "liger_kernel", GPU, consumes=True),
+    Method("quack", "logits", _quack, "quack", "quack-kernels", GPU, consumes=True),
+    Method(
+        "flash-attention", "logits", lambda: _from("flash_attn.losses.cross_entropy", "CrossEntropyLoss")(inplace_backward=True),
+        "flash_attn", "flash_attn", GPU, consumes=True,
+    ),
+    Method("fla", "logits", lambda: _from("fla.modules", "FusedCrossEntropyLoss")(inplace_backward=True), "fla", "fla-core", GPU, True),
+    Method("linear + F.cross_entropy", "head", lambda: _linear_then_cross_entropy),
+    Method("linear + F.cross_entropy(x.float())", "head", lambda: _linear_then_upcast),
+    Method("torch.compile", "head", lambda: torch.compile(_linear_then_cross_entropy, dynamic=False)),
+    Method("F.linear_cross_entropy", "head", _torch_chunked_head),
+    Method("Liger", "head", lambda: _liger("liger_fused_linear_cross_entropy"), "liger_kernel", "liger_kernel", GPU),
+    Method("CCE", "head", _cut, "cut_cross_entropy", "cut-cross-entropy", GPU),
+    Method("fla", "head", _fla_head, "fla", "fla-core", GPU),
+]  # fmt: skip
+
+
+def of(op: str, device: torch.device, named: str | None = None) -> tuple[list[Method], list[str]]:
+    """The methods that can run here, and a line for each that cannot; ``named`` keeps those whose name contains it, and the baseline."""
+    methods, lines = [], []
+    for method in METHODS:
+        if method.op != op or (named is not None and named.lower() not in method.name.lower() and method.name != BASELINE[op]):
+            continue
+        obstacle = method.obstacle(device)
+        if obstacle is None:
+            methods.append(method)
+        else:
+            lines.append(f"{method.name} ({op}) is skipped: {obstacle}")
+    return methods, lines

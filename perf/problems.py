@@ -1,0 +1,207 @@
+"""A case with its numbers in memory: the steps a method is measured by, the least work beside them, and the truth in fp64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case, head_like_a_model, logits_like_a_model
+from .methods import Loss
+from .protocol import Step
+
+Result = tuple[Tensor, tuple[Tensor, ...]]
+SAMPLES = 64  # rows, and for a weight classes, whose gradient is compared
+BLOCK_BYTES = 256 << 20  # of the fp64 tensors the truth is made of
+# a loss scaler's factor: without one the gradients of a mean over thousands of rows are no fp16 numbers
+SCALE = {torch.float16: 2.0**15}
+# beyond these a method is wrong and gets no time; torch's own half-precision loss is off by 4e-3, entries of its gradient by 1e-1
+LOSS_GATE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+GRAD_GATE = {torch.float32: 1e-2, torch.bfloat16: 0.4, torch.float16: 0.4}
+# what the target's probability may be off by at the gate: torch loses 1 - p when p is nearly 1, which is bad but no other function
+FORGIVEN = {torch.float32: 5e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative, against fp64 of the same inputs; None where there was nothing to compare. ``gated`` is ``grad`` with FORGIVEN forgiven."""
+
+    loss: float
+    grad: float | None = None
+    gated: float | None = None
+
+    def complaint(self, dtype: torch.dtype) -> str | None:
+        # a NaN is not below the gate
+        if not self.loss <= LOSS_GATE[dtype]:
+            return f"loss is off by {self.loss:.1e} of itself, {LOSS_GATE[dtype]:.0e} is allowed"
+        if self.gated is not None and not self.gated <= GRAD_GATE[dtype]:
+            return f"gradient is off by {self.gated:.1e} of itself, {GRAD_GATE[dtype]:.0e} is allowed"
+        return None
+
+
+class _Produced(torch.autograd.Function):
+    """A tensor as a model's last layer hands it over: it requires grad and is no leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, held: list[Tensor]) -> Tensor:
+        return held[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _run(loss_fn: Loss, mode: str, wanted: int, scale: float | None) -> Callable[..., Result]:
+    """Forward, and in its mode the gradients of the first ``wanted`` arguments, handed out and not accumulated."""
+
+    def run(*arguments: Tensor) -> Result:
+        loss = loss_fn(*arguments)
+        if mode != "forward+backward":
+            return loss, ()
+        seed = None if scale is None else torch.full_like(loss, scale)
+        return loss, torch.autograd.grad(loss, arguments[:wanted], seed)
+
+    if mode == "no_grad":
+        return torch.no_grad()(run)
+    return run
+
+
+class Logits:
+    """(N, V) logits and (N,) targets."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        self.case, self.dtype = case, dtype
+        self.logits, self.target = logits_like_a_model(case.n, case.v, dtype, device)
+        # where a copy goes, and what a method may consume
+        self.spare = torch.empty_like(self.logits)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._truth: tuple[float, Tensor, Tensor] | None = None
+
+    def step(self, loss_fn: Loss, mode: str, consumes: bool) -> Step:
+        def prepare() -> tuple[Tensor, Tensor]:
+            held = self.spare.copy_(self.logits) if consumes else self.logits
+            return (held if mode == "no_grad" else _Produced.apply(self._anchor, [held])), self.target
+
+        return Step(_run(loss_fn, mode, 1, SCALE.get(self.dtype)), prepare)
+
+    def least(self, mode: str) -> tuple[Step, float]:
+        """A copy of the logits, and the share of it that the mode needs: without a gradient the read alone."""
+        return Step(lambda: self.spare.copy_(self.logits)), self.case.moved_bytes(mode, 1) / self.case.moved_bytes("forward+backward", 1)
+
+    def errors(self, result: Result) -> Errors:
+        loss, grads = result
+        want_loss, rows, want = self._fp64()
+        error = _off(float(loss.detach()), want_loss)
+        if not grads:
+            return Errors(error)
+        got = grads[0][rows].double() / SCALE.get(self.dtype, 1.0)
+        smallest = torch.finfo(self.dtype).smallest_normal / SCALE.get(self.dtype, 1.0)
+        off, size = (got - want).abs(), want.abs() + smallest
+        gated = size.clone()
+        gated[torch.arange(len(rows), device=rows.device), self.target[rows].clamp(min=0)] += FORGIVEN[self.dtype] / self.case.n
+        return Errors(error, float((off / size).max()), float((off / gated).max()))
+
+    def _fp64(self) -> tuple[float, Tensor, Tensor]:
+        if self._truth is None:
+            valid = self.target != -100
+            rows = _spread(self.case.n, self.target.device)
+            total = torch.zeros((), dtype=torch.float64, device=self.target.device)
+            for block in torch.arange(self.case.n, device=self.target.device).split(max(1, BLOCK_BYTES // (8 * self.case.v))):
+                total += torch.nn.functional.cross_entropy(
+                    self.logits[block[0] : block[-1] + 1].double(), self.target[block], reduction="sum"
+                )
+            want = self.logits[rows].double().softmax(1)
+            want[torch.arange(len(rows), device=rows.device), self.target[rows].clamp(min=0)] -= 1.0
+            want *= (valid[rows].double() / valid.sum())[:, None]
+            self._truth = float(total / valid.sum()), rows, want
+        return self._truth
+
+
+class Head:
+    """(N, D) hidden states, (V, D) weight and (N,) targets."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        assert case.d is not None
+        self.case, self.dtype = case, dtype
+        self.hidden, self.weight, self.target = head_like_a_model(case.n, case.d, case.v, dtype, device)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._truth: tuple[float, list[tuple[Tensor, Tensor]]] | None = None
+
+    def step(self, loss_fn: Loss, mode: str, consumes: bool) -> Step:
+        def prepare() -> tuple[Tensor, Tensor, Tensor]:
+            if mode == "no_grad":
+                return self.hidden, self.weight, self.target
+            # the hidden state comes from a layer, the weight is a parameter
+            hidden = _Produced.apply(self._anchor, [self.hidden])
+            return hidden, self.weight.detach().requires_grad_(), self.target
+
+        return Step(_run(loss_fn, mode, 2, SCALE.get(self.dtype)), prepare)
+
+    def least(self, mode: str) -> tuple[Step, float]:
+        """The matrix products alone: the logits, and in their mode both gradients."""
+
+        def products() -> list[Tensor]:
+            made = [self.hidden @ self.weight.T]
+            if mode == "forward+backward":
+                made += [made[0] @ self.weight, made[0].T @ self.hidden]
+            return made
+
+        return Step(products), 1.0
+
+    def errors(self, result: Result) -> Errors:
+        loss, grads = result
+        want_loss, wants = self._fp64()
+        error = _off(float(loss.detach()), want_loss)
+        if not grads:
+            return Errors(error)
+        worst = [0.0, 0.0]
+        for grad, (rows, want) in zip(grads, wants, strict=True):
+            off = (grad[rows].double() / SCALE.get(self.dtype, 1.0) - want).abs().amax(1)
+            largest = want.abs().amax(1)
+            for i, floor in enumerate((0.0, FORGIVEN[self.dtype] / self.case.n)):
+                # an ignored row has no gradient to be relative to, and must have none; max() would lose a NaN
+                relative = torch.where(off == 0, 0.0, off / (largest + floor * (largest > 0))).max()
+                worst[i] = float(torch.maximum(relative, relative.new_tensor(worst[i])))
+        return Errors(error, *worst)
+
+    def _fp64(self) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+        if self._truth is None:
+            n, v, device = self.case.n, self.case.v, self.target.device
+            valid = self.target != -100
+            ids = self.target.clamp(min=0)
+            hidden = self.hidden.double()
+            rows = _spread(n, device)
+            # classes that are somebody's target, and others
+            classes = torch.cat([ids[rows], _spread(v, device)])
+            blocks = torch.arange(v, device=device).split(max(1, BLOCK_BYTES // (8 * max(n, hidden.shape[1]))))
+            lse = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
+            for block in blocks:
+                lse = torch.logaddexp(lse, (hidden @ self.weight[block].double().T).logsumexp(1))
+            loss = torch.where(valid, lse - (hidden * self.weight[ids].double()).sum(1), 0.0).sum() / valid.sum()
+            dhidden = torch.zeros(len(rows), hidden.shape[1], dtype=torch.float64, device=device)
+            for block in blocks:
+                weight = self.weight[block].double()
+                dhidden += self._dlogits(hidden[rows] @ weight.T, lse[rows], ids[rows], valid[rows], block) @ weight
+            dlogits = self._dlogits(hidden @ self.weight[classes].double().T, lse, ids, valid, classes)
+            self._truth = float(loss), [(rows, dhidden), (classes, dlogits.T @ hidden)]
+        return self._truth
+
+    def _dlogits(self, logits: Tensor, lse: Tensor, ids: Tensor, valid: Tensor, classes: Tensor) -> Tensor:
+        """The gradient of some logits of some rows."""
+        share = valid.double() / (self.target != -100).sum()
+        return ((logits - lse[:, None]).exp() - (ids[:, None] == classes).double()) * share[:, None]
+
+
+def load(case: Case, dtype: torch.dtype, device: torch.device) -> Logits | Head:
+    """Draw the numbers of a case."""
+    return Logits(case, dtype, device) if case.op == "logits" else Head(case, dtype, device)
+
+
+def _spread(n: int, device: torch.device) -> Tensor:
+    """At most SAMPLES indices over the whole range, both ends among them."""
+    return torch.linspace(0, n - 1, min(n, SAMPLES), device=device).round().long().unique()
+
+
+def _off(got: float, want: float) -> float:
+    return abs(got - want) / max(abs(want), 1e-30)

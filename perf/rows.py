@@ -1,0 +1,173 @@
+"""Rows of measurements: one schema, CSV files that only grow, and a sentence for a file that is not ours."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .mistakes import Mistake
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+VERSION = 2
+# what a row says, in the order of the file: what was asked, what came out, where
+COLUMNS: dict[str, str] = {
+    "schema": "int",
+    "case": "str",  # a name of cases.py, or NxV, or NxDxV
+    "op": "str",  # logits | head
+    "mode": "str",  # no_grad | forward | forward+backward
+    "dtype": "str",  # fp32 | bf16 | fp16
+    "n": "int",
+    "v": "int",
+    "d": "float",  # empty for logits
+    "method": "str",
+    "status": "str",  # ok | wrong | out of memory | failed; only ok has numbers
+    "note": "str",  # a sentence where status is not ok
+    "ms_p50": "float",
+    "ms_p20": "float",
+    "ms_p80": "float",
+    "repeats": "float",
+    "ideal_ms": "float",  # the roofline: a copy of the logits, or the matrix products, interleaved with the methods
+    "peak_extra_bytes": "float",  # beyond inputs; what the call returns included
+    "loss_error": "float",  # relative, against fp64
+    "grad_error": "float",  # worst entry relative to itself, or (head) to its row's largest
+    "copy_gbps": "float",
+    "matmul_tflops": "float",
+    "device": "str",
+    "settings": "str",
+    "python": "str",
+    "torch": "str",
+    "triton": "str",
+    "lossfuse": "str",
+    "package": "str",  # name and version of a peer's package
+    "commit": "str",
+    "dirty": "bool",
+    "tests": "str",  # passed | failed | not run, of this commit on this machine
+    "date": "str",  # UTC, one for all rows of a run
+}
+STATUSES = ("ok", "wrong", "out of memory", "failed")
+TEXT = [name for name, kind in COLUMNS.items() if kind == "str"]
+
+
+class BadRows(Mistake):
+    """A file of rows that cannot be used; the message is a sentence for whoever named the file."""
+
+
+def read(paths: Sequence[Path]) -> "pd.DataFrame":
+    """The rows of all files, one below the other, every column typed; BadRows where a file is not one of ours."""
+    import pandas as pd
+
+    frames = [_read_one(path) for path in paths]
+    return pd.concat(frames, ignore_index=True) if frames else _typed(pd.DataFrame(columns=list(COLUMNS)), Path("no file"))
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows below those of ``path``, or start it.
+
+    The old rows are checked and the whole file is replaced in one step, under a lock: neither a crash nor two writers lose a row.
+    BadRows if the file is not ours or cannot be written; no rows at all is a way to ask.
+    """
+    import pandas as pd
+
+    new = _typed(pd.DataFrame([{"schema": VERSION} | row for row in rows]), path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            old = path.read_bytes() if path.exists() and path.stat().st_size else b""
+            if old:
+                _read_one(path)
+            text = new.to_csv(index=False, header=not old)
+            write_atomically(path, old + (b"" if old.endswith(b"\n") or not old else b"\n") + text.encode())
+    except OSError as error:
+        raise BadRows(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file has its old content or all of the new."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's files are private; these are results
+        os.chmod(name, path.stat().st_mode if path.exists() else 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # beside the system's other locks and not beside the results; torch depends on filelock
+    from filelock import FileLock
+
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"lossfuse-rows-{name}.lock"):
+        yield
+
+
+def _read_one(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise BadRows(f"{path} does not exist") from None
+    except OSError as error:
+        raise BadRows(f"{path} cannot be read: {error.strerror or error}") from error
+    except pd.errors.EmptyDataError:
+        frame = pd.DataFrame(columns=list(COLUMNS))
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise BadRows(f"{path} is not a CSV file: {error}") from None
+    if "schema" in frame and len(frame) and (frame["schema"] != str(VERSION)).any():
+        found = ", ".join(sorted(set(frame["schema"])))
+        raise BadRows(f"{path} holds rows of schema {found} and this version reads schema {VERSION}; measure again into another file")
+    if list(frame.columns) != list(COLUMNS):
+        foreign = [name for name in frame.columns if name not in COLUMNS]
+        absent = [name for name in COLUMNS if name not in frame.columns]
+        what = [f"has columns {foreign}" * bool(foreign), f"lacks columns {absent}" * bool(absent)]
+        raise BadRows(f"{path} is not a file of our rows: it {' and '.join(filter(None, what)) or 'has its columns in another order'}")
+    return _typed(frame, path)
+
+
+def _typed(frame: "pd.DataFrame", path: Path) -> "pd.DataFrame":
+
+    foreign = [name for name in frame.columns if name not in COLUMNS]
+    if foreign:
+        raise BadRows(f"rows for {path} have columns {foreign} that the schema has not")
+    frame = frame.reindex(columns=list(COLUMNS))
+    for name, kind in COLUMNS.items():
+        frame[name] = _column(frame[name], kind, f"{path} has a value in column {name!r} that is not")
+    unknown = sorted(set(frame["status"]) - set(STATUSES))
+    if unknown:
+        raise BadRows(f"{path} has status {unknown} and expected one of {list(STATUSES)}")
+    return frame
+
+
+def _column(values: "pd.Series[Any]", kind: str, complaint: str) -> "pd.Series[Any]":
+    import pandas as pd
+
+    if kind == "str":
+        return values.where(values.notna(), "").astype(str)
+    if kind == "bool":
+        known = values.map({"True": True, "False": False, True: True, False: False})
+        if known.isna().any():
+            raise BadRows(f"{complaint} True or False")
+        return known.astype(bool)
+    try:
+        return pd.to_numeric(values.where(values != "", None)).astype("int64" if kind == "int" else "float64")
+    except (ValueError, TypeError) as error:
+        raise BadRows(f"{complaint} {'an integer' if kind == 'int' else 'a number'}: {error}") from None

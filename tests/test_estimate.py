@@ -1,0 +1,111 @@
+"""Will it fit: every formula against the allocator's own count here, and against what was measured on an H100."""
+
+import pytest
+import torch
+
+for name in ("pandas", "rich"):
+    pytest.importorskip(name)
+
+from lossfuse.perf import methods, problems  # noqa: E402
+from lossfuse.perf.__main__ import main  # noqa: E402
+from lossfuse.perf.cases import DTYPES, MODES, named  # noqa: E402
+from lossfuse.perf.estimate import FORMULAS, estimate  # noqa: E402
+from lossfuse.perf.memory import profile_memory  # noqa: E402
+from lossfuse.perf.protocol import peak_extra_bytes  # noqa: E402
+
+CPU = torch.device("cpu")
+# a few numbers per row, which the formulas do not itemise
+ROWS = 64 << 10
+COMPILED = [pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"), pytest.mark.slow]
+
+
+def runnable():
+    for op, shape in (("logits", "700x12345"), ("head", "600x300x5000"), ("head", "128x512x10000")):
+        for method in methods.of(op, CPU)[0]:
+            yield pytest.param(shape, method, marks=COMPILED if method.name == "torch.compile" else (), id=f"{shape}-{method.name}")
+
+
+@pytest.fixture(autouse=True)
+def plain_memory(nan_in_new_memory):
+    """Filling new memory with NaN allocates more of it."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("shape", "method"), list(runnable()))
+def test_a_formula_is_what_the_allocator_counts(shape, method, dtype, mode):
+    torch.compiler.reset()
+    case = named(shape, CPU)
+    step = problems.load(case, DTYPES[dtype], CPU).step(method.make(), mode, method.consumes)
+    arguments = step.prepare()
+    peak = profile_memory(lambda: step.run(*arguments)).peak_bytes
+    (need,) = [need for need in estimate(case, dtype, mode, "cpu") if need.method == method.name]
+    assert abs(need.bytes - peak) <= 0.05 * peak + ROWS, f"{need.bytes / 2**20:.2f} MiB by formula, {peak / 2**20:.2f} measured"
+
+
+def test_fp16_on_a_cpu():
+    for shape in ("700x12345", "300x300x5000"):
+        for mode in MODES:
+            case = named(shape, CPU)
+            problem = problems.load(case, torch.float16, CPU)
+            needs = {need.method: need.bytes for need in estimate(case, "fp16", mode, "cpu")}
+            for method in methods.of(case.op, CPU)[0]:
+                # a product in fp16 is slow on a CPU
+                if method.name == "torch.compile" or (case.op == "head" and mode == "forward+backward"):
+                    continue
+                step = problem.step(method.make(), mode, method.consumes)
+                arguments = step.prepare()
+                peak = profile_memory(lambda step=step, arguments=arguments: step.run(*arguments)).peak_bytes
+                assert abs(needs[method.name] - peak) <= 0.05 * peak + ROWS, (shape, mode, method.name)
+
+
+# MiB beyond inputs of forward + backward in bf16, torch 2.11, Triton 3.6: 8192 x 128256 logits; the head at (D, V) with 8192 rows
+MEASURED_ON_AN_H100 = {
+    "llama3": {"F.cross_entropy": 6012, "torch.compile": 2004},
+    "head-llama3": {
+        "linear + F.cross_entropy": 6012, "linear + F.cross_entropy(x.float())": 12024, "torch.compile": 3070, "Liger": 1129, "CCE": 1067,
+        "fla": 3337,
+    },
+    "head-gemma2": {
+        "linear + F.cross_entropy": 12000, "linear + F.cross_entropy(x.float())": 24000, "torch.compile": 5161, "Liger": 1225, "CCE": 1164,
+        "fla": 3921,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED_ON_AN_H100)
+def test_a_formula_is_what_an_h100_needed(name):
+    needs = {need.method: need for need in estimate(named(name, torch.device("cuda")), "bf16")}
+    for method, mib in MEASURED_ON_AN_H100[name].items():
+        assert needs[method].bytes == pytest.approx(mib * 2**20, rel=0.05), method
+        assert needs[method].measured
+    for method in ("Liger", "quack", "flash-attention", "fla"):
+        if name == "llama3":
+            assert needs[method].bytes < 2**18
+    assert all(need.measured == (need.method in {m for ms in MEASURED_ON_AN_H100.values() for m in ms} | {"quack", "flash-attention"})
+               for need in needs.values() if not need.method.startswith("lossfuse"))  # fmt: skip
+
+
+def test_the_allocator_and_the_process_agree():
+    """The peak of a benchmark's row and that of the profile are the same thing."""
+    case = named("2000x8000", CPU)
+    step = problems.load(case, torch.float32, CPU).step(torch.nn.functional.cross_entropy, "forward+backward", False)
+    seen = peak_extra_bytes(step, CPU)
+    if seen is None:
+        pytest.skip("no /proc to ask")
+    (need,) = [need for need in estimate(case, "fp32", device="cpu") if need.method == "F.cross_entropy"]
+    assert seen == pytest.approx(need.bytes, rel=0.05)
+
+
+def test_every_method_has_a_formula():
+    known = {(f.method, f.op) for f in FORMULAS}
+    # the torch backend on a GPU is there for those who ask for it by name
+    assert {(m.name, m.op) for m in methods.METHODS} - known == {("lossfuse torch", "logits")}
+
+
+def test_the_command_says_what_fits(capsys):
+    assert main(["estimate", "8192x128256", "head-llama3", "--dtypes", "bf16", "--fits", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "5.87 GiB" in printed and "11.74 GiB" in printed
+    assert "fits" in printed and "no " in printed and "*" in printed

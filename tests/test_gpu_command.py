@@ -1,0 +1,116 @@
+"""The one call for a GPU, rehearsed: every case measured or said why not, goals judged, inside its time."""
+
+import subprocess
+import time
+
+import pytest
+import torch
+
+for name in ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert"):
+    pytest.importorskip(name)
+
+from lossfuse.perf import goals, gpu  # noqa: E402
+from lossfuse.perf.__main__ import main  # noqa: E402
+from lossfuse.perf.cases import CASES, MODES, named  # noqa: E402
+from lossfuse.perf.goals import GOALS, Goal, judge  # noqa: E402
+from lossfuse.perf.rows import append, read  # noqa: E402
+
+STEP = "forward+backward"
+
+
+def test_goals_are_about_cases_and_modes_there_are():
+    assert len(GOALS) == len({str(goal) for goal in GOALS})
+    for goal in GOALS:
+        named(goal.case, torch.device("cuda"))
+        assert goal.mode in MODES and goal.dtype in ("fp32", "bf16", "fp16")
+        assert goal.roofline or goal.peak_gib or goal.peak_logits
+    # every named case that is no curiosity is measured
+    assert set(CASES) - {goal.case for goal in GOALS} == {"many-rows", "head-smollm"}
+
+
+def test_errands_cover_every_goal_once_and_bf16_first():
+    errands = gpu.errands(GOALS)
+    done = [(e.case, dtype) for e in errands for dtype in e.dtypes]
+    assert len(done) == len(set(done)) and set(done) == {(g.case, g.dtype) for g in GOALS}
+    assert all(set(e.modes) >= {g.mode for g in GOALS if g.case == e.case and g.dtype in e.dtypes} for e in errands)
+    kinds = ["bf16" in e.dtypes for e in errands]
+    assert kinds == sorted(kinds, reverse=True)
+
+
+def row(**changes):
+    return {
+        "case": "llama3", "op": "logits", "mode": STEP, "dtype": "bf16", "n": 10, "v": 100, "method": "lossfuse", "status": "ok",
+        "ms_p50": 1.0, "ideal_ms": 0.7, "peak_extra_bytes": 2000, "dirty": False, "date": "2026-01-01",
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "measured"),
+    [
+        ([row()], "pass", "0.700 (1 ms), 1.0000 of the logits"),
+        ([row(ideal_ms=0.6)], "miss", "0.600"),
+        ([row(peak_extra_bytes=2100)], "miss", "1.0500 of the logits"),
+        ([row(peak_extra_bytes=None)], "miss", "nan of the logits"),
+        ([row(ideal_ms=None)], "miss", "nan"),
+        ([row(ideal_ms=0.6), row(date="2026-01-02")], "pass", "0.700"),
+        ([row(status="wrong", note="loss is off", ms_p50=None)], "miss", "wrong: loss is off"),
+        ([row(dtype="fp32"), row(method="Liger"), row(mode="no_grad")], "not measured", "no row"),
+    ],
+)
+def test_a_goal_is_judged_by_its_last_row(tmp_path, rows, verdict, measured):
+    append(tmp_path / "rows.csv", rows)
+    outcome = judge(Goal("llama3", "bf16", STEP, "lossfuse", roofline=0.66, peak_logits=1.01), read([tmp_path / "rows.csv"]))
+    assert outcome.verdict == verdict and measured in outcome.measured
+
+
+FEW = [Goal("llama2", "bf16", "no_grad", "lossfuse", roofline=0.01), Goal("llama2", "fp32", STEP, "lossfuse in place", roofline=0.9)]
+
+
+def test_a_rehearsal_leaves_rows_a_log_and_a_summary(tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a rehearsal is for where there is no GPU")
+    monkeypatch.setattr(gpu, "GOALS", FEW)
+    monkeypatch.setattr(gpu, "REHEARSED_TESTS", ("tests/test_closeness.py", "-p", "no:xdist"))
+    begin = time.monotonic()
+    assert main(["gpu", "--out", str(tmp_path / "out"), "--minutes", "4"]) == 0
+    assert time.monotonic() - begin < 240
+    frame = read([tmp_path / "out" / "rows.csv"])
+    assert set(frame["dtype"]) == {"bf16", "fp32"} and (frame["tests"] == "passed").all()
+    assert set(frame["method"]) >= {"lossfuse", "F.cross_entropy"}
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "Tests: passed. Goals:" in summary and "1 not measured" in summary
+    assert "$ pytest tests/test_closeness.py" in (tmp_path / "out" / "log.txt").read_text()
+    assert "rehearsal" in capsys.readouterr().out
+
+
+def test_a_case_that_dies_or_hangs_takes_no_other_with_it(tmp_path, monkeypatch):
+    def run(command, **options):
+        case = command[command.index("--cases") + 1]
+        if case == "hangs":
+            raise subprocess.TimeoutExpired(command, options["timeout"], output=b"half a line")
+        return subprocess.CompletedProcess(command, -11 if case == "dies" else 0, stdout="Segmentation fault\n")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    console = gpu_console()
+    todo = [gpu.Errand(case, ("bf16",), (STEP,), None) for case in ("dies", "hangs", "works")]
+    failed = gpu._measure(todo, tmp_path / "rows.csv", tmp_path, "passed", time.monotonic() + 100, True, console)
+    assert failed[0] == "dies bf16: exit -11; Segmentation fault"
+    assert failed[1].startswith("hangs bf16: stopped after") and failed[1].endswith("half a line") and len(failed) == 2
+    late = gpu._measure(todo, tmp_path / "rows.csv", tmp_path, "passed", time.monotonic() + 5, True, console)
+    assert late == [f"{case} bf16: no time left" for case in ("dies", "hangs", "works")]
+
+
+def test_a_missed_goal_is_told(tmp_path):
+    append(tmp_path / "rows.csv", [row(ideal_ms=0.1)])
+    where = {"device": "a|b<c>", "torch": "2", "triton": "", "lossfuse": "0", "commit": "", "dirty": True, "date": "today"}
+    goal = Goal("llama3", "bf16", STEP, "lossfuse", roofline=0.66)
+    summary, missed = gpu.summarize([goal], tmp_path / "rows.csv", where, "failed", ["x | <script>"])
+    assert missed and "0 pass, 1 miss, 0 not measured" in summary and "- x \\| &lt;script>" in summary
+    assert not gpu.summarize([goal], tmp_path / "absent.csv", where, "failed", [])[1]
+    assert goals.GOALS is GOALS
+
+
+def gpu_console():
+    from rich.console import Console
+
+    return Console(quiet=True)
