@@ -90,6 +90,7 @@ def _liger(name: str) -> Loss:
 
 
 GPU = ("cuda",)
+OURS = {"logits": "lossfuse", "head": "lossfuse linear"}
 BASELINE = {"logits": "F.cross_entropy", "head": "linear + F.cross_entropy"}
 METHODS = [
     Method("F.cross_entropy", "logits", lambda: F.cross_entropy),

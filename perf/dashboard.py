@@ -1,0 +1,99 @@
+"""One page that opens from disk: what lossfuse saves, by case, method and version, from the rows that were measured."""
+
+import base64
+import functools
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .charts import CHARTS, STEP, THEMES, pictures, spec, theme
+from .methods import BASELINE, OURS
+from .rows import BadRows, read, write_atomically
+from .shown import FIELDS, prepare, summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUMMARY = (
+    "place", "op", "dtype", "mode", "case", "shape", "reason", "faster", "within_spread", "saved", "saved_share", "share",
+    "faster_text", "time_text", "saved_text", "memory_text", "why", "memory_why",
+)  # fmt: skip
+
+
+def build(frame: "pd.DataFrame") -> str:
+    """The page, complete: rows, charts, scripts and style in one HTML text that asks nothing of a network."""
+    rows, left_out = prepare(frame)
+    page = {
+        "rows": _columns(rows, FIELDS),
+        "summary": _columns(summary(rows), SUMMARY),
+        "step": STEP,
+        "charts": {name: spec(name) for name in CHARTS},
+        "themes": {name: theme(name) for name in THEMES},
+        "names": {"ours": OURS, "baseline": BASELINE},
+    }
+    template = (Path(__file__).parent / "dashboard.html").read_text(encoding="utf-8")
+    bundle = _bundle()
+    scripts = [bundle, *re.findall(r'<script(?: type="module")?>(?!@@)(.*?)</script>', template, re.DOTALL)]
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
+    # inside a script element only < can end the text
+    data = json.dumps(page, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {"scripts": hashes, "bundle": bundle, "data": data, "header": _header(rows), "warnings": _warnings(rows, left_out)}
+    return re.sub(r"@@(\w+)@@", lambda match: parts[match[1]], template)
+
+
+def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
+    """Read the rows of all files, write the page, and pictures for a README into the folder ``pngs``; BadRows with a sentence if not."""
+    frame = read(paths)
+    path = out
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, build(frame).encode("utf-8", errors="replace"))
+        for name, content in pictures(frame).items() if pngs else ():
+            path = (pngs or Path()) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
+    except OSError as error:
+        raise BadRows(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@functools.cache
+def _bundle() -> str:
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script").replace("<!--", "\\x3c!--")
+
+
+def _columns(records: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
+    """For each name its distinct values and where each record's is among them: what rows say repeats."""
+    columns = {}
+    for name in names:
+        places: dict[Any, int] = {}
+        columns[name] = {"at": [places.setdefault(record[name], len(places)) for record in records], "values": list(places)}
+    return columns
+
+
+def _header(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "<p>There are no rows to show: measure some first.</p>"
+    newest = max(rows, key=lambda row: (row["date"], row["latest"]))
+    facts = {
+        "device" if len({row["place"] for row in rows}) == 1 else "devices": "; ".join(dict.fromkeys(row["place"] for row in rows)),
+        "torch": newest["torch"], "triton": newest["triton"], "lossfuse": newest["lossfuse"],
+        "newest run": " ".join(filter(None, [newest["date"].replace("T", " ")[:16], newest["date"] and "UTC"])),
+        "commit": newest["commit"], "rows": f"{len(rows):,}",
+    }  # fmt: skip
+    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in facts.items() if text) + "</dl>"
+
+
+def _warnings(rows: list[dict[str, Any]], left_out: int) -> str:
+    shown = [row for row in rows if row["latest"]]
+    dirty, red = sum(row["commit"].endswith("*") for row in shown), sum(row["tests"] == "failed" for row in shown)
+    said = [
+        f"{dirty} of the {len(shown)} newest rows were measured with uncommitted changes; their commit has a *." * bool(dirty),
+        f"{red} of the {len(shown)} newest rows belong to a commit whose tests failed; no ratio is made of them." * bool(red),
+        f"{left_out} rows are left out: their case has had another shape since." * bool(left_out),
+    ]
+    return "".join(f'<p class="warning">{line}</p>' for line in said if line)

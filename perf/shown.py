@@ -1,0 +1,212 @@
+"""Rows as people see them: the latest of each, ours against torch's, numbers as words."""
+
+import math
+import re
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from .cases import CASES, DTYPES
+from .methods import BASELINE, OURS
+from .rows import TEXT
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# found by search: 3:1 on white and on the dark page, and within an op 0.058 apart in OKLab for protan and deutan eyes too; ours are warm
+COLORS = {
+    "lossfuse": "#c53943", "lossfuse linear": "#c53943", "lossfuse in place": "#d7676a", "lossfuse reference": "#8d6263",
+    "F.cross_entropy": "#8197a7", "linear + F.cross_entropy": "#8197a7",
+    "F.cross_entropy(x.float())": "#76778e", "linear + F.cross_entropy(x.float())": "#76778e",
+    "torch.compile": "#437fca", "F.linear_cross_entropy": "#196b95", "Liger": "#55957f", "CCE": "#a78651", "quack": "#bb8321",
+    "flash-attention": "#6559b1", "fla": "#567019",
+}  # fmt: skip
+OTHERS = ("#5b86a8", "#a07cb5", "#7f8c4a", "#4f9a9c", "#8a6f5c")
+SPLIT = "\x1f"  # between the parts of a line's key; no text from a row keeps its control characters
+# what the page is sent of each row, shown or needed to choose and draw
+FIELDS = (
+    "place", "op", "dtype", "mode", "case", "method", "latest", "line", "head", "run", "color", "status", "problem", "gap", "note",
+    "ms", "ms_lo", "ms_hi", "ideal", "share", "share_lo", "share_hi", "logits", "loss_error", "grad_error",
+    "time_text", "spread_text", "ideal_text", "share_text", "memory_text", "logits_text", "loss_text", "grad_text",
+    "shape", "repeats", "commit", "tests", "date", "versions",
+)  # fmt: skip
+
+
+def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
+    """Every row with what the page shows of it, in the order of the lines, and how many were left out because a case had another shape.
+
+    A row is ``latest`` if it is the last of its device, settings, case, dtype, mode and method.
+    """
+    import pandas as pd
+
+    frame = frame.copy()
+    for name in TEXT:
+        frame[name] = frame[name].map(_clean)
+    settings = frame["settings"].map(lambda text: f" ({text})" if text else "")
+    frame["place"] = frame["device"].where(frame["device"] != "", "unnamed device") + settings
+    frame["when"] = pd.to_datetime(frame["date"], utc=True, errors="coerce", format="ISO8601")
+    frame = frame.sort_values("when", kind="stable", na_position="first").reset_index(drop=True)
+    frame["shape"] = [_shape(n, v, d) for n, v, d in zip(frame["n"], frame["v"], frame["d"], strict=True)]
+    if len(frame):
+        current = frame.groupby(["place", "op", "case"])["shape"].transform("last") == frame["shape"]
+        left_out, frame = int((~current).sum()), frame[current]
+    else:
+        left_out = 0
+    keys = ["place", "op", "dtype", "mode", "case", "method"]
+    frame = frame.drop_duplicates([*keys, "date", "commit"], keep="last")
+    frame = frame.assign(latest=~frame.duplicated(keys, keep="last"))
+    records = [_record({str(name): value for name, value in row.items()}) for row in frame.to_dict("records")]
+    return sorted(records, key=lambda row: (_case_rank(row), _method_rank(row["method"]))), left_out
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    ok = row["status"] == "ok"
+    number = {name: _finite(row[name]) if ok else None for name in ("loss_error", "grad_error", "peak_extra_bytes")}
+    ms, lo, hi = (_positive(row[name]) if ok else None for name in ("ms_p50", "ms_p20", "ms_p80"))
+    ideal, peak = _positive(row["ideal_ms"]), number["peak_extra_bytes"]
+    bounded = ms is not None and lo is not None and hi is not None
+    itemsize = DTYPES[row["dtype"]].itemsize if row["dtype"] in DTYPES else 0
+    logits = peak / (row["n"] * row["v"] * itemsize) if peak is not None and row["n"] * row["v"] * itemsize > 0 else None
+    share = _finite(ideal / ms) if ideal and ms else None
+    errors = [number["loss_error"], number["grad_error"]]
+    dirty = "*" if row["dirty"] else ""
+    packages = [("torch", row["torch"]), ("triton", row["triton"]), ("lossfuse", row["lossfuse"]), ("", row["package"])]
+    run = f"{row['date']}{SPLIT}{row['commit'] or 'no commit'}{dirty}"
+    return row | {
+        "line": f"{row['case']}{SPLIT}{row['method']}", "head": f"{row['case']}{SPLIT}{SPLIT}{row['shape']}", "run": run,
+        "color": color(row["method"]), "problem": "" if ok else row["status"],
+        "gap": row["status"] if not ok else "" if peak is not None else "not measured",
+        "commit": row["commit"] + dirty, "peak": peak, "ms": ms, "ms_lo": lo if bounded else None, "ms_hi": hi if bounded else None,
+        "ideal": ideal, "share": share, "logits": logits, "loss_error": _positive(errors[0]), "grad_error": _positive(errors[1]),
+        "share_lo": _finite(ideal / hi) if share and bounded and ideal and hi else None,
+        "share_hi": _finite(ideal / lo) if share and bounded and ideal and lo else None,
+        "time_text": _time(ms), "spread_text": f"{_time(lo)} \u2013 {_time(hi)}" if bounded else "", "ideal_text": _time(ideal),
+        "share_text": _percent(share), "memory_text": _bytes(peak), "logits_text": _times(logits),
+        "loss_text": _error(errors[0]), "grad_text": _error(errors[1]),
+        "repeats": "" if _finite(row["repeats"]) is None else f"{row['repeats']:.0f}",
+        "versions": ", ".join(f"{name} {version}".strip() for name, version in packages if version),
+    }  # fmt: skip
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours against torch's, one record per device, op, dtype, mode and case.
+
+    Only ``ok`` rows of the same run are compared: what was not interleaved drifts apart, and a red commit has no ratio.
+    """
+    ours = [row for row in rows if row["latest"] and row["method"] == OURS.get(row["op"])]
+    keys = ("place", "op", "dtype", "mode", "case")
+    theirs = {(*(row[key] for key in keys), row["run"]): row for row in rows if row["method"] == BASELINE.get(row["op"])}
+    return [_compared(row, theirs.get((*(row[key] for key in keys), row["run"]))) for row in ours]
+
+
+def _compared(ours: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
+    name, why = BASELINE[ours["op"]], ""
+    if ours["status"] != "ok":
+        why = f"{ours['method']}: {ours['status']}"
+    elif ours["tests"] == "failed":
+        why = "tests of this commit failed"
+    elif base is None:
+        why = f"{name} was not in this run"
+    elif base["status"] != "ok":
+        why = f"{name}: {base['status']}"
+    elif ours["ms"] is None or base["ms"] is None:
+        why = "no time"
+    faster = saved = share = None
+    within, memory_why = False, why
+    if base is not None and not why:
+        faster = _finite(base["ms"] / ours["ms"])
+        if ours["ms_lo"] and base["ms_lo"]:
+            within = bool(max(ours["ms_lo"], base["ms_lo"]) <= min(ours["ms_hi"], base["ms_hi"]))
+        if ours["peak"] is None or base["peak"] is None:
+            memory_why = "not measured"
+        else:
+            saved = base["peak"] - ours["peak"]
+            share = _finite(saved / base["peak"]) if base["peak"] else None
+    return {key: ours[key] for key in ("place", "op", "dtype", "mode", "case", "shape")} | {
+        "share": None if ours["tests"] == "failed" else ours["share"],
+        "reason": CASES[ours["case"]].reason if ours["case"] in CASES else "",
+        "faster": faster, "within_spread": within, "saved": saved, "saved_share": share,
+        "faster_text": _times(faster), "saved_text": _saved(saved, share),
+        "time_text": _change("time_text", base, ours), "memory_text": _change("memory_text", base, ours),
+        "why": why, "memory_why": memory_why,
+    }  # fmt: skip
+
+
+def _change(field: str, base: dict[str, Any] | None, ours: dict[str, Any]) -> str:
+    before = (base[field] or base["problem"]) if base else ""
+    return f"{before} \u2192 {ours[field]}" if before and ours[field] else ours[field]
+
+
+def _method_rank(method: str) -> tuple[int, str]:
+    known = list(COLORS)
+    return known.index(method) if method in COLORS else 3 if method.startswith("lossfuse") else len(known), method
+
+
+def _case_rank(row: dict[str, Any]) -> tuple[Any, ...]:
+    known = list(CASES)
+    return (known.index(row["case"]) if row["case"] in CASES else len(known), row["n"] * row["v"], row["case"])
+
+
+def _clean(text: object) -> str:
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]+", " ", str(text))
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _positive(value: float | None) -> float | None:
+    value = _finite(value)
+    return value if value is not None and value > 0 else None
+
+
+def digits(value: float) -> str:
+    """Three significant digits, never an exponent within reason: 0.0123, 1.23, 12.3, 1,230."""
+    if value == 0 or not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.3g}"
+    places = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, places):,.{max(0, places)}f}"
+
+
+def _time(ms: float | None) -> str:
+    if ms is None:
+        return ""
+    scale, unit = (1e3, "\u00b5s") if ms < 1 else (1, "ms") if ms < 1e4 else (1e-3, "s")
+    return f"{digits(ms * scale)} {unit}"
+
+
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return ""
+    power = min(3, int(math.log2(max(abs(count), 1)) // 10))
+    return f"{digits(count / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}\u00d7" if value == 0 or 0.01 <= abs(value) < 100 else f"{digits(value)}\u00d7"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f}%" if 0.1 <= abs(value) < 100 else f"{digits(100 * value)}%"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else re.sub(r"e([+-])0+", r"e\1", f"{value:.0e}") if value else "0"
+
+
+def _saved(saved: float | None, share: float | None) -> str:
+    if saved is None:
+        return ""
+    if share is None:
+        return _bytes(saved)
+    return f"{_percent(share)} less" if share >= 0.005 else f"{_percent(-share)} more" if share <= -0.005 else "the same"
+
+
+def _shape(n: int, v: int, d: float) -> str:
+    return " \u00d7 ".join(f"{int(size):,}" for size in ((n, v) if _finite(d) is None else (n, d, v)))
+
+
+def color(method: str) -> str:
+    """The colour of a method: always the same, whatever else was measured."""
+    if method not in COLORS and method.startswith("lossfuse"):
+        return COLORS["lossfuse reference"]
+    return COLORS.get(method) or OTHERS[zlib.crc32(method.encode("utf-8", "replace")) % len(OTHERS)]
