@@ -42,7 +42,7 @@ def row_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given."""
+    """Fill the gradients that are given; ``dlogits`` may be ``logits``."""
     _rows(logits, target, class_weight, dloss, spec, dlogits, dtarget)
 
 
@@ -55,8 +55,13 @@ def row_loss_and_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> Tensor:
-    """(N,) losses, and the gradients that are given filled in the same pass."""
+    """(N,) losses, and the gradients that are given filled in the same pass; ``dlogits`` may be ``logits``."""
     return _rows(logits, target, class_weight, dloss, spec, dlogits, dtarget)
+
+
+def multiply_(t: Tensor, factor: Tensor) -> None:
+    """t *= factor, a number on the device."""
+    t.mul_(factor)
 
 
 def _rows(
@@ -84,7 +89,7 @@ def block_rows(n: int, v: int, itemsize: int, work_itemsize: int, cpu: bool, tem
     size = CPU_BLOCK_BYTES if cpu else DEVICE_BLOCK_BYTES
     if temporaries:
         size = min(size, max(TEMPORARY_BYTES, n * v * itemsize // TEMPORARY_SHARE) // temporaries)
-    return min(n, max(1, size // (v * work_itemsize)))
+    return max(1, min(n, size // (v * work_itemsize)))
 
 
 def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, temporaries: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
