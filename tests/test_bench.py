@@ -185,5 +185,4 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(arguments, says, tmp_path, caps
 
 def test_rows_of_the_checkout_are_readable():
     paths = sorted((bench.Path(bench.__file__).parent / "results").glob("*.csv"))
-    assert paths and len(read(paths)) > 0
-    assert rows.VERSION == 2
+    assert (read(paths)["schema"] == rows.VERSION).all()
