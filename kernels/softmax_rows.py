@@ -14,17 +14,20 @@ from torch import Tensor
 
 from .launch import on_device_of, row_blocks
 from .tile_math import (
-    expm1_to_zero,
+    id_loss,
+    id_slopes,
     lse_finish,
     lse_square,
     lse_start,
     lse_update,
+    other_slope,
     shaped,
     shaped_slope,
     shortfall_finish,
     shortfall_update,
     soft_target_slope,
     softmax_slope,
+    target_slope,
 )
 
 # compiled once for all values: rows differ from batch to batch
@@ -43,10 +46,27 @@ def logits_tile(row_ptr, offs_v, mask_v, scale, softcap):
 
 
 @triton.jit
-def target_logit(row_ptr, y, readable, scale, softcap):
-    """The fp32 logit of class y as the loss sees it; 0 where it may not be read."""
-    x = tl.load(row_ptr + tl.where(readable, y, 0), mask=readable, other=0.0).to(tl.float32)
-    return shaped(x, scale, softcap)
+def target_logit(row_ptr, y, readable):
+    """The fp32 logit of class y as it was given; 0 where it may not be read."""
+    return tl.load(row_ptr + tl.where(readable, y, 0), mask=readable, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def target_weight(class_weight_ptr, y, readable):
+    """The weight of class y."""
+    # triton 3.6 cannot return None, so callers without class weights do not ask
+    return tl.load(class_weight_ptr + tl.where(readable, y, 0), mask=readable, other=0.0)
+
+
+@triton.jit
+def weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing):
+    """The sum of the class weights, which is V without; read where smoothing needs it."""
+    if smoothing is None:
+        return 0.0
+    elif class_weight_ptr is None:
+        return V * 1.0
+    else:
+        return tl.load(class_weight_sum_ptr)
 
 
 @triton.jit
@@ -99,15 +119,12 @@ def row_loss_kernel(
             mass, shortfall = shortfall_update(mass, shortfall, w, z, top_before, top)
 
     row_max, log_sum = lse_finish(top, ties, rest)
-    nll = (row_max - target_logit(row_ptr, y, readable, scale, softcap)) + log_sum
-    if class_weight_ptr is not None:
-        nll = nll * tl.load(class_weight_ptr + tl.where(readable, y, 0), mask=readable, other=0.0)
-    loss = nll
+    row_mass, row_shortfall = 0.0, 0.0
     if smoothing is not None:
         row_mass, row_shortfall = shortfall_finish(mass, shortfall, top, row_max)
-        loss = (1.0 - smoothing) * nll + smoothing / V * (row_mass * log_sum + row_shortfall)
-    if lse_square_scale is not None:
-        loss = loss + lse_square(row_max, log_sum, lse_square_scale)
+    z_y = shaped(target_logit(row_ptr, y, readable), scale, softcap)
+    w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
+    loss = id_loss(z_y, w_y, row_max, log_sum, row_mass, row_shortfall, V, smoothing, lse_square_scale)
 
     tl.store(loss_ptr + row, tl.where(ignored, 0.0, tl.where(readable, loss, float("nan"))))
     tl.store(stats_ptr + row, row_max)
@@ -122,8 +139,9 @@ def row_grads_kernel(
     class_weight_sum_ptr,  # () fp32, or None
     stats_ptr,  # (2, N) fp32
     dloss_ptr,  # (N,) fp32; stride 0 when it is one number
-    dlogits_ptr,  # (N, V) contiguous, output
+    dlogits_ptr,  # (N, V), output; may be logits
     stride_logits_n,
+    stride_dlogits_n,
     stride_dloss,
     N,
     V,
@@ -137,34 +155,34 @@ def row_grads_kernel(
     """One row and block per program: gradient of the loss against a class id."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    start = tl.program_id(1) * BLOCK_V
+    offs_v = start + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
     y = tl.load(target_ptr + row).to(tl.int64)
     ignored = y == ignore_index
     readable = (y >= 0) & (y < V) & (y != ignore_index)
-    target_v = tl.where(readable, y, -1).to(tl.int32)  # compared with int32 offsets; a padded lane never equals it
     row_max = tl.load(stats_ptr + row)
     log_sum = tl.load(stats_ptr + N + row)
+    w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
+    w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0) if smoothing is not None and class_weight_ptr is not None else None
+    w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
 
     x = tl.load(row_ptr + offs_v, mask=mask_v & readable, other=0.0).to(tl.float32)
+    # in place the target's logit is lost once its block is stored: only the program of that block reads it,
+    # and none of its warps stores before all have read
+    here = readable & (y >= start) & (y < start + BLOCK_V)
+    z_y = shaped(target_logit(row_ptr, y, here), scale, softcap)
+    tl.debug_barrier()
+    kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale)
     p = tl.exp((shaped(x, scale, softcap) - row_max) - log_sum)
-    # p and 1 are nearly equal once the model is confident, so the target's p - 1 is formed from its logarithm
-    target_slope = expm1_to_zero((target_logit(row_ptr, y, readable, scale, softcap) - row_max) - log_sum)
-    dz = tl.where(offs_v == target_v, target_slope, p)
-    if class_weight_ptr is not None:
-        dz = dz * tl.load(class_weight_ptr + tl.where(readable, y, 0), mask=readable, other=0.0)
-    if smoothing is not None:
-        if class_weight_ptr is not None:
-            w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
-            dz = (1.0 - smoothing) * dz + smoothing / V * (tl.load(class_weight_sum_ptr) * p - w)
-        else:
-            dz = (1.0 - smoothing) * dz + smoothing * (p - 1.0 / V)
-    if lse_square_scale is not None:
-        dz = dz + softmax_slope(p, row_max, log_sum, lse_square_scale)
+    dz = other_slope(p, w, kept + flat, off, smoothing)
+    # compared as int32, like the offsets; a padded lane never equals it
+    is_target = offs_v == tl.where(here, y, -1).to(tl.int32)
+    dz = tl.where(is_target, target_slope((z_y - row_max) - log_sum, w_y, kept, flat, off, smoothing), dz)
     dx = dz * shaped_slope(x, scale, softcap) * tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
 
     dx = tl.where(ignored, 0.0, tl.where(readable, dx, float("nan")))
-    tl.store(dlogits_ptr + row * V + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+    tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -221,10 +239,12 @@ def soft_row_grads_kernel(
     class_weight_ptr,  # (V,) fp32, or None
     stats_ptr,  # (3, N) fp32
     dloss_ptr,  # (N,) fp32; stride 0 when it is one number
-    dlogits_ptr,  # (N, V) contiguous, output, or None
-    dtarget_ptr,  # (N, V) contiguous, output, or None
+    dlogits_ptr,  # (N, V), output, or None; may be logits, as a program reads only what it writes
+    dtarget_ptr,  # (N, V), output, or None
     stride_logits_n,
     stride_target_n,
+    stride_dlogits_n,
+    stride_dtarget_n,
     stride_dloss,
     N,
     V,
@@ -252,7 +272,7 @@ def soft_row_grads_kernel(
         if lse_square_scale is not None:
             dz = dz + softmax_slope(p, row_max, log_sum, lse_square_scale)
         dx = dz * shaped_slope(x, scale, softcap) * dloss
-        tl.store(dlogits_ptr + row * V + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+        tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
     if dtarget_ptr is not None:
         dt = -logp * dloss
         if smoothing is not None:
@@ -261,7 +281,7 @@ def soft_row_grads_kernel(
             dt = dt * tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
         # a class of zero mass and -inf logit is out of the sum, as in shortfall_update
         dt = tl.where((q == 0.0) & (logp == -float("inf")), 0.0, dt)
-        tl.store(dtarget_ptr + row * V + offs_v, dt.to(dtarget_ptr.dtype.element_ty), mask=mask_v)
+        tl.store(dtarget_ptr + row * stride_dtarget_n + offs_v, dt.to(dtarget_ptr.dtype.element_ty), mask=mask_v)
 
 
 def row_loss(
@@ -313,7 +333,10 @@ def row_grads(
     smoothing: float | None,
     lse_square_scale: float | None,
 ) -> None:
-    """Fill ``dlogits`` (and, for probabilities, ``dtarget``): contiguous (N, V), or None where no gradient is wanted."""
+    """Fill ``dlogits`` (and, for probabilities, ``dtarget``): (N, V) with unit last stride, or None where no gradient is wanted.
+
+    ``dlogits`` may be ``logits``.
+    """
     n, v = logits.shape
     if n == 0 or (dlogits is None and dtarget is None):
         return
@@ -324,13 +347,15 @@ def row_grads(
         if target.is_floating_point():
             soft_row_grads_kernel[grid](
                 logits, target, class_weight, stats, dloss, dlogits, dtarget,
-                logits.stride(0), target.stride(0), dloss.stride(0), n, v,
+                logits.stride(0), target.stride(0),
+                0 if dlogits is None else dlogits.stride(0), 0 if dtarget is None else dtarget.stride(0), dloss.stride(0), n, v,
                 **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
         else:
+            assert dlogits is not None
             class_weight_sum = None if class_weight is None or smoothing is None else class_weight.sum()
             row_grads_kernel[grid](
                 logits, target, class_weight, class_weight_sum, stats, dloss, dlogits,
-                logits.stride(0), dloss.stride(0), n, v, ignore_index,
+                logits.stride(0), dlogits.stride(0), dloss.stride(0), n, v, ignore_index,
                 **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip

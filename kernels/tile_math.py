@@ -13,6 +13,13 @@ import triton.language as tl
 
 # stands for "no logit seen yet"; finite, so that -inf logits subtract from it without NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp_flushed(x):
+    """exp(x), 0 where it would be subnormal. Two instructions; tl.exp takes six, to scale what is subnormal."""
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -61,10 +68,10 @@ def shaped(x, scale, softcap):
 def shaped_slope(x, scale, softcap):
     """dz/dx of ``shaped``."""
     z = x
-    slope = tl.full(x.shape, 1.0, tl.float32)
+    slope = 1.0
     if scale is not None:
         z = z * scale
-        slope = slope * scale
+        slope = scale
     if softcap is not None:
         _, dsquashed = tanh_and_slope(z / softcap)
         slope = slope * dsquashed
@@ -101,6 +108,15 @@ def lse_finish(top, ties, rest):
 
 
 @triton.jit
+def lse_merge(tops, excesses):
+    """(maximum, sum of exp(z - maximum) less 1) of slices -> of the row. A slice without a finite logit is (LOWEST, -1), exactly 0."""
+    top = tl.max(tops, 0)
+    at_top = tops == top
+    others = tl.sum(tl.where(at_top, excesses, exp_flushed(tops - top) * (1.0 + excesses)), 0)
+    return top, others + (tl.sum(tl.where(at_top, 1.0, 0.0), 0) - 1.0)
+
+
+@triton.jit
 def shortfall_update(mass, shortfall, q, z, top_before, top):
     """Fold q * (top - z) into the running sum, moving what was summed before to the new maximum."""
     # a class of zero mass is out of the sum even where its logit is -inf
@@ -116,6 +132,13 @@ def shortfall_finish(mass, shortfall, top, row_max):
 
 
 @triton.jit
+def shortfall_of(q, z, top):
+    """Lanes -> sum of q * (top - z)."""
+    # a class of zero mass is out of the sum even where its logit is -inf
+    return tl.sum(tl.where(q == 0.0, 0.0, q * (top - z)), 0)
+
+
+@triton.jit
 def lse_square(row_max, log_sum, lse_square_scale):
     """The z-loss of a row."""
     lse = row_max + log_sum
@@ -126,6 +149,51 @@ def lse_square(row_max, log_sum, lse_square_scale):
 def softmax_slope(p, row_max, log_sum, lse_square_scale):
     """d (z-loss) / dz."""
     return 2.0 * lse_square_scale * (row_max + log_sum) * p
+
+
+@triton.jit
+def id_loss(z_y, w_y, row_max, log_sum, w_sum, shortfall, V, smoothing, lse_square_scale):
+    """The loss of a row against class y; w_y is None without class weights, w_sum and shortfall are read for smoothing."""
+    loss = (row_max - z_y) + log_sum
+    if w_y is not None:
+        loss = loss * w_y
+    if smoothing is not None:
+        loss = (1.0 - smoothing) * loss + smoothing / V * (w_sum * log_sum + shortfall)
+    if lse_square_scale is not None:
+        loss = loss + lse_square(row_max, log_sum, lse_square_scale)
+    return loss
+
+
+@triton.jit
+def id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale):
+    """Numbers of a row, (kept, flat, off), that make d (id_loss) / dz of its classes, by ``target_slope`` and ``other_slope``."""
+    kept, flat, off = 1.0, 0.0, 0.0
+    if w_y is not None:
+        kept = w_y
+    if smoothing is not None:
+        kept = (1.0 - smoothing) * kept
+        off = smoothing / V
+        flat = off * w_sum
+    if lse_square_scale is not None:
+        flat = flat + 2.0 * lse_square_scale * (row_max + log_sum)
+    return kept, flat, off
+
+
+@triton.jit
+def target_slope(logp, w_y, kept, flat, off, smoothing):
+    """d (id_loss) / dz of the target, whose log-probability keeps the digits of p - 1 when p is nearly 1."""
+    dz = kept * expm1_to_zero(logp) + flat * tl.exp(logp)
+    return dz if smoothing is None else dz - off if w_y is None else dz - off * w_y
+
+
+@triton.jit
+def other_slope(p, w, factor, off, smoothing):
+    """d (id_loss) / dz of any other class: ``factor`` is kept + flat, w its weight, None without class weights.
+
+    It is linear in the numbers of the row: with ``factor`` and ``off`` times what scales a row, so is the slope.
+    """
+    dz = factor * p
+    return dz if smoothing is None else dz - off if w is None else dz - off * w
 
 
 @triton.jit

@@ -4,14 +4,18 @@
 comes from the reference. ``ReducedLoss`` is the one strategy that must know in the forward that a single number scales all rows.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
+from .consumed import GONE, Owner, is_sole_owner
 from .spec import LossSpec
 
+SPENT = f"a second backward, and a backward with create_graph=True, need the logits again, but {GONE}; pass inplace=False"
 NO_OPTIONS_GRAD = (None,) * len(ops.options(LossSpec(), "torch"))
 
 
@@ -70,39 +74,121 @@ torch.library.register_autograd("lossfuse::row_grads", _row_grads_backward, setu
 
 
 class ReducedLoss(torch.autograd.Function):
-    """(N, V) logits -> the sum of the row losses over ``divisor``; the gradient is formed in the forward, while a row is in cache.
+    """(N, V) logits -> the sum of the row losses over ``divisor``; the gradient is formed in the forward, while a row is at hand.
 
-    The first backward hands that gradient over, so that memory holds it once. A later one, or one with a graph, makes its own.
+    The first backward hands that gradient over, so that memory holds it once. A later one, or one with a graph, makes its own; or raises
+    where the gradient was written over the logits, which have an ``owner`` then.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None, divisor: Tensor | None, spec: LossSpec, impl: str
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        divisor: Tensor | None,
+        spec: LossSpec,
+        impl: str,
+        owner: Owner | None,
     ) -> Tensor:
         needed = ctx.needs_input_grad[:2]
-        one = torch.ones((), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device)
-        dloss = (one if divisor is None else one / divisor).expand(logits.shape[0])
-        ctx.options = ops.options(spec, impl)
-        loss, *grads = ops.row_loss_and_grads(logits, target, class_weight, dloss, *needed, *ctx.options)
-        ctx.save_for_backward(logits, target, class_weight, dloss)
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        if divisor is not None and divisor.device == logits.device:
+            scale = divisor.reciprocal()
+        else:
+            # a number of the host goes with the launch, where a copy of it would be waited for
+            scale = torch.ones((), dtype=dtype, device=logits.device) / (1.0 if divisor is None else divisor)
+        dloss = scale.expand(logits.shape[0])
+        ctx.options, ctx.impl, ctx.consumed = ops.options(spec, impl), impl, owner is not None
+        grads: tuple[Tensor, ...]
+        if owner is not None:
+            with _writing(logits, owner) as dlogits:
+                loss, dtarget = ops.row_loss_and_grads_(dlogits, target, class_weight, dloss, needed[1], *ctx.options)
+            grads = dlogits, dtarget
+        else:
+            loss, *grads = ops.row_loss_and_grads(logits, target, class_weight, dloss, *needed, *ctx.options)
+            ctx.save_for_backward(logits, target, class_weight, dloss)
         ctx.formed = _wanted(grads, *needed)
         total: Tensor = loss.sum()
         return total if divisor is None else total / divisor
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        factor = None if ctx.formed is None or torch.is_grad_enabled() else _number(dtotal)
-        if factor is not None:
+        grads: Any
+        if ctx.formed is not None and not torch.is_grad_enabled() and _is_plain(dtotal):
             # logits are not asked for, so they may have changed since
-            formed, ctx.formed = ctx.formed, None
-            grads = (g if g is None or factor == 1.0 else g.mul_(factor) for g in formed)
+            grads, ctx.formed = ctx.formed, None
+            for g in grads:
+                if g is not None:
+                    _multiply(g, dtotal, ctx.impl)
+        elif ctx.consumed:
+            raise RuntimeError(SPENT)
         else:
             logits, target, class_weight, dloss = ctx.saved_tensors
             needed = ctx.needs_input_grad[:2]
-            again = ops.row_grads(logits, target, class_weight, dloss.new_empty(0, len(logits)), dloss, *needed, *ctx.options)
+            again = _gradients_again(logits, target, class_weight, dloss, needed, ctx.options)
             # outside the operator, so that a batch of factors multiplies one gradient
             grads = (None if g is None else (g * dtotal).to(g.dtype) for g in _wanted(again, *needed))
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
+
+
+def _gradients_again(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, needed: Any, options: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    # a forward that forms a gradient keeps no statistics; the blocks of the torch backend make their own
+    stats = dloss.new_empty(0, len(logits))
+    if options[-1] == "triton":
+        with torch.no_grad():
+            _, stats = ops.row_loss(logits, target, class_weight, *options)
+    grads: tuple[Tensor, Tensor] = ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *options)
+    return grads
+
+
+class ConsumedRows(torch.autograd.Function):
+    """(N, V) logits -> (N,) losses; the backward writes the gradient over the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, impl: str, owner: Owner) -> Tensor:
+        ctx.options, ctx.owner, ctx.spent = ops.options(spec, impl), owner, False
+        loss, stats = ops.row_loss(logits, target, class_weight, *ctx.options)
+        ctx.save_for_backward(logits, target, class_weight, stats)
+        result: Tensor = loss
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent or torch.is_grad_enabled() or not _is_plain(dloss):
+            raise RuntimeError(SPENT)
+        logits, target, class_weight, stats = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if not is_sole_owner(logits, *ctx.owner.alive()):
+            # somebody has made an alias since the forward
+            grads = ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options)
+        else:
+            ctx.spent = True
+            with _writing(logits, ctx.owner) as dlogits:
+                dtarget = ops.row_grads_(dlogits, target, class_weight, stats, dloss, needed[1], *ctx.options)
+            grads = dlogits, dtarget
+        return *_wanted(grads, *needed), None, None, None, None
+
+
+@contextlib.contextmanager
+def _writing(logits: Tensor, owner: Owner) -> Iterator[Tensor]:
+    """The logits under the name of the gradient they become.
+
+    Whoever saved them finds their version changed, and whoever looks at them is told; also if the write stops half way.
+    """
+    dlogits = logits.detach()
+    torch.autograd.graph.increment_version(logits)
+    try:
+        yield dlogits
+    except IndexError:
+        # a bad target, found before anything is written
+        raise
+    except BaseException:
+        owner.mark()
+        raise
+    owner.mark()
 
 
 def _wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -110,9 +196,21 @@ def _wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor 
     return dlogits if need_dlogits else None, dtarget if need_dtarget else None
 
 
-def _number(dtotal: Tensor) -> float | None:
-    """The value of a CPU scalar, which is free to read; None where it has no one value, as a fake or a batch of them."""
+def _is_plain(dtotal: Tensor) -> bool:
+    """Not a batch of them, as under is_grads_batched, and not a compiler's."""
+    # not public, as everything about batches below torch.func
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(dtotal) or torch._C._functorch.is_legacy_batchedtensor(dtotal)
+    return type(dtotal) is Tensor and not wrapped
+
+
+def _multiply(grad: Tensor, dtotal: Tensor, impl: str) -> None:
+    """grad *= dtotal: looked at on the CPU, where that is free, and on the device elsewhere."""
+    if dtotal.device.type != "cpu":
+        ops.multiply_(grad, dtotal, impl)
+        return
     try:
-        return float(dtotal)
+        if float(dtotal) != 1.0:
+            grad.mul_(dtotal)
     except RuntimeError:
-        return None
+        # a tracer's number has no value
+        grad.mul_(dtotal)

@@ -31,9 +31,12 @@ def pick(impl: str, rows: Rows) -> str:
     return impl
 
 
-def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor: Tensor | None) -> bool:
-    """Whether loss and gradient are made in one eager pass: on the CPU, where one number scales all rows and is known in the forward."""
-    if backend != "torch" or rows.logits.device.type != "cpu" or reduction == "none":
+def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor: Tensor | None, consume: bool) -> bool:
+    """Whether loss and gradient are made in one eager pass: where one number scales all rows and is known in the forward.
+
+    On a CPU, where a block is still in cache; elsewhere for logits that are consumed, so that no gradient waits for its backward.
+    """
+    if reduction == "none" or not (consume or (backend == "torch" and rows.logits.device.type == "cpu")):
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
@@ -48,6 +51,11 @@ def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor:
     )
 
 
+def writes_in_place(backend: str) -> bool:
+    """Whether a call may write over its logits here: nobody plans memory around it or keeps what it saved."""
+    return backend != "reference" and not torch.compiler.is_compiling() and not _saved_tensors_hooks_active()
+
+
 def _beyond_the_fast_paths(rows: Rows) -> str | None:
     """Why only the reference, which is made of torch's own operators, can differentiate this call."""
     if rows.class_weight is not None and rows.class_weight.requires_grad and torch.is_grad_enabled():
@@ -60,10 +68,10 @@ def _beyond_the_fast_paths(rows: Rows) -> str | None:
 
 
 def _has_tangent(t: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        # a compiler cannot look, but knows whether anything could
-        return torch.autograd.forward_ad._current_level >= 0
-    return torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+    if torch.autograd.forward_ad._current_level < 0:
+        # nothing can carry one; and a compiler, which cannot look at a tensor, knows this much
+        return False
+    return torch.compiler.is_compiling() or torch.autograd.forward_ad.unpack_dual(t).tangent is not None
 
 
 def _saved_tensors_hooks_active() -> bool:

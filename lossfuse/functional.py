@@ -1,13 +1,15 @@
 """The public functions: torch's names and order, then what torch does not have."""
 
+import torch
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import ReducedLoss
-from .dispatch import forms_gradient_in_forward, pick
+from .autograd import ConsumedRows, ReducedLoss
+from .consumed import Owner, may_consume
+from .dispatch import forms_gradient_in_forward, pick, writes_in_place
 from .inputs import check_normalizer, flatten
 from .reduce import denominator, reduce_rows
-from .spec import LossSpec, resolve_reduction
+from .spec import loss_spec, resolve_reduction
 from .targets import require_ids_in_range
 
 
@@ -25,6 +27,7 @@ def cross_entropy(
     logit_scale: float | None = None,
     lse_square_scale: float = 0.0,
     normalizer: float | Tensor | None = None,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Cross entropy of logits against class ids or class probabilities, without a tensor of probabilities.
@@ -42,7 +45,8 @@ def cross_entropy(
     probabilities; ``normalizer`` replaces it.
 
     Args:
-        input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``; float64, float32, bfloat16 or float16, any strides. Never written to.
+        input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``; float64, float32, bfloat16 or float16, any strides. Written to
+            only if ``inplace``.
         target: class ids, integers of the shape of ``input`` without C, each in ``[0, C)`` or ``ignore_index``; or class probabilities,
             floating point of the shape of ``input``. Probabilities may require grad.
         weight: ``(C)``, floating point: the weight of each class. If it requires grad, the reference computes the call.
@@ -55,6 +59,8 @@ def cross_entropy(
         lse_square_scale: factor of the squared log-sum-exp of a row ("z-loss"); not multiplied by ``weight``.
         normalizer: divisor of "mean", such as the tokens of the global batch: a positive number, or a 0-d tensor on the device of
             ``input`` (nothing synchronises) or on the CPU.
+        inplace: consume the logits: their memory receives the gradient, in the forward for "mean" and "sum", in the backward for "none",
+            for float16 and where a backward needs more than one number. See below.
         impl: "triton" (CUDA, ROCm, XPU; the CPU in Triton's interpreter), "torch" (blocks of rows, any device), "reference" (eager),
             or "auto". A name is obeyed or raises.
 
@@ -72,29 +78,42 @@ def cross_entropy(
     Autograd: gradients for ``input`` and probabilities, any number of times; the derivative of a gradient, forward mode, ``torch.func``
     transforms and a gradient for ``weight`` go through the eager reference and take its memory.
 
+    In place: with ``inplace=True`` no gradient is allocated. Afterwards ``input`` (and the tensor it is a view of) raises on any use of its
+    values. A graph that saved the logits raises in its backward, and so does a second backward, or one with ``create_graph``, of this loss.
+    Nothing is written, and the call is right without, where no gradient is wanted, a compiler traces the call (it plans memory itself),
+    ``saved_tensors_hooks`` are active (checkpointing) or the reference computes; and, with a warning, where another tensor shares the
+    memory of ``input``. Layouts that are copied to rows keep their values; the copy is consumed. ValueError for a leaf that requires
+    grad, a view of one, and logits whose elements share memory. Unseen: readers that bypass ``__torch_function__``, such as TorchScript.
+
     Rounding: float32 from load to store (float64 for float64). The row maximum and the log-sum are kept apart, so that an offset common
     to a row cancels exactly; the target's ``p - 1`` is formed before rounding and keeps its digits however confident the model is.
 
-    Memory: O(N) in the forward and one tensor like ``input`` for the gradient. On the CPU, for "mean" and "sum", the gradient is formed
-    in the forward; temporaries take at most 3 MiB or 4 % of the logits, whichever is more, if a row is below 512 KiB. Layouts whose rows
-    have no single stride, such as ``(N, C, d)``, are copied once.
+    Memory: O(N), and one tensor like ``input`` for the gradient unless ``inplace``. On the CPU, for "mean" and "sum", the gradient is
+    formed in the forward, but for float16, whose gradient must see a loss scaler's factor before it is rounded; temporaries there take at
+    most 3 MiB or 4 % of the logits, whichever is more, if a row is below 512 KiB. Layouts whose rows have no single stride, such as
+    ``(N, C, d)``, are copied once.
 
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867; z-loss is de
     Brebisson and Vincent, arXiv:1604.08859.
     """
     reduction = resolve_reduction(reduction, size_average, reduce)
-    spec = LossSpec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
     rows = flatten(input, target, weight, ignore_index)
     check_normalizer(normalizer, reduction, input)
     backend = pick(impl, rows)
     divisor = denominator(rows, spec, reduction, normalizer)
-    if forms_gradient_in_forward(backend, rows, reduction, divisor):
-        loss: Tensor = ReducedLoss.apply(rows.logits, rows.target, rows.class_weight, divisor, spec, backend)
+    wanted = inplace and torch.is_grad_enabled() and input.requires_grad
+    consume = wanted and writes_in_place(backend) and may_consume(input, rows)
+    owner = Owner(input, rows) if consume else None
+    if forms_gradient_in_forward(backend, rows, reduction, divisor, consume):
+        loss: Tensor = ReducedLoss.apply(rows.logits, rows.target, rows.class_weight, divisor, spec, backend, owner)
         return loss
     if backend == "reference":
         if not rows.soft:
             require_ids_in_range(rows.target, rows.num_classes, ignore_index)
         loss = reference.row_loss(rows.logits, rows.target, rows.class_weight, spec)
+    elif owner is not None:
+        loss = ConsumedRows.apply(rows.logits, rows.target, rows.class_weight, spec, backend, owner)
     else:
         loss, _ = ops.row_loss(rows.logits, rows.target, rows.class_weight, *ops.options(spec, backend))
     return reduce_rows(loss, rows, reduction, divisor)

@@ -22,6 +22,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         softcap: float | None = None,
         logit_scale: float | None = None,
         lse_square_scale: float = 0.0,
+        inplace: bool = False,
         impl: str = "auto",
     ) -> None:
         reduction = resolve_reduction(reduction, size_average, reduce)
@@ -30,6 +31,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.lse_square_scale = lse_square_scale
+        self.inplace = inplace
         self.impl = impl
 
     def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
@@ -44,5 +46,6 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             logit_scale=self.logit_scale,
             lse_square_scale=self.lse_square_scale,
             normalizer=normalizer,
+            inplace=self.inplace,
             impl=self.impl,
         )

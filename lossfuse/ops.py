@@ -1,7 +1,8 @@
 """The operators of the package: opaque to compilers, with shapes for tracing. Torch only.
 
 ``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
-gradient nobody needs is an empty tensor, so that every mode returns as many results.
+gradient nobody needs is an empty tensor, so that every mode returns as many results. An operator whose name ends in ``_`` writes the
+gradient over the logits.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import LossSpec
+from .spec import LossSpec, loss_spec
 from .targets import require_ids_in_range
 
 _BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked"}
@@ -28,9 +29,22 @@ library.define(
     f" {_OPTIONS}) -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
 )
 
+library.define(
+    f"row_loss_and_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dtarget, {_OPTIONS})"
+    " -> (Tensor loss, Tensor dtarget)"
+)
+library.define(
+    "row_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dtarget,"
+    f" {_OPTIONS}) -> Tensor dtarget"
+)
+library.define("multiply_(Tensor(a!) t, Tensor factor, str impl) -> ()")
+
 row_loss = torch.ops.lossfuse.row_loss
 row_grads = torch.ops.lossfuse.row_grads
 row_loss_and_grads = torch.ops.lossfuse.row_loss_and_grads
+row_loss_and_grads_ = torch.ops.lossfuse.row_loss_and_grads_
+row_grads_ = torch.ops.lossfuse.row_grads_
+multiply_ = torch.ops.lossfuse.multiply_
 
 
 def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
@@ -43,7 +57,7 @@ def _backend(impl: str) -> ModuleType:
 
 
 def _checked_spec(logits: Tensor, target: Tensor, options: tuple[Any, ...]) -> LossSpec:
-    spec = LossSpec(*options[:-1])
+    spec = loss_spec(*options[:-1])
     if not target.is_floating_point():
         require_ids_in_range(target, logits.shape[1], spec.ignore_index)
     return spec
@@ -89,7 +103,7 @@ def _row_grads(
         class_weight,
         stats,
         dloss,
-        LossSpec(*options[:-1]),
+        loss_spec(*options[:-1]),
         dlogits if need_dlogits else None,
         dtarget if need_dtarget else None,
     )
@@ -126,10 +140,53 @@ def _row_loss_and_grads_shapes(
     return _new_loss(logits), *_new_grads(logits, target, need_dlogits, need_dtarget)
 
 
+def _row_loss_and_grads_(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
+    spec = _checked_spec(logits, target, options)
+    _, dtarget = _new_grads(logits, target, False, need_dtarget)
+    loss: Tensor = _backend(options[-1]).row_loss_and_grads(
+        logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
+    )
+    return loss, dtarget
+
+
+def _row_loss_and_grads_shapes_(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
+    return _new_loss(logits), _new_grads(logits, target, False, need_dtarget)[1]
+
+
+def _row_grads_(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
+) -> Tensor:
+    _, dtarget = _new_grads(logits, target, False, need_dtarget)
+    spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
+    _backend(options[-1]).row_grads(logits, target, class_weight, stats, dloss, spec, logits, wanted)
+    return dtarget
+
+
+def _row_grads_shapes_(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
+) -> Tensor:
+    return _new_grads(logits, target, False, need_dtarget)[1]
+
+
+def _multiply_(t: Tensor, factor: Tensor, impl: str) -> None:
+    _backend(impl).multiply_in_place(t, factor)
+
+
+def _multiply_shapes_(t: Tensor, factor: Tensor, impl: str) -> None:
+    return None
+
+
 for _name, _impl, _shapes in (
     ("row_loss", _row_loss, _row_loss_shapes),
     ("row_grads", _row_grads, _row_grads_shapes),
     ("row_loss_and_grads", _row_loss_and_grads, _row_loss_and_grads_shapes),
+    ("row_loss_and_grads_", _row_loss_and_grads_, _row_loss_and_grads_shapes_),
+    ("row_grads_", _row_grads_, _row_grads_shapes_),
+    ("multiply_", _multiply_, _multiply_shapes_),
 ):
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)

@@ -25,7 +25,7 @@ def denominator(rows: Rows, spec: LossSpec, reduction: str, normalizer: float | 
         return torch.full((), rows.logits.shape[0], dtype=dtype, device=device)
     valid = rows.target != spec.ignore_index
     if rows.class_weight is None:
-        return valid.sum().to(dtype)
+        return valid.sum(dtype=dtype)
     # ignored rows may hold any id; clamp before it becomes an address
     weights = rows.class_weight.to(dtype)[rows.target.clamp(0, rows.num_classes - 1)]
     return torch.where(valid, weights, 0.0).sum()

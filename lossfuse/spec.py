@@ -1,5 +1,7 @@
 """What a loss is, apart from its tensors: one frozen object that checks its own values."""
 
+import contextlib
+import functools
 import warnings
 from dataclasses import dataclass
 from numbers import Integral
@@ -50,6 +52,21 @@ class LossSpec:
     def shapes_logits(self) -> bool:
         """Whether the loss sees other numbers than the logits it is given."""
         return self.softcap is not None or self.logit_scale is not None
+
+
+def loss_spec(*options: Any) -> LossSpec:
+    """``LossSpec(*options)``, checked once for options that come again with every step."""
+    if not torch.compiler.is_compiling():
+        with contextlib.suppress(TypeError):
+            return _known_spec(*options)
+    # unhashable, or refused: the check says why
+    return LossSpec(*options)
+
+
+# 1 and True are one key unless typed, and True is no number here
+@functools.lru_cache(256, typed=True)
+def _known_spec(*options: Any) -> LossSpec:
+    return LossSpec(*options)
 
 
 LARGEST = 3.4028234663852886e38

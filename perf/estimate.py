@@ -76,6 +76,14 @@ def _ours(s: Shape) -> int:
     return s.e * s.b * gradient + scratch + 40 * s.case.n
 
 
+def _ours_in_place(s: Shape) -> int:
+    if not s.cpu:
+        # and the words by which the programs of a row know of each other
+        return 24 * s.case.n + 8 * s.case.n * math.ceil(s.case.v / 4096)
+    direct = s.b == 4 and s.mode != "no_grad"
+    return (0 if direct else block_rows(s.case.n, s.case.v, s.b, 4, True, 1) * s.case.v * 4) + 40 * s.case.n
+
+
 def _linear(s: Shape) -> int:
     logits = s.e * (s.b + s.wide)
     if not s.step:
@@ -134,6 +142,7 @@ FORMULAS = [
     Formula("F.cross_entropy(x.float())", "logits", "12 E; no backward: 8 E", _upcast, True, False),
     Formula("torch.compile", "logits", "E b; no backward: 0", lambda s: s.e * s.b * s.step, True, True),
     Formula("lossfuse", "logits", "E b; CPU: and a block", _ours, True, False),
+    Formula("lossfuse in place", "logits", "numbers per row; CPU: and a block", _ours_in_place, True, False),
     Formula("lossfuse reference", "logits", "21 E; half: 25 E", lambda s: s.e * (21 if s.b == 4 else 25), True, False),
     *(
         Formula(name, "logits", "numbers per row", lambda s: 12 * s.case.n, False, True)

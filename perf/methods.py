@@ -61,8 +61,8 @@ def _linear_then_upcast(hidden: Tensor, weight: Tensor, target: Tensor) -> Tenso
     return F.cross_entropy(F.linear(hidden, weight).float(), target)
 
 
-def _ours(impl: str) -> Loss:
-    return lambda logits, target: lossfuse.cross_entropy(logits, target, impl=impl)
+def _ours(impl: str, inplace: bool = False) -> Loss:
+    return lambda logits, target: lossfuse.cross_entropy(logits, target, inplace=inplace, impl=impl)
 
 
 def _torch_chunked_head() -> Loss:
@@ -97,6 +97,7 @@ METHODS = [
     Method("F.cross_entropy(x.float())", "logits", lambda: _upcast_cross_entropy),
     Method("torch.compile", "logits", lambda: torch.compile(F.cross_entropy, dynamic=False)),
     Method("lossfuse", "logits", lambda: _ours("auto")),
+    Method("lossfuse in place", "logits", lambda: _ours("auto", inplace=True), consumes=True),
     # auto is torch on a CPU
     Method("lossfuse torch", "logits", lambda: _ours("torch"), devices=GPU),
     Method("lossfuse reference", "logits", lambda: _ours("reference")),

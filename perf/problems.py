@@ -41,15 +41,15 @@ class Errors:
 
 
 class _Produced(torch.autograd.Function):
-    """A tensor as a model's last layer hands it over: it requires grad and is no leaf."""
+    """A tensor as a model's last layer hands it over: it requires grad and is no leaf. A new one if it will be consumed."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, held: list[Tensor]) -> Tensor:
-        return held[0].detach()
+    def forward(ctx: Any, anchor: Tensor, held: list[Tensor], new: bool) -> Tensor:
+        return held[0].clone() if new else held[0].detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        return None, None, None
 
 
 def _run(loss_fn: Loss, mode: str, wanted: int, scale: float | None) -> Callable[..., Result]:
@@ -73,15 +73,16 @@ class Logits:
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         self.case, self.dtype = case, dtype
         self.logits, self.target = logits_like_a_model(case.n, case.v, dtype, device)
-        # where a copy goes, and what a method may consume
+        # where a copy goes
         self.spare = torch.empty_like(self.logits)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._truth: tuple[float, Tensor, Tensor] | None = None
 
     def step(self, loss_fn: Loss, mode: str, consumes: bool) -> Step:
         def prepare() -> tuple[Tensor, Tensor]:
-            held = self.spare.copy_(self.logits) if consumes else self.logits
-            return (held if mode == "no_grad" else _Produced.apply(self._anchor, [held])), self.target
+            if mode == "no_grad":
+                return (self.logits.clone() if consumes else self.logits), self.target
+            return _Produced.apply(self._anchor, [self.logits], consumes), self.target
 
         return Step(_run(loss_fn, mode, 1, SCALE.get(self.dtype)), prepare)
 
@@ -133,7 +134,7 @@ class Head:
             if mode == "no_grad":
                 return self.hidden, self.weight, self.target
             # the hidden state comes from a layer, the weight is a parameter
-            hidden = _Produced.apply(self._anchor, [self.hidden])
+            hidden = _Produced.apply(self._anchor, [self.hidden], False)
             return hidden, self.weight.detach().requires_grad_(), self.target
 
         return Step(_run(loss_fn, mode, 2, SCALE.get(self.dtype)), prepare)

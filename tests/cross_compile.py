@@ -3,20 +3,22 @@
 A process of its own, because the interpreter replaces kernels where they are defined: run without TRITON_INTERPRET.
 """
 
-import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lossfuse.kernels import softmax_rows
-from lossfuse.kernels.launch import row_blocks
+from lossfuse.kernels import fused_rows, softmax_rows
+from lossfuse.kernels.launch import fused_plan, row_blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,43 +29,78 @@ TARGETS = {
 DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 # a vocabulary at which blocks have their full width
 V = 128256
+# fused kernels: every launch the tables know, aligned and not, by the vocabularies that choose it
+FUSED_V = (8192, 16384, 32768, 50257, 128256, 151643)
 
 SOFTMAX = ("scale", "softcap", "smoothing", "lse_square_scale")
-OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_sum_ptr", *SOFTMAX)}
-POINTERS = {
-    "target_ptr": "*i64",
-    "class_weight_ptr": "*fp32",
-    "class_weight_sum_ptr": "*fp32",
-    "loss_ptr": "*fp32",
-    "stats_ptr": "*fp32",
-    "dloss_ptr": "*fp32",
-}
-SCALARS = dict.fromkeys(SOFTMAX, "fp32")
-KERNELS = ("row_loss_kernel", "row_grads_kernel", "soft_row_loss_kernel", "soft_row_grads_kernel")
+OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX)}
+OPTIONAL = OPTION_SETS["every option"]
+LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr")
+POINTERS = {"target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64"}
 
 
-def signature(kernel: triton.JITFunction, logits: str, given: tuple[str, ...], block_v: int) -> ASTSource:
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what its launcher sets."""
+
+    kernel: Any
+    num_warps: int
+    constants: dict[str, object]
+    # whether rows start on 16 elements
+    wide: bool = True
+    options: dict[str, object] = field(default_factory=lambda: dict(softmax_rows.UNFUSED))
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+def launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
+    blocks = row_blocks(V)
+    for name in ("row_loss_kernel", "row_grads_kernel", "soft_row_loss_kernel", "soft_row_grads_kernel"):
+        yield Launch(getattr(softmax_rows, name), blocks.num_warps, {"BLOCK_V": blocks.block_v})
+    multiply = fused_rows.MULTIPLY_BLOCK
+    yield Launch(fused_rows.scale_rows_kernel, multiply.num_warps, {"BLOCK": multiply.block_v}, options={})
+    family = "amd" if target.startswith("gfx") else "nvidia"
+    group = 16 // itemsize
+    seen = set()
+    for v in FUSED_V:
+        wide = v % 16 == 0
+        plan = fused_plan(family, v, itemsize, wide=wide, most_lead=0 if wide else group - 1, shaping=shaping)
+        if plan.kind == "sweeps" or (plan.kind, plan.block_v) in seen:
+            continue
+        seen.add((plan.kind, plan.block_v))
+        if plan.kind == "whole":
+            yield Launch(fused_rows.whole_row_kernel, plan.num_warps, {"BLOCK_V": plan.block_v}, wide)
+        else:
+            constants = {"SLICE": plan.block_v, "K_BLOCK": triton.next_power_of_2(plan.slices), "GROUP": group, "PHASE": 0}
+            options = {"launch_cooperative_grid": True, **softmax_rows.UNFUSED}
+            # nothing is known of the alignment of rows
+            yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)
+
+
+def source(launch: Launch, logits: str, given: tuple[str, ...]) -> ASTSource:
     types: dict[str, str] = {}
     constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
-    soft = "soft" in kernel.fn.__name__
-    for i, name in enumerate(kernel.arg_names):
-        absent = name in ("class_weight_ptr", "class_weight_sum_ptr", *SOFTMAX) and name not in given
-        if name == "BLOCK_V" or absent:
-            types[name], constants[i,] = "constexpr", None if absent else block_v
-        elif name in SCALARS:
-            types[name] = SCALARS[name]
-        elif name in ("logits_ptr", "dlogits_ptr", "dtarget_ptr") or (name == "target_ptr" and soft):
+    for i, name in enumerate(launch.kernel.arg_names):
+        rows = name in LOGITS or (name == "target_ptr" and "soft" in launch.name)
+        if name in launch.constants or (name in OPTIONAL and name not in given):
+            types[name], constants[i,] = "constexpr", launch.constants.get(name)
+        elif rows:
             types[name] = logits
+        elif name.endswith("_ptr"):
+            types[name] = POINTERS.get(name, "*fp32")
         else:
-            types[name] = POINTERS.get(name, "i32")
-        # what the launcher's specialisation finds for a contiguous tensor of an aligned vocabulary
-        if types[name].startswith("*") or name in ("V", "stride_logits_n", "stride_target_n"):
+            types[name] = "fp32" if name in SOFTMAX else "i32"
+        # what the launcher's specialisation finds
+        aligned = name.endswith("_ptr") if not rows else launch.wide
+        if aligned or (launch.wide and name in ("V", "n", "stride_logits_n", "stride_dlogits_n", "stride_target_n", "stride_dtarget_n")):
             attributes[i,] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, types, constants, attributes)
+    return ASTSource(launch.kernel, types, constants, attributes)
 
 
-def resources(compiled: object, target: GPUTarget) -> dict[str, int]:
+def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
     if target.backend == "hip":
         asm = compiled.asm["amdgcn"]
         spilled = [int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", asm)]
@@ -83,14 +120,20 @@ def resources(compiled: object, target: GPUTarget) -> dict[str, int]:
     return {"registers": registers, "spills": stack + local + spills, "wide": wide, "narrow": narrow, "fused": fused}
 
 
-def main(targets: list[str]) -> None:
-    launch = row_blocks(V)
-    for target, kernel, (dtype, pointer), (options, given) in itertools.product(targets, KERNELS, DTYPES.items(), OPTION_SETS.items()):
-        source = signature(getattr(softmax_rows, kernel), pointer, given, launch.block_v)
-        compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": launch.num_warps, **softmax_rows.UNFUSED})
-        row = {"kernel": kernel, "target": target, "dtype": dtype, "options": options, **resources(compiled, TARGETS[target])}
-        print(json.dumps(row), flush=True)
+def main(targets: list[str], dtypes: list[str]) -> None:
+    for target in targets:
+        for dtype in dtypes:
+            pointer = DTYPES[dtype]
+            for options, given in OPTION_SETS.items():
+                for launch in launches(target, 4 if dtype == "fp32" else 2, bool(given)):
+                    compiled = triton.compile(
+                        source(launch, pointer, given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
+                    )
+                    row = {"kernel": launch.name, "target": target, "dtype": dtype, "options": options, "warps": launch.num_warps}
+                    row |= {k.lower(): v for k, v in launch.constants.items()}
+                    print(json.dumps(row | resources(compiled, TARGETS[target])), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(TARGETS))
+    named = set(sys.argv[1:])
+    main([t for t in TARGETS if t in named] or list(TARGETS), [d for d in DTYPES if d in named] or list(DTYPES))

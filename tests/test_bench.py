@@ -29,7 +29,7 @@ def by_name(op, *names):
 @pytest.mark.parametrize(
     ("case", "names"),
     [
-        ("40x500", ["F.cross_entropy", "F.cross_entropy(x.float())", "lossfuse", "lossfuse reference"]),
+        ("40x500", ["F.cross_entropy", "F.cross_entropy(x.float())", "lossfuse", "lossfuse in place", "lossfuse reference"]),
         ("40x16x500", ["linear + F.cross_entropy", "linear + F.cross_entropy(x.float())", "F.linear_cross_entropy"]),
     ],
 )
@@ -140,12 +140,13 @@ def test_the_truth_of_a_head_is_that_of_its_logits(dtype, monkeypatch):
 
 def test_methods_that_cannot_run_are_a_line():
     found, lines = methods.of("logits", CPU)
-    assert [m.name for m in found] == ["F.cross_entropy", "F.cross_entropy(x.float())", "torch.compile", "lossfuse", "lossfuse reference"]
+    ours = ["lossfuse", "lossfuse in place", "lossfuse reference"]
+    assert [m.name for m in found] == ["F.cross_entropy", "F.cross_entropy(x.float())", "torch.compile", *ours]
     assert "Liger (logits) is skipped: does not run on cpu" in lines
     cuda = {line.split(" is ")[0]: line for line in methods.of("head", torch.device("cuda"))[1]}
     assert all(line.endswith("is not installed") for line in cuda.values())
     only, _ = methods.of("logits", CPU, "lossfuse")
-    assert [m.name for m in only] == ["F.cross_entropy", "lossfuse", "lossfuse reference"]
+    assert [m.name for m in only] == ["F.cross_entropy", *ours]
 
 
 def test_the_command_appends_rows_and_prints_a_table(tmp_path, capsys):

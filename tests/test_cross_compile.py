@@ -10,26 +10,43 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = {"row_loss_kernel", "row_grads_kernel", "soft_row_loss_kernel", "soft_row_grads_kernel"}
+SWEEPS = {"row_loss_kernel", "row_grads_kernel", "soft_row_loss_kernel", "soft_row_grads_kernel"}
+FUSED = {"whole_row_kernel", "split_row_kernel", "scale_rows_kernel"}
+# registers of a multiprocessor; the fewest multiprocessors of a GPU whose longest rows are to be split (A10: 72)
+REGISTERS, MULTIPROCESSORS = 65536, 72
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_kernels_compile_without_spills(target):
+ALL = [(target, dtype) for target in ("sm_80", "sm_90", "sm_100", "gfx942") for dtype in ("bf16", "fp16", "fp32")]
+# half a minute each: what differs most by default, all the others with -m slow
+FIRST = [("sm_90", "bf16"), ("sm_90", "fp32"), ("sm_80", "bf16"), ("sm_100", "bf16"), ("gfx942", "bf16")]
+
+
+@pytest.mark.parametrize(("target", "dtype"), [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) for case in ALL])
+def test_kernels_compile_without_spills(target, dtype):
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "cross_compile.py"), target]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "cross_compile.py"), target, dtype]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} == KERNELS and len(rows) == len(KERNELS) * 3 * 2
+    assert {row["kernel"] for row in rows} == (SWEEPS | FUSED if target.startswith("sm") else SWEEPS | FUSED - {"split_row_kernel"})
+    # every width of the tables, plain and with every option
+    assert {row["dtype"] for row in rows} == {dtype}
+    assert len({(row["kernel"], row["options"], row.get("block_v"), row.get("slice")) for row in rows}) == len(rows)
     for row in rows:
         assert row["spills"] == 0, row
-        assert row["registers"] <= 128, row
+        if row["kernel"] in SWEEPS:
+            assert row["registers"] <= 128, row
         if target.startswith("sm"):
-            # 16 bytes a thread, but for the one logit of the target
-            assert row["wide"] > 0 and row["narrow"] <= 1, row
+            # 16 bytes a thread, but for the one logit of the target, read and written, and the edges of a split row
+            most_narrow = {"whole_row_kernel": 2, "split_row_kernel": 6, "scale_rows_kernel": 0}.get(row["kernel"], 1)
+            assert row["wide"] > 0 and row["narrow"] <= most_narrow, row
             # scale * x - maximum must not be one instruction: the maximum was rounded
             assert row["fused"] == 0, row
+        if row["kernel"] == "split_row_kernel":
+            # programs of a row wait for one another: all of 300 000 classes must fit at once
+            per_multiprocessor = REGISTERS // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
+            assert per_multiprocessor >= 2 and per_multiprocessor * MULTIPROCESSORS > 300_000 // row["slice"], row
 
 
 def test_every_kernel_is_compiled_here():
@@ -37,4 +54,4 @@ def test_every_kernel_is_compiled_here():
     found = set()
     for path in (ROOT / "kernels").glob("*.py"):
         found |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
-    assert found == KERNELS
+    assert found == SWEEPS | FUSED

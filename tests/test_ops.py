@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
 import lossfuse
@@ -27,9 +29,11 @@ def test_opcheck(impl, soft):
         _, stats = ops.row_loss(x, target, weight, *options)
         dloss = torch.randn(4, device=DEVICE, requires_grad=True)
         torch.library.opcheck(ops.row_grads.default, (x, target, weight, stats.detach(), dloss, True, soft, *options))
-        if impl == "torch":
-            arguments = (x.detach(), target.detach(), weight, dloss.detach(), True, soft, *options)
-            torch.library.opcheck(ops.row_loss_and_grads.default, arguments)
+        logits, target, dloss = x.detach(), target.detach(), dloss.detach()
+        torch.library.opcheck(ops.row_loss_and_grads.default, (logits, target, weight, dloss, True, soft, *options))
+        torch.library.opcheck(ops.row_loss_and_grads_.default, (logits.clone(), target, weight, dloss, soft, *options))
+        torch.library.opcheck(ops.row_grads_.default, (logits.clone(), target, weight, stats.detach(), dloss, soft, *options))
+    torch.library.opcheck(ops.multiply_.default, (logits.clone(), torch.tensor(0.5, device=DEVICE), impl))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -51,6 +55,30 @@ def test_one_graph_with_the_numbers_of_eager(impl, backend, soft, reduction):
     torch.testing.assert_close(compiled(x, target), f(x, target))
     got, want = (torch.autograd.grad(g(x, target), leaves) for g in (compiled, f))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_compiled_graph_copies_no_logits(impl, reduction, inplace):
+    torch._dynamo.reset()
+    x, target = logits_and_ids(6, 19, device=DEVICE)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+
+    def f(x):
+        return lossfuse.cross_entropy(x * 1.5, target, reduction=reduction, inplace=inplace, impl=impl).sum()
+
+    torch.compile(f, backend=backend, fullgraph=True)(x).backward()
+    assert len(graphs) == 2
+    made = [n for g in graphs for n in g.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
+    # x * 1.5 and its derivative, and nothing else of that size but the gradient
+    assert [n.target.__name__ for n in made if n.meta["val"].shape == (6, 19) and "getitem" not in n.name] == ["mul.Tensor", "mul.Tensor"]
 
 
 def test_inductor_on_real_shapes_with_ignored_rows():

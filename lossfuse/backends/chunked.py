@@ -7,6 +7,7 @@ confident the model is. Only a CPU is asked for values.
 """
 
 import ctypes
+import functools
 import sys
 from collections.abc import Iterator
 
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor
 
 from ..spec import LossSpec
+from . import threads
 
 # 4 to 8 MiB are alike within 10 % on two cores; smaller blocks pay for python and threads, larger ones leave the cache
 CPU_BLOCK_BYTES = 8 << 20
+# with a block for each thread
+THREAD_BLOCK_BYTES = 4 << 20
+THREAD_LEAST_BYTES = 1 << 20
 # elsewhere a block is a handful of kernel launches
 DEVICE_BLOCK_BYTES = 64 << 20
 # what all blocks beside the gradient may take together: 4 % of the logits, or this if it is more
@@ -59,7 +64,7 @@ def row_loss_and_grads(
     return _rows(logits, target, class_weight, dloss, spec, dlogits, dtarget)
 
 
-def multiply_(t: Tensor, factor: Tensor) -> None:
+def multiply_in_place(t: Tensor, factor: Tensor) -> None:
     """t *= factor, a number on the device."""
     t.mul_(factor)
 
@@ -79,25 +84,49 @@ def _rows(
     for grad in (dlogits, dtarget):
         if grad is not None:
             _prefer_huge_pages(grad)
-    if target.is_floating_point():
-        return _soft_rows(logits, target, weight, dloss, spec, dlogits, dtarget, dtype)[:, 0]
-    return _id_rows(logits, target[:, None], weight, dloss, spec, dlogits, dtype)[:, 0]
+    n, v = logits.shape
+    on_cpu = logits.device.type == "cpu"
+    soft = target.is_floating_point()
+    temporaries = FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0
+    temporaries += dlogits is None or dlogits.dtype != dtype
+    count = _threads(n * v, logits.element_size(), dtype.itemsize, temporaries) if on_cpu else 1
+    block = block_rows(n, v, logits.element_size(), dtype.itemsize, on_cpu, temporaries, count)
+
+    def part(rows: slice) -> Tensor:
+        x, t, d, dx, dt = (None if a is None else a[rows] for a in (logits, target, dloss, dlogits, dtarget))
+        assert x is not None and t is not None
+        if soft:
+            return _soft_rows(x, t, weight, d, spec, dx, dt, dtype, block)[:, 0]
+        return _id_rows(x, t[:, None], weight, d, spec, dx, dtype, block)[:, 0]
+
+    if count == 1:
+        return part(slice(0, n))
+    # several parts for each thread, whole blocks, for when one of them is held up
+    length = max(block, -(-n // (4 * count * block)) * block)
+    return torch.cat(threads.run([functools.partial(part, slice(i, i + length)) for i in range(0, n, length)], count))
 
 
-def block_rows(n: int, v: int, itemsize: int, work_itemsize: int, cpu: bool, temporaries: int) -> int:
-    """The rows of a block of (N, V) logits, of which so many temporaries are alive at once."""
-    size = CPU_BLOCK_BYTES if cpu else DEVICE_BLOCK_BYTES
+def _threads(numel: int, itemsize: int, work_itemsize: int, temporaries: int) -> int:
+    """How many threads take blocks of their own: as many as there are, if each has enough to do and the temporaries stay what they are."""
+    enough = numel * work_itemsize // THREAD_LEAST_BYTES
     if temporaries:
-        size = min(size, max(TEMPORARY_BYTES, n * v * itemsize // TEMPORARY_SHARE) // temporaries)
+        enough = min(enough, max(TEMPORARY_BYTES, numel * itemsize // TEMPORARY_SHARE) // temporaries // THREAD_LEAST_BYTES)
+    return max(1, min(threads.workers(), enough))
+
+
+def block_rows(n: int, v: int, itemsize: int, work_itemsize: int, cpu: bool, temporaries: int, count: int = 1) -> int:
+    """The rows of a block of (N, V) logits, with so many temporaries of a block alive at once in each of ``count`` threads."""
+    size = DEVICE_BLOCK_BYTES if not cpu else CPU_BLOCK_BYTES if count == 1 else THREAD_BLOCK_BYTES
+    if temporaries:
+        size = min(size, max(TEMPORARY_BYTES, n * v * itemsize // TEMPORARY_SHARE) // (temporaries * count))
     return max(1, min(n, size // (v * work_itemsize)))
 
 
-def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, temporaries: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, logits, a block to work in): rows of ``dlogits`` if they have the dtype, otherwise scratch, copied there after the work."""
     n, v = logits.shape
     direct = dlogits if dlogits is not None and dlogits.dtype == dtype else None
-    rows = block_rows(n, v, logits.element_size(), dtype.itemsize, logits.device.type == "cpu", temporaries + (direct is None))
-    scratch = torch.empty(0 if direct is not None else rows, v, dtype=dtype, device=logits.device)
+    scratch = torch.empty(0 if direct is not None else min(rows, n), v, dtype=dtype, device=logits.device)
     for start in range(0, n, rows):
         block = slice(start, min(start + rows, n))
         work = direct[block] if direct is not None else scratch[: block.stop - block.start]
@@ -107,7 +136,14 @@ def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, temporar
 
 
 def _id_rows(
-    logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor | None, spec: LossSpec, dlogits: Tensor | None, dtype: torch.dtype
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    dloss: Tensor | None,
+    spec: LossSpec,
+    dlogits: Tensor | None,
+    dtype: torch.dtype,
+    block: int,
 ) -> Tensor:
     """(N, 1) losses against (N, 1) class ids."""
     n, v = logits.shape
@@ -123,8 +159,7 @@ def _id_rows(
     dloss = torch.where(valid, ones if dloss is None else dloss, torch.nan)
 
     row_max, margin, others, shortfall = torch.empty(4, n, 1, dtype=dtype, device=logits.device)
-    temporaries = FEATURE_BLOCKS if smooth or spec.shapes_logits else 0
-    for rows, x, p in _blocks(logits, dlogits, dtype, temporaries):
+    for rows, x, p in _blocks(logits, dlogits, dtype, block):
         if _nowhere(valid[rows]):
             continue
         y_b, margin_b, others_b = y[rows], margin[rows], others[rows]
@@ -176,11 +211,12 @@ def _soft_rows(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
     dtype: torch.dtype,
+    block: int,
 ) -> Tensor:
     """(N, 1) losses against (N, V) probabilities."""
     n, v = logits.shape
     loss = torch.empty(n, 1, dtype=dtype, device=logits.device)
-    for rows, x, p in _blocks(logits, dlogits, dtype, FEATURE_BLOCKS):
+    for rows, x, p in _blocks(logits, dlogits, dtype, block):
         z, slope = _shaped(x, spec, p)
         row_max, top = z.max(-1, keepdim=True)
         d = z - row_max

@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..kernels import softmax_rows
+from ..kernels import fused_rows, softmax_rows
 from ..spec import LossSpec
 
 
@@ -28,9 +28,13 @@ def _options(spec: LossSpec) -> _Options:
     }
 
 
+def _has_unit_stride(t: Tensor) -> bool:
+    return t.dim() < 2 or t.stride(-1) == 1 or t.shape[-1] == 1
+
+
 def _unit_stride(t: Tensor) -> Tensor:
     """Kernels step through a row one element at a time; other layouts are copied once."""
-    return t if t.dim() < 2 or t.stride(-1) == 1 else t.contiguous()
+    return t if _has_unit_stride(t) else t.contiguous()
 
 
 def _operands(logits: Tensor, target: Tensor, class_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -40,6 +44,13 @@ def _operands(logits: Tensor, target: Tensor, class_weight: Tensor | None) -> tu
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
     return softmax_rows.row_loss(*_operands(logits, target, class_weight), **_options(spec))
+
+
+def _room(x: Tensor, logits: Tensor, dlogits: Tensor | None) -> Tensor | None:
+    """Where kernels put the gradient: ``dlogits``, or rows with unit stride to be copied there; ``x`` is ``logits`` or such a copy."""
+    if dlogits is None or _has_unit_stride(dlogits):
+        return dlogits
+    return x if x is not logits else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def row_grads(
@@ -52,4 +63,37 @@ def row_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> None:
-    softmax_rows.row_grads(*_operands(logits, target, class_weight), stats, dloss, dlogits=dlogits, dtarget=dtarget, **_options(spec))
+    """Fill the gradients that are given; ``dlogits`` may be ``logits``."""
+    x, t, weight = _operands(logits, target, class_weight)
+    room = _room(x, logits, dlogits)
+    softmax_rows.row_grads(x, t, weight, stats, dloss, dlogits=room, dtarget=dtarget, **_options(spec))
+    if dlogits is not None and room is not None and room is not dlogits:
+        dlogits.copy_(room)
+
+
+def row_loss_and_grads(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    dloss: Tensor,
+    spec: LossSpec,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+) -> Tensor:
+    """(N,) losses, and the gradients that are given filled; ``dlogits`` may be ``logits``."""
+    if dlogits is None or target.is_floating_point():
+        loss, stats = row_loss(logits, target, class_weight, spec)
+        row_grads(logits, target, class_weight, stats, dloss, spec, dlogits, dtarget)
+        return loss
+    x, t, weight = _operands(logits, target, class_weight)
+    room = _room(x, logits, dlogits)
+    assert room is not None
+    loss = fused_rows.row_loss_and_grads(x, t, weight, dloss, dlogits=room, **_options(spec))
+    if room is not dlogits:
+        dlogits.copy_(room)
+    return loss
+
+
+def multiply_in_place(t: Tensor, factor: Tensor) -> None:
+    """``t *= factor``, a number on the device."""
+    fused_rows.multiply_in_place(t, factor)

@@ -1,0 +1,137 @@
+"""``inplace=True``: which logits may be written, and what becomes of the tensor that held them."""
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import Rows
+
+GONE = "these logits were consumed by lossfuse.cross_entropy(..., inplace=True) and their memory holds a gradient"
+
+# what may still be asked of a tensor that holds no logits any more: nothing that reads them
+_HARMLESS = {
+    "__dir__", "__hash__", "__len__", "_is_view", "backward", "data_ptr", "dim", "element_size", "get_device", "grad", "is_complex",
+    "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_same_size", "nelement", "ndimension", "numel", "size",
+    "storage_offset", "stride",
+}  # fmt: skip
+_ALIASES = {"alias", "detach", "view_as"}
+_ATTRIBUTES_THAT_READ = {"data", "T", "mT", "H", "mH", "real", "imag"}
+
+
+class Consumed(Tensor):
+    """What the caller's tensor is afterwards: it knows its shape, its place in the graph and nothing else."""
+
+    # a view that was written makes itself a new place in the graph, which the loss is not attached to
+    _edge: torch.autograd.graph.GradientEdge | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__", "__delete__") else None
+        if name in ("__repr__", "__format__"):
+            return f"<{GONE}>"
+        edge = args[0]._edge if args and isinstance(args[0], cls) else None
+        if attribute == "grad_fn" and name == "__get__" and edge is not None:
+            return edge.node
+        if name in ("register_hook", "retain_grad") and edge is not None:
+            raise RuntimeError(f"{GONE}; on a view, {name} before the loss")
+        harmless = name in _HARMLESS or name in ("register_hook", "retain_grad")
+        harmless |= (name == "__get__" and attribute not in _ATTRIBUTES_THAT_READ) or attribute == "grad"
+        if not harmless and name not in _ALIASES:
+            raise RuntimeError(f"{GONE}; use them before the loss, keep a copy, or pass inplace=False")
+        if name == "grad":
+            args = tuple(_in_graph(a) for a in args)
+            kwargs = {key: _in_graph(a) for key, a in (kwargs or {}).items()}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if name in _ALIASES:
+            result.__class__ = cls
+        return result
+
+
+def _in_graph(argument: Any) -> Any:
+    """Consumed views among the inputs of ``torch.autograd.grad``, by where they were in the graph."""
+    if isinstance(argument, list | tuple):
+        return type(argument)(map(_in_graph, argument))
+    return argument._edge if isinstance(argument, Consumed) and argument._edge is not None else argument
+
+
+def may_consume(input: Tensor, rows: Rows) -> bool:
+    """Whether the memory of the logits is theirs alone to be written; warns where it is not, so that the call is right without.
+
+    Raises ValueError for leaves and for elements that share memory.
+    """
+    for t, what in ((input, "a leaf"), (input._base, "a view of a leaf")):
+        if t is not None and t.is_leaf and t.requires_grad:
+            raise ValueError(f"inplace=True writes the gradient over input, but input is {what} that requires grad; pass inplace=False")
+    if _may_overlap(input):
+        raise ValueError(
+            f"inplace=True writes the gradient over input, but input has shape {tuple(input.shape)} and strides {input.stride()}, so that"
+            " elements share memory; pass inplace=False or input.contiguous()"
+        )
+    if not shares_memory(input, rows):
+        # the copy is nobody else's
+        return True
+    why = _why_not(input, rows)
+    if why is not None and not torch.compiler.is_compiling():
+        warnings.warn(f"inplace=True has no effect: {why}. The gradient gets memory of its own.", UserWarning, stacklevel=4)
+    return why is None
+
+
+def _why_not(input: Tensor, rows: Rows) -> str | None:
+    if type(input) is not Tensor:
+        return f"input is a {type(input).__name__}, not a plain Tensor"
+    if input._base is not None and input._base.numel() != input.numel():
+        return "input is a part of a larger tensor"
+    if not is_sole_owner(input, input._base, rows.logits):
+        return "another tensor shares the memory of input (a view, a detached alias, or an output that was saved for a backward)"
+    return None
+
+
+def is_sole_owner(*tensors: Tensor | None) -> bool:
+    """Whether no tensor beside these, and what they are views of, holds their memory."""
+    known = {id(t): t for t in tensors if t is not None}
+    known |= {id(t._base): t._base for t in list(known.values()) if t._base is not None}
+    storage = next(iter(known.values())).untyped_storage()
+    # not public; and the python storage itself is one more
+    return bool(torch._C._storage_Use_Count(storage._cdata) <= len(known) + 1)
+
+
+def _may_overlap(t: Tensor) -> bool:
+    """Whether two indices can be one address; some exotic strides that cannot are taken for such."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def shares_memory(input: Tensor, rows: Rows) -> bool:
+    """False where the layout was copied to rows, so that the copy is what is consumed."""
+    return input.untyped_storage()._cdata == rows.logits.untyped_storage()._cdata
+
+
+class Owner:
+    """The tensors through which the caller sees the logits, as long as there are any; made before the logits are written."""
+
+    def __init__(self, input: Tensor, rows: Rows) -> None:
+        mine = (input, input._base) if shares_memory(input, rows) else ()
+        self._tensors = [
+            (weakref.ref(t), torch.autograd.graph.get_gradient_edge(t) if t._is_view() else None) for t in mine if t is not None
+        ]
+
+    def alive(self) -> list[Tensor]:
+        return [t for ref, _ in self._tensors if (t := ref()) is not None]
+
+    def mark(self) -> None:
+        """Later uses of the values raise."""
+        for ref, edge in self._tensors:
+            t = ref()
+            if t is not None and type(t) is Tensor:
+                t.__class__ = Consumed
+                t._edge = edge  # type: ignore[attr-defined]

@@ -1,0 +1,152 @@
+"""What only a GPU can show: no synchronisation, captured graphs, memory to the byte, sizes beyond 2^31."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lossfuse
+from closeness import assert_gradient_close
+from conftest import GPU
+from rows import logits_and_ids
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
+
+CALLS = {
+    "default": {},
+    "in place": {"inplace": True},
+    "none, in place": {"inplace": True, "reduction": "none"},
+    "smoothing": {"label_smoothing": 0.1, "inplace": True},
+}
+
+
+def step(leaf, target, factor, **options):
+    """Loss and gradient of logits that some layer made; ``factor`` lives on the device."""
+    loss = lossfuse.cross_entropy(leaf * 1.0, target, **options)
+    loss = loss.sum() if loss.dim() else loss
+    (grad,) = torch.autograd.grad(loss * factor, leaf)
+    return loss.detach(), grad
+
+
+@pytest.mark.parametrize("v", [1000, 8192, 32001, 128256])
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_for_the_device(name, v):
+    x, target = logits_and_ids(64, v, torch.bfloat16, "cuda")
+    factor = torch.tensor(3.0, device="cuda")
+    step(x, target, factor, **CALLS[name])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x, target, factor, **CALLS[name])
+        with torch.no_grad():
+            lossfuse.cross_entropy(x, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("v", [1000, 32001, 128256])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_captured_step_replays_on_new_numbers(name, v):
+    x, target = logits_and_ids(64, v, torch.bfloat16, "cuda")
+    held, ids, factor = x.detach().clone().requires_grad_(), target.clone(), torch.tensor(2.0, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(held, ids, factor, **CALLS[name])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = step(held, ids, factor, **CALLS[name])
+    for seed in (1, 2):
+        fresh, new_ids = logits_and_ids(64, v, torch.bfloat16, "cuda", seed=seed)
+        with torch.no_grad():
+            held.copy_(fresh)
+        ids.copy_(new_ids)
+        graph.replay()
+        want_loss, want = step(fresh, new_ids, factor, **CALLS[name])
+        assert torch.equal(loss, want_loss) and torch.equal(grad, want)
+
+
+@pytest.mark.parametrize("v", [4096, 16000, 32000, 32001, 50257, 128256, 262144])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_in_place_needs_numbers_per_row_alone(dtype, v):
+    n = 256
+    x, target = logits_and_ids(n, v, dtype, "cuda")
+    leaf = x.detach().requires_grad_()
+    size = leaf.numel() * leaf.element_size()
+    for _ in range(2):
+        logits = leaf * 1.0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = lossfuse.cross_entropy(logits, target, inplace=True)
+        (grad,) = torch.autograd.grad(loss, logits)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before
+        del logits, loss, grad
+    assert extra < size // 50 + (64 << 10)
+
+
+@pytest.mark.parametrize("v", [8192, 50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_run_gives_the_same_bits(dtype, v):
+    x, target = logits_and_ids(500, v, dtype, "cuda")
+    factor = torch.tensor(1.0, device="cuda")
+    first = step(x, target, factor, inplace=True)
+    for _ in range(20):
+        again = step(x, target, factor, inplace=True)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("v", [8192, 16000, 32000, 50257, 128256, 151643, 262144])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_real_widths_in_place_entry_by_entry(dtype, v):
+    x, target = logits_and_ids(96, v, dtype, "cuda")
+    leaf = x.detach().requires_grad_()
+    got_loss, got = step(leaf, target, torch.tensor(64.0, device="cuda"), inplace=True)
+    x64 = x.detach().double().requires_grad_()
+    want_loss = lossfuse.cross_entropy(x64, target, impl="reference")
+    (want,) = torch.autograd.grad(want_loss * 64.0, x64)
+    torch.testing.assert_close(got_loss.double(), want_loss.detach(), rtol=2e-6, atol=1e-6)
+    assert_gradient_close(got, want)
+
+
+def test_more_than_two_to_the_31_elements():
+    n, v = 17_000, 128256
+    free, _ = torch.cuda.mem_get_info()
+    if free < 10 << 30:
+        pytest.skip("needs 10 GiB")
+    x = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
+    target = torch.randint(0, v, (n,), device="cuda")
+    last = x[-8:].clone()
+    want = torch.autograd.grad(F.cross_entropy(wide := last.double().requires_grad_(), target[-8:], reduction="sum"), wide)[0]
+    anchor = torch.zeros((), device="cuda", requires_grad=True)
+
+    class Hand(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, anchor):
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx, grad):
+            arrived.append(grad[-8:].clone())
+
+    arrived = []
+    lossfuse.cross_entropy(Hand.apply(anchor), target, reduction="sum", inplace=True).backward()
+    assert_gradient_close(arrived[0], want)
+
+
+def test_calls_on_several_streams_at_once():
+    """Programs of a split row wait for each other; two such launches share the device."""
+    x, target = logits_and_ids(300, 128256, torch.bfloat16, "cuda")
+    factor = torch.tensor(1.0, device="cuda")
+    want = step(x, target, factor, inplace=True)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(step(x, target, factor, inplace=True))
+    torch.cuda.synchronize()
+    assert all(torch.equal(loss, want[0]) and torch.equal(grad, want[1]) for loss, grad in results)

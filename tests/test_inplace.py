@@ -1,0 +1,584 @@
+"""``inplace=True``: the gradient lies where the logits were, autograd knows, and a stale use raises instead of giving a number."""
+
+import gc
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lossfuse
+from closeness import assert_gradient_close
+from lossfuse.consumed import Consumed
+from rows import logits_and_ids, probabilities
+
+N, V = 6, 50
+GONE = "consumed by lossfuse.cross_entropy"
+
+
+def produced(x):
+    """As a layer hands it over: no leaf, its memory its own. The gradient arrives at the leaf."""
+    leaf = x.detach().clone().requires_grad_()
+    return leaf, leaf * 1.0
+
+
+def truth(x, target, grad_output=None, **options):
+    x64 = x.detach().double().requires_grad_()
+    t64 = target.double() if target.is_floating_point() else target
+    loss = lossfuse.cross_entropy(x64, t64, impl="reference", **options)
+    (want,) = torch.autograd.grad(loss, x64, None if grad_output is None else grad_output.double())
+    return loss.detach(), want
+
+
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "softcap, scale, z-loss": {"softcap": 3.0, "logit_scale": 0.7, "lse_square_scale": 1e-2},
+    "all": {"label_smoothing": 0.2, "softcap": 5.0, "logit_scale": 1.3, "lse_square_scale": 1e-3},
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradient_is_right_and_lies_in_the_logits(fast_place, dtype, reduction, options, weighted):
+    x, target = logits_and_ids(N, V, dtype, fast_place.device)
+    if weighted:
+        options = options | {"weight": torch.rand(V, device=x.device) + 0.5}
+    dloss = torch.rand(N, device=x.device) + 0.3 if reduction == "none" else torch.tensor(2.0, device=x.device)
+    loss64, want = truth(x, target, dloss, reduction=reduction, **{k: v.double() if k == "weight" else v for k, v in options.items()})
+    _, logits = produced(x)
+    address = logits.data_ptr()
+    loss = lossfuse.cross_entropy(logits, target, reduction=reduction, inplace=True, impl=fast_place.impl, **options)
+    torch.testing.assert_close(loss.double(), loss64, rtol=2e-6, atol=1e-6)
+    (got,) = torch.autograd.grad(loss, logits, dloss)
+    assert got.data_ptr() == address and type(got) is torch.Tensor
+    # where a gradient is a difference, of numbers of its row's dloss
+    terms = 0.0 if options.keys() <= {"weight"} else 2.0
+    assert_gradient_close(got, want, terms=terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_factor_is_applied_after_a_first_rounding(fast_place, dtype):
+    x, target = logits_and_ids(N, V, dtype, fast_place.device)
+    leaf, logits = produced(x)
+    (call(logits, target, fast_place) * 1.7).backward()
+    want = 1.7 * truth(x, target)[1]
+    torch.testing.assert_close(leaf.grad.double(), want, rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_probabilities_keep_their_memory_and_get_a_gradient(fast_place, reduction):
+    x, _ = logits_and_ids(N, V, torch.float32, fast_place.device)
+    q = probabilities(N, V, torch.float32, fast_place.device).detach().requires_grad_()
+    before = q.detach().clone()
+    leaf, logits = produced(x)
+    lossfuse.cross_entropy(logits, q, reduction=reduction, inplace=True, impl=fast_place.impl).sum().backward()
+    q64, x64 = q.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    F.cross_entropy(x64, q64, reduction=reduction).sum().backward()
+    assert torch.equal(q.detach(), before)
+    torch.testing.assert_close(leaf.grad.double(), x64.grad, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(q.grad.double(), q64.grad, rtol=1e-5, atol=1e-9)
+
+
+def call(logits, target, place, reduction="mean", **options):
+    return lossfuse.cross_entropy(logits, target, reduction=reduction, inplace=True, impl=place.impl, **options)
+
+
+def values_of(logits):
+    """The memory as it is, whatever the tensor says."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return logits.detach().clone()
+
+
+READERS = {
+    "another loss": lambda x, t: F.cross_entropy(x, t),
+    "the loss again": lambda x, t: lossfuse.cross_entropy(x, t),
+    "argmax": lambda x, t: x.argmax(-1),
+    "softmax": lambda x, t: torch.softmax(x, -1),
+    "detach": lambda x, t: x.detach().clone(),
+    "data": lambda x, t: x.data,
+    "T": lambda x, t: x.T,
+    "index": lambda x, t: x[0],
+    "view": lambda x, t: x.view(-1),
+    "item": lambda x, t: x.sum().item(),
+    "numpy": lambda x, t: x.numpy(),
+    "tolist": lambda x, t: x.tolist(),
+    "in place": lambda x, t: x.zero_(),
+    "out": lambda x, t: torch.neg(torch.ones(N, V), out=x),
+    "no grad": lambda x, t: torch.no_grad()(lambda: x + 1)(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_a_use_of_consumed_logits_raises(fast_place, reader):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    _, logits = produced(x)
+    call(logits, target, fast_place)
+    with pytest.raises(RuntimeError, match=GONE):
+        reader(logits, target)
+
+
+def test_consumed_logits_still_know_their_shape(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    loss = call(logits, target, fast_place)
+    assert isinstance(logits, Consumed) and isinstance(logits, torch.Tensor)
+    assert logits.shape == (N, V) and logits.dtype == torch.float32 and logits.device == leaf.device and len(logits) == N
+    assert logits.requires_grad and not logits.is_leaf and logits.grad_fn is not None and logits.numel() == N * V
+    assert GONE in repr(logits) and GONE in f"{logits}"
+    seen = []
+    logits.register_hook(seen.append)
+    loss.backward()
+    assert len(seen) == 1 and torch.equal(seen[0], leaf.grad)
+
+
+def test_before_the_loss_everything_is_as_ever(fast_place):
+    """Uses before the loss whose backward does not need the logits are right: their gradients are added."""
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    before = logits.sum() * 0.5
+    guess = logits.argmax(-1)
+    (call(logits, target, fast_place) + before).backward()
+    _, want = truth(x, target)
+    torch.testing.assert_close(leaf.grad.double(), want + 0.5, rtol=1e-5, atol=1e-6)
+    assert torch.equal(guess, x.argmax(-1))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_who_saved_the_logits_raises_in_its_backward(fast_place, reduction):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    _, logits = produced(x)
+    saver = (logits * logits).sum()
+    loss = call(logits, target, fast_place, reduction).sum()
+    if reduction == "none":
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saver.backward()
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward_raises(fast_place, reduction, factor):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    loss = call(logits, target, fast_place, reduction).sum() * factor
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    with pytest.raises(RuntimeError, match=GONE):
+        loss.backward()
+    assert torch.equal(leaf.grad, first)
+    torch.testing.assert_close(
+        first.double(), factor * truth(x, target, reduction="sum" if reduction == "none" else "mean")[1], rtol=1e-5, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_double_backward_raises_before_anything_is_returned(fast_place, reduction):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    loss = call(logits, target, fast_place, reduction).sum()
+    with pytest.raises(RuntimeError, match=GONE):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    if reduction == "none":
+        # nothing was written by the attempt
+        assert torch.equal(logits, x.detach())
+
+
+def test_a_batch_of_factors_raises(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    loss = call(logits, target, fast_place)
+    with pytest.raises(RuntimeError, match=GONE):
+        torch.autograd.grad(loss, leaf, torch.ones(3, device=x.device), is_grads_batched=True)
+
+
+REFUSED = {
+    "a leaf": (lambda x: x.detach().clone().requires_grad_(), "input is a leaf that requires grad"),
+    "a view of a leaf": (lambda x: x.detach().clone().requires_grad_().view(N, V), "input is a view of a leaf"),
+    "an expanded row": (lambda x: produced(x[:1])[1].expand(N, V), "elements share memory"),
+    "a sliding window": (lambda x: produced(x)[1].as_strided((N, V), (V // 2, 1)), "elements share memory"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_must_not_be_written_is_refused_and_untouched(fast_place, name):
+    make, says = REFUSED[name]
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    logits = make(x)
+    before = logits.detach().clone()
+    for reduction in ("mean", "none"):
+        with pytest.raises(ValueError, match=says):
+            call(logits, target, fast_place, reduction)
+    assert torch.equal(logits.detach(), before)
+
+
+def test_bad_input_is_refused_before_anything_is_written(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    _, logits = produced(x)
+    target[2] = V
+    if fast_place.device == "cpu":
+        with pytest.raises(IndexError, match="target"):
+            call(logits, target, fast_place)
+        assert torch.equal(logits, x.detach())
+    with pytest.raises(ValueError, match="label_smoothing"):
+        call(logits, target, fast_place, label_smoothing=2.0)
+    assert torch.equal(logits, x.detach())
+
+
+UNWRITTEN = {
+    "no grad": lambda x: (x.detach().clone().requires_grad_(), torch.no_grad()),
+    "inference": lambda x: (x.detach().clone(), torch.inference_mode()),
+    "nothing requires grad": lambda x: (x.detach().clone(), torch.enable_grad()),
+}
+
+
+@pytest.mark.parametrize("name", UNWRITTEN)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_a_gradient_nothing_is_written(fast_place, reduction, name):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    logits, mode = UNWRITTEN[name](x)
+    version = logits._version
+    with mode:
+        loss = call(logits, target, fast_place, reduction)
+    assert torch.equal(logits, x.detach()) and logits._version == version and type(logits) is torch.Tensor
+    torch.testing.assert_close(loss, lossfuse.cross_entropy(x.detach(), target, reduction=reduction, impl="reference"))
+
+
+def test_a_gradient_for_the_probabilities_alone_leaves_the_logits(fast_place):
+    x, _ = logits_and_ids(N, V, torch.float32, fast_place.device)
+    q = probabilities(N, V, torch.float32, fast_place.device).detach().requires_grad_()
+    logits = x.detach().clone()
+    call(logits, q, fast_place).backward()
+    assert torch.equal(logits, x.detach()) and q.grad.abs().sum() > 0
+
+
+def test_inplace_is_off_unless_asked_for(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    _, logits = produced(x)
+    version = logits._version
+    lossfuse.cross_entropy(logits, target, impl=fast_place.impl).backward()
+    assert torch.equal(logits, x.detach()) and logits._version == version and type(logits) is torch.Tensor
+
+
+def aliases(x):
+    """Logits whose memory somebody else can read afterwards, by name."""
+    x = x.detach()
+    linear = torch.nn.Linear(4, V, device=x.device)
+    held = produced(x)[1]
+    sliced = produced(torch.cat([x, x]))[1]
+    biased = linear(torch.randn(2, 3, 4, device=x.device))
+    square = produced(x[:, :N])[1]
+    return {
+        "a detached alias": (held, held.detach()),
+        "a slice of a longer tensor": (sliced[:N], sliced),
+        "a layer's own view": (biased.view(-1, V), biased),
+        "a transpose": (square, square.t()),
+    }
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["a detached alias", "a slice of a longer tensor", "a layer's own view", "a transpose"])
+def test_memory_that_others_see_is_not_written(fast_place, name, reduction):
+    """Peers write it and the others read gradients for logits."""
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    logits, other = aliases(x)[name]
+    target = target % logits.shape[1] * (target >= 0) + target * (target < 0)
+    before = other.detach().clone()
+    want_loss, want = truth(logits, target, reduction="mean" if reduction == "mean" else "sum")
+    # the interpreter warns of the unused sides of its selections
+    with pytest.warns(UserWarning, match="inplace=True has no effect: "), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        loss = call(logits, target, fast_place, reduction).sum()
+    (got,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(other.detach(), before) and type(logits) is torch.Tensor
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-8)
+
+
+def test_an_alias_made_before_the_backward_is_not_written(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    loss = call(logits, target, fast_place, "none").sum()
+    alias = logits.detach()
+    loss.backward()
+    assert torch.equal(alias, x.detach()) and type(logits) is torch.Tensor
+    torch.testing.assert_close(leaf.grad.double(), truth(x, target, reduction="sum")[1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("argument", ["target", "normalizer"])
+def test_arguments_in_the_memory_of_the_logits(argument):
+    x = torch.rand(N, V)
+    logits = x.clone().requires_grad_() * 1.0
+    q = logits.detach() if argument == "target" else torch.arange(N)
+    options = {"normalizer": logits[0, 0].detach()} if argument == "normalizer" else {}
+    with pytest.warns(UserWarning, match="has no effect"):
+        loss = lossfuse.cross_entropy(logits, q, inplace=True, **options)
+    want = F.cross_entropy(x, x) if argument == "target" else F.cross_entropy(x, q, reduction="sum") / x[0, 0]
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("view", [lambda t: t.view(-1, V), lambda t: t.view(-1, V)[:]], ids=["view", "view of a view"])
+def test_a_whole_view_takes_its_base_with_it(fast_place, view, reduction):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x.detach().view(2, 3, V))
+    call(view(logits), target, fast_place, reduction).sum().backward()
+    with pytest.raises(RuntimeError, match=GONE):
+        logits.argmax(-1)
+    torch.testing.assert_close(
+        leaf.grad.view(N, V).double(), truth(x, target, reduction="mean" if reduction == "mean" else "sum")[1], rtol=1e-5, atol=1e-8
+    )
+
+
+def test_a_transpose_handed_over_is_marked_in_the_backward(fast_place):
+    """(B, T, V) to (B, V, T) is a temporary view; the tensor the caller has is its base."""
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    _, logits = produced(x.detach().view(2, 3, V))
+    call(logits.transpose(1, 2), target.view(2, 3), fast_place, "none").sum().backward()
+    with pytest.raises(RuntimeError, match=GONE):
+        logits.argmax(-1)
+
+
+def test_a_consumed_view_keeps_its_place_in_the_graph(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    _, logits = produced(x.detach().view(2, 3, V))
+    view = logits.view(-1, V)
+    node = view.grad_fn
+    loss = call(view, target, fast_place)
+    assert view.grad_fn is node
+    with pytest.raises(RuntimeError, match="on a view, register_hook before the loss"):
+        view.register_hook(print)
+    (got,) = torch.autograd.grad(loss, view)
+    torch.testing.assert_close(got.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
+
+
+def test_outputs_may_be_passed_around_and_detached(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    _, logits = produced(x)
+    call(logits, target, fast_place)
+    kept = logits.detach()
+    assert isinstance(kept, Consumed) and kept.shape == (N, V) and dir(logits)
+    logits.grad = None
+    with pytest.raises(RuntimeError, match=GONE):
+        kept.argmax()
+
+
+def test_a_write_that_stops_half_way_is_told(fast_place, monkeypatch):
+    """The usual answer to out of memory is to try again, on logits that are half a gradient."""
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    _, logits = produced(x)
+    saver = (logits * logits).sum()
+
+    def full(logits, *_):
+        logits[0] = 7.0
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(lossfuse.ops, "_backend", lambda impl: types.SimpleNamespace(row_loss_and_grads=full))
+        call(logits, target, fast_place)
+    with pytest.raises(RuntimeError, match=GONE):
+        lossfuse.cross_entropy(logits, target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saver.backward()
+
+
+LAYOUTS = {
+    "(N, C, d)": lambda x: x.view(2, 3, V).transpose(1, 2).contiguous(),
+    "(N, C, d) of a transpose": lambda x: x.view(2, 3, V).clone().transpose(1, 2),
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every second row": lambda x: torch.full((N, 2 * V), 7.0).to(x).as_strided((N, V), (2 * V, 1)).copy_(x),
+    "an odd offset": lambda x: torch.full((N * V + 9,), 7.0).to(x).as_strided((N, V), (V, 1), 1).copy_(x),
+}
+
+
+class Hand(torch.autograd.Function):
+    """A tensor of any layout as a layer hands it over; what arrives is kept, and the memory around it."""
+
+    @staticmethod
+    def forward(ctx, anchor, make, arrived):
+        ctx.arrived = arrived
+        # a view of nothing that anybody knows
+        return make().detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        whole = grad.as_strided((grad.untyped_storage().nbytes() // grad.element_size(),), (1,), 0)
+        ctx.arrived += [grad.clone(), whole.clone()]
+        return None, None, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_layout_is_right_and_its_neighbours_untouched(fast_place, name, reduction, dtype):
+    x, target = logits_and_ids(N, V, dtype, fast_place.device)
+    x = x.detach()
+    held = LAYOUTS[name](x)
+    target = target.view(2, 3) if held.dim() == 3 else target
+    want = truth(held, target, reduction="mean" if reduction == "mean" else "sum")[1]
+    arrived = []
+    logits = Hand.apply(torch.zeros((), device=x.device, requires_grad=True), lambda: LAYOUTS[name](x), arrived)
+    call(logits, target, fast_place, reduction).sum().backward()
+    assert isinstance(logits, Consumed) == (name != "(N, C, d)")
+    got, whole = arrived
+    assert_gradient_close(got, want)
+    if whole.numel() > got.numel():
+        inside = torch.zeros_like(whole, dtype=torch.bool)
+        inside.as_strided(held.shape, held.stride(), held.storage_offset()).fill_(True)
+        assert (whole[~inside] == 7.0).all()
+
+
+def test_ignored_rows_are_zero_and_bad_ones_nan(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    x = x.detach()
+    target[1] = -100
+    x[1] = torch.nan
+    leaf, logits = produced(x)
+    call(logits, target, fast_place, "sum").backward()
+    assert (leaf.grad[1] == 0).all() and leaf.grad[0].isfinite().all()
+
+
+def test_all_ignored_is_nan_with_zero_gradient(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    loss = call(logits, torch.full_like(target, -100), fast_place)
+    loss.backward()
+    assert loss.isnan() and (leaf.grad == 0).all()
+
+
+def test_no_rows(fast_place):
+    _, logits = produced(torch.empty(0, V, device=fast_place.device))
+    loss = call(logits, torch.empty(0, dtype=torch.int64, device=fast_place.device), fast_place, "sum")
+    loss.backward()
+    assert loss == 0
+
+
+def test_a_loss_scaler_of_fp16_comes_before_the_rounding(fast_place):
+    """Probabilities of 1e-6 over 4096 tokens are no fp16 numbers; times 65536 they are."""
+    x, target = logits_and_ids(N, V, torch.float16, fast_place.device)
+    x = x.detach() * 3
+    _, logits = produced(x)
+    loss = call(logits, target, fast_place, normalizer=4096.0) * 65536.0
+    (got,) = torch.autograd.grad(loss, logits)
+    x64 = x.double().requires_grad_()
+    (want,) = torch.autograd.grad(lossfuse.cross_entropy(x64, target, normalizer=4096.0, impl="reference") * 65536.0, x64)
+    normal = want.abs() > 2.0**-14
+    assert normal.sum() > 20
+    torch.testing.assert_close(got.double()[normal], want[normal], rtol=2.0**-10, atol=0.0)
+
+
+def test_checkpointing_and_saved_tensor_hooks(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    want = truth(x, target)[1]
+
+    want = want + 0.2 * x.detach().double()
+
+    def head(leaf):
+        logits = leaf * 1.0
+        # hooked saved tensors are not checked for their version
+        return call(logits, target, fast_place) + 0.1 * (logits * logits).sum()
+
+    for run in (
+        lambda leaf: torch.utils.checkpoint.checkpoint(head, leaf, use_reentrant=False).backward(),
+        lambda leaf: _with_hooks(head, leaf),
+    ):
+        leaf = x.detach().clone().requires_grad_()
+        run(leaf)
+        torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-8)
+
+
+def test_reentrant_checkpointing(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf = x.detach().clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(lambda leaf: call(leaf * 1.0, target, fast_place), leaf, use_reentrant=True).backward()
+    torch.testing.assert_close(leaf.grad.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
+
+
+def _with_hooks(head, leaf):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        loss = head(leaf)
+    loss.backward()
+
+
+def test_a_divisor_that_requires_grad_gets_one(fast_place):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    divisor = torch.tensor(3.0, device=x.device, requires_grad=True)
+    leaf, logits = produced(x)
+    call(logits, target, fast_place, normalizer=divisor).backward()
+    loss64, want = truth(x, target, reduction="sum")
+    torch.testing.assert_close(leaf.grad.double(), want / 3, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(divisor.grad.double(), -loss64 / 9, rtol=1e-5, atol=1e-8)
+
+
+def test_under_a_transform_nothing_is_written():
+    x, target = logits_and_ids(N, V)
+    held = x.detach().clone()
+    got = torch.func.grad(lambda t: lossfuse.cross_entropy(t * 1.0, target, inplace=True))(held)
+    torch.testing.assert_close(got.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
+    assert torch.equal(held, x.detach())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_call_is_right_and_whole(backend):
+    x, target = logits_and_ids(N, V)
+    torch.compiler.reset()
+
+    def step(leaf):
+        return lossfuse.cross_entropy(leaf * 1.0, target, inplace=True)
+
+    leaf = x.detach().clone().requires_grad_()
+    torch.compile(step, fullgraph=True, backend=backend)(leaf).backward()
+    torch.testing.assert_close(leaf.grad.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of every new storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_second_tensor_of_the_logits_size(reduction):
+    x, target = logits_and_ids(4096, 4000)
+    leaf = x.detach().requires_grad_()
+    logits = leaf * 1.0
+    size = logits.numel() * 4
+    with Allocated() as allocated:
+        loss = lossfuse.cross_entropy(logits, target, reduction=reduction, inplace=True)
+        torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    assert 0 < allocated.largest < size / 6
+
+
+def test_nothing_is_kept_after_the_backward():
+    x, target = logits_and_ids(N, V)
+    leaf, logits = produced(x)
+    storage = torch.multiprocessing.reductions.StorageWeakRef(logits.untyped_storage())
+    loss = lossfuse.cross_entropy(logits, target, inplace=True)
+    loss.backward()
+    del logits, loss
+    gc.collect()
+    assert storage.expired() and leaf.grad is not None
+
+
+def test_the_module_and_its_default():
+    x, target = logits_and_ids(N, V)
+    _, logits = produced(x)
+    lossfuse.CrossEntropyLoss(inplace=True)(logits, target)
+    assert isinstance(logits, Consumed)
+    _, logits = produced(x)
+    lossfuse.CrossEntropyLoss()(logits, target)
+    assert type(logits) is torch.Tensor
