@@ -71,9 +71,9 @@ CASES: dict[str, _Named] = {
     "gemma3": _logits(262144, 4096, 512, "Gemma 3: the largest vocabulary in use, a power of two"),
     "few-rows": _logits(32000, 512, 16, "fewer rows than a GPU has places: a small batch, the last tokens of a prompt"),
     "many-rows": _logits(512, 131072, 131072, "more rows than 65,535, hardly any classes: bytes, images, characters"),
-    "head-llama3": _head(128256, 4096, 8192, 128, "Llama 3 8B: one sequence of 8192 tokens"),
-    "head-qwen": _head(151936, 2048, 16384, 128, "Qwen 3 1.7B: a small model, where the head is a third of the work"),
-    "head-gemma2": _head(256000, 2304, 8192, 128, "Gemma 2 2B: more classes per unit of width than anyone"),
+    "head-llama3": _head(128256, 4096, 8192, 32, "Llama 3 8B: one sequence of 8192 tokens"),
+    "head-qwen": _head(151936, 2048, 16384, 32, "Qwen 3 1.7B: a small model, where the head is a third of the work"),
+    "head-gemma2": _head(256000, 2304, 8192, 32, "Gemma 2 2B: more classes per unit of width than anyone"),
     "head-smollm": _head(49152, 576, 16384, 512, "SmolLM 135M: narrow, so that the loss weighs more than the products"),
 }
 

@@ -16,7 +16,7 @@ from rows import logits_and_ids, probabilities
 def small_blocks(monkeypatch):
     """So that a small call has many."""
     monkeypatch.setattr(chunked, "THREAD_LEAST_BYTES", 1 << 10)
-    monkeypatch.setattr(chunked, "THREAD_BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr(chunked, "CPU_BLOCK_BYTES", 1 << 13)
     monkeypatch.setattr(threads, "workers", lambda: 3)
 
 
