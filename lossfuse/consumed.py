@@ -96,8 +96,9 @@ def is_sole_owner(*tensors: Tensor | None) -> bool:
     known = {id(t): t for t in tensors if t is not None}
     known |= {id(t._base): t._base for t in list(known.values()) if t._base is not None}
     storage = next(iter(known.values())).untyped_storage()
-    # not public; and the python storage itself is one more
-    return bool(torch._C._storage_Use_Count(storage._cdata) <= len(known) + 1)
+    # not public, and where it is missing nobody is known to be alone; the python storage itself is one more
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return count is not None and bool(count(storage._cdata) <= len(known) + 1)
 
 
 def _may_overlap(t: Tensor) -> bool:
