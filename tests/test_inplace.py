@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lossfuse
+from allocations import Largest
 from closeness import assert_gradient_close
 from lossfuse.consumed import Consumed
 from rows import logits_and_ids, probabilities
@@ -535,32 +535,16 @@ def test_a_compiled_call_is_right_and_whole(backend):
     torch.testing.assert_close(leaf.grad.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes of every new storage."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in torch.utils._pytree.tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, t.untyped_storage().nbytes())
-        return result
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_second_tensor_of_the_logits_size(reduction):
     x, target = logits_and_ids(4096, 4000)
     leaf = x.detach().requires_grad_()
     logits = leaf * 1.0
     size = logits.numel() * 4
-    with Allocated() as allocated:
+    with Largest() as largest:
         loss = lossfuse.cross_entropy(logits, target, reduction=reduction, inplace=True)
         torch.autograd.grad(loss, logits, torch.ones_like(loss))
-    assert 0 < allocated.largest < size / 6
+    assert 0 < largest.bytes < size / 6
 
 
 def test_nothing_is_kept_after_the_backward():

@@ -2,29 +2,13 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lossfuse
+from allocations import Largest
 from lossfuse.backends import chunked
 from lossfuse.perf.protocol import Step, peak_extra_bytes
 from lossfuse.spec import LossSpec
 from rows import logits_and_ids, probabilities
-
-
-class Largest(TorchDispatchMode):
-    """The largest new storage among the results of every operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in torch.utils._pytree.tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize(
