@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -135,4 +135,4 @@ class Owner:
             t = ref()
             if t is not None and type(t) is Tensor:
                 t.__class__ = Consumed
-                t._edge = edge  # type: ignore[attr-defined]
+                cast(Consumed, t)._edge = edge

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,7 +13,7 @@ from . import methods as known
 from .cases import DTYPES, Case, named
 from .environment import run_tests, stamp
 from .methods import Method
-from .problems import Errors, Head, Logits, load
+from .problems import Errors, Head, Logits, Result, load
 from .protocol import Step, peak_extra_bytes, synchronize, time_interleaved
 from .rows import append
 
@@ -101,9 +101,9 @@ def _measure_mode(problem: Logits | Head, mode: str, methods: Sequence[Method], 
 
 
 def _check(problem: Logits | Head, step: Step, device: torch.device) -> Errors:
-    result = step.run(*step.prepare())
+    result = cast(Result, step.run(*step.prepare()))
     synchronize(device)
-    return problem.errors(result)  # type: ignore[arg-type]
+    return problem.errors(result)
 
 
 def _ceiling(problem: Logits | Head, mode: str, ideal_ms: float | None) -> Row:
