@@ -72,7 +72,7 @@ def may_consume(input: Tensor, rows: Rows) -> bool:
             f"inplace=True writes the gradient over input, but input has shape {tuple(input.shape)} and strides {input.stride()}, so that"
             " elements share memory; pass inplace=False or input.contiguous()"
         )
-    if not shares_memory(input, rows):
+    if type(input) is Tensor and not shares_memory(input, rows):
         # the copy is nobody else's
         return True
     why = _why_not(input, rows)

@@ -1,5 +1,7 @@
 """Compilers and tracers: operators with schemas and shapes, one graph, the same numbers."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,20 +155,62 @@ def test_create_graph_through_a_compiled_loss_is_right_or_raises():
         torch.testing.assert_close(got, torch.autograd.grad(g.pow(2).sum(), x)[0])
 
 
+def without_values(device, dtype, soft, layout):
+    """A leaf, the logits a layer made of it, and targets; where there are only shapes."""
+    leaf = torch.empty((2, 19, 3) if layout == "(N, C, d)" else (6, 19), dtype=dtype, device=device, requires_grad=True)
+    logits = leaf.view(2, 3, 19).mul(1.0).view(6, 19) if layout == "a view" else leaf * 1.0
+    shape = logits.shape if soft else logits.shape[:1] + logits.shape[2:]
+    return leaf, logits, torch.empty(shape, dtype=dtype if soft else torch.int64, device=device)
+
+
+@pytest.mark.parametrize("layout", ["rows", "a view", "(N, C, d)"])
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_fake_tensors(impl):
-    with FakeTensorMode():
-        x = torch.empty(4, 19, requires_grad=True)
-        target = torch.empty(4, dtype=torch.int64)
-        loss = lossfuse.cross_entropy(x, target, impl=impl)
-        (grad,) = torch.autograd.grad(loss, x)
-        assert loss.shape == () and grad.shape == (4, 19)
+def test_fake_tensors(impl, inplace, dtype, soft, layout):
+    for reduction in ("none", "mean", "sum"):
+        with FakeTensorMode(), contextlib.ExitStack() as stack:
+            leaf, logits, target = without_values("cpu", dtype, soft, layout)
+            if inplace and impl == "torch":
+                stack.enter_context(pytest.warns(UserWarning, match="input is a FakeTensor"))
+            loss = lossfuse.cross_entropy(logits, target, reduction=reduction, inplace=inplace, impl=impl)
+            (grad,) = torch.autograd.grad(loss.sum() * 2.0, leaf)
+            rows = logits.shape[:1] + logits.shape[2:]
+            assert loss.shape == (rows if reduction == "none" else ())
+            assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert grad.shape == leaf.shape and grad.dtype == dtype
 
 
-def test_meta_tensors():
-    x = torch.empty(4, 19, device="meta", requires_grad=True)
-    loss = lossfuse.cross_entropy(x, torch.empty(4, dtype=torch.int64, device="meta"))
-    assert loss.device.type == "meta" and torch.autograd.grad(loss, x)[0].shape == (4, 19)
+GIVEN = {
+    "": {},
+    "weight": {"weight": lambda: torch.empty(19, device="meta")},
+    "number": {"normalizer": lambda: 3.0},
+    "normalizer of the host": {"normalizer": lambda: torch.tensor(3.0)},
+    "normalizer": {"normalizer": lambda: torch.empty((), device="meta")},
+    "every option": {"label_smoothing": lambda: 0.1, "softcap": lambda: 9.0, "logit_scale": lambda: 0.5, "lse_square_scale": lambda: 1e-3},
+}
+
+
+@pytest.mark.parametrize("layout", ["rows", "a view", "(N, C, d)"])
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_meta_tensors_have_nothing_to_look_at(impl, inplace, reduction, soft, layout):
+    """Nor has a graph that is being captured: whoever asks for a value raises here."""
+    for options in GIVEN.values():
+        if "normalizer" in options and reduction != "mean":
+            continue
+        leaf, logits, target = without_values("meta", torch.float32, soft, layout)
+        given = {name: make() for name, make in options.items()}
+        loss = lossfuse.cross_entropy(logits, target, reduction=reduction, inplace=inplace, impl=impl, **given)
+        (grad,) = torch.autograd.grad(loss.sum() * 2.0, leaf)
+        assert (
+            loss.device.type == grad.device.type == "meta"
+            and grad.shape == leaf.shape
+            and loss.dim() == (logits.dim() - 1 if reduction == "none" else 0)
+        )
 
 
 def test_export():
