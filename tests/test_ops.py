@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import lossfuse
@@ -102,6 +103,71 @@ def test_a_float_option_that_changes_and_a_batch_that_grows():
     for n, smoothing in ((4, 0.1), (6, 0.2), (9, 0.3)):
         x, target = logits_and_ids(n, 19)
         torch.testing.assert_close(compiled(x, target, smoothing, n), f(x, target, smoothing, n))
+
+
+def compiles(function, backend, calls):
+    """How often a function has been compiled after each of its calls, with logits of so many classes and a number."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    counts = []
+    for v, number in calls:
+        compiled(*logits_and_ids(6, v, device=DEVICE), number).sum().backward()
+        counts.append(counter.frame_count)
+    return counts
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_vocabulary_that_changes_compiles_once_more(backend, inplace, reduction):
+    counts = compiles(
+        lambda x, target, number: lossfuse.cross_entropy(x * 1.0, target, reduction=reduction, inplace=inplace),
+        backend,
+        [(v, None) for v in (19, 50, 33, 1000)],
+    )
+    assert counts == [1, 2, 2, 2]
+
+
+# what a schedule might do, and a value that has been
+NUMBERS = [(19, number) for number in (0.1, 0.2, 0.3, 0.4, 0.2)]
+FLOATS = ("label_smoothing", "softcap", "logit_scale", "lse_square_scale")
+
+
+@pytest.fixture(scope="module")
+def compiles_of_torch():
+    """How torch treats a float that changes: its label_smoothing is an argument of an operator."""
+    return {
+        backend: compiles(lambda x, target, number: F.cross_entropy(x * 1.0, target, label_smoothing=number), backend, NUMBERS)
+        for backend in ("eager", "aot_eager")
+    }
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_numbers_that_change_compile_no_more_than_in_torch(compiles_of_torch, backend, inplace, reduction):
+    """A float of an operator is a constant of the graph, in torch's cross entropy as in ours: a graph for each value, none for one seen."""
+
+    def f(x, target, number):
+        return lossfuse.cross_entropy(x * 1.0, target, reduction=reduction, inplace=inplace, **dict.fromkeys(FLOATS, number))
+
+    counts = compiles(f, backend, NUMBERS)
+    assert all(ours <= theirs for ours, theirs in zip(counts, compiles_of_torch[backend], strict=True)), counts
+    assert counts[-1] == counts[-2]
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_count_of_tokens_that_changes_compiles_once_more(backend, inplace):
+    """As it does with every batch; as a tensor it never compiles again."""
+
+    def f(x, target, normalizer):
+        return lossfuse.cross_entropy(x * 1.0, target, normalizer=normalizer, inplace=inplace)
+
+    tokens = (3, 5, 7, 11)
+    assert compiles(f, backend, [(19, n) for n in tokens]) == [1, 2, 2, 2]
+    assert compiles(f, backend, [(19, torch.tensor(float(n), device=DEVICE)) for n in tokens]) == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
