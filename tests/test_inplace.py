@@ -148,6 +148,33 @@ def test_before_the_loss_everything_is_as_ever(fast_place):
     assert torch.equal(guess, x.argmax(-1))
 
 
+def test_until_the_backward_of_none_the_logits_are_whole(fast_place):
+    """What is written in the backward may be read, and saved, before it; what was saved counts if its backward comes first."""
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    losses = call(logits, target, fast_place, "none")
+    guess, saver = logits.argmax(-1), (logits * logits).sum()
+    (losses.sum() + saver).backward()
+    assert torch.equal(guess, x.argmax(-1))
+    want = truth(x, target, reduction="sum")[1] + 2 * x.detach().double()
+    torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match=GONE):
+        logits.argmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradient_that_arrives_is_not_written(fast_place, reduction, dtype):
+    """A peer scales by it in its own memory."""
+    x, target = logits_and_ids(N, V, dtype, fast_place.device)
+    _, logits = produced(x)
+    loss = call(logits, target, fast_place, reduction)
+    dloss = torch.full_like(loss, 2.0)
+    version = dloss._version
+    torch.autograd.grad(loss, logits, dloss)
+    assert (dloss == 2.0).all() and dloss._version == version
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_who_saved_the_logits_raises_in_its_backward(fast_place, reduction):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
@@ -309,6 +336,52 @@ def test_an_alias_made_before_the_backward_is_not_written(fast_place):
     torch.testing.assert_close(leaf.grad.double(), truth(x, target, reduction="sum")[1], rtol=1e-5, atol=1e-8)
 
 
+PARTS = {
+    "split": lambda x: x.split([2, 4]),
+    "chunk": lambda x: x.chunk(2),
+    "unbind": lambda x: x.view(2, 3, V).unbind(0),
+    "unflatten": lambda x: tuple(x.unflatten(0, (2, 3))),
+    "tensor_split": lambda x: x.tensor_split(2),
+    # views that autograd does not know for such
+    "unsafe_split": lambda x: x.unsafe_split(3),
+    "unsafe_chunk": lambda x: x.unsafe_chunk(2),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_one_tensor_leave_each_other_alone(fast_place, name, reduction):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    parts = PARTS[name](logits)
+    del logits
+    targets = target.split([len(part) for part in parts])
+    with pytest.warns(UserWarning, match="inplace=True has no effect: "), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        # sums: a part may have no valid target
+        losses = [call(part, t, fast_place, "none" if reduction == "none" else "sum").sum() for part, t in zip(parts, targets, strict=True)]
+    assert torch.equal(torch.cat([part.detach() for part in parts]), x.detach())
+    sum(losses).backward()
+    assert torch.equal(torch.cat([part.detach() for part in parts]), x.detach())
+    torch.testing.assert_close(leaf.grad.double(), truth(x, target, reduction="sum")[1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "only", [lambda x: x.chunk(1), lambda x: x.split(N), lambda x: x[None].unbind(0)], ids=["chunk", "split", "unbind"]
+)
+def test_the_only_part_is_the_whole(fast_place, only, reduction):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf, logits = produced(x)
+    (part,) = only(logits)
+    call(part, target, fast_place, reduction).sum().backward()
+    for t in (part, logits):
+        with pytest.raises(RuntimeError, match=GONE):
+            t.argmax(-1)
+    want = truth(x, target, reduction="mean" if reduction == "mean" else "sum")[1]
+    torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("argument", ["target", "normalizer"])
 def test_arguments_in_the_memory_of_the_logits(argument):
     x = torch.rand(N, V)
@@ -442,6 +515,30 @@ def test_ignored_rows_are_zero_and_bad_ones_nan(fast_place):
     assert (leaf.grad[1] == 0).all() and leaf.grad[0].isfinite().all()
 
 
+HARD = {
+    "a confident target": lambda x, y: torch.zeros_like(x).scatter_(1, y[:, None], 25.0),
+    "a hopeless target": lambda x, y: torch.zeros_like(x).scatter_(1, y[:, None], -90.0),
+    # multiples of 2, so that the offset is exact
+    "a common offset": lambda x, y: (x / 2).round() * 2 + 2.0**24,
+    "far below zero": lambda x, y: x - 200.0,
+    "a first half of -inf": lambda x, y: x.index_fill(1, torch.arange(V // 2, device=x.device), -torch.inf),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", HARD)
+def test_hard_rows_keep_their_digits(fast_place, name, reduction):
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    target = target % (V // 2) + V // 2
+    x = HARD[name](x.detach(), target)
+    loss64, want = truth(x, target, reduction="mean" if reduction == "mean" else "sum")
+    _, logits = produced(x)
+    loss = call(logits, target, fast_place, reduction).sum()
+    torch.testing.assert_close(loss.double(), loss64, rtol=2e-6, atol=0)
+    (got,) = torch.autograd.grad(loss, logits)
+    assert_gradient_close(got, want)
+
+
 def test_all_ignored_is_nan_with_zero_gradient(fast_place):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf, logits = produced(x)
@@ -514,10 +611,20 @@ def test_a_divisor_that_requires_grad_gets_one(fast_place):
     torch.testing.assert_close(divisor.grad.double(), -loss64 / 9, rtol=1e-5, atol=1e-8)
 
 
-def test_under_a_transform_nothing_is_written():
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(f))(torch.stack([x, x]))[1],
+    "grad of vmap": lambda f, x: torch.func.grad(lambda t: torch.vmap(f)(torch.stack([t, t])).sum())(x) / 2,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_under_a_transform_nothing_is_written(name):
     x, target = logits_and_ids(N, V)
     held = x.detach().clone()
-    got = torch.func.grad(lambda t: lossfuse.cross_entropy(t * 1.0, target, inplace=True))(held)
+    got = TRANSFORMS[name](lambda t: lossfuse.cross_entropy(t * 1.0, target, inplace=True), held)
     torch.testing.assert_close(got.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
     assert torch.equal(held, x.detach())
 
@@ -533,6 +640,55 @@ def test_a_compiled_call_is_right_and_whole(backend):
     leaf = x.detach().clone().requires_grad_()
     torch.compile(step, fullgraph=True, backend=backend)(leaf).backward()
     torch.testing.assert_close(leaf.grad.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
+
+
+# what a compiled model may return: made of (2, 3, V) logits, and what becomes of it ("consumed", "shared" with a warning, or "copied")
+RETURNED = {
+    "a view": (lambda y: y.view(-1, V), "consumed"),
+    "a transpose": (lambda y: y.transpose(1, 2), "consumed"),
+    "all but the last position": (lambda y: y[..., :-1, :].transpose(1, 2), "copied"),
+    # a part of memory whose rest nobody has
+    "rows but the last": (lambda y: y.view(-1, V)[:-1], "consumed"),
+    "one of two views": (lambda y: (y.view(-1, V), y[..., :-1, :]), "shared"),
+    "a view beside what was seen": (lambda y: (y.view(-1, V), y.detach()), "shared"),
+    "a part": (lambda y: y.unbind(0), "shared"),
+    "a view of what a backward needs": (lambda y: y.exp().view(-1, V), "shared"),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_a_compiled_model_returns(fast_place, name, reduction):
+    """Compilers make a view again outside of their graph, from memory that they return, keep or hand to others as well."""
+    torch.compiler.reset()
+    make, becomes = RETURNED[name]
+    x, _ = logits_and_ids(N, V, torch.float32, fast_place.device)
+
+    def model(leaf):
+        return make(leaf.view(2, 3, V) * 0.5)
+
+    def outputs(model, leaf):
+        made = model(leaf)
+        return made if isinstance(made, tuple) else (made,)
+
+    leaf = x.detach().clone().requires_grad_()
+    logits, *others = outputs(torch.compile(model, backend="aot_eager", fullgraph=True), leaf)
+    target = torch.arange(logits.numel() // V, device=x.device).view(logits.shape[:1] + logits.shape[2:])
+    target.view(-1)[0] = -100
+    kept = others if becomes == "consumed" else [logits, *others]
+    before = [t.detach().clone() for t in kept]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = call(logits, target, fast_place, reduction).sum()
+    loss.backward()
+    assert any("has no effect" in str(w.message) for w in caught) == (becomes == "shared")
+    assert isinstance(logits, Consumed) == (becomes == "consumed")
+    assert all(torch.equal(t.detach(), values) for t, values in zip(kept, before, strict=True))
+    leaf64 = x.detach().double().requires_grad_()
+    want_loss = F.cross_entropy(outputs(model, leaf64)[0], target, reduction=reduction).sum()
+    want_loss.backward()
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), leaf64.grad, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
