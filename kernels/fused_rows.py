@@ -26,6 +26,7 @@ from .tile_math import (
     id_slopes,
     log1p_from_minus_one,
     lse_merge,
+    only_if,
     other_slope,
     shaped,
     shaped_slope,
@@ -139,16 +140,16 @@ def whole_row_kernel(
     readable = y >= 0
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
-    x = tl.load(row_ptr + offs_v, mask=mask_v & readable, other=padding(scale, softcap))
+    x = tl.load(row_ptr + offs_v, mask=only_if(readable, mask_v), other=padding(scale, softcap))
     x_y = target_logit(row_ptr, y, readable)
     w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
     w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
 
-    z = shaped_tile(x, mask_v & readable, scale, softcap)
+    z = shaped_tile(x, only_if(readable, mask_v), scale, softcap)
     top = tl.maximum(tl.max(z, 0), LOWEST)
     shortfall = 0.0
     if smoothing is not None:
-        shortfall = shortfall_of(smoothing_mass(class_weight_ptr, offs_v, mask_v & readable), z, top)
+        shortfall = shortfall_of(smoothing_mass(class_weight_ptr, offs_v, only_if(readable, mask_v)), z, top)
     e = exp_flushed(z - top)
 
     dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
@@ -159,7 +160,7 @@ def whole_row_kernel(
 
     if softcap is not None:
         # read again for the cap's slope: kept, it and what tanh was made of take several registers for every logit
-        x = tl.load(row_ptr + offs_v, mask=mask_v & readable, other=padding(scale, softcap), volatile=True)
+        x = tl.load(row_ptr + offs_v, mask=only_if(readable, mask_v), other=padding(scale, softcap), volatile=True)
     # dlogits may be logits: every warp has read before one stores
     tl.debug_barrier()
     kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale)
@@ -222,7 +223,7 @@ def edges(base, lead, V, SLICE: tl.constexpr, GROUP: tl.constexpr):
     """Positions of the row's elements in its first and last group where those are shared, and which of them are this slice's."""
     q = tl.arange(0, 2 * GROUP)
     pos = tl.where(q < GROUP, q, (lead + V) // GROUP * GROUP + q - GROUP)
-    shared = tl.where(q < GROUP, (lead > 0) & (pos >= lead), pos < lead + V)
+    shared = tl.where(q < GROUP, only_if(lead > 0, pos >= lead), pos < lead + V)
     return pos, shared & (pos >= base) & (pos < base + SLICE)
 
 
@@ -239,9 +240,9 @@ def read_slice(logits_ptr, row, y, stride, lead, V, scale, softcap, base, SLICE:
     row_ptr = aligned_row(logits_ptr, row, stride, row_lead)
     readable = y >= 0
     pos = tl.arange(0, SLICE)
-    x = tl.load(row_ptr + base + pos, mask=whole_groups(pos, base, row_lead, V, GROUP) & readable, other=padding(scale, softcap))
+    x = tl.load(row_ptr + base + pos, mask=only_if(readable, whole_groups(pos, base, row_lead, V, GROUP)), other=padding(scale, softcap))
     edge_pos, is_edge = edges(base, row_lead, V, SLICE, GROUP)
-    edge_x = tl.load(row_ptr + edge_pos, mask=is_edge & readable, other=padding(scale, softcap))
+    edge_x = tl.load(row_ptr + edge_pos, mask=only_if(readable, is_edge), other=padding(scale, softcap))
     y_pos = tl.where(readable, y + row_lead, -1)
     return x, edge_x, target_logit(row_ptr, y_pos, (y_pos >= base) & (y_pos < base + SLICE))
 
@@ -296,12 +297,12 @@ def split_row_kernel(
         y_pos = tl.where(readable, y + row_lead, -1)
         mine = (y_pos >= base) & (y_pos < base + SLICE)
 
-        z = shaped_tile(x, inside & readable, scale, softcap)
-        edge_z = shaped_tile(edge_x, is_edge & readable, scale, softcap)
+        z = shaped_tile(x, only_if(readable, inside), scale, softcap)
+        edge_z = shaped_tile(edge_x, only_if(readable, is_edge), scale, softcap)
         top = tl.maximum(tl.maximum(tl.max(z, 0), tl.max(edge_z, 0)), LOWEST)
         if smoothing is not None and PHASE != 2:
-            q = smoothing_mass(class_weight_ptr, base + pos - row_lead, inside & readable)
-            edge_q = smoothing_mass(class_weight_ptr, edge_pos - row_lead, is_edge & readable)
+            q = smoothing_mass(class_weight_ptr, base + pos - row_lead, only_if(readable, inside))
+            edge_q = smoothing_mass(class_weight_ptr, edge_pos - row_lead, only_if(readable, is_edge))
             shortfall = shortfall_of(q, z, top) + shortfall_of(edge_q, edge_z, top)
             tl.atomic_xchg(smooth_words_ptr + n * K + k, packed(shortfall, tl.sum(q, 0) + tl.sum(edge_q, 0)), sem="relaxed")
         e = exp_flushed(z - top)
@@ -336,7 +337,7 @@ def split_row_kernel(
             if softcap is not None:
                 # as in whole_row_kernel
                 row_ptr = aligned_row(logits_ptr, row, stride_logits_n, row_lead)
-                x = tl.load(row_ptr + base + pos, mask=inside & readable, other=padding(scale, softcap), volatile=True)
+                x = tl.load(row_ptr + base + pos, mask=only_if(readable, inside), other=padding(scale, softcap), volatile=True)
             # dlogits may be logits: a program reads of this row only what it writes, and every warp of it has read before one stores
             tl.debug_barrier()
             drow_ptr = aligned_row(dlogits_ptr, row, stride_dlogits_n, row_lead)

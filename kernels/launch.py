@@ -55,7 +55,8 @@ FUSED_TABLES: dict[tuple[str, int, bool], FusedTable] = {
         " 4096 or 8192 with 4 or 8 warps 0.961 at 32001, 0.952 at 50257, 0.917 at 262147",
     ),
     ("nvidia", 2, True): FusedTable(
-        rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16)),
+        # with 16 warps the wider spill (triton 3.9)
+        rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 32)),
         slices=(LaunchConfig(4096, 4),),
         measured="nothing: no spills on sm_80 to sm_100, two programs an SM",
     ),

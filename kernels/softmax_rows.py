@@ -20,6 +20,7 @@ from .tile_math import (
     lse_square,
     lse_start,
     lse_update,
+    only_if,
     other_slope,
     shaped,
     shaped_slope,
@@ -167,7 +168,7 @@ def row_grads_kernel(
     w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0) if smoothing is not None and class_weight_ptr is not None else None
     w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
 
-    x = tl.load(row_ptr + offs_v, mask=mask_v & readable, other=0.0).to(tl.float32)
+    x = tl.load(row_ptr + offs_v, mask=only_if(readable, mask_v), other=0.0).to(tl.float32)
     # in place the target's logit is lost once its block is stored: only the program of that block reads it,
     # and none of its warps stores before all have read
     here = readable & (y >= start) & (y < start + BLOCK_V)

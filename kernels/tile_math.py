@@ -17,6 +17,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def only_if(condition, mask):
+    """A mask, or nothing of it."""
+    # where & of a number and a block is int32, which triton 3.9 takes for no mask (its interpreter)
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def exp_flushed(x):
     """exp(x), 0 where it would be subnormal. Two instructions; tl.exp takes six, to scale what is subnormal."""
     return tl.exp2(x * LOG2E)

@@ -20,7 +20,8 @@ def denominator(rows: Rows, spec: LossSpec, reduction: str, normalizer: float | 
     if isinstance(normalizer, Tensor):
         return normalizer.to(dtype)
     if normalizer is not None:
-        return torch.full((), float(normalizer), dtype=dtype, device=device)
+        # a product with a number, which a compiler takes for any number
+        return torch.ones((), dtype=dtype, device=device) * normalizer
     if rows.soft:
         return torch.full((), rows.logits.shape[0], dtype=dtype, device=device)
     valid = rows.target != spec.ignore_index
