@@ -38,7 +38,7 @@ def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor:
     """
     if reduction == "none" or not (consume or (backend == "torch" and rows.logits.device.type == "cpu")):
         return False
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not makes_graph(rows):
         return False
     # an fp16 gradient must see a loss scaler's factor before it is rounded, or it underflows
     if rows.logits.dtype == torch.float16 or (rows.soft and rows.target.dtype == torch.float16):
@@ -46,9 +46,13 @@ def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor:
     # somebody decides what is kept until the backward (checkpointing, offloading), and a formed gradient would escape them
     if _saved_tensors_hooks_active():
         return False
-    return (rows.logits.requires_grad or rows.target.requires_grad) and not (
-        divisor is not None and (divisor.requires_grad or _has_tangent(divisor))
-    )
+    return divisor is None or not (divisor.requires_grad or _has_tangent(divisor))
+
+
+def makes_graph(rows: Rows) -> bool:
+    """Whether an eager call is to be differentiated."""
+    wanted = rows.logits.requires_grad or rows.target.requires_grad
+    return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def writes_in_place(backend: str) -> bool:

@@ -1,11 +1,14 @@
 """The operators of the package: opaque to compilers, with shapes for tracing. Torch only.
 
-``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
+They live in ``torch.ops.lossfuse``; the functions of this module lead to them, or straight to their kernels where an operator would do
+nothing but cost time. ``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
 gradient nobody needs is an empty tensor, so that every mode returns as many results. An operator whose name ends in ``_`` writes the
 gradient over the logits.
 """
 
+import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -39,17 +42,43 @@ library.define(
 )
 library.define("multiply_(Tensor(a!) t, Tensor factor, str impl) -> ()")
 
-row_loss = torch.ops.lossfuse.row_loss
-row_grads = torch.ops.lossfuse.row_grads
-row_loss_and_grads = torch.ops.lossfuse.row_loss_and_grads
-row_loss_and_grads_ = torch.ops.lossfuse.row_loss_and_grads_
-row_grads_ = torch.ops.lossfuse.row_grads_
-multiply_ = torch.ops.lossfuse.multiply_
-
 
 def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
     """A spec and a backend's name as the schemas take them."""
     return (spec.ignore_index, spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale, impl)
+
+
+def _keys(*names: str) -> int:
+    return functools.reduce(int.__or__, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names))
+
+
+# what an operator of ours passes through unchanged if nothing requires grad; not public, as everything about the dispatcher
+_PASSED = _keys("BackendSelect", "ADInplaceOrView")
+_PASSED |= _keys(*(prefix + device for device in ("CPU", "CUDA", "XPU") for prefix in ("", "Autograd", "Autocast")))
+
+
+def _leads_to_kernel(args: tuple[Any, ...], tensors: int) -> bool:
+    """Whether a call of an operator is a call of its kernel: nobody compiles, differentiates, traces, transforms, watches or wraps."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return False
+    operands = args[:tensors]
+    if torch._C._has_torch_function(operands) or torch._C._autograd._profiler_enabled():
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for t in operands:
+        if t is not None:
+            keys |= torch._C._dispatch_keys(t).raw_repr()
+    return not keys & ~_PASSED
+
+
+def _entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The operator ``name``, whose first ``tensors`` arguments are tensors or None, or its kernel."""
+    operator = getattr(torch.ops.lossfuse, name).default
+
+    def entry(*args: Any) -> Any:
+        return kernel(*args) if _leads_to_kernel(args, tensors) else operator(*args)
+
+    return entry
 
 
 def _backend(impl: str) -> ModuleType:
@@ -190,3 +219,10 @@ for _name, _impl, _shapes in (
 ):
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
+
+row_loss = _entry("row_loss", _row_loss, 3)
+row_grads = _entry("row_grads", _row_grads, 5)
+row_loss_and_grads = _entry("row_loss_and_grads", _row_loss_and_grads, 4)
+row_loss_and_grads_ = _entry("row_loss_and_grads_", _row_loss_and_grads_, 4)
+row_grads_ = _entry("row_grads_", _row_grads_, 5)
+multiply_ = _entry("multiply_", _multiply_, 2)
