@@ -66,14 +66,19 @@ def _beyond_the_fast_paths(rows: Rows) -> str | None:
         return "weight requires grad, and its gradient is only in the reference"
     if torch_func_active():
         return "a torch.func transform is active"
-    if any(t is not None and _has_tangent(t) for t in (rows.logits, rows.target, rows.class_weight)):
+    tensors = (rows.logits, rows.target, rows.class_weight)
+    if _tangents_possible() and any(t is not None and _has_tangent(t) for t in tensors):
         return "an argument carries a forward-mode tangent"
     return None
 
 
+def _tangents_possible() -> bool:
+    # a compiler, which cannot look at a tensor, knows this much
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def _has_tangent(t: Tensor) -> bool:
-    if torch.autograd.forward_ad._current_level < 0:
-        # nothing can carry one; and a compiler, which cannot look at a tensor, knows this much
+    if not _tangents_possible():
         return False
     return torch.compiler.is_compiling() or torch.autograd.forward_ad.unpack_dual(t).tangent is not None
 

@@ -1,7 +1,9 @@
 """The operators of the package: opaque to compilers, with shapes for tracing. Torch only.
 
-They live in ``torch.ops.lossfuse``; the functions of this module lead to them, or straight to their kernels where an operator would do
-nothing but cost time. ``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
+They live in ``torch.ops.lossfuse``. The functions of this module lead to them, or straight to their kernels where an operator would do
+nothing but cost time.
+
+``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
 gradient nobody needs is an empty tensor, so that every mode returns as many results. An operator whose name ends in ``_`` writes the
 gradient over the logits.
 """
@@ -81,6 +83,7 @@ def _entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[...,
     return entry
 
 
+@functools.cache
 def _backend(impl: str) -> ModuleType:
     return importlib.import_module(_BACKENDS[impl], __package__)
 
