@@ -95,10 +95,12 @@ def _checked_spec(logits: Tensor, target: Tensor, options: tuple[Any, ...]) -> L
     return spec
 
 
+def _new_grad(t: Tensor, needed: bool) -> Tensor:
+    return torch.empty(t.shape if needed else (0,), dtype=t.dtype, device=t.device)
+
+
 def _new_grads(logits: Tensor, target: Tensor, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor, Tensor]:
-    dlogits = torch.empty(logits.shape if need_dlogits else (0,), dtype=logits.dtype, device=logits.device)
-    dtarget = torch.empty(target.shape if need_dtarget else (0,), dtype=target.dtype, device=target.device)
-    return dlogits, dtarget
+    return _new_grad(logits, need_dlogits), _new_grad(target, need_dtarget)
 
 
 def _new_loss(logits: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ def _row_loss_and_grads_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
     spec = _checked_spec(logits, target, options)
-    _, dtarget = _new_grads(logits, target, False, need_dtarget)
+    dtarget = _new_grad(target, need_dtarget)
     loss: Tensor = _backend(options[-1]).row_loss_and_grads(
         logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
     )
@@ -186,13 +188,13 @@ def _row_loss_and_grads_(
 def _row_loss_and_grads_shapes_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _new_loss(logits), _new_grads(logits, target, False, need_dtarget)[1]
+    return _new_loss(logits), _new_grad(target, need_dtarget)
 
 
 def _row_grads_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> Tensor:
-    _, dtarget = _new_grads(logits, target, False, need_dtarget)
+    dtarget = _new_grad(target, need_dtarget)
     spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
     _backend(options[-1]).row_grads(logits, target, class_weight, stats, dloss, spec, logits, wanted)
     return dtarget
@@ -201,7 +203,7 @@ def _row_grads_(
 def _row_grads_shapes_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> Tensor:
-    return _new_grads(logits, target, False, need_dtarget)[1]
+    return _new_grad(target, need_dtarget)
 
 
 def _multiply_(t: Tensor, factor: Tensor, impl: str) -> None:
