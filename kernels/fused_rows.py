@@ -507,6 +507,6 @@ def multiply_in_place(t: Tensor, factor: Tensor) -> None:
         # rows with gaps: torch multiplies so too, but by 1 as well
         t.mul_(factor.reshape(()))
         return
-    programs = min(triton.cdiv(n, MULTIPLY_BLOCK.block_v), 8 * multiprocessors(t.device))
+    programs = min(-(-n // MULTIPLY_BLOCK.block_v), 8 * multiprocessors(t.device))
     with on_device_of(t):
         scale_rows_kernel[(programs,)](t, factor, n, BLOCK=MULTIPLY_BLOCK.block_v, num_warps=MULTIPLY_BLOCK.num_warps)

@@ -19,6 +19,7 @@ class LaunchConfig:
     num_warps: int
 
 
+@functools.cache
 def row_blocks(v: int) -> LaunchConfig:
     """8 classes a thread, 16 bytes of bf16: wider blocks spill in the statistics loops on sm_80 to sm_100 (triton 3.7.1)."""
     block_v = min(max(128, 1 << (v - 1).bit_length()), 2048)

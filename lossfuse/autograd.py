@@ -28,13 +28,14 @@ def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _row_loss_backward(ctx: Any, dloss: Tensor | None, dstats: None) -> tuple[Tensor | None, ...]:
-    dlogits, dtarget = None, None
-    if dloss is not None:
-        logits, target, class_weight, stats = ctx.saved_tensors
-        need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
-        grads = ops.row_grads(logits, target, class_weight, stats, dloss, need_dlogits, need_dtarget, *ctx.options)
-        dlogits, dtarget = _wanted(grads, need_dlogits, need_dtarget)
-    return dlogits, dtarget, None, *NO_OPTIONS_GRAD
+    grads = (None, None) if dloss is None else _row_loss_gradients(ctx, dloss)
+    return *grads, None, *NO_OPTIONS_GRAD
+
+
+def _row_loss_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    logits, target, class_weight, stats = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:2]
+    return _wanted(ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options), *needed)
 
 
 def _save_row_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -144,11 +145,16 @@ def _gradients_again(
     return grads
 
 
-class ConsumedRows(torch.autograd.Function):
-    """(N, V) logits -> (N,) losses; the backward writes the gradient over the logits."""
+class RowLoss(torch.autograd.Function):
+    """(N, V) logits -> (N,) losses: what autograd knows of the operator, without the operator's way there, which takes longer.
+
+    Where the logits have an ``owner``, the backward writes the gradient over them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, impl: str, owner: Owner) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, impl: str, owner: Owner | None
+    ) -> Tensor:
         ctx.options, ctx.owner, ctx.spent = ops.options(spec, impl), owner, False
         loss, stats = ops.row_loss(logits, target, class_weight, *ctx.options)
         ctx.save_for_backward(logits, target, class_weight, stats)
@@ -157,19 +163,21 @@ class ConsumedRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent or torch.is_grad_enabled() or not _is_plain(dloss):
+        if ctx.owner is None:
+            grads = _row_loss_gradients(ctx, dloss)
+        elif ctx.spent or torch.is_grad_enabled() or not _is_plain(dloss):
             raise RuntimeError(SPENT)
-        logits, target, class_weight, stats = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
-        if not is_sole_owner(logits, *ctx.owner.alive()):
+        elif not is_sole_owner(ctx.saved_tensors[0], *ctx.owner.alive()):
             # somebody has made an alias since the forward
-            grads = ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options)
+            grads = _row_loss_gradients(ctx, dloss)
         else:
             ctx.spent = True
+            logits, target, class_weight, stats = ctx.saved_tensors
+            need_dtarget = ctx.needs_input_grad[1]
             with _writing(logits, ctx.owner) as dlogits:
-                dtarget = ops.row_grads_(dlogits, target, class_weight, stats, dloss, needed[1], *ctx.options)
-            grads = dlogits, dtarget
-        return *_wanted(grads, *needed), None, None, None, None
+                dtarget = ops.row_grads_(dlogits, target, class_weight, stats, dloss, need_dtarget, *ctx.options)
+            grads = _wanted((dlogits, dtarget), ctx.needs_input_grad[0], need_dtarget)
+        return *grads, None, None, None, None
 
 
 @contextlib.contextmanager

@@ -103,6 +103,8 @@ def is_sole_owner(*tensors: Tensor | None) -> bool:
 
 def _may_overlap(t: Tensor) -> bool:
     """Whether two indices can be one address; some exotic strides that cannot are taken for such."""
+    if t.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1:

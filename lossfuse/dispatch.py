@@ -38,7 +38,7 @@ def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor:
     """
     if reduction == "none" or not (consume or (backend == "torch" and rows.logits.device.type == "cpu")):
         return False
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not makes_graph(rows):
         return False
     # an fp16 gradient must see a loss scaler's factor before it is rounded, or it underflows
     if rows.logits.dtype == torch.float16 or (rows.soft and rows.target.dtype == torch.float16):
@@ -46,9 +46,13 @@ def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor:
     # somebody decides what is kept until the backward (checkpointing, offloading), and a formed gradient would escape them
     if _saved_tensors_hooks_active():
         return False
-    return (rows.logits.requires_grad or rows.target.requires_grad) and not (
-        divisor is not None and (divisor.requires_grad or _has_tangent(divisor))
-    )
+    return divisor is None or not (divisor.requires_grad or _has_tangent(divisor))
+
+
+def makes_graph(rows: Rows) -> bool:
+    """Whether an eager call is to be differentiated."""
+    wanted = rows.logits.requires_grad or rows.target.requires_grad
+    return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def writes_in_place(backend: str) -> bool:
@@ -62,14 +66,19 @@ def _beyond_the_fast_paths(rows: Rows) -> str | None:
         return "weight requires grad, and its gradient is only in the reference"
     if torch_func_active():
         return "a torch.func transform is active"
-    if any(t is not None and _has_tangent(t) for t in (rows.logits, rows.target, rows.class_weight)):
+    tensors = (rows.logits, rows.target, rows.class_weight)
+    if _tangents_possible() and any(t is not None and _has_tangent(t) for t in tensors):
         return "an argument carries a forward-mode tangent"
     return None
 
 
+def _tangents_possible() -> bool:
+    # a compiler, which cannot look at a tensor, knows this much
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def _has_tangent(t: Tensor) -> bool:
-    if torch.autograd.forward_ad._current_level < 0:
-        # nothing can carry one; and a compiler, which cannot look at a tensor, knows this much
+    if not _tangents_possible():
         return False
     return torch.compiler.is_compiling() or torch.autograd.forward_ad.unpack_dual(t).tangent is not None
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import ConsumedRows, ReducedLoss
+from .autograd import ReducedLoss, RowLoss
 from .consumed import Owner, may_consume
-from .dispatch import forms_gradient_in_forward, pick, writes_in_place
+from .dispatch import forms_gradient_in_forward, makes_graph, pick, writes_in_place
 from .inputs import check_normalizer, flatten
 from .reduce import denominator, reduce_rows
 from .spec import loss_spec, resolve_reduction
@@ -112,8 +112,8 @@ def cross_entropy(
         if not rows.soft:
             require_ids_in_range(rows.target, rows.num_classes, ignore_index)
         loss = reference.row_loss(rows.logits, rows.target, rows.class_weight, spec)
-    elif owner is not None:
-        loss = ConsumedRows.apply(rows.logits, rows.target, rows.class_weight, spec, backend, owner)
+    elif makes_graph(rows):
+        loss = RowLoss.apply(rows.logits, rows.target, rows.class_weight, spec, backend, owner)
     else:
         loss, _ = ops.row_loss(rows.logits, rows.target, rows.class_weight, *ops.options(spec, backend))
     return reduce_rows(loss, rows, reduction, divisor)

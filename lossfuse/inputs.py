@@ -65,7 +65,9 @@ def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
     logits = _rows(input, class_dim)
     if target.is_floating_point():
         return Rows(logits, _rows(target, class_dim), weight, batch_shape)
-    return Rows(logits, target.reshape(-1).to(torch.int64), weight, batch_shape)
+    # asked first: torch takes longer to find that it has nothing to do
+    ids = target if target.dim() == 1 else target.reshape(-1)
+    return Rows(logits, ids if ids.dtype == torch.int64 else ids.to(torch.int64), weight, batch_shape)
 
 
 def _rows(t: Tensor, class_dim: int) -> Tensor:

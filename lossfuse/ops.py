@@ -1,11 +1,16 @@
 """The operators of the package: opaque to compilers, with shapes for tracing. Torch only.
 
+They live in ``torch.ops.lossfuse``. The functions of this module lead to them, or straight to their kernels where an operator would do
+nothing but cost time.
+
 ``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
 gradient nobody needs is an empty tensor, so that every mode returns as many results. An operator whose name ends in ``_`` writes the
 gradient over the logits.
 """
 
+import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -39,19 +44,46 @@ library.define(
 )
 library.define("multiply_(Tensor(a!) t, Tensor factor, str impl) -> ()")
 
-row_loss = torch.ops.lossfuse.row_loss
-row_grads = torch.ops.lossfuse.row_grads
-row_loss_and_grads = torch.ops.lossfuse.row_loss_and_grads
-row_loss_and_grads_ = torch.ops.lossfuse.row_loss_and_grads_
-row_grads_ = torch.ops.lossfuse.row_grads_
-multiply_ = torch.ops.lossfuse.multiply_
-
 
 def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
     """A spec and a backend's name as the schemas take them."""
     return (spec.ignore_index, spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale, impl)
 
 
+def _keys(*names: str) -> int:
+    return functools.reduce(int.__or__, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names))
+
+
+# what an operator of ours passes through unchanged if nothing requires grad; not public, as everything about the dispatcher
+_PASSED = _keys("BackendSelect", "ADInplaceOrView")
+_PASSED |= _keys(*(prefix + device for device in ("CPU", "CUDA", "XPU") for prefix in ("", "Autograd", "Autocast")))
+
+
+def _leads_to_kernel(args: tuple[Any, ...], tensors: int) -> bool:
+    """Whether a call of an operator is a call of its kernel: nobody compiles, differentiates, traces, transforms, watches or wraps."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return False
+    operands = args[:tensors]
+    if torch._C._has_torch_function(operands) or torch._C._autograd._profiler_enabled():
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for t in operands:
+        if t is not None:
+            keys |= torch._C._dispatch_keys(t).raw_repr()
+    return not keys & ~_PASSED
+
+
+def _entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The operator ``name``, whose first ``tensors`` arguments are tensors or None, or its kernel."""
+    operator = getattr(torch.ops.lossfuse, name).default
+
+    def entry(*args: Any) -> Any:
+        return kernel(*args) if _leads_to_kernel(args, tensors) else operator(*args)
+
+    return entry
+
+
+@functools.cache
 def _backend(impl: str) -> ModuleType:
     return importlib.import_module(_BACKENDS[impl], __package__)
 
@@ -63,10 +95,12 @@ def _checked_spec(logits: Tensor, target: Tensor, options: tuple[Any, ...]) -> L
     return spec
 
 
+def _new_grad(t: Tensor, needed: bool) -> Tensor:
+    return torch.empty(t.shape if needed else (0,), dtype=t.dtype, device=t.device)
+
+
 def _new_grads(logits: Tensor, target: Tensor, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor, Tensor]:
-    dlogits = torch.empty(logits.shape if need_dlogits else (0,), dtype=logits.dtype, device=logits.device)
-    dtarget = torch.empty(target.shape if need_dtarget else (0,), dtype=target.dtype, device=target.device)
-    return dlogits, dtarget
+    return _new_grad(logits, need_dlogits), _new_grad(target, need_dtarget)
 
 
 def _new_loss(logits: Tensor) -> Tensor:
@@ -144,7 +178,7 @@ def _row_loss_and_grads_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
     spec = _checked_spec(logits, target, options)
-    _, dtarget = _new_grads(logits, target, False, need_dtarget)
+    dtarget = _new_grad(target, need_dtarget)
     loss: Tensor = _backend(options[-1]).row_loss_and_grads(
         logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
     )
@@ -154,13 +188,13 @@ def _row_loss_and_grads_(
 def _row_loss_and_grads_shapes_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _new_loss(logits), _new_grads(logits, target, False, need_dtarget)[1]
+    return _new_loss(logits), _new_grad(target, need_dtarget)
 
 
 def _row_grads_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> Tensor:
-    _, dtarget = _new_grads(logits, target, False, need_dtarget)
+    dtarget = _new_grad(target, need_dtarget)
     spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
     _backend(options[-1]).row_grads(logits, target, class_weight, stats, dloss, spec, logits, wanted)
     return dtarget
@@ -169,7 +203,7 @@ def _row_grads_(
 def _row_grads_shapes_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> Tensor:
-    return _new_grads(logits, target, False, need_dtarget)[1]
+    return _new_grad(target, need_dtarget)
 
 
 def _multiply_(t: Tensor, factor: Tensor, impl: str) -> None:
@@ -190,3 +224,10 @@ for _name, _impl, _shapes in (
 ):
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
+
+row_loss = _entry("row_loss", _row_loss, 3)
+row_grads = _entry("row_grads", _row_grads, 5)
+row_loss_and_grads = _entry("row_loss_and_grads", _row_loss_and_grads, 4)
+row_loss_and_grads_ = _entry("row_loss_and_grads_", _row_loss_and_grads_, 4)
+row_grads_ = _entry("row_grads_", _row_grads_, 5)
+multiply_ = _entry("multiply_", _multiply_, 2)

@@ -1,6 +1,5 @@
 """What a loss is, apart from its tensors: one frozen object that checks its own values."""
 
-import contextlib
 import functools
 import warnings
 from dataclasses import dataclass
@@ -56,11 +55,13 @@ class LossSpec:
 
 def loss_spec(*options: Any) -> LossSpec:
     """``LossSpec(*options)``, checked once for options that come again with every step."""
-    if not torch.compiler.is_compiling():
-        with contextlib.suppress(TypeError):
-            return _known_spec(*options)
-    # unhashable, or refused: the check says why
-    return LossSpec(*options)
+    if torch.compiler.is_compiling():
+        return LossSpec(*options)
+    try:
+        return _known_spec(*options)
+    except TypeError:
+        # unhashable, or refused: the check says why
+        return LossSpec(*options)
 
 
 # 1 and True are one key unless typed, and True is no number here

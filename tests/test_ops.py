@@ -18,6 +18,7 @@ from rows import class_weight, logits_and_ids, probabilities
 
 IMPLS = ["torch", "triton"]
 DEVICE = "cuda" if GPU else "cpu"
+OPERATORS = torch.ops.lossfuse
 EVERYTHING = LossSpec(-100, 0.1, 20.0, 0.7, 1e-3)
 
 
@@ -28,15 +29,15 @@ def test_opcheck(impl, soft):
     target = probabilities(4, 19, device=DEVICE) if soft else target
     for spec, weight in ((LossSpec(), None), (EVERYTHING, class_weight(19, DEVICE))):
         options = ops.options(spec, impl)
-        torch.library.opcheck(ops.row_loss.default, (x, target, weight, *options))
+        torch.library.opcheck(OPERATORS.row_loss.default, (x, target, weight, *options))
         _, stats = ops.row_loss(x, target, weight, *options)
         dloss = torch.randn(4, device=DEVICE, requires_grad=True)
-        torch.library.opcheck(ops.row_grads.default, (x, target, weight, stats.detach(), dloss, True, soft, *options))
+        torch.library.opcheck(OPERATORS.row_grads.default, (x, target, weight, stats.detach(), dloss, True, soft, *options))
         logits, target, dloss = x.detach(), target.detach(), dloss.detach()
-        torch.library.opcheck(ops.row_loss_and_grads.default, (logits, target, weight, dloss, True, soft, *options))
-        torch.library.opcheck(ops.row_loss_and_grads_.default, (logits.clone(), target, weight, dloss, soft, *options))
-        torch.library.opcheck(ops.row_grads_.default, (logits.clone(), target, weight, stats.detach(), dloss, soft, *options))
-    torch.library.opcheck(ops.multiply_.default, (logits.clone(), torch.tensor(0.5, device=DEVICE), impl))
+        torch.library.opcheck(OPERATORS.row_loss_and_grads.default, (logits, target, weight, dloss, True, soft, *options))
+        torch.library.opcheck(OPERATORS.row_loss_and_grads_.default, (logits.clone(), target, weight, dloss, soft, *options))
+        torch.library.opcheck(OPERATORS.row_grads_.default, (logits.clone(), target, weight, stats.detach(), dloss, soft, *options))
+    torch.library.opcheck(OPERATORS.multiply_.default, (logits.clone(), torch.tensor(0.5, device=DEVICE), impl))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
