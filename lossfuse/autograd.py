@@ -116,12 +116,12 @@ class ReducedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         grads: Any
-        if ctx.formed is not None and not torch.is_grad_enabled() and _is_plain(dtotal):
+        if ctx.formed is not None and not torch.is_grad_enabled() and is_plain(dtotal):
             # logits are not asked for, so they may have changed since
             grads, ctx.formed = ctx.formed, None
             for g in grads:
                 if g is not None:
-                    _multiply(g, dtotal, ctx.impl)
+                    multiply(g, dtotal, ctx.impl)
         elif ctx.consumed:
             raise RuntimeError(SPENT)
         else:
@@ -165,7 +165,7 @@ class RowLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.owner is None:
             grads = _row_loss_gradients(ctx, dloss)
-        elif ctx.spent or torch.is_grad_enabled() or not _is_plain(dloss):
+        elif ctx.spent or torch.is_grad_enabled() or not is_plain(dloss):
             raise RuntimeError(SPENT)
         elif not is_sole_owner(ctx.saved_tensors[0], *ctx.owner.alive()):
             # somebody has made an alias since the forward
@@ -204,14 +204,14 @@ def _wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor 
     return dlogits if need_dlogits else None, dtarget if need_dtarget else None
 
 
-def _is_plain(dtotal: Tensor) -> bool:
+def is_plain(dtotal: Tensor) -> bool:
     """Not a batch of them, as under is_grads_batched, and not a compiler's."""
     # not public, as everything about batches below torch.func
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(dtotal) or torch._C._functorch.is_legacy_batchedtensor(dtotal)
     return type(dtotal) is Tensor and not wrapped
 
 
-def _multiply(grad: Tensor, dtotal: Tensor, impl: str) -> None:
+def multiply(grad: Tensor, dtotal: Tensor, impl: str) -> None:
     """grad *= dtotal: looked at on the CPU, where that is free, and on the device elsewhere."""
     if dtotal.device.type != "cpu":
         ops.multiply_(grad, dtotal, impl)

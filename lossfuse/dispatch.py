@@ -6,7 +6,7 @@ import os
 import torch
 from torch import Tensor
 
-from .inputs import Rows, torch_func_active
+from .inputs import HeadRows, Rows, torch_func_active
 
 IMPLS = ("auto", "triton", "torch", "reference")
 # device types Triton compiles for; ROCm calls itself cuda
@@ -14,7 +14,7 @@ TRITON_DEVICES = ("cuda", "xpu")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def pick(impl: str, rows: Rows) -> str:
+def pick(impl: str, rows: Rows | HeadRows) -> str:
     """The implementation for these rows: triton, torch or reference."""
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r} but must be one of 'auto', 'triton', 'torch', 'reference'")
@@ -23,7 +23,7 @@ def pick(impl: str, rows: Rows) -> str:
     beyond = _beyond_the_fast_paths(rows)
     if impl == "auto":
         # the interpreter is for those who ask for it by name
-        compiled = rows.logits.device.type in TRITON_DEVICES and not _triton_obstacle(rows)
+        compiled = rows.input.device.type in TRITON_DEVICES and not _triton_obstacle(rows)
         return "reference" if beyond else "triton" if compiled else "torch"
     obstacle = beyond or (_triton_obstacle(rows) if impl == "triton" else None)
     if obstacle:
@@ -55,18 +55,33 @@ def makes_graph(rows: Rows) -> bool:
     return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def wanted_of_head(rows: HeadRows) -> tuple[bool, bool, bool, bool]:
+    """Which of hidden states, weight, bias and probabilities get a gradient."""
+    if not torch.is_grad_enabled():
+        return False, False, False, False
+    bias = rows.linear_bias is not None and rows.linear_bias.requires_grad
+    return rows.input.requires_grad, rows.linear_weight.requires_grad, bias, rows.target.requires_grad
+
+
+def known_in_forward(rows: HeadRows, divisor: Tensor | None) -> bool:
+    """Whether one number, known in the forward, scales all rows, and no gradient is rounded before it has seen a loss scaler's."""
+    if rows.target.requires_grad and rows.target.dtype == torch.float16:
+        return False
+    return divisor is None or not (divisor.requires_grad or _has_tangent(divisor))
+
+
 def writes_in_place(backend: str) -> bool:
     """Whether a call may write over its logits here: nobody plans memory around it or keeps what it saved."""
     return backend != "reference" and not torch.compiler.is_compiling() and not _saved_tensors_hooks_active()
 
 
-def _beyond_the_fast_paths(rows: Rows) -> str | None:
+def _beyond_the_fast_paths(rows: Rows | HeadRows) -> str | None:
     """Why only the reference, which is made of torch's own operators, can differentiate this call."""
     if rows.class_weight is not None and rows.class_weight.requires_grad and torch.is_grad_enabled():
         return "weight requires grad, and its gradient is only in the reference"
     if torch_func_active():
         return "a torch.func transform is active"
-    tensors = (rows.logits, rows.target, rows.class_weight)
+    tensors = (*rows.operands, rows.target, rows.class_weight)
     if _tangents_possible() and any(t is not None and _has_tangent(t) for t in tensors):
         return "an argument carries a forward-mode tangent"
     return None
@@ -89,9 +104,9 @@ def _saved_tensors_hooks_active() -> bool:
     return top is not None and top(True) is not None
 
 
-def _triton_obstacle(rows: Rows) -> str | None:
-    device = rows.logits.device.type
-    if rows.logits.dtype == torch.float64:
+def _triton_obstacle(rows: Rows | HeadRows) -> str | None:
+    device = rows.input.device.type
+    if rows.input.dtype == torch.float64:
         return "the kernels compute in float32 and input is float64"
     if rows.soft and rows.target.dtype == torch.float64:
         return "the kernels compute in float32 and target is float64"

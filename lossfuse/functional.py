@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import linear_ops, ops, reference
 from .autograd import ReducedLoss, RowLoss
 from .consumed import Owner, may_consume
-from .dispatch import forms_gradient_in_forward, makes_graph, pick, writes_in_place
-from .inputs import check_normalizer, flatten
+from .dispatch import forms_gradient_in_forward, known_in_forward, makes_graph, pick, wanted_of_head, writes_in_place
+from .inputs import autocast_operands, check_head, check_normalizer, flatten, flatten_head, main_grad_of
 from .reduce import denominator, reduce_rows
-from .spec import loss_spec, resolve_reduction
+from .spec import LinearOptions, loss_spec, resolve_reduction
 from .targets import require_ids_in_range
 
 
@@ -117,3 +117,116 @@ def cross_entropy(
     else:
         loss, _ = ops.row_loss(rows.logits, rows.target, rows.class_weight, *ops.options(spec, backend))
     return reduce_rows(loss, rows, reduction, divisor)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    lse_square_scale: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    options: LinearOptions | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross entropy of a linear head's logits, which are made and used up a chunk of rows at a time: never N x C of them.
+
+    Equal to::
+
+        logits = F.linear(input.float(), linear_weight.float(), linear_bias)        # float64 stays float64
+        return lossfuse.cross_entropy(logits, target, weight, ...)                  # everything else
+
+    and, in its arguments, to ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) and more.
+
+    Args:
+        input: hidden states ``(D)``, ``(N, D)`` or ``(..., D)``; float64, float32, bfloat16 or float16, any strides.
+        linear_weight: ``(C, D)``, in the dtype of ``input`` but under autocast; or ``(C, d1, ..., dK, D)``, for ``input`` of ``(N, D)``
+            and logits ``(N, C, d1, ..., dK)``, which are then made whole.
+        target: class ids of the shape of ``input`` without D, or probabilities with C in place of D; with a K-dimensional weight
+            ``(N, d1, ..., dK)`` or ``(N, C, d1, ..., dK)``. As in ``cross_entropy``.
+        linear_bias: ``(C)``, or ``(C, d1, ..., dK)``, in the dtype of ``linear_weight``.
+        weight: ``(C)``: the weight of each class.
+        reduction, label_smoothing, softcap, logit_scale, lse_square_scale, normalizer, impl: as in ``cross_entropy``.
+        ignore_index: the id of positions that count for nothing, whatever their hidden states hold. None is -100, as in torch.
+        options: chunks, dtypes, what is kept; see ``LinearOptions``. The chunk's size follows from ``lossfuse.linear.chunk_rows``.
+
+    Returns:
+        As ``cross_entropy``: float32 (float64 for float64), ``()`` or the shape of the ids.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+        IndexError: on the CPU, for a target outside ``[0, C)``. Elsewhere its row's loss and gradient are NaN, and with them, through the
+            product, the gradient of the weight; see ``debug_targets``.
+
+    Autograd: gradients for ``input``, ``linear_weight``, ``linear_bias`` and probabilities; only products that somebody wants run. For
+    "mean" and "sum" they are formed in the forward (6 N D C operations in all) and handed over by the backward: a second one raises unless
+    ``options.allow_retain_graph``. For "none" the backward makes the logits again (8 N D C). A second derivative raises; forward mode,
+    ``torch.func`` transforms and a gradient for ``weight`` go through the reference, which makes the logits whole, as does
+    ``impl="reference"``.
+
+    Rounding: logits in float32 (see ``LinearOptions``); their gradient is rounded to the operands' dtype for the products, but on a CPU,
+    where products are in float32; gradients are summed in float32 over all chunks, multiplied and rounded once. The loss is
+    summed in float32. float32 products obey torch's settings (TF32).
+
+    Memory: a chunk of logits, ``chunk_rows * C`` elements; the gradients, and for half precision their sums in float32, 4 D (N + C) bytes.
+    On a CPU with half-precision operands also 16 MiB of weight in float32.
+
+    Source: chunks of logits whose gradient is formed in the forward are Liger-Kernel's (Hsu et al., arXiv:2410.10989); dropping ignored
+    rows before the products is Wijmans et al., "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
+    """
+    options = LinearOptions() if options is None else options
+    if not isinstance(options, LinearOptions):
+        raise TypeError(f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions")
+    reduction = resolve_reduction(reduction, None, None)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    parameter = linear_weight
+    input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
+    if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
+        logits = _logits_of_many(input, linear_weight, linear_bias, impl)
+        return cross_entropy(
+            logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, impl=impl,
+        )  # fmt: skip
+    rows = flatten_head(input, linear_weight, linear_bias, target, weight, ignore_index)
+    check_normalizer(normalizer, reduction, input)
+    for name in ("logits_dtype", "acc_dtype"):
+        options.dtype(name, input.dtype)
+    main_grad = main_grad_of(parameter) if options.main_grad else None
+    backend = pick(impl, rows)
+    divisor = denominator(rows, spec, reduction, normalizer)
+    head = (rows.input, rows.linear_weight, rows.linear_bias)
+    if backend == "reference":
+        if main_grad is not None:
+            raise ValueError("options.main_grad needs another implementation than the reference, which this call must take")
+        if not rows.soft:
+            require_ids_in_range(rows.target, rows.num_classes, ignore_index)
+        loss = reference.linear_row_loss(*head, rows.target, rows.class_weight, spec)
+        return reduce_rows(loss, rows, reduction, divisor)
+    settings = (*linear_ops.chunk_options(options), *ops.options(spec, backend))
+    needs = wanted_of_head(rows)
+    if reduction == "none" or not any(needs) or not known_in_forward(rows, divisor):
+        loss = linear_ops.linear_row_loss(*head, rows.target, rows.class_weight, main_grad, *settings)
+        return reduce_rows(loss, rows, reduction, divisor)
+    total, *_ = linear_ops.linear_total(*head, rows.target, rows.class_weight, divisor, main_grad, *needs, *settings)
+    return total
+
+
+def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, impl: str) -> Tensor:
+    """(N, D) and (C, d1, ..., dK, D) -> logits (N, C, d1, ..., dK)."""
+    check_head(input, linear_weight, linear_bias)
+    if input.dim() != 2:
+        raise ValueError(
+            f"linear_weight has shape {tuple(linear_weight.shape)}, so input must be (N, D), but input has shape {tuple(input.shape)}"
+        )
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"impl={impl!r} cannot run here: linear_weight has {linear_weight.dim()} dimensions; impl='auto' makes the logits")
+    bias = None if linear_bias is None else linear_bias.flatten()
+    return reference.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, linear_weight.shape[:-1])

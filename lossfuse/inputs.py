@@ -12,22 +12,55 @@ ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """N rows of V logits with their targets: views of what the caller gave, wherever strides allow."""
+class Targets:
+    """What N rows are held against, wherever their logits come from."""
 
-    logits: Tensor  # (N, V)
     target: Tensor  # (N,) int64 class ids, or (N, V) probabilities
     class_weight: Tensor | None  # (V,)
     batch_shape: torch.Size  # of the loss with reduction="none"
 
     @property
-    def num_classes(self) -> int:
-        return self.logits.shape[-1]
-
-    @property
     def soft(self) -> bool:
         """Whether targets are class probabilities."""
         return self.target.is_floating_point()
+
+
+@dataclass(frozen=True)
+class Rows(Targets):
+    """N rows of V logits with their targets: views of what the caller gave, wherever strides allow."""
+
+    input: Tensor  # (N, V)
+
+    @property
+    def logits(self) -> Tensor:
+        return self.input
+
+    @property
+    def num_classes(self) -> int:
+        return self.input.shape[-1]
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What the logits are made of."""
+        return (self.input,)
+
+
+@dataclass(frozen=True)
+class HeadRows(Targets):
+    """N hidden states and the head that makes V logits of each."""
+
+    input: Tensor  # (N, D)
+    linear_weight: Tensor  # (V, D)
+    linear_bias: Tensor | None  # (V,)
+
+    @property
+    def num_classes(self) -> int:
+        return self.linear_weight.shape[0]
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What the logits are made of."""
+        return self.input, self.linear_weight, self.linear_bias
 
 
 def torch_func_active() -> bool:
@@ -58,16 +91,90 @@ def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
     if num_classes == 0:
         raise ValueError(f"input has shape {_shape(input)}: dimension {class_dim} holds the classes and must not be empty")
     batch_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    _check_target(input, target, batch_shape, ignore_index)
+    _check_target(target, input.device, input.shape, batch_shape, ignore_index)
     if weight is not None:
         _check_weight(weight, input, num_classes)
+    return Rows(_target_rows(target, class_dim), weight, batch_shape, _rows(input, class_dim))
 
-    logits = _rows(input, class_dim)
+
+def flatten_head(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> HeadRows:
+    """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> rows; raises before anything is computed."""
+    check_head(input, linear_weight, linear_bias)
+    _require_tensor("target", target)
+    num_classes, width = linear_weight.shape
+    batch_shape = input.shape[:-1]
+    _check_target(target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index)
+    if weight is not None:
+        _check_weight(weight, input, num_classes)
+    hidden = input if input.dim() == 2 else input.reshape(batch_shape.numel(), width)
+    return HeadRows(_target_rows(target, target.dim() - 1), weight, batch_shape, hidden, linear_weight, linear_bias)
+
+
+def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """That a product of the three is one; a weight (V, d1, ..., dK, D) has a bias (V, d1, ..., dK)."""
+    named = [("input", input), ("linear_weight", linear_weight)]
+    named += [] if linear_bias is None else [("linear_bias", linear_bias)]
+    for name, t in named:
+        _require_tensor(name, t)
+        if t.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{name} has dtype {t.dtype} but must be float64, float32, bfloat16 or float16")
+        if t.device != input.device:
+            raise ValueError(f"{name} is on {t.device} but input is on {input.device}")
+        if t.dtype != input.dtype:
+            raise TypeError(f"{name} has dtype {t.dtype} but input has dtype {input.dtype}; cast one of the two, or use autocast")
+    if input.dim() == 0:
+        raise ValueError("input has shape () but hidden states must be (D), (N, D) or (..., D)")
+    if linear_weight.dim() < 2:
+        raise ValueError(f"linear_weight has shape {_shape(linear_weight)} but must be (C, D) or (C, d1, ..., dK, D)")
+    if linear_weight.shape[-1] != input.shape[-1]:
+        raise ValueError(f"linear_weight has shape {_shape(linear_weight)} but input has shape {_shape(input)}; the last sizes must agree")
+    if linear_weight.shape[:-1].numel() == 0:
+        raise ValueError(f"linear_weight has shape {_shape(linear_weight)}: there must be a class")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ValueError(
+            f"linear_bias has shape {_shape(linear_bias)} but linear_weight has shape {_shape(linear_weight)};"
+            f" expected {tuple(linear_weight.shape[:-1])}"
+        )
+
+
+def main_grad_of(linear_weight: Tensor) -> Tensor:
+    """The buffer of a weight, where its gradients are summed over a step's parts (Megatron's word)."""
+    if torch.compiler.is_compiling():
+        raise ValueError("options.main_grad writes into linear_weight.main_grad, which a compiler does not see; call it uncompiled")
+    buffer = getattr(linear_weight, "main_grad", None)
+    wide = torch.float64 if linear_weight.dtype == torch.float64 else torch.float32
+    if not isinstance(buffer, Tensor):
+        raise ValueError("options.main_grad is True but linear_weight has no tensor main_grad")
+    if buffer.shape != linear_weight.shape or buffer.dtype != wide or buffer.device != linear_weight.device:
+        raise ValueError(
+            f"linear_weight.main_grad is {buffer.dtype} of shape {_shape(buffer)} on {buffer.device}; expected {wide} of shape"
+            f" {_shape(linear_weight)} on {linear_weight.device}"
+        )
+    return buffer
+
+
+def autocast_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of a product as autocast wants them: in its dtype where it is on, but for float64."""
+    kind = input.device.type if isinstance(input, Tensor) else "meta"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return input, linear_weight, linear_bias
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(input), cast(linear_weight), None if linear_bias is None else cast(linear_bias)
+
+
+def _target_rows(target: Tensor, class_dim: int) -> Tensor:
+    """(N,) int64 ids, or (N, C) probabilities whose classes lie in ``class_dim``."""
     if target.is_floating_point():
-        return Rows(logits, _rows(target, class_dim), weight, batch_shape)
+        return _rows(target, class_dim)
     # asked first: torch takes longer to find that it has nothing to do
     ids = target if target.dim() == 1 else target.reshape(-1)
-    return Rows(logits, ids if ids.dtype == torch.int64 else ids.to(torch.int64), weight, batch_shape)
+    return ids if ids.dtype == torch.int64 else ids.to(torch.int64)
 
 
 def _rows(t: Tensor, class_dim: int) -> Tensor:
@@ -78,13 +185,14 @@ def _rows(t: Tensor, class_dim: int) -> Tensor:
     return t.movedim(class_dim, -1).reshape(n, t.shape[class_dim])
 
 
-def _check_target(input: Tensor, target: Tensor, batch_shape: torch.Size, ignore_index: int) -> None:
-    if target.device != input.device:
-        raise ValueError(f"target is on {target.device} but input is on {input.device}")
-    if target.shape == input.shape:
+def _check_target(target: Tensor, device: torch.device, logits_shape: tuple[int, ...], batch_shape: torch.Size, ignore_index: int) -> None:
+    if target.device != device:
+        raise ValueError(f"target is on {target.device} but input is on {device}")
+    shape, of_logits = tuple(target.shape), tuple(logits_shape)
+    if shape == of_logits:
         if not target.is_floating_point():
             raise TypeError(
-                f"target has the shape of input, {_shape(input)}, so it holds class probabilities and must be floating point,"
+                f"target has the shape of the logits, {shape}, so it holds class probabilities and must be floating point,"
                 f" but has dtype {target.dtype}"
             )
         if target.dtype not in LOGIT_DTYPES:
@@ -93,10 +201,10 @@ def _check_target(input: Tensor, target: Tensor, batch_shape: torch.Size, ignore
             raise ValueError(f"ignore_index is {ignore_index} but class probabilities have no class id to ignore; leave it negative")
         return
     # torch takes one row's id as (1,) too
-    if target.shape != batch_shape and not (input.dim() == 1 and target.shape == (1,)):
+    if target.shape != batch_shape and not (len(of_logits) == 1 and shape == (1,)):
         raise ValueError(
-            f"target has shape {_shape(target)} but input has shape {_shape(input)}; expected class ids of shape {tuple(batch_shape)}"
-            f" or probabilities of shape {_shape(input)}"
+            f"target has shape {shape} but the logits have shape {of_logits}; expected class ids of shape {tuple(batch_shape)}"
+            f" or probabilities of shape {of_logits}"
         )
     if target.dtype not in ID_DTYPES:
         raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8")

@@ -1,10 +1,12 @@
 """nn.Module shells over the functions."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import functional
-from .spec import LossSpec, resolve_reduction
+from .spec import LinearOptions, LossSpec, resolve_reduction
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -49,3 +51,71 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             inplace=self.inplace,
             impl=self.impl,
         )
+
+
+class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+    """A head and its loss: ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13) computed by ``lossfuse.linear_cross_entropy``.
+
+    The parameters are ``linear.weight`` of ``(num_classes * prod(out_features), in_features)`` and, with ``bias``, ``linear.bias``, named
+    and drawn as torch's are, so that checkpoints agree. To tie the head to an embedding, set ``loss.linear.weight``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+        lse_square_scale: float = 0.0,
+        options: LinearOptions | None = None,
+        impl: str = "auto",
+    ) -> None:
+        reduction = resolve_reduction(reduction, None, None)
+        LossSpec(-100 if ignore_index is None else ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+        if weight is not None and tuple(weight.shape) != (num_classes,):
+            raise ValueError(f"weight has shape {tuple(weight.shape)} but there are {num_classes} classes; expected ({num_classes},)")
+        super().__init__(weight, reduction=reduction)
+        self.num_classes = num_classes
+        self.out_features = tuple(out_features)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.lse_square_scale = lse_square_scale
+        self.options = options
+        self.impl = impl
+        self.linear = torch.nn.Linear(in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
+        linear_weight, linear_bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            linear_weight = linear_weight.unflatten(0, (self.num_classes, *self.out_features))
+            linear_bias = None if linear_bias is None else linear_bias.unflatten(0, (self.num_classes, *self.out_features))
+        return functional.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            lse_square_scale=self.lse_square_scale,
+            normalizer=normalizer,
+            options=self.options,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, out_features={self.out_features}, reduction={self.reduction!r}, options={self.options}"

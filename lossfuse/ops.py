@@ -1,7 +1,7 @@
 """The operators of the package: opaque to compilers, with shapes for tracing. Torch only.
 
-They live in ``torch.ops.lossfuse``. The functions of this module lead to them, or straight to their kernels where an operator would do
-nothing but cost time.
+They live in ``torch.ops.lossfuse``; those of a head are in ``linear_ops``. The functions of this module lead to them, or straight to
+their kernels where an operator would do nothing but cost time.
 
 ``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
 gradient nobody needs is an empty tensor, so that every mode returns as many results. An operator whose name ends in ``_`` writes the
@@ -21,26 +21,26 @@ from .spec import LossSpec, loss_spec
 from .targets import require_ids_in_range
 
 _BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked"}
-_OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale, str impl"
+OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale, str impl"
 
 library = torch.library.Library("lossfuse", "DEF")
-library.define(f"row_loss(Tensor logits, Tensor target, Tensor? class_weight, {_OPTIONS}) -> (Tensor loss, Tensor stats)")
+library.define(f"row_loss(Tensor logits, Tensor target, Tensor? class_weight, {OPTIONS}) -> (Tensor loss, Tensor stats)")
 library.define(
     "row_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dlogits, bool need_dtarget,"
-    f" {_OPTIONS}) -> (Tensor dlogits, Tensor dtarget)"
+    f" {OPTIONS}) -> (Tensor dlogits, Tensor dtarget)"
 )
 library.define(
     "row_loss_and_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dlogits, bool need_dtarget,"
-    f" {_OPTIONS}) -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
+    f" {OPTIONS}) -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
 )
 
 library.define(
-    f"row_loss_and_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dtarget, {_OPTIONS})"
+    f"row_loss_and_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dtarget, {OPTIONS})"
     " -> (Tensor loss, Tensor dtarget)"
 )
 library.define(
     "row_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dtarget,"
-    f" {_OPTIONS}) -> Tensor dtarget"
+    f" {OPTIONS}) -> Tensor dtarget"
 )
 library.define("multiply_(Tensor(a!) t, Tensor factor, str impl) -> ()")
 
@@ -84,14 +84,14 @@ def _entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[...,
 
 
 @functools.cache
-def _backend(impl: str) -> ModuleType:
+def backend(impl: str) -> ModuleType:
     return importlib.import_module(_BACKENDS[impl], __package__)
 
 
-def _checked_spec(logits: Tensor, target: Tensor, options: tuple[Any, ...]) -> LossSpec:
+def checked_spec(num_classes: int, target: Tensor, options: tuple[Any, ...]) -> LossSpec:
     spec = loss_spec(*options[:-1])
     if not target.is_floating_point():
-        require_ids_in_range(target, logits.shape[1], spec.ignore_index)
+        require_ids_in_range(target, num_classes, spec.ignore_index)
     return spec
 
 
@@ -103,19 +103,19 @@ def _new_grads(logits: Tensor, target: Tensor, need_dlogits: bool, need_dtarget:
     return _new_grad(logits, need_dlogits), _new_grad(target, need_dtarget)
 
 
-def _new_loss(logits: Tensor) -> Tensor:
+def new_loss(logits: Tensor) -> Tensor:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
 
 
 def _row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    spec = _checked_spec(logits, target, options)
-    loss, stats = _backend(options[-1]).row_loss(logits, target, class_weight, spec)
+    spec = checked_spec(logits.shape[1], target, options)
+    loss, stats = backend(options[-1]).row_loss(logits, target, class_weight, spec)
     return loss, stats
 
 
 def _row_loss_shapes(logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    loss = _new_loss(logits)
+    loss = new_loss(logits)
     n_stats = 0 if options[-1] == "torch" else 3 if target.is_floating_point() else 2
     return loss, loss.new_empty(n_stats, logits.shape[0])
 
@@ -131,7 +131,7 @@ def _row_grads(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
-    _backend(options[-1]).row_grads(
+    backend(options[-1]).row_grads(
         logits,
         target,
         class_weight,
@@ -160,9 +160,9 @@ def _row_grads_shapes(
 def _row_loss_and_grads(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = _checked_spec(logits, target, options)
+    spec = checked_spec(logits.shape[1], target, options)
     dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
-    loss: Tensor = _backend(options[-1]).row_loss_and_grads(
+    loss: Tensor = backend(options[-1]).row_loss_and_grads(
         logits, target, class_weight, dloss, spec, dlogits if need_dlogits else None, dtarget if need_dtarget else None
     )
     return loss, dlogits, dtarget
@@ -171,15 +171,15 @@ def _row_loss_and_grads(
 def _row_loss_and_grads_shapes(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_loss(logits), *_new_grads(logits, target, need_dlogits, need_dtarget)
+    return new_loss(logits), *_new_grads(logits, target, need_dlogits, need_dtarget)
 
 
 def _row_loss_and_grads_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    spec = _checked_spec(logits, target, options)
+    spec = checked_spec(logits.shape[1], target, options)
     dtarget = _new_grad(target, need_dtarget)
-    loss: Tensor = _backend(options[-1]).row_loss_and_grads(
+    loss: Tensor = backend(options[-1]).row_loss_and_grads(
         logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
     )
     return loss, dtarget
@@ -188,7 +188,7 @@ def _row_loss_and_grads_(
 def _row_loss_and_grads_shapes_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _new_loss(logits), _new_grad(target, need_dtarget)
+    return new_loss(logits), _new_grad(target, need_dtarget)
 
 
 def _row_grads_(
@@ -196,7 +196,7 @@ def _row_grads_(
 ) -> Tensor:
     dtarget = _new_grad(target, need_dtarget)
     spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
-    _backend(options[-1]).row_grads(logits, target, class_weight, stats, dloss, spec, logits, wanted)
+    backend(options[-1]).row_grads(logits, target, class_weight, stats, dloss, spec, logits, wanted)
     return dtarget
 
 
@@ -207,7 +207,7 @@ def _row_grads_shapes_(
 
 
 def _multiply_(t: Tensor, factor: Tensor, impl: str) -> None:
-    _backend(impl).multiply_in_place(t, factor)
+    backend(impl).multiply_in_place(t, factor)
 
 
 def _multiply_shapes_(t: Tensor, factor: Tensor, impl: str) -> None:

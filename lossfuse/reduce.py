@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .inputs import Rows
+from .inputs import HeadRows, Rows, Targets
 from .spec import LossSpec
 
 
-def denominator(rows: Rows, spec: LossSpec, reduction: str, normalizer: float | Tensor | None) -> Tensor | None:
+def denominator(rows: Rows | HeadRows, spec: LossSpec, reduction: str, normalizer: float | Tensor | None) -> Tensor | None:
     """What the summed loss is divided by, a 0-d tensor on the rows' device; None for none and sum.
 
     Without ``normalizer`` it is torch's: the sum of the class weights of the valid targets, their number when there are no weights, the
@@ -15,15 +15,15 @@ def denominator(rows: Rows, spec: LossSpec, reduction: str, normalizer: float | 
     """
     if reduction != "mean":
         return None
-    dtype = torch.float64 if rows.logits.dtype == torch.float64 else torch.float32
-    device = rows.logits.device
+    dtype = torch.float64 if rows.input.dtype == torch.float64 else torch.float32
+    device = rows.input.device
     if isinstance(normalizer, Tensor):
         return normalizer.to(dtype)
     if normalizer is not None:
         # a product with a number, which a compiler takes for any number
         return torch.ones((), dtype=dtype, device=device) * normalizer
     if rows.soft:
-        return torch.full((), rows.logits.shape[0], dtype=dtype, device=device)
+        return torch.full((), rows.input.shape[0], dtype=dtype, device=device)
     valid = rows.target != spec.ignore_index
     if rows.class_weight is None:
         return valid.sum(dtype=dtype)
@@ -32,7 +32,7 @@ def denominator(rows: Rows, spec: LossSpec, reduction: str, normalizer: float | 
     return torch.where(valid, weights, 0.0).sum()
 
 
-def reduce_rows(loss: Tensor, rows: Rows, reduction: str, divisor: Tensor | None) -> Tensor:
+def reduce_rows(loss: Tensor, rows: Targets, reduction: str, divisor: Tensor | None) -> Tensor:
     """(N,) row losses -> the shape the caller asked for."""
     if reduction == "none":
         return loss.reshape(rows.batch_shape)

@@ -39,6 +39,20 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
     return torch.where(ignored, 0.0, loss * torch.where(ignored | valid, 1.0, torch.nan))
 
 
+def linear_row_loss(
+    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+) -> Tensor:
+    """(N, D) hidden states and a head (V, D) -> (N,) losses, by way of the logits."""
+    return row_loss(linear(hidden, linear_weight, linear_bias), target, class_weight, spec)
+
+
+def linear(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """The logits of a head, in the dtype the loss is computed in."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    return torch.nn.functional.linear(hidden.to(dtype), linear_weight.to(dtype), bias)
+
+
 def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:
     """lse(z) - z[y] = softplus(lse of the other classes - z[y]): no cancellation, however confident."""
     # the same for any common offset, so this one is a constant; a +inf logit makes its row NaN here, as in torch

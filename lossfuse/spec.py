@@ -82,6 +82,56 @@ def require_finite(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value} but must be finite in float32")
 
 
+@dataclass(frozen=True)
+class LinearOptions:
+    """How ``linear_cross_entropy`` goes about its work; what it computes stays the same.
+
+    Args:
+        chunk_bytes: at most so many bytes of logits at a time; at least a row. None for the default of ``lossfuse.linear.chunk_rows``,
+            1 GiB on an accelerator and 256 MiB on a CPU, or more where that is less than the matrix products need.
+        logits_dtype: of the logits of a chunk: float32, which is None (float64 for float64), or bfloat16 for bfloat16 operands.
+            Half the bytes, and 2 to 5 times the error in the gradient of the hidden states. On a CPU it also chooses the
+            products: in bfloat16, instead of float32 from converted blocks of the weight.
+        acc_dtype: what gradients are summed in, and kept in until the backward multiplies and rounds them once: float32, which is None
+            (float64 for float64), or bfloat16 for bfloat16 operands, which rounds them once for each chunk.
+        drop_ignored: leave rows with ``ignore_index`` out of the products. None does where looking is free, on the CPU; True
+            synchronises elsewhere.
+        allow_retain_graph: keep the gradients for a second backward, at the price of another copy of them in each.
+        main_grad: add the gradient of the weight to ``linear_weight.main_grad``, in float32 and without rounding, and leave its
+            ``grad`` alone.
+    """
+
+    chunk_bytes: int | None = None
+    logits_dtype: torch.dtype | None = None
+    acc_dtype: torch.dtype | None = None
+    drop_ignored: bool | None = None
+    allow_retain_graph: bool = False
+    main_grad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes is not None:
+            if not isinstance(self.chunk_bytes, Integral) or isinstance(self.chunk_bytes, bool):
+                raise TypeError(f"chunk_bytes is {self.chunk_bytes!r} but must be an int, or None for the default")
+            if self.chunk_bytes < 1:
+                raise ValueError(f"chunk_bytes is {self.chunk_bytes} but must be positive")
+        for name in ("logits_dtype", "acc_dtype"):
+            value = getattr(self, name)
+            if value not in (None, torch.float32, torch.bfloat16):
+                raise ValueError(f"{name} is {value} but must be torch.float32, torch.bfloat16 or None")
+        for name in ("drop_ignored", "allow_retain_graph", "main_grad"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "drop_ignored" and value is None):
+                raise TypeError(f"{name} is {value!r} but must be True or False")
+
+    def dtype(self, name: str, operands: torch.dtype) -> torch.dtype:
+        """What ``logits_dtype`` or ``acc_dtype`` comes to for operands of a dtype."""
+        chosen: torch.dtype | None = getattr(self, name)
+        wide = torch.float64 if operands == torch.float64 else torch.float32
+        if chosen not in (None, wide) and chosen != operands:
+            raise ValueError(f"{name} is {chosen} but input has dtype {operands}; expected {wide} or None")
+        return chosen or wide
+
+
 def resolve_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
     """``reduction`` after torch's two deprecated arguments, which win when given."""
     if size_average is not None or reduce is not None:

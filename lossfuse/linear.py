@@ -1,0 +1,238 @@
+"""The chunk loop of ``linear_cross_entropy``: hidden states and a head -> losses and gradients, a chunk of logits at a time.
+
+For each chunk of rows: the product that makes its logits, the row losses with the gradient written over the logits, the products that
+make gradients of it. Backends give the row losses; the products are torch's. N rows, D wide, V classes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .products import class_blocks, mixes, product
+from .spec import LinearOptions, LossSpec
+
+# elements on which a row of logits starts, so that every access to it is wide and cuBLAS likes its stride
+ROW_ALIGNMENT = 16
+# rows of a tile of a product
+TILE_ROWS = 128
+
+
+class Head(NamedTuple):
+    """What logits are made of."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    target: bool
+
+
+class Gradients(NamedTuple):
+    """None for what is not wanted; all but the target's in the dtype they are summed in."""
+
+    hidden: Tensor | None = None  # (N, D)
+    weight: Tensor | None = None  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    target: Tensor | None = None  # (N, V)
+
+
+def padded(v: int) -> int:
+    """From one row of logits to the next, in elements."""
+    return -(-v // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def chunk_rows(n: int, d: int, v: int, dtype: torch.dtype, options: LinearOptions, *, cpu: bool) -> int:
+    """Rows of a chunk: equal chunks, as few as the bytes allow; only the last may be shorter.
+
+    On an accelerator a chunk of C rows costs, beside the 6 C D V operations of its products,
+
+    - the weight read twice, 4 V D bytes in bfloat16, and its gradient's sum read and written, 8 V D bytes in float32, whatever C is.
+      Half of that hides behind the products; they catch up with it at C = 1000 for a sum in bfloat16 and at 2000 for one in float32
+      (H100: the product that adds to the sum reaches 437 TFLOP/s at C = 1024 and 589 at 2048, of 651 at 8192);
+    - a gradient of the hidden states of C x D, in tiles of 128 x 256, that leaves multiprocessors idle below C D = 2^22;
+    - the logits, written, read and overwritten by their gradient, whatever C is.
+
+    Beyond 4096 rows 1 or 2 % are left. So without ``chunk_bytes`` a chunk has 1 GiB of logits, but at least the rows above and at most
+    4096: 2048 for V = 128256 in float32, where 8192 rows then take 41.2 ms on an H100 (the three products alone 37.0), and 4096 take as
+    long. On a CPU products reach their speed with some hundred rows: 256 MiB, at least 256 rows, at most 1024.
+
+    Args:
+        n, d, v: rows, width, classes.
+        dtype: of the operands.
+        options: ``chunk_bytes``, which is obeyed down to a single row, ``logits_dtype`` and ``acc_dtype``.
+        cpu: whether a CPU computes.
+    """
+    row_bytes = padded(v) * options.dtype("logits_dtype", dtype).itemsize
+    if options.chunk_bytes is not None:
+        most = options.chunk_bytes // row_bytes
+    elif cpu:
+        most = min(max((256 << 20) // row_bytes, 256), 1024)
+    else:
+        wide_sum = options.dtype("acc_dtype", dtype).itemsize > 2
+        least = max(2048 if wide_sum else 1024, 2**22 // max(d, 1))
+        most = min(max((1 << 30) // row_bytes, least), 4096)
+    most = max(1, min(most, n))
+    equal = math.ceil(n / math.ceil(n / most)) if n else 1
+    tiled = -(-equal // TILE_ROWS) * TILE_ROWS
+    return tiled if tiled <= most else equal
+
+
+def row_loss(
+    head: Head, target: Tensor, class_weight: Tensor | None, spec: LossSpec, options: LinearOptions, backend: ModuleType
+) -> Tensor:
+    """(N,) losses, without a gradient."""
+    with _without_autocast(head.hidden):
+        kept = _kept(target, spec, options)
+        some, some_target = _rows_of(head, target, kept)
+        loss = _empty_loss(some.hidden)
+        for rows, _, z in _logits(some, some_target, spec, options, dropped=kept is not None):
+            loss[rows] = backend.row_loss(z, some_target[rows], class_weight, spec)[0]
+        return _put_back(loss, kept, target)
+
+
+def row_loss_and_grads(
+    head: Head,
+    target: Tensor,
+    class_weight: Tensor | None,
+    dloss: Tensor,
+    needs: Needs,
+    spec: LossSpec,
+    options: LinearOptions,
+    backend: ModuleType,
+) -> tuple[Tensor, Gradients]:
+    """(N,) losses, and the gradients of their sum weighted by ``dloss`` (N,)."""
+    with _without_autocast(head.hidden):
+        kept = _kept(target, spec, options)
+        some, some_target = _rows_of(head, target, kept)
+        dloss = dloss if kept is None else dloss[kept]
+        hidden, weight = head.hidden, head.weight
+        acc_dtype = options.dtype("acc_dtype", hidden.dtype)
+        dhidden = torch.empty_like(some.hidden, dtype=acc_dtype, memory_format=torch.contiguous_format) if needs.hidden else None
+        # the first chunk's product fills it; without a chunk nothing does
+        dweight = torch.empty_like(weight, dtype=acc_dtype, memory_format=torch.contiguous_format) if needs.weight else None
+        dbias = weight.new_zeros(len(weight), dtype=acc_dtype) if needs.bias else None
+        dtarget = torch.empty(target.shape, dtype=target.dtype, device=target.device) if needs.target else None
+        if dweight is not None and len(some.hidden) == 0:
+            dweight.zero_()
+
+        loss = _empty_loss(some.hidden)
+        unit = None
+        for rows, x, z in _logits(some, some_target, spec, options, dropped=kept is not None):
+            g = None
+            if needs.hidden or needs.weight or needs.bias:
+                g = _gradient_over(z, x.dtype)
+                if g.dtype == torch.float16 and unit is None:
+                    unit = _unit(dloss)
+                    dloss = dloss / unit
+            loss[rows] = backend.row_loss_and_grads(
+                z, some_target[rows], class_weight, dloss[rows], spec, g, None if dtarget is None else dtarget[rows]
+            )
+            if g is None:
+                continue
+            blocks = class_blocks(weight, x.dtype)
+            dx = None
+            if dhidden is not None:
+                # added up as wide as it is computed, rounded once
+                dx = dhidden[rows] if len(blocks) == 1 else torch.empty_like(x)
+            for classes in blocks:
+                if dx is not None:
+                    product(dx, g[:, classes], weight[classes].to(x.dtype), add=classes.start > 0)
+                if dweight is not None:
+                    product(dweight[classes], g[:, classes].T, x, add=rows.start > 0)
+            if dhidden is not None and dx is not None and len(blocks) > 1:
+                dhidden[rows] = dx
+            if dbias is not None:
+                dbias += g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+
+        if unit is not None:
+            for made in (dhidden, dweight, dbias):
+                if made is not None:
+                    made *= unit
+        if dhidden is not None:
+            dhidden = _put_back(dhidden, kept, target)
+        return _put_back(loss, kept, target), Gradients(dhidden, dweight, dbias, dtarget)
+
+
+def _logits(head: Head, target: Tensor, spec: LossSpec, options: LinearOptions, *, dropped: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, hidden states as the products take them, logits) of one chunk after the other, in the same memory."""
+    hidden, weight, bias = head
+    (n, d), v = hidden.shape, len(weight)
+    logits_dtype = options.dtype("logits_dtype", hidden.dtype)
+    # float32 logits of half-precision operands: by a product that has them, or of operands made float32
+    operand_dtype = hidden.dtype if mixes(hidden.device) else logits_dtype
+    step = chunk_rows(n, d, v, hidden.dtype, options, cpu=hidden.device.type == "cpu")
+    room = torch.empty(min(step, n), padded(v), dtype=logits_dtype, device=hidden.device)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        x = hidden[rows].to(operand_dtype)
+        if not (dropped or target.is_floating_point()):
+            # a product with a gradient of 0 would keep the NaN that an ignored row may hold
+            x = x.masked_fill((target[rows] == spec.ignore_index)[:, None], 0.0)
+        z = room[: rows.stop - start, :v]
+        for classes in class_blocks(weight, operand_dtype):
+            product(z[:, classes], x, weight[classes].to(operand_dtype).T)
+        if bias is not None:
+            z += bias
+        yield rows, x, z
+
+
+def _gradient_over(z: Tensor, operand_dtype: torch.dtype) -> Tensor:
+    """(C, V) for the gradient over the logits: a row of it in the first bytes of the row it takes the place of, if it is narrower."""
+    if z.dtype == operand_dtype:
+        return z
+    rows, v = z.shape
+    wide = z.as_strided((rows, z.stride(0)), (z.stride(0), 1)).view(operand_dtype)
+    return wide[:, :v]
+
+
+def _unit(dloss: Tensor) -> Tensor:
+    """What gradients of logits are divided by before they are rounded to fp16, and their products multiplied by.
+
+    A mean over many rows, or a loss scaler, takes them out of the range of fp16. The largest factor of a row becomes 256: probabilities
+    keep their digits down to 2e-7, and 255 are left for class weights and the z-loss.
+    """
+    largest = dloss.abs().amax()
+    return torch.where(largest > 0.0, largest, 1.0) / 256.0
+
+
+def _kept(target: Tensor, spec: LossSpec, options: LinearOptions) -> Tensor | None:
+    """The rows that count, where the others are to be left out; None for all."""
+    drop = options.drop_ignored if options.drop_ignored is not None else target.device.type == "cpu"
+    if not drop or target.is_floating_point():
+        return None
+    kept = target != spec.ignore_index
+    return None if bool(kept.all()) else kept.nonzero()[:, 0]
+
+
+def _rows_of(head: Head, target: Tensor, kept: Tensor | None) -> tuple[Head, Tensor]:
+    return (head, target) if kept is None else (head._replace(hidden=head.hidden[kept]), target[kept])
+
+
+def _put_back(some: Tensor, kept: Tensor | None, target: Tensor) -> Tensor:
+    """Zeros for the rows that were left out."""
+    return some if kept is None else some.new_zeros(len(target), *some.shape[1:]).index_copy_(0, kept, some)
+
+
+def _empty_loss(hidden: Tensor) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+
+
+def _without_autocast(t: Tensor) -> AbstractContextManager[object]:
+    """Operands have been cast; what is float32 here is meant to be."""
+    if torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type):
+        return torch.autocast(t.device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,215 @@
+"""The operators of a head and their derivatives: what ``ops`` and ``autograd`` are for logits.
+
+``linear_total`` is the strategy of the scalar reductions: it returns the loss with its gradients, all in one operator without side
+effects, and its backward multiplies them by one number. ``linear_row_loss`` keeps nothing but its arguments, and its backward,
+``linear_grads``, makes the logits again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import linear
+from .autograd import is_plain, multiply
+from .linear import Gradients, Head, Needs
+from .ops import OPTIONS, backend, checked_spec, library, new_loss
+from .spec import LinearOptions, loss_spec
+
+SPENT = (
+    "a second backward needs the gradients of linear_cross_entropy again, but the first has handed them over; pass"
+    " options=LinearOptions(allow_retain_graph=True)"
+)
+NO_SECOND_DERIVATIVE = "linear_cross_entropy has no second derivative (create_graph=True) but with impl='reference'"
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+_CHUNKS = "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored, bool allow_retain_graph, bool main_grad"
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_target"
+_GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dtarget"
+_N_CHUNKS, _N_OPTIONS = 6, 6
+
+library.define(f"linear_row_loss({_HEAD}, Tensor? main_grad_buffer, {_CHUNKS}, {OPTIONS}) -> Tensor")
+library.define(f"linear_grads({_HEAD}, Tensor dloss, {_NEEDS}, {_CHUNKS}, {OPTIONS}) -> ({_GRADS})")
+library.define(
+    f"linear_total({_HEAD}, Tensor? divisor, Tensor? main_grad_buffer, {_NEEDS}, {_CHUNKS}, {OPTIONS}) -> (Tensor total, {_GRADS})"
+)
+
+linear_row_loss = torch.ops.lossfuse.linear_row_loss.default
+linear_grads = torch.ops.lossfuse.linear_grads.default
+linear_total = torch.ops.lossfuse.linear_total.default
+
+
+def chunk_options(options: LinearOptions) -> tuple[Any, ...]:
+    """As the schemas take them."""
+    return (
+        options.chunk_bytes, options.logits_dtype, options.acc_dtype, options.drop_ignored, options.allow_retain_graph, options.main_grad
+    )  # fmt: skip
+
+
+def _split(options: tuple[Any, ...]) -> tuple[LinearOptions, tuple[Any, ...]]:
+    return LinearOptions(*options[:_N_CHUNKS]), options[_N_CHUNKS:]
+
+
+def _row_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, buffer: Tensor | None, *options: Any
+) -> Tensor:
+    chunks, loss_options = _split(options)
+    spec = checked_spec(len(weight), target, loss_options)
+    return linear.row_loss(Head(hidden, weight, bias), target, class_weight, spec, chunks, backend(loss_options[-1]))
+
+
+def _row_loss_shapes(hidden: Tensor, *rest: Any) -> Tensor:
+    return new_loss(hidden)
+
+
+def _grads(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, dloss: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    needs = Needs(*options[:4])
+    chunks, loss_options = _split(options[4:])
+    head, spec = Head(hidden, weight, bias), loss_spec(*loss_options[:-1])
+    _, grads = linear.row_loss_and_grads(head, target, class_weight, dloss, needs, spec, chunks, backend(loss_options[-1]))
+    return _all(grads, hidden)
+
+
+def _grads_shapes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, dloss: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    return _new_grads(hidden, weight, target, Needs(*options[:4]), _split(options[4:])[0])
+
+
+def _total(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    divisor: Tensor | None,
+    buffer: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    needs = Needs(*options[:4])
+    chunks, loss_options = _split(options[4:])
+    spec = checked_spec(len(weight), target, loss_options)
+    one = torch.ones((), dtype=new_loss(hidden[:0]).dtype, device=hidden.device)
+    # the divisor may be a number of the host, which is not waited for
+    dloss = (one if divisor is None else one / divisor).expand(len(hidden))
+    head = Head(hidden, weight, bias)
+    loss, grads = linear.row_loss_and_grads(head, target, class_weight, dloss, needs, spec, chunks, backend(loss_options[-1]))
+    total = loss.sum() if divisor is None else loss.sum() / divisor
+    return total, *_all(grads, hidden)
+
+
+def _total_shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    divisor: Tensor | None,
+    buffer: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    grads = _new_grads(hidden, weight, target, Needs(*options[:4]), _split(options[4:])[0])
+    return new_loss(hidden).sum(), *grads
+
+
+def _all(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+    """A gradient nobody needs is an empty tensor."""
+    return tuple(like.new_empty(0) if g is None else g for g in grads)
+
+
+def _new_grads(hidden: Tensor, weight: Tensor, target: Tensor, needs: Needs, chunks: LinearOptions) -> tuple[Tensor, ...]:
+    dtype = chunks.dtype("acc_dtype", hidden.dtype)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dhidden, dweight, dbias = (
+        hidden.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs[:3], strict=True)
+    )
+    return _all(Gradients(dhidden, dweight, dbias, target.new_empty(target.shape) if needs.target else None), hidden)
+
+
+for _name, _impl, _shapes in (
+    ("linear_row_loss", _row_loss, _row_loss_shapes),
+    ("linear_grads", _grads, _grads_shapes),
+    ("linear_total", _total, _total_shapes),
+):
+    library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
+
+
+def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, buffer = inputs[:6]
+    ctx.save_for_backward(*tensors)
+    # not saved: a buffer is written by whoever has it
+    ctx.buffer, ctx.options = buffer, inputs[6:]
+    ctx.set_materialize_grads(False)
+
+
+def _row_loss_backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (2 + _N_CHUNKS + _N_OPTIONS)
+    if dloss is None:
+        return None, None, None, None, *nothing
+    _refuse_second_derivative(dloss)
+    tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:4]
+    made = linear_grads(*tensors, dloss, *needed, *ctx.options)
+    grads = [g.to(t.dtype) if need else None for g, t, need in zip(made, tensors, needed, strict=False)]
+    if ctx.buffer is not None and needed[1]:
+        ctx.buffer.add_(made[1])
+        grads[1] = None
+    return *grads, *nothing
+
+
+def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.buffer, ctx.needs, options = inputs[:4], inputs[6], inputs[7:11], inputs[11:]
+    ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+    ctx.retain, ctx.impl, ctx.spent = options[4], options[-1], False
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _total_backward(ctx: Any, dtotal: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (3 + len(ctx.needs) + _N_CHUNKS + _N_OPTIONS)
+    if dtotal is None:
+        return None, None, None, None, *nothing
+    _refuse_second_derivative(dtotal)
+    if ctx.spent:
+        raise RuntimeError(SPENT)
+    # what a compiler traces, or a batch of factors, multiplies one gradient that stays
+    hand_over = is_plain(dtotal) and not ctx.retain
+    ctx.spent = hand_over
+    made = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 4
+    for i, (g, dtype) in enumerate(zip(made, ctx.dtypes, strict=True)):
+        if not ctx.needs[i]:
+            continue
+        if i == 1 and ctx.buffer is not None:
+            ctx.buffer.addcmul_(g, dtotal)
+        else:
+            grads[i] = _times(g, dtotal, dtype, ctx.impl) if hand_over else (g * dtotal).to(dtype)
+    return *grads, *nothing
+
+
+torch.library.register_autograd("lossfuse::linear_row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=library)
+torch.library.register_autograd("lossfuse::linear_total", _total_backward, setup_context=_save_total, lib=library)
+
+# of a gradient that is multiplied and rounded on a CPU, whose operators convert all of it first
+_ROUNDED_BYTES = 16 << 20
+
+
+def _times(g: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    """``g * factor`` in a dtype, in the memory of ``g`` where it can be; rounded once."""
+    if g.dtype == dtype:
+        multiply(g, factor, impl)
+        return g
+    rounded = torch.empty(g.shape, dtype=dtype, device=g.device)
+    rows = len(g) if g.device.type != "cpu" else max(1, _ROUNDED_BYTES // max(1, g[:1].numel() * g.element_size()))
+    for some, out in zip(g.split(rows), rounded.split(rows), strict=True):
+        torch.mul(some, factor, out=out)
+    return rounded
+
+
+def _refuse_second_derivative(t: Tensor) -> None:
+    if torch.is_grad_enabled() and is_plain(t):
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
