@@ -308,6 +308,10 @@ def split_row_kernel(
         e = exp_flushed(z - top)
         edge_e = exp_flushed(edge_z - top)
         if PHASE != 2:
+            if logits_ptr.dtype.element_ty != dlogits_ptr.dtype.element_ty:
+                # a narrower gradient is written over other slices than its own: all of this one must have arrived before its word is out,
+                # the target's logit too, and a store waits for it
+                tl.store(loss_ptr + n, x_y.to(tl.float32), mask=mine)
             tl.atomic_xchg(words_ptr + n * K + k, packed(top, excess_of(top, e, edge_e)), sem="relaxed")
 
         x_next, edge_x_next, x_y_next = read_slice(
@@ -338,7 +342,8 @@ def split_row_kernel(
                 # as in whole_row_kernel
                 row_ptr = aligned_row(logits_ptr, row, stride_logits_n, row_lead)
                 x = tl.load(row_ptr + base + pos, mask=only_if(readable, inside), other=padding(scale, softcap), volatile=True)
-            # dlogits may be logits: a program reads of this row only what it writes, and every warp of it has read before one stores
+            # dlogits may be logits: every program of this row has its slice by now, what this one reads again only it writes, and every
+            # warp of it has read before one stores
             tl.debug_barrier()
             drow_ptr = aligned_row(dlogits_ptr, row, stride_dlogits_n, row_lead)
             kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale)
@@ -398,15 +403,21 @@ def row_loss_and_grads(
     smoothing: float | None,
     lse_square_scale: float | None,
 ) -> Tensor:
-    """(N, V) logits and (N,) ids -> (N,) fp32 loss; fills ``dlogits`` (N, V), which may be ``logits``. Unit last strides."""
+    """(N, V) logits and (N,) ids -> (N,) fp32 loss; fills ``dlogits`` (N, V). Unit last strides.
+
+    ``dlogits`` may be ``logits``, or of a narrower dtype over the first bytes of each row of them.
+    """
     n, v = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n == 0:
         return loss
     options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
     wide, lead, most_lead = _alignment(logits, dlogits)
+    if softcap is not None and softmax_rows.narrower_over(logits, dlogits):
+        # the slices are read again for the cap's slope, after others have written over them
+        most_lead = None
     given = (class_weight is None, scale is None, softcap is None, smoothing is None, lse_square_scale is None)
-    key = (logits.device, logits.dtype, v, wide, most_lead, given)
+    key = (logits.device, logits.dtype, dlogits.dtype, v, wide, most_lead, given)
     plan = _plans.get(key)
     if plan is None:
         shaping = softcap is not None or smoothing is not None
@@ -437,9 +448,13 @@ def _alignment(logits: Tensor, dlogits: Tensor) -> tuple[bool, int, int | None]:
     size = logits.element_size()
     group = 16 // size
     strides = (logits.stride(0), dlogits.stride(0)) if n > 1 else (0, 0)
-    leads = (logits.data_ptr() % 16 // size, dlogits.data_ptr() % 16 // size)
+    leads = (logits.data_ptr() % 16 // size, dlogits.data_ptr() % 16 // dlogits.element_size())
     wide = leads == (0, 0) and v % 16 == 0 and strides[0] % 16 == 0 and strides[1] % 16 == 0
-    if leads[0] != leads[1] or (strides[0] - strides[1]) % group or dlogits.element_size() != size:
+    if dlogits.element_size() != size:
+        # boundaries of 16 bytes are not the same classes, but where rows start on them
+        aligned = leads == (0, 0) and strides[0] % group == 0 and strides[1] * dlogits.element_size() % 16 == 0
+        return wide, leads[0], 0 if aligned else None
+    if leads[0] != leads[1] or (strides[0] - strides[1]) % group:
         return wide, leads[0], None
     return wide, leads[0], group - 1 if strides[0] % group else leads[0]
 

@@ -336,11 +336,15 @@ def row_grads(
 ) -> None:
     """Fill ``dlogits`` (and, for probabilities, ``dtarget``): (N, V) with unit last stride, or None where no gradient is wanted.
 
-    ``dlogits`` may be ``logits``.
+    ``dlogits`` may be ``logits``, or a narrower tensor over the first bytes of each row of them, which takes a copy.
     """
     n, v = logits.shape
     if n == 0 or (dlogits is None and dtarget is None):
         return
+    over = None
+    if dlogits is not None and narrower_over(logits, dlogits):
+        # blocks of a row belong to programs of their own, which would read what others have written
+        over, dlogits = dlogits, torch.empty(n, v, dtype=dlogits.dtype, device=dlogits.device)
     config = row_blocks(v)
     # not triton.cdiv, which takes 3 us where it may be traced (triton 3.7)
     grid = (n, -(-v // config.block_v))
@@ -361,3 +365,10 @@ def row_grads(
                 logits.stride(0), dlogits.stride(0), dloss.stride(0), n, v, ignore_index,
                 **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
+    if over is not None and dlogits is not None:
+        over.copy_(dlogits)
+
+
+def narrower_over(logits: Tensor, dlogits: Tensor) -> bool:
+    """Whether the gradient, of another dtype, lies over the logits."""
+    return dlogits.data_ptr() == logits.data_ptr() and dlogits.element_size() != logits.element_size()

@@ -293,6 +293,48 @@ def test_where_logits_and_gradient_are_aligned_differently(device, v, case):
     assert plan.kind == ("split" if case == "aligned rows with gaps" else "whole")
 
 
+def over(x, dtype, gap=0):
+    """A copy of the logits in fp32 rows of a padded length, and a gradient over the first bytes of each, between guards."""
+    n, v = x.shape
+    length = -(-v // 16) * 16 + gap
+    memory = torch.full((n, length), 7.0, device=x.device)
+    logits = memory[:, :v]
+    logits.copy_(x.detach())
+    return logits, memory.view(dtype)[:, :v], memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "lse_square_scale": 1e-2, "logit_scale": 0.7}], ids=["plain", "options"])
+@pytest.mark.parametrize("gap", [0, 4, 3])
+@pytest.mark.parametrize(("way", "v"), [("whole", 203), (64, 203), (64, 256), (128, 1001), ("sweeps", 203), ("sweeps", 5000)])
+def test_a_narrower_gradient_over_the_logits(force, device, way, v, gap, options, dtype):
+    """A row of it ends where other programs' logits have been; rows that start between 16-byte boundaries go another way."""
+    force(way if gap % 4 == 0 else "whole")
+    x, target = logits_and_ids(5, v, torch.float32, device)
+    logits, dlogits, memory = over(x, dtype, gap)
+    weight = class_weight(v, device)
+    dloss = torch.linspace(-1.0, 2.0, 5, device=device)
+    want = program.value_and_grads(x, target, weight, dloss=dloss, reduction="none", **options)
+    loss = backend.row_loss_and_grads(logits, target, weight, dloss, LossSpec(**options), dlogits, None)
+    assert_loss_close(loss, want[0])
+    assert_gradient_close(dlogits, want[1].to(dtype), terms=options.get("label_smoothing", 0.0) / v * 2.2)
+    assert (memory[:, v:] == 7.0).all()
+
+
+@pytest.mark.parametrize("v", [203, 40_000])
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+def test_a_narrower_gradient_of_capped_logits(device, soft, v):
+    """Their slope needs the logits again: as the launcher chooses, with rows that fit a program and rows that do not."""
+    x, target = logits_and_ids(3, v, torch.float32, device)
+    target = probabilities(3, v, torch.float32, device).detach() if soft else target
+    logits, dlogits, _ = over(x, torch.float16)
+    dloss = torch.full((3,), 100.0, device=device)
+    want = program.value_and_grads(x, target, dloss=dloss, reduction="none", softcap=9.0)
+    loss = backend.row_loss_and_grads(logits, target, None, dloss, LossSpec(softcap=9.0), dlogits, None)
+    assert_loss_close(loss, want[0])
+    assert_gradient_close(dlogits, want[1].to(torch.float16), terms=1e-3 if soft else 0.0)
+
+
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 def test_rows_that_are_columns_in_memory(device, soft):
     x, target = logits_and_ids(4, 203, device=device)
