@@ -150,3 +150,95 @@ def test_calls_on_several_streams_at_once():
                 results.append(step(x, target, factor, inplace=True))
     torch.cuda.synchronize()
     assert all(torch.equal(loss, want[0]) and torch.equal(grad, want[1]) for loss, grad in results)
+
+
+HEADS = {"default": {}, "none": {"reduction": "none"}, "cap": {"softcap": 20.0}, "smoothing": {"label_smoothing": 0.1}}
+
+
+def head_step(hidden, weight, target, factor, **options):
+    loss = lossfuse.linear_cross_entropy(hidden, weight, target, **options)
+    grads = torch.autograd.grad(loss.sum() * factor, (hidden, weight))
+    return loss.detach(), *grads
+
+
+def head(n, d, v, dtype=torch.bfloat16, seed=0):
+    g = torch.Generator("cuda").manual_seed(seed)
+    hidden = torch.randn(n, d, generator=g, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=g, device="cuda") * 2 / d**0.5).to(dtype).requires_grad_()
+    target = torch.randint(0, v, (n,), generator=g, device="cuda")
+    target[::5] = -100
+    return hidden, weight, target
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_waits_for_nothing(name):
+    hidden, weight, target = head(700, 256, 40_000)
+    factor = torch.tensor(3.0, device="cuda")
+    head_step(hidden, weight, target, factor, **HEADS[name])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head_step(hidden, weight, target, factor, **HEADS[name])
+        with torch.no_grad():
+            lossfuse.linear_cross_entropy(hidden, weight, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("v", [1000, 32_001, 50_257, 128_256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_as_near_as_eager_with_fp32_logits(name, dtype, v):
+    """Several chunks, the gradient over the logits: a race of programs that share a row would show here."""
+    hidden, weight, target = head(700, 128, v, dtype)
+    factor = torch.tensor(64.0, device="cuda")
+    options = lossfuse.LinearOptions(chunk_bytes=256 * 4 * v)
+    got = head_step(hidden, weight, target, factor, options=options, **HEADS[name])
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    want = head_step(*exact, target, factor, impl="reference", **HEADS[name])
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-5)
+    # fp32 products are as exact as torch's setting makes them
+    bound = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}[dtype]
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert (a.double() - b).norm() <= bound * b.norm()
+    assert (got[1][::5] == 0.0).all()
+
+
+def test_a_captured_head_replays():
+    hidden, weight, target = head(500, 128, 40_000)
+    factor = torch.tensor(2.0, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            head_step(hidden, weight, target, factor)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = head_step(hidden, weight, target, factor)
+    fresh, _, ids = head(500, 128, 40_000, seed=1)
+    with torch.no_grad():
+        hidden.copy_(fresh)
+    target.copy_(ids)
+    graph.replay()
+    for a, b in zip(made, head_step(hidden, weight, target, factor), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lean", [False, True], ids=["default", "lean"])
+def test_a_head_takes_a_chunk_and_its_sums(lean):
+    n, d, v = 4096, 1024, 128_256
+    hidden, weight, target = head(n, d, v)
+    half = {"logits_dtype": torch.bfloat16, "acc_dtype": torch.bfloat16} if lean else {}
+    options = lossfuse.LinearOptions(chunk_bytes=256 << 20, **half)
+    factor = torch.tensor(1.0, device="cuda")
+    for _ in range(2):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        made = head_step(hidden, weight, target, factor, options=options)
+        extra = torch.cuda.max_memory_allocated() - before
+        del made
+    gradients = 2 * d * (n + v)
+    chunk = 256 << 20
+    assert extra <= max(chunk + gradients if lean else chunk + 2 * gradients, 3 * gradients) * 1.05 + (64 << 20)
