@@ -67,7 +67,7 @@ def chunk_rows(n: int, d: int, v: int, dtype: torch.dtype, options: LinearOption
 
     Beyond 4096 rows 1 or 2 % are left. So without ``chunk_bytes`` a chunk has 1 GiB of logits, but at least the rows above and at most
     4096: 2048 for V = 128256 in float32, where 8192 rows then take 41.2 ms on an H100 (the three products alone 37.0), and 4096 take as
-    long. On a CPU products reach their speed with some hundred rows: 256 MiB, at least 256 rows, at most 1024.
+    long. On a CPU products reach their speed with some hundred rows: 256 MiB, at least 256 rows, at most 512.
 
     Args:
         n, d, v: rows, width, classes.
@@ -79,7 +79,7 @@ def chunk_rows(n: int, d: int, v: int, dtype: torch.dtype, options: LinearOption
     if options.chunk_bytes is not None:
         most = options.chunk_bytes // row_bytes
     elif cpu:
-        most = min(max((256 << 20) // row_bytes, 256), 1024)
+        most = min(max((256 << 20) // row_bytes, 256), 512)
     else:
         wide_sum = options.dtype("acc_dtype", dtype).itemsize > 2
         least = max(2048 if wide_sum else 1024, 2**22 // max(d, 1))
