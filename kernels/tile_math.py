@@ -124,6 +124,15 @@ def lse_merge(tops, excesses):
 
 
 @triton.jit
+def lse_join(top, excess, other_top, other_excess):
+    """``lse_merge`` of two slices, elementwise."""
+    higher = top >= other_top
+    row_max = tl.maximum(top, other_top)
+    moved = exp_flushed(tl.minimum(top, other_top) - row_max) * (1.0 + tl.where(higher, other_excess, excess))
+    return row_max, tl.where(higher, excess, other_excess) + moved
+
+
+@triton.jit
 def shortfall_update(mass, shortfall, q, z, top_before, top):
     """Fold q * (top - z) into the running sum, moving what was summed before to the new maximum."""
     # a class of zero mass is out of the sum even where its logit is -inf

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lossfuse.kernels import fused_rows, softmax_rows
+from lossfuse.kernels import fused_rows, linear_rows, softmax_rows
 from lossfuse.kernels.launch import fused_plan, row_blocks
 
 TARGETS = {
@@ -34,8 +34,12 @@ FUSED_V = (8192, 16384, 32768, 50257, 128256, 151643)
 
 SOFTMAX = ("scale", "softcap", "smoothing", "lse_square_scale")
 OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX)}
-OPTIONAL = OPTION_SETS["every option"]
-LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr")
+# a tile of the product is all of a program's registers, so each of its options counts
+TILE_OPTION_SETS = {"plain": (), "bias": ("bias_ptr",), "softcap": ("softcap",), "every option": ("bias_ptr", "scale", "softcap")}
+OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr")
+LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr")
+# what is a multiple of 16 where rows are wide
+SIZES = ("V", "D", "n", *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v")))
 POINTERS = {"target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64"}
 
 
@@ -79,6 +83,22 @@ def launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)
 
 
+def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
+    """(options, those given, launch) where ``linear_rows.runs_on`` finds nothing against it."""
+    if target not in ("sm_90", "sm_100") or dtype == "fp32":
+        return
+    tile = linear_rows.TILE
+    blocks = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "GROUP": tile.group}
+    stages = {"num_stages": tile.num_stages, **softmax_rows.UNFUSED}
+    product = Launch(linear_rows.tile_stats_kernel, tile.num_warps, blocks, options=stages)
+    blocks = {"BLOCK_N": linear_rows.MERGE_ROWS, "BLOCK_T": linear_rows.MERGE_TILES}
+    merge = Launch(linear_rows.merge_tiles_kernel, linear_rows.MERGE_WARPS, blocks)
+    for options, given in TILE_OPTION_SETS.items():
+        yield options, given, product
+    for options, given in OPTION_SETS.items():
+        yield options, given, merge
+
+
 def source(launch: Launch, logits: str, given: tuple[str, ...]) -> ASTSource:
     types: dict[str, str] = {}
     constants: dict[tuple[int, ...], object] = {}
@@ -95,7 +115,7 @@ def source(launch: Launch, logits: str, given: tuple[str, ...]) -> ASTSource:
             types[name] = "fp32" if name in SOFTMAX else "i32"
         # what the launcher's specialisation finds
         aligned = name.endswith("_ptr") if not rows else launch.wide
-        if aligned or (launch.wide and name in ("V", "n", "stride_logits_n", "stride_dlogits_n", "stride_target_n", "stride_dtarget_n")):
+        if aligned or (launch.wide and name in SIZES):
             attributes[i,] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, types, constants, attributes)
 
@@ -117,21 +137,27 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
     narrow = len(re.findall(r"\b(?:LDG|STG)\S*\.[US]?(?:8|16)\b", sass))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     fused = compiled.asm["ptx"].count("fma.rn.f32")
-    return {"registers": registers, "spills": stack + local + spills, "wide": wide, "narrow": narrow, "fused": fused}
+    found = {"registers": registers, "spills": stack + local + spills, "wide": wide, "narrow": narrow, "fused": fused}
+    # tiles copied by descriptor, and products of tiles
+    tensor = {"tma": len(re.findall(r"\bUTMALDG\b", sass)), "mma": len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))}
+    return found | tensor if any(tensor.values()) else found
 
 
 def main(targets: list[str], dtypes: list[str]) -> None:
     for target in targets:
         for dtype in dtypes:
-            pointer = DTYPES[dtype]
-            for options, given in OPTION_SETS.items():
-                for launch in launches(target, 4 if dtype == "fp32" else 2, bool(given)):
-                    compiled = triton.compile(
-                        source(launch, pointer, given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
-                    )
-                    row = {"kernel": launch.name, "target": target, "dtype": dtype, "options": options, "warps": launch.num_warps}
-                    row |= {k.lower(): v for k, v in launch.constants.items()}
-                    print(json.dumps(row | resources(compiled, TARGETS[target])), flush=True)
+            cases = [
+                (options, given, launch)
+                for options, given in OPTION_SETS.items()
+                for launch in launches(target, 4 if dtype == "fp32" else 2, bool(given))
+            ]
+            for options, given, launch in [*cases, *linear_launches(target, dtype)]:
+                compiled = triton.compile(
+                    source(launch, DTYPES[dtype], given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
+                )
+                row = {"kernel": launch.name, "target": target, "dtype": dtype, "options": options, "warps": launch.num_warps}
+                row |= {k.lower(): v for k, v in launch.constants.items()}
+                print(json.dumps(row | resources(compiled, TARGETS[target])), flush=True)
 
 
 if __name__ == "__main__":
