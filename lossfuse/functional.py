@@ -175,7 +175,8 @@ def linear_cross_entropy(
     where products are in float32; gradients are summed in float32 over all chunks, multiplied and rounded once. The loss is
     summed in float32. float32 products obey torch's settings (TF32).
 
-    Memory: a chunk of logits, ``chunk_rows * C`` elements; the gradients, and for half precision their sums in float32, 4 D (N + C) bytes.
+    Memory: a chunk of logits, ``chunk_rows * C`` elements (none without a gradient, in bfloat16 and float16 on NVIDIA GPUs from Hopper on,
+    unless labels are smoothed or probabilities); the gradients, and for half precision their sums in float32, 4 D (N + C) bytes.
     On a CPU with half-precision operands also 16 MiB of weight in float32.
 
     Source: chunks of logits whose gradient is formed in the forward are Liger-Kernel's (Hsu et al., arXiv:2410.10989); dropping ignored

@@ -97,9 +97,11 @@ def row_loss(
     with _without_autocast(head.hidden):
         kept = _kept(target, spec, options)
         some, some_target = _rows_of(head, target, kept)
-        loss = _empty_loss(some.hidden)
-        for rows, _, z in _logits(some, some_target, spec, options, dropped=kept is not None):
-            loss[rows] = backend.row_loss(z, some_target[rows], class_weight, spec)[0]
+        loss: Tensor | None = backend.head_row_loss(*some, some_target, class_weight, spec)
+        if loss is None:
+            loss = _empty_loss(some.hidden)
+            for rows, _, z in _logits(some, some_target, spec, options, dropped=kept is not None):
+                loss[rows] = backend.row_loss(z, some_target[rows], class_weight, spec)[0]
         return _put_back(loss, kept, target)
 
 

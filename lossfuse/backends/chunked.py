@@ -63,6 +63,10 @@ def row_loss_and_grads(
     return _rows(logits, target, class_weight, dloss, spec, dlogits, dtarget)
 
 
+def head_row_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> None:
+    """Torch has no product whose logits stay in registers."""
+
+
 def multiply_in_place(t: Tensor, factor: Tensor) -> None:
     """t *= factor, a number on the device."""
     t.mul_(factor)

@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..kernels import fused_rows, softmax_rows
+from ..kernels import fused_rows, linear_rows, softmax_rows
 from ..spec import LossSpec
 
 
@@ -92,6 +92,19 @@ def row_loss_and_grads(
     if room is not dlogits:
         dlogits.copy_(room)
     return loss
+
+
+def head_row_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+) -> Tensor | None:
+    """(N,) losses from a product whose logits stay in registers; None where there is no such product, or the loss needs all logits."""
+    if target.is_floating_point() or spec.label_smoothing or linear_rows.runs_on(hidden, weight) is not None:
+        return None
+    return linear_rows.row_loss(
+        hidden, weight, None if bias is None else bias.contiguous(), target.contiguous(),
+        None if class_weight is None else class_weight.to(torch.float32).contiguous(),
+        ignore_index=spec.ignore_index, scale=spec.logit_scale, softcap=spec.softcap, lse_square_scale=spec.lse_square_scale or None,
+    )  # fmt: skip
 
 
 def multiply_in_place(t: Tensor, factor: Tensor) -> None:
