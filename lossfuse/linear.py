@@ -207,7 +207,8 @@ def _unit(dloss: Tensor) -> Tensor:
     keep their digits down to 2e-7, and 255 are left for class weights and the z-loss.
     """
     largest = dloss.abs().amax()
-    return torch.where(largest > 0.0, largest, 1.0) / 256.0
+    # inf where a mean is over nothing: no row has a gradient then, and 0 must stay 0
+    return torch.where((largest > 0.0) & largest.isfinite(), largest, 1.0) / 256.0
 
 
 def _kept(target: Tensor, spec: LossSpec, options: LinearOptions) -> Tensor | None:
