@@ -139,8 +139,8 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
     fused = compiled.asm["ptx"].count("fma.rn.f32")
     found = {"registers": registers, "spills": stack + local + spills, "wide": wide, "narrow": narrow, "fused": fused}
     # tiles copied by descriptor, and products of tiles
-    tensor = {"tma": len(re.findall(r"\bUTMALDG\b", sass)), "mma": len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))}
-    return found | tensor if any(tensor.values()) else found
+    tma, mma = len(re.findall(r"\bUTMALDG\b", sass)), len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))
+    return found | {"tma": tma, "mma": mma, "shared": compiled.metadata.shared} if tma or mma else found
 
 
 def main(targets: list[str], dtypes: list[str]) -> None:

@@ -26,6 +26,8 @@ FIRST = [("sm_90", "bf16"), ("sm_90", "fp32"), ("sm_80", "bf16"), ("sm_100", "bf
 @pytest.mark.parametrize(("target", "dtype"), [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) for case in ALL])
 def test_kernels_compile_without_spills(target, dtype):
     pytest.importorskip("triton")
+    from lossfuse.kernels import linear_rows
+
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "cross_compile.py"), target, dtype]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -41,7 +43,9 @@ def test_kernels_compile_without_spills(target, dtype):
         if row["kernel"] in SWEEPS:
             assert row["registers"] <= 128, row
         if row["kernel"] == "tile_stats_kernel":
-            assert row["tma"] > 0 and row["mma"] > 0 and row["registers"] * 32 * row["warps"] <= REGISTERS, row
+            assert row["tma"] > 0 and row["mma"] > 0, row
+            # what linear_rows.runs_on asks of a device
+            assert row["shared"] <= linear_rows.TILE.shared_memory(2), row
         if target.startswith("sm") and row["kernel"] not in LINEAR:
             # 16 bytes a thread, but for the one logit of the target, read and written, and the edges of a split row
             most_narrow = {"whole_row_kernel": 2, "split_row_kernel": 6, "scale_rows_kernel": 0}.get(row["kernel"], 1)
