@@ -6,12 +6,15 @@ import torch.nn.functional as F
 
 import lossfuse
 import program
+from allocations import Largest
 from closeness import assert_formula_close, assert_loss_close, assert_product_close
-from lossfuse import LinearOptions, linear, products
+from lossfuse import LinearOptions, functional, linear, products
+from lossfuse.backends import chunked
+from lossfuse.perf.protocol import Step, peak_extra_bytes
+from lossfuse.spec import LossSpec
 from options import COMBINATIONS, EVERYTHING, OPTIONS, options_of, upstream
 from rows import class_weight, head_and_ids, probabilities
 
-NAN, INF = float("nan"), float("inf")
 HALF = [torch.bfloat16, torch.float16]
 SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
 
@@ -173,9 +176,7 @@ class TestShapes:
 
 
 class TestChunksAndDtypes:
-    SIZES = {"a row each": 1, "several, the last ragged": 7, "one": 10**6, "the default": None}
-
-    @pytest.mark.parametrize("rows", SIZES.values(), ids=SIZES)
+    @pytest.mark.parametrize("rows", [1, 7, 10**6, None], ids=["a row each", "several, the last ragged", "one", "the default"])
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
     def test_any_chunk_size(self, narrow, dtype, soft, rows):
@@ -329,3 +330,178 @@ class TestPrecision:
         got = differentiated((hidden, weight, bias), target, classes, options=chunks_of(2, 37), **options)
         for g, w in zip(got[1:], want[1:], strict=True):
             assert relative_error(g, w) < 2e-3
+
+
+GRADIENTS = {
+    # who requires grad, and the products of a chunk beside that of its logits
+    "all": ("hidden weight bias", {"hidden", "weight"}),
+    "frozen weight": ("hidden", {"hidden"}),
+    "frozen hidden": ("weight", {"weight"}),
+    "bias alone": ("bias", set()),
+    "probabilities alone": ("target", set()),
+    "nobody": ("", set()),
+}
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The shapes of the results of all products."""
+    shapes = []
+
+    def product(out, *args, **kwargs):
+        shapes.append(tuple(out.shape))
+        return products.product(out, *args, **kwargs)
+
+    monkeypatch.setattr(linear, "product", product)
+    return shapes
+
+
+class TestOnlyWhatIsWantedRuns:
+    """6 rows of width 5 in two chunks, 11 classes."""
+
+    @pytest.mark.parametrize("case", GRADIENTS)
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    def test_products(self, ran, reduction, case):
+        names, wanted = GRADIENTS[case]
+        hidden, weight, bias, target = head_and_ids(6, 5, 11, ignored=0.0)
+        target = probabilities(6, 11) if "target" in names else target
+        given = {"hidden": hidden, "weight": weight, "bias": bias, "target": target}
+        for name, t in given.items():
+            if t.is_floating_point():
+                t.requires_grad_(name in names)
+        loss = lossfuse.linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction=reduction, options=chunks_of(3, 11))
+        again = bool(names) and reduction == "none"
+        if names:
+            loss.sum().backward()
+            want = program.head_value_and_grads((hidden, weight, bias), target, reduction=reduction)
+            for t, w in zip((t for t in given.values() if t.requires_grad), want[1:], strict=True):
+                assert_formula_close(t.grad, w * 1.0)
+        for name, t in given.items():
+            assert (t.grad is not None) == (name in names.split())
+        made = {"logits": (3, 11), "hidden": (3, 5), "weight": (11, 5)}
+        assert ran.count(made["logits"]) == 2 * (1 + again)
+        assert ran.count(made["hidden"]) == 2 * ("hidden" in wanted) and ran.count(made["weight"]) == 2 * ("weight" in wanted)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_no_gradient_is_made_where_none_can_be_asked_for(self, ran, mode):
+        hidden, weight, bias, target = head_and_ids(6, 5, 11, ignored=0.0)
+        for reduction in ("none", "mean"):
+            ran.clear()
+            with mode():
+                loss = lossfuse.linear_cross_entropy(
+                    hidden, weight, target, linear_bias=bias, reduction=reduction, options=chunks_of(3, 11)
+                )
+            assert ran == [(3, 11)] * 2 and not loss.requires_grad
+            assert_loss_close(
+                loss,
+                program.linear_cross_entropy(
+                    *(t.detach().double() for t in (hidden, weight)), target, bias.double(), reduction=reduction
+                ).detach(),
+            )
+
+    @pytest.mark.parametrize(("drop", "rows"), [(None, [2, 1]), (True, [2, 1]), (False, [2, 2, 2])], ids=str)
+    def test_ignored_rows_are_left_out(self, ran, drop, rows):
+        *operands, _ = head_and_ids(6, 5, 11)
+        target = torch.tensor([-100, 3, -100, 4, 10, -100])
+        check(operands, target, chunks=chunks_of(2, 11, drop_ignored=drop))
+        assert [shape[0] for shape in ran if shape[1] == 11] == rows
+
+    def test_nothing_is_saved_without_grad(self):
+        hidden, weight, bias, target = head_and_ids(6, 5, 11)
+        saved = []
+        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            lossfuse.linear_cross_entropy(hidden, weight, target, linear_bias=bias)
+        assert saved == []
+
+    def test_what_is_saved_is_gradients_or_arguments(self):
+        hidden, weight, _, target = head_and_ids(60, 5, 400)
+        for reduction, most, saved in (("mean", hidden.numel() + weight.numel(), []), ("none", 0, [])):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+                lossfuse.linear_cross_entropy(hidden, weight, target, reduction=reduction)
+            arguments = {t.data_ptr() for t in (hidden, weight, target)}
+            assert sum(t.numel() for t in saved if t.data_ptr() not in arguments) <= most
+
+
+class TestMemory:
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+    @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+    def test_no_storage_of_all_logits(self, narrow, dtype, soft):
+        """Operator by operator; a mode does not see into an operator, so this is what the operators call."""
+        n, d, v = 256, 8, 4000
+        hidden, weight, bias, target = (t.detach() for t in head_and_ids(n, d, v, dtype))
+        if soft:
+            target = probabilities(n, v, dtype).detach()
+        # the default of the blocks has a floor of MiBs
+        options = chunks_of(16, v)
+        most = max(16 * linear.padded(v) * 4, v * d * 4)
+        head, needs = linear.Head(hidden, weight, bias), linear.Needs(True, True, True, False)
+        with Largest() as largest:
+            linear.row_loss_and_grads(head, target, None, torch.ones(()).expand(n), needs, LossSpec(), options, chunked)
+        assert 0 < largest.bytes <= most < n * v
+        with Largest() as largest:
+            linear.row_loss(head, target, None, LossSpec(label_smoothing=0.1), options, chunked)
+        assert 0 < largest.bytes <= most
+
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_peak_of_a_call(self, dtype, reduction):
+        """Chunk, sums and gradients; the logits would be 256 MiB, three times."""
+        n, d, v = 2048, 128, 32000
+        hidden, weight, _, target = head_and_ids(n, d, v, dtype, ignored=0.0)
+        torch.use_deterministic_algorithms(False)  # which fills new memory twice
+        options = LinearOptions(chunk_bytes=32 << 20)
+
+        def call():
+            loss = lossfuse.linear_cross_entropy(hidden, weight, target, reduction=reduction, options=options)
+            return torch.autograd.grad(loss.sum(), [hidden, weight])
+
+        call()
+        peak = peak_extra_bytes(Step(call), hidden.device)
+        if peak is None:
+            pytest.skip("no /proc to ask")
+        sums = (n + v) * d * 4
+        if dtype == torch.float32:
+            assert sums < peak < sums + (32 << 20) + (10 << 20)
+        else:
+            # malloc keeps some of the blocks of a converted weight that were freed
+            assert sums < peak < sums + (32 << 20) + 3 * products.BLOCK_BYTES + (10 << 20)
+
+
+class TestTheComparisonRejects:
+    """Wrong on purpose, by the smallest of the mistakes of others."""
+
+    def rejected(self, **options):
+        *operands, target = head_and_ids(9, 6, 17)
+        with pytest.raises(AssertionError):
+            check(operands, target, chunks=chunks_of(4, 17), **options)
+
+    def test_a_weight_gradient_without_the_last_chunk(self, monkeypatch):
+        def product(out, a, b, *, add=False):
+            if not (add and a.shape[1] == 3):
+                products.product(out, a, b, add=add)
+
+        monkeypatch.setattr(linear, "product", product)
+        *operands, target = head_and_ids(7, 6, 17, ignored=0.0)
+        with pytest.raises(AssertionError, match="not close"):
+            check(operands, target, chunks=chunks_of(4, 17))
+
+    def test_hidden_gradients_scaled_twice(self, monkeypatch):
+        def product(out, a, b, *, add=False):
+            products.product(out, a * 0.5 if out.shape[0] < 17 and out.shape[1] == 6 else a, b, add=add)
+
+        monkeypatch.setattr(linear, "product", product)
+        self.rejected()
+
+    def test_ignored_rows_that_count(self, monkeypatch):
+        monkeypatch.setattr(functional, "denominator", lambda rows, *rest: torch.tensor(float(len(rows.target))))
+        self.rejected()
+
+    def test_a_row_gradient_in_place_of_another(self, monkeypatch):
+        monkeypatch.setattr(
+            linear,
+            "_put_back",
+            lambda some, kept, target: (
+                some if kept is None else some.new_zeros(len(target), *some.shape[1:]).index_copy_(0, kept.flip(0), some)
+            ),
+        )
+        self.rejected()
