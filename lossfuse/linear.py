@@ -137,11 +137,14 @@ def row_loss_and_grads(
             if needs.hidden or needs.weight or needs.bias:
                 g = _gradient_over(z, x.dtype)
                 if g.dtype == torch.float16 and unit is None:
-                    unit = _unit(dloss)
-                    dloss = dloss / unit
-            loss[rows] = backend.row_loss_and_grads(
-                z, some_target[rows], class_weight, dloss[rows], spec, g, None if dtarget is None else dtarget[rows]
-            )
+                    unit = _unit(dloss, class_weight, spec)
+            x_target, factor, dt = some_target[rows], dloss[rows], None if dtarget is None else dtarget[rows]
+            if unit is not None:
+                if dt is not None:
+                    # no operand of a product, so it has no unit
+                    backend.row_loss_and_grads(z, x_target, class_weight, factor, spec, None, dt)
+                factor, dt = factor / unit, None
+            loss[rows] = backend.row_loss_and_grads(z, x_target, class_weight, factor, spec, g, dt)
             if g is None:
                 continue
             blocks = class_blocks(weight, x.dtype)
@@ -200,15 +203,17 @@ def _gradient_over(z: Tensor, operand_dtype: torch.dtype) -> Tensor:
     return wide[:, :v]
 
 
-def _unit(dloss: Tensor) -> Tensor:
+def _unit(dloss: Tensor, class_weight: Tensor | None, spec: LossSpec) -> Tensor:
     """What gradients of logits are divided by before they are rounded to fp16, and their products multiplied by.
 
-    A mean over many rows, or a loss scaler, takes them out of the range of fp16. The largest factor of a row becomes 256: probabilities
-    keep their digits down to 2e-7, and 255 are left for class weights and the z-loss.
+    A mean over many rows, a loss scaler, class weights or a scale of the logits take them out of the range of fp16. The largest factor of
+    a row becomes 256: probabilities keep their digits down to 2e-7, and 255 are left for the z-loss.
     """
-    largest = dloss.abs().amax()
-    # inf where a mean is over nothing: no row has a gradient then, and 0 must stay 0
-    return torch.where((largest > 0.0) & largest.isfinite(), largest, 1.0) / 256.0
+    # a mean over no row is divided by 0, and an ignored row's factor may be anything
+    largest = torch.where(dloss.isfinite(), dloss.abs(), 0.0).amax() * abs(spec.logit_scale or 1.0)
+    if class_weight is not None:
+        largest = largest * class_weight.to(dloss.dtype).abs().amax()
+    return torch.where(largest > 0.0, largest, 1.0) / 256.0
 
 
 def _kept(target: Tensor, spec: LossSpec, options: LinearOptions) -> Tensor | None:
