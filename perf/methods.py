@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lossfuse
 
+from .cases import DTYPES
 from .environment import version
 
 # logits: (logits, target); head: (hidden, weight, target)
@@ -29,6 +30,7 @@ class Method:
     package: str | None = None  # whose version a row tells
     devices: tuple[str, ...] = ("cpu", "cuda")
     consumes: bool = False  # writes into its logits
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # what it is for; no row in the others
 
     @property
     def release(self) -> str:
@@ -65,6 +67,10 @@ def _ours(impl: str, inplace: bool = False) -> Loss:
     return lambda logits, target: lossfuse.cross_entropy(logits, target, inplace=inplace, impl=impl)
 
 
+def _our_linear(impl: str = "auto", options: lossfuse.LinearOptions | None = None) -> Loss:
+    return lambda hidden, weight, target: lossfuse.linear_cross_entropy(hidden, weight, target, options=options, impl=impl)
+
+
 def _torch_chunked_head() -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options)
@@ -90,6 +96,9 @@ def _liger(name: str) -> Loss:
 
 
 GPU = ("cuda",)
+# bfloat16 throughout, with so much room for logits
+LEAN = lossfuse.LinearOptions(logits_dtype=torch.bfloat16, acc_dtype=torch.bfloat16, chunk_bytes=1 << 30)
+LEANEST = replace(LEAN, chunk_bytes=256 << 20)
 OURS = {"logits": "lossfuse", "head": "lossfuse linear"}
 BASELINE = {"logits": "F.cross_entropy", "head": "linear + F.cross_entropy"}
 METHODS = [
@@ -112,6 +121,12 @@ METHODS = [
     Method("linear + F.cross_entropy(x.float())", "head", lambda: _linear_then_upcast),
     Method("torch.compile", "head", lambda: torch.compile(_linear_then_cross_entropy, dynamic=False)),
     Method("F.linear_cross_entropy", "head", _torch_chunked_head),
+    Method("lossfuse linear", "head", _our_linear),
+    # products in bf16 are slow on most CPUs
+    Method("lossfuse linear lean", "head", lambda: _our_linear(options=LEAN), devices=GPU, dtypes=("bf16",)),
+    Method("lossfuse linear leanest", "head", lambda: _our_linear(options=LEANEST), devices=GPU, dtypes=("bf16",)),
+    # 25 times the logits, and products in fp32
+    Method("lossfuse linear reference", "head", lambda: _our_linear("reference"), devices=("cpu",)),
     Method("Liger", "head", lambda: _liger("liger_fused_linear_cross_entropy"), "liger_kernel", "liger_kernel", GPU),
     Method("CCE", "head", _cut, "cut_cross_entropy", "cut-cross-entropy", GPU),
     Method("fla", "head", _fla_head, "fla", "fla-core", GPU),
