@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import lossfuse
 
+from ..linear import padded
 from .cases import DTYPES
 from .environment import version
 
@@ -69,6 +71,15 @@ def _ours(impl: str, inplace: bool = False) -> Loss:
 
 def _our_linear(impl: str = "auto", options: lossfuse.LinearOptions | None = None) -> Loss:
     return lambda hidden, weight, target: lossfuse.linear_cross_entropy(hidden, weight, target, options=options, impl=impl)
+
+
+def _swept(rows: int, logits: str, sums: str) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        size = rows * padded(len(weight)) * DTYPES[logits].itemsize
+        options = lossfuse.LinearOptions(chunk_bytes=size, logits_dtype=DTYPES[logits], acc_dtype=DTYPES[sums])
+        return lossfuse.linear_cross_entropy(hidden, weight, target, options=options)
+
+    return loss
 
 
 def _torch_chunked_head() -> Loss:
@@ -132,11 +143,19 @@ METHODS = [
     Method("fla", "head", _fla_head, "fla", "fla-core", GPU),
 ]  # fmt: skip
 
+# time against memory of the linear form: only for those who ask by name
+SWEEP = [
+    Method(f"sweep {rows} rows, logits {logits}, sums {sums}", "head", partial(_swept, rows, logits, sums), dtypes=("bf16",))
+    for rows in (1024, 2048, 4096, 8192)
+    for logits in ("fp32", "bf16")
+    for sums in ("fp32", "bf16")
+]
+
 
 def of(op: str, device: torch.device, named: str | None = None) -> tuple[list[Method], list[str]]:
     """The methods that can run here, and a line for each that cannot; ``named`` keeps those whose name contains it, and the baseline."""
     methods, lines = [], []
-    for method in METHODS:
+    for method in METHODS if named is None else METHODS + SWEEP:
         if method.op != op or (named is not None and named.lower() not in method.name.lower() and method.name != BASELINE[op]):
             continue
         obstacle = method.obstacle(device)

@@ -159,6 +159,7 @@ def test_methods_that_cannot_run_are_a_line():
     assert all(line.endswith("is not installed") for line in cuda.values())
     head = [*EAGER_HEAD, "torch.compile", "F.linear_cross_entropy", "lossfuse linear", "lossfuse linear reference"]
     assert [m.name for m in methods.of("head", CPU)[0]] == head
+    assert len(methods.of("head", CPU, "sweep")[0]) == 1 + 16
     only, _ = methods.of("logits", CPU, "lossfuse")
     assert [m.name for m in only] == ["F.cross_entropy", *ours]
 
