@@ -190,7 +190,7 @@ def linear_cross_entropy(
     parameter = linear_weight
     input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        logits = _logits_of_many(input, linear_weight, linear_bias, impl)
+        logits = _logits_of_many(input, linear_weight, linear_bias, options, impl)
         return cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, impl=impl,
@@ -219,7 +219,7 @@ def linear_cross_entropy(
     return total
 
 
-def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, impl: str) -> Tensor:
+def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: LinearOptions, impl: str) -> Tensor:
     """(N, D) and (C, d1, ..., dK, D) -> logits (N, C, d1, ..., dK)."""
     check_head(input, linear_weight, linear_bias)
     if input.dim() != 2:
@@ -228,5 +228,7 @@ def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
         )
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl={impl!r} cannot run here: linear_weight has {linear_weight.dim()} dimensions; impl='auto' makes the logits")
+    if options.main_grad:
+        raise ValueError(f"options.main_grad needs a linear_weight (C, D), but linear_weight has {linear_weight.dim()} dimensions")
     bias = None if linear_bias is None else linear_bias.flatten()
     return reference.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, linear_weight.shape[:-1])
