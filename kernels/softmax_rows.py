@@ -336,11 +336,15 @@ def row_grads(
 ) -> None:
     """Fill ``dlogits`` (and, for probabilities, ``dtarget``): (N, V) with unit last stride, or None where no gradient is wanted.
 
-    ``dlogits`` may be ``logits``.
+    ``dlogits`` may be ``logits``, or narrower and in its memory.
     """
     n, v = logits.shape
     if n == 0 or (dlogits is None and dtarget is None):
         return
+    given = dlogits
+    if dlogits is not None and dlogits.element_size() != logits.element_size() and _share_memory(dlogits, logits):
+        # the blocks of a row are computed in any order, and one would write over logits that another has yet to read
+        dlogits = torch.empty_like(dlogits, memory_format=torch.contiguous_format)
     config = row_blocks(v)
     # not triton.cdiv, which takes 3 us where it may be traced (triton 3.7)
     grid = (n, -(-v // config.block_v))
@@ -361,3 +365,9 @@ def row_grads(
                 logits.stride(0), dlogits.stride(0), dloss.stride(0), n, v, ignore_index,
                 **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
+    if given is not None and dlogits is not None and given is not dlogits:
+        given.copy_(dlogits)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

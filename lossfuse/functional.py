@@ -176,7 +176,7 @@ def linear_cross_entropy(
     summed in float32. float32 products obey torch's settings (TF32).
 
     Memory: a chunk of logits, ``chunk_rows * C`` elements; the gradients, and for half precision their sums in float32, 4 D (N + C) bytes.
-    On a CPU with half-precision operands also 16 MiB of weight in float32.
+    On a CPU with half-precision operands also 16 MiB of weight in float32; with probabilities, Triton takes half a chunk more for them.
 
     Source: chunks of logits whose gradient is formed in the forward are Liger-Kernel's (Hsu et al., arXiv:2410.10989); dropping ignored
     rows before the products is Wijmans et al., "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
