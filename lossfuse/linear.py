@@ -4,16 +4,15 @@ For each chunk of rows: the product that makes its logits, the row losses with t
 make gradients of it. Backends give the row losses; the products are torch's. N rows, D wide, V classes.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .inputs import without_autocast
 from .products import class_blocks, mixes, product
 from .spec import LinearOptions, LossSpec
 
@@ -94,7 +93,7 @@ def row_loss(
     head: Head, target: Tensor, class_weight: Tensor | None, spec: LossSpec, options: LinearOptions, backend: ModuleType
 ) -> Tensor:
     """(N,) losses, without a gradient."""
-    with _without_autocast(head.hidden):
+    with without_autocast(head.hidden):
         kept = _kept(target, spec, options)
         some, some_target = _rows_of(head, target, kept)
         loss: Tensor | None = backend.head_row_loss(*some, some_target, class_weight, spec)
@@ -116,7 +115,7 @@ def row_loss_and_grads(
     backend: ModuleType,
 ) -> tuple[Tensor, Gradients]:
     """(N,) losses, and the gradients of their sum weighted by ``dloss`` (N,)."""
-    with _without_autocast(head.hidden):
+    with without_autocast(head.hidden):
         kept = _kept(target, spec, options)
         some, some_target = _rows_of(head, target, kept)
         dloss = dloss if kept is None else dloss[kept]
@@ -237,10 +236,3 @@ def _put_back(some: Tensor, kept: Tensor | None, target: Tensor) -> Tensor:
 def _empty_loss(hidden: Tensor) -> Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-
-
-def _without_autocast(t: Tensor) -> AbstractContextManager[object]:
-    """Operands have been cast; what is float32 here is meant to be."""
-    if torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type):
-        return torch.autocast(t.device.type, enabled=False)
-    return contextlib.nullcontext()
