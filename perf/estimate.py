@@ -15,7 +15,7 @@ import torch
 from ..backends.chunked import block_rows
 from ..linear import chunk_rows, padded
 from ..linear_ops import ROUNDED_BYTES
-from ..products import class_blocks
+from ..products import block_classes
 from ..spec import LinearOptions
 from .cases import DTYPES, IGNORED, Case, named
 from .methods import LEAN, LEANEST
@@ -126,23 +126,23 @@ def _our_linear(s: Shape, options: LinearOptions) -> int:
     room = chunk * padded(v) * options.dtype("logits_dtype", dtype).itemsize
     acc = options.dtype("acc_dtype", dtype).itemsize * s.g // s.b
     rounded = s.g if acc > s.g else 0
-    # the last chunk's hidden states are held until the next one's are there
-    copies = 2 if kept > chunk else 1
     if not s.cpu:
-        # without the NaN that ignored rows may hold; and the words by which the programs of a row know of each other
-        loop = room + copies * chunk * d * s.b + 24 * n + 8 * chunk * math.ceil(v / 4096)
+        # hidden states without the NaN that ignored rows may hold, where their gradient will be if that has their dtype
+        copy = chunk * d * s.b * (acc > s.g or s.mode == "no_grad")
+        # and the words by which the programs of a row know of each other
+        loop = room + copy + 24 * n + 8 * chunk * math.ceil(v / 4096)
         return loop if s.mode == "no_grad" else max(acc + loop, (acc + rounded) * s.step)
     x = chunk * d * 4 * (s.b < 4)
-    blocks = class_blocks(torch.empty(v, d, dtype=dtype, device="meta"), torch.float32)
-    converted = blocks[0].stop * d * 4 * (s.b < 4)
+    block = block_classes(v, d, dtype, torch.float32)
+    converted = block * d * 4 * (s.b < 4)
     loop = kept * d * s.b + room + 40 * n
     if s.mode == "no_grad":
-        return loop + max(copies * x + converted, x + block_rows(chunk, v, 4, 4, True, 1) * v * 4)
-    dx = x * (len(blocks) > 1)
+        return loop + x + converted + block_rows(chunk, v, 4, 4, True, 1) * v * 4
+    dx = x * (block < v)
     left_out = (n - kept) * d * 4
-    in_loop = acc - left_out + loop + copies * x + converted + dx
+    in_loop = acc - left_out + loop + x + converted + dx
     # rows of zeros are put among those of the hidden states
-    after = acc + kept * d * 4 + loop + x + dx
+    after = acc + kept * d * 4 + loop + x + converted + dx
     backward = acc + rounded + min(v * d * 4, ROUNDED_BYTES) * (s.b < 4)
     return max(in_loop, after, backward * s.step)
 

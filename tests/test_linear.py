@@ -203,7 +203,7 @@ class TestChunksAndDtypes:
     def test_a_weight_converted_in_blocks(self, monkeypatch, dtype):
         monkeypatch.setattr(products, "BLOCK_BYTES", 5 * 8 * 4)
         *operands, target = head_and_ids(9, 8, 37, dtype)
-        assert len(products.class_blocks(operands[1], torch.float32)) == 8
+        assert len(list(products.Weight(operands[1], torch.float32).blocks())) == 8
         for reduction in ("mean", "none"):
             check(operands, target, chunks=chunks_of(4, 37), reduction=reduction)
 
