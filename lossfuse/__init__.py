@@ -1,5 +1,6 @@
 """Cross entropy for large vocabularies: the loss and its gradient without a tensor of probabilities."""
 
+from .family import binary_cross_entropy_with_logits
 from .functional import cross_entropy, linear_cross_entropy
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .spec import LinearOptions
@@ -10,6 +11,7 @@ __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "LinearOptions",
+    "binary_cross_entropy_with_logits",
     "cross_entropy",
     "debug_targets",
     "linear_cross_entropy",

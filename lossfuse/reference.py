@@ -5,6 +5,7 @@ It computes in float64 for float64 logits and in float32 otherwise, and keeps a 
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from .spec import LossSpec
 
@@ -83,3 +84,27 @@ def _expected_nll(z: Tensor, q: Tensor) -> Tensor:
 
 def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
     return loss + spec.lse_square_scale * torch.logsumexp(z, -1) ** 2 if spec.lse_square_scale else loss
+
+
+def sigmoid_loss(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """(N, V) logits, (N, V) targets or (N, P) ids of the labels that are 1 -> (N, V) losses; a row is NaN for an id outside [0, V)."""
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    t = target.to(x.dtype) if target.is_floating_point() else listed(target, x, ignore_index)
+    yes = t if pos_weight is None else t * pos_weight.to(x.dtype)
+    # never a difference of the two, which has no digits where the model is right; a threshold beyond which exp(-x) is nothing to x
+    loss = yes * softplus(-x, threshold=40.0) + (1.0 - t) * softplus(x, threshold=40.0)
+    # as torch, where it is a limit; a constant, so that the gradient there is as torch's too
+    loss = loss + torch.where(x == -torch.inf, torch.nan, 0.0).detach()
+    return loss if weight is None else loss * weight.to(x.dtype)
+
+
+def listed(ids: Tensor, x: Tensor, ignore_index: int) -> Tensor:
+    """(N, P) ids -> (N, V) zeros and ones, in the dtype of ``x``; NaN for rows with an id outside [0, V)."""
+    v = x.shape[1]
+    given = ids != ignore_index
+    valid = given & (ids >= 0) & (ids < v)
+    t = torch.zeros_like(x, requires_grad=False)
+    if v:
+        # added up, since what stands for padding must not take a one away
+        t = t.scatter_add(1, torch.where(valid, ids, 0), valid.to(x.dtype)).clamp(max=1.0)
+    return t + torch.where((given & ~valid).any(1, keepdim=True), torch.nan, 0.0).to(x.dtype)

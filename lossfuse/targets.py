@@ -39,8 +39,9 @@ def require_ids_in_range(target: Tensor, num_classes: int, ignore_index: int) ->
     bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
     # a host read: free on the CPU, asked for by debug_targets elsewhere
     if bool(bad.any()):
-        row = int(bad.nonzero()[0])
+        # of a list of ids, the first bad one
+        at = tuple(int(i) for i in bad.nonzero()[0])
         raise IndexError(
-            f"target of row {row} is {int(target[row])} but input has {num_classes} classes;"
+            f"target of row {at[0]} is {int(target[at])} but input has {num_classes} classes;"
             f" expected an id in [0, {num_classes}) or ignore_index={ignore_index}"
         )
