@@ -300,6 +300,10 @@ def split_row_kernel(
         z = shaped_tile(x, only_if(readable, inside), scale, softcap)
         edge_z = shaped_tile(edge_x, only_if(readable, is_edge), scale, softcap)
         top = tl.maximum(tl.maximum(tl.max(z, 0), tl.max(edge_z, 0)), LOWEST)
+        if logits_ptr.dtype.element_ty != dlogits_ptr.dtype.element_ty:
+            # a narrower gradient is written over other slices than its own: this one must have arrived in every thread before its word is
+            # out, the target's logit too. It is no larger than the largest, so top stays what it is and waits for it
+            top = tl.maximum(top, tl.where(mine, shaped(x_y, scale, softcap), LOWEST))
         if smoothing is not None and PHASE != 2:
             q = smoothing_mass(class_weight_ptr, base + pos - row_lead, only_if(readable, inside))
             edge_q = smoothing_mass(class_weight_ptr, edge_pos - row_lead, only_if(readable, is_edge))
@@ -308,10 +312,6 @@ def split_row_kernel(
         e = exp_flushed(z - top)
         edge_e = exp_flushed(edge_z - top)
         if PHASE != 2:
-            if logits_ptr.dtype.element_ty != dlogits_ptr.dtype.element_ty:
-                # a narrower gradient is written over other slices than its own: all of this one must have arrived before its word is out,
-                # the target's logit too, and a store waits for it
-                tl.store(loss_ptr + n, x_y.to(tl.float32), mask=mine)
             tl.atomic_xchg(words_ptr + n * K + k, packed(top, excess_of(top, e, edge_e)), sem="relaxed")
 
         x_next, edge_x_next, x_y_next = read_slice(

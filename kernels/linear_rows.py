@@ -183,7 +183,8 @@ class TileConfig:
         return self.num_stages * (self.block_n + self.block_v) * self.block_d * itemsize + 1024
 
 
-# H100, bf16, N = 8192 D = 4096 V = 128256: 725 TFLOP/s as a prototype that left no target's logit, 1.06 of cuBLAS for the logits alone
+# H100, bf16, N = 8192 D = 4096 V = 128256: 11.9 ms, where cuBLAS takes 12.6 for the logits alone; as a prototype, which neither counted
+# those at the top apart nor left the target's logit. This kernel is not measured
 TILE = TileConfig()
 MERGE_ROWS, MERGE_TILES, MERGE_WARPS = 32, 32, 4
 # bytes of parts at a time, which is 32k rows of 128k classes; never fewer rows than keep a device busy

@@ -177,7 +177,7 @@ def linear_cross_entropy(
 
     Memory: a chunk of logits, ``chunk_rows * C`` elements (none without a gradient, in bfloat16 and float16 on NVIDIA GPUs from Hopper on,
     unless labels are smoothed or probabilities); the gradients, and for half precision their sums in float32, 4 D (N + C) bytes.
-    On a CPU with half-precision operands also 16 MiB of weight in float32.
+    On a CPU with half-precision operands also 16 MiB of weight in float32; with probabilities, Triton takes half a chunk more for them.
 
     Source: chunks of logits whose gradient is formed in the forward are Liger-Kernel's (Hsu et al., arXiv:2410.10989); dropping ignored
     rows before the products is Wijmans et al., "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
@@ -191,7 +191,7 @@ def linear_cross_entropy(
     parameter = linear_weight
     input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        logits = _logits_of_many(input, linear_weight, linear_bias, impl)
+        logits = _logits_of_many(input, linear_weight, linear_bias, options, impl)
         return cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, impl=impl,
@@ -220,7 +220,7 @@ def linear_cross_entropy(
     return total
 
 
-def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, impl: str) -> Tensor:
+def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: LinearOptions, impl: str) -> Tensor:
     """(N, D) and (C, d1, ..., dK, D) -> logits (N, C, d1, ..., dK)."""
     check_head(input, linear_weight, linear_bias)
     if input.dim() != 2:
@@ -229,5 +229,7 @@ def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
         )
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl={impl!r} cannot run here: linear_weight has {linear_weight.dim()} dimensions; impl='auto' makes the logits")
+    if options.main_grad:
+        raise ValueError(f"options.main_grad needs a linear_weight (C, D), but linear_weight has {linear_weight.dim()} dimensions")
     bias = None if linear_bias is None else linear_bias.flatten()
     return reference.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, linear_weight.shape[:-1])

@@ -1,5 +1,7 @@
 """Checks of tensors, and the flattening of any shape torch takes to rows of logits."""
 
+import contextlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +174,13 @@ def autocast_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor 
         return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
 
     return cast(input), cast(linear_weight), None if linear_bias is None else cast(linear_bias)
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[object]:
+    """Operands have been cast; what is float32 from here on is meant to be."""
+    if torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type):
+        return torch.autocast(t.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _target_rows(target: Tensor, class_dim: int) -> Tensor:

@@ -4,17 +4,16 @@ For each chunk of rows: the product that makes its logits, the row losses with t
 make gradients of it. Backends give the row losses; the products are torch's. N rows, D wide, V classes.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .products import class_blocks, mixes, product
+from .inputs import without_autocast
+from .products import Weight, mixes, product
 from .spec import LinearOptions, LossSpec
 
 # elements on which a row of logits starts, so that every access to it is wide and cuBLAS likes its stride
@@ -94,13 +93,14 @@ def row_loss(
     head: Head, target: Tensor, class_weight: Tensor | None, spec: LossSpec, options: LinearOptions, backend: ModuleType
 ) -> Tensor:
     """(N,) losses, without a gradient."""
-    with _without_autocast(head.hidden):
+    with without_autocast(head.hidden):
         kept = _kept(target, spec, options)
         some, some_target = _rows_of(head, target, kept)
         loss: Tensor | None = backend.head_row_loss(*some, some_target, class_weight, spec)
         if loss is None:
             loss = _empty_loss(some.hidden)
-            for rows, _, z in _logits(some, some_target, spec, options, dropped=kept is not None):
+            weight = Weight(head.weight, _operand_dtype(head, options))
+            for rows, _, z in _logits(some, weight, some_target, spec, options, None, dropped=kept is not None):
                 loss[rows] = backend.row_loss(z, some_target[rows], class_weight, spec)[0]
         return _put_back(loss, kept, target)
 
@@ -116,7 +116,7 @@ def row_loss_and_grads(
     backend: ModuleType,
 ) -> tuple[Tensor, Gradients]:
     """(N,) losses, and the gradients of their sum weighted by ``dloss`` (N,)."""
-    with _without_autocast(head.hidden):
+    with without_autocast(head.hidden):
         kept = _kept(target, spec, options)
         some, some_target = _rows_of(head, target, kept)
         dloss = dloss if kept is None else dloss[kept]
@@ -132,29 +132,33 @@ def row_loss_and_grads(
 
         loss = _empty_loss(some.hidden)
         unit = None
-        for rows, x, z in _logits(some, some_target, spec, options, dropped=kept is not None):
+        operands = Weight(weight, _operand_dtype(head, options))
+        for rows, x, z in _logits(some, operands, some_target, spec, options, dhidden, dropped=kept is not None):
             g = None
             if needs.hidden or needs.weight or needs.bias:
                 g = _gradient_over(z, x.dtype)
                 if g.dtype == torch.float16 and unit is None:
-                    unit = _unit(dloss)
-                    dloss = dloss / unit
-            loss[rows] = backend.row_loss_and_grads(
-                z, some_target[rows], class_weight, dloss[rows], spec, g, None if dtarget is None else dtarget[rows]
-            )
+                    unit = _unit(dloss, class_weight, spec)
+            x_target, factor, dt = some_target[rows], dloss[rows], None if dtarget is None else dtarget[rows]
+            if unit is not None:
+                if dt is not None:
+                    # no operand of a product, so it has no unit
+                    backend.row_loss_and_grads(z, x_target, class_weight, factor, spec, None, dt)
+                factor, dt = factor / unit, None
+            loss[rows] = backend.row_loss_and_grads(z, x_target, class_weight, factor, spec, g, dt)
             if g is None:
                 continue
-            blocks = class_blocks(weight, x.dtype)
             dx = None
             if dhidden is not None:
                 # added up as wide as it is computed, rounded once
-                dx = dhidden[rows] if len(blocks) == 1 else torch.empty_like(x)
-            for classes in blocks:
-                if dx is not None:
-                    product(dx, g[:, classes], weight[classes].to(x.dtype), add=classes.start > 0)
+                dx = dhidden[rows] if operands.whole else torch.empty_like(x)
+            for classes, block in operands.blocks():
+                # before dx, which may be written over x
                 if dweight is not None:
                     product(dweight[classes], g[:, classes].T, x, add=rows.start > 0)
-            if dhidden is not None and dx is not None and len(blocks) > 1:
+                if dx is not None:
+                    product(dx, g[:, classes], block, add=classes.start > 0)
+            if dhidden is not None and dx is not None and not operands.whole:
                 dhidden[rows] = dx
             if dbias is not None:
                 dbias += g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
@@ -168,24 +172,46 @@ def row_loss_and_grads(
         return _put_back(loss, kept, target), Gradients(dhidden, dweight, dbias, dtarget)
 
 
-def _logits(head: Head, target: Tensor, spec: LossSpec, options: LinearOptions, *, dropped: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, hidden states as the products take them, logits) of one chunk after the other, in the same memory."""
-    hidden, weight, bias = head
-    (n, d), v = hidden.shape, len(weight)
-    logits_dtype = options.dtype("logits_dtype", hidden.dtype)
-    # float32 logits of half-precision operands: by a product that has them, or of operands made float32
-    operand_dtype = hidden.dtype if mixes(hidden.device) else logits_dtype
+def _operand_dtype(head: Head, options: LinearOptions) -> torch.dtype:
+    """float32 logits of half-precision operands: by a product that has them, or of operands made float32."""
+    return head.hidden.dtype if mixes(head.hidden.device) else options.dtype("logits_dtype", head.hidden.dtype)
+
+
+def _logits(
+    head: Head,
+    weight: Weight,
+    target: Tensor,
+    spec: LossSpec,
+    options: LinearOptions,
+    dhidden: Tensor | None,
+    *,
+    dropped: bool,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, hidden states as the products take them, logits) of one chunk after the other, in the same memory.
+
+    Where hidden states must be copied, the copy is put where their gradient will be, if it fits there.
+    """
+    hidden, _, bias = head
+    (n, d), v = hidden.shape, len(head.weight)
+    dtype = _operand_dtype(head, options)
+    # a product with a gradient of 0 would keep the NaN that an ignored row may hold
+    masks = not (dropped or target.is_floating_point())
     step = chunk_rows(n, d, v, hidden.dtype, options, cpu=hidden.device.type == "cpu")
-    room = torch.empty(min(step, n), padded(v), dtype=logits_dtype, device=hidden.device)
+    room = torch.empty(min(step, n), padded(v), dtype=options.dtype("logits_dtype", hidden.dtype), device=hidden.device)
+    copies = None
+    if masks or dtype != hidden.dtype:
+        fits = dhidden is not None and dhidden.dtype == dtype and weight.whole
+        copies = dhidden if fits else torch.empty(min(step, n), d, dtype=dtype, device=hidden.device)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        x = hidden[rows].to(operand_dtype)
-        if not (dropped or target.is_floating_point()):
-            # a product with a gradient of 0 would keep the NaN that an ignored row may hold
-            x = x.masked_fill((target[rows] == spec.ignore_index)[:, None], 0.0)
-        z = room[: rows.stop - start, :v]
-        for classes in class_blocks(weight, operand_dtype):
-            product(z[:, classes], x, weight[classes].to(operand_dtype).T)
+        x = hidden[rows]
+        if copies is not None:
+            x = (copies[rows] if copies is dhidden else copies[: len(x)]).copy_(x)
+        if masks:
+            x.masked_fill_((target[rows] == spec.ignore_index)[:, None], 0.0)
+        z = room[: len(x), :v]
+        for classes, block in weight.blocks():
+            product(z[:, classes], x, block.T)
         if bias is not None:
             z += bias
         yield rows, x, z
@@ -200,13 +226,16 @@ def _gradient_over(z: Tensor, operand_dtype: torch.dtype) -> Tensor:
     return wide[:, :v]
 
 
-def _unit(dloss: Tensor) -> Tensor:
+def _unit(dloss: Tensor, class_weight: Tensor | None, spec: LossSpec) -> Tensor:
     """What gradients of logits are divided by before they are rounded to fp16, and their products multiplied by.
 
-    A mean over many rows, or a loss scaler, takes them out of the range of fp16. The largest factor of a row becomes 256: probabilities
-    keep their digits down to 2e-7, and 255 are left for class weights and the z-loss.
+    A mean over many rows, a loss scaler, class weights or a scale of the logits take them out of the range of fp16. The largest factor of
+    a row becomes 256: probabilities keep their digits down to 2e-7, and 255 are left for the z-loss.
     """
-    largest = dloss.abs().amax()
+    # a mean over no row is divided by 0, and an ignored row's factor may be anything
+    largest = torch.where(dloss.isfinite(), dloss.abs(), 0.0).amax() * abs(spec.logit_scale or 1.0)
+    if class_weight is not None:
+        largest = largest * class_weight.to(dloss.dtype).abs().amax()
     return torch.where(largest > 0.0, largest, 1.0) / 256.0
 
 
@@ -231,10 +260,3 @@ def _put_back(some: Tensor, kept: Tensor | None, target: Tensor) -> Tensor:
 def _empty_loss(hidden: Tensor) -> Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-
-
-def _without_autocast(t: Tensor) -> AbstractContextManager[object]:
-    """Operands have been cast; what is float32 here is meant to be."""
-    if torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type):
-        return torch.autocast(t.device.type, enabled=False)
-    return contextlib.nullcontext()

@@ -195,7 +195,7 @@ torch.library.register_autograd("lossfuse::linear_row_loss", _row_loss_backward,
 torch.library.register_autograd("lossfuse::linear_total", _total_backward, setup_context=_save_total, lib=library)
 
 # of a gradient that is multiplied and rounded on a CPU, whose operators convert all of it first
-_ROUNDED_BYTES = 16 << 20
+ROUNDED_BYTES = 16 << 20
 
 
 def _times(g: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
@@ -204,12 +204,13 @@ def _times(g: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
         multiply(g, factor, impl)
         return g
     rounded = torch.empty(g.shape, dtype=dtype, device=g.device)
-    rows = len(g) if g.device.type != "cpu" else max(1, _ROUNDED_BYTES // max(1, g[:1].numel() * g.element_size()))
+    rows = len(g) if g.device.type != "cpu" else max(1, ROUNDED_BYTES // max(1, g[:1].numel() * g.element_size()))
     for some, out in zip(g.split(rows), rounded.split(rows), strict=True):
         torch.mul(some, factor, out=out)
     return rounded
 
 
 def _refuse_second_derivative(t: Tensor) -> None:
-    if torch.is_grad_enabled() and is_plain(t):
+    # not what a compiler traces; a batch of them is a Tensor too
+    if torch.is_grad_enabled() and type(t) is Tensor:
         raise RuntimeError(NO_SECOND_DERIVATIVE)

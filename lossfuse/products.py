@@ -1,5 +1,7 @@
 """Matrix products whose operands are narrower than their result, where a device has them and where it has not."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,28 @@ def mixes(device: torch.device) -> bool:
     return device.type == "cuda" and _HAS_OUT_DTYPE
 
 
-def class_blocks(weight: Tensor, wide: torch.dtype) -> list[slice]:
-    """The classes of a weight (V, D) in the blocks that are converted to ``wide``: all at once where nothing is."""
-    v, d = weight.shape
-    step = v if weight.dtype == wide else max(1, BLOCK_BYTES // (max(d, 1) * wide.itemsize))
-    return [slice(i, min(i + step, v)) for i in range(0, v, step)]
+def block_classes(v: int, d: int, dtype: torch.dtype, wide: torch.dtype) -> int:
+    """The classes of a weight (V, D) that are converted to ``wide`` at a time: all where nothing is."""
+    return v if dtype == wide else max(1, min(v, BLOCK_BYTES // (max(d, 1) * wide.itemsize)))
+
+
+class Weight:
+    """A weight (V, D) as products take it: block by block in the dtype of the other operand, in the same memory."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        v, d = weight.shape
+        self._weight = weight
+        self._step = block_classes(v, d, weight.dtype, dtype)
+        # one piece for all: a CPU's allocator keeps what is given back in pieces of this size
+        self._room = None if weight.dtype == dtype else torch.empty(self._step, d, dtype=dtype, device=weight.device)
+        self.whole = self._step >= v
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(classes, their rows); the rows are good until the next."""
+        for start in range(0, len(self._weight), self._step):
+            classes = slice(start, min(start + self._step, len(self._weight)))
+            block = self._weight[classes]
+            yield classes, block if self._room is None else self._room[: len(block)].copy_(block)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

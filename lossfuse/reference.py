@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from .inputs import without_autocast
 from .spec import LossSpec
 
 
@@ -44,6 +45,9 @@ def linear_row_loss(
     hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec
 ) -> Tensor:
     """(N, D) hidden states and a head (V, D) -> (N,) losses, by way of the logits."""
+    if not target.is_floating_point():
+        # ignored rows may hold NaN: their logits' gradient of 0 would carry it into that of the weight
+        hidden = torch.where((target == spec.ignore_index)[:, None], 0.0, hidden)
     return row_loss(linear(hidden, linear_weight, linear_bias), target, class_weight, spec)
 
 
@@ -51,7 +55,8 @@ def linear(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
     """The logits of a head, in the dtype the loss is computed in."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     bias = None if linear_bias is None else linear_bias.to(dtype)
-    return torch.nn.functional.linear(hidden.to(dtype), linear_weight.to(dtype), bias)
+    with without_autocast(hidden):
+        return torch.nn.functional.linear(hidden.to(dtype), linear_weight.to(dtype), bias)
 
 
 def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def measure(
     effort: Effort,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """One row per mode and method. What fails, is wrong or does not fit is a row that says so, without numbers."""
+    """One row per mode and method for the dtype. What fails, is wrong or does not fit is a row that says so, without numbers."""
+    methods = [method for method in methods if dtype_name in method.dtypes]
     if "torch._dynamo" in sys.modules:
         # it gives up on a function after eight shapes
         torch.compiler.reset()

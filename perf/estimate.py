@@ -1,8 +1,9 @@
 """Will it fit: the bytes each method holds at its peak beyond its inputs, by formula, without running it.
 
-Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head; C rows of a chunk. Gradients that are
-returned count. The tests hold the formulas of what runs on a CPU to 5 % of the allocator's own count there, and those that were measured
-on an H100 to 5 % of that; a star marks those that are read off the code and measured nowhere.
+Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head, and S = (N + V) D 4, their sums in
+fp32; C rows of a chunk. Gradients that are returned count. Every seventh row is ignored, as in the cases. The tests hold the formulas of
+what runs on a CPU to 5 % of the allocator's own count there, and those that were measured on an H100 to 5 % of that; a star marks those
+that are read off the code and measured nowhere.
 """
 
 import math
@@ -12,7 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.chunked import block_rows
-from .cases import DTYPES, Case, named
+from ..linear import chunk_rows, padded
+from ..linear_ops import ROUNDED_BYTES
+from ..products import block_classes
+from ..spec import LinearOptions
+from .cases import DTYPES, IGNORED, Case, named
+from .methods import LEAN, LEANEST
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class Shape:
         return self.dhidden + self.dweight
 
     @property
+    def sums(self) -> int:
+        return self.g // self.b * 4
+
+    @property
     def step(self) -> bool:
         return self.mode == "forward+backward"
 
@@ -61,6 +71,7 @@ class Formula:
     peak: Callable[[Shape], int]
     on_cpu: bool
     on_cuda: bool
+    dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
 def _upcast(s: Shape) -> int:
@@ -107,6 +118,42 @@ def _compiled_linear(s: Shape) -> int:
     return max(s.e * (s.b + s.wide), _gradients(s) if s.step else 0)
 
 
+def _our_linear(s: Shape, options: LinearOptions) -> int:
+    n, d, v, dtype = s.case.n, s.case.d or 0, s.case.v, DTYPES[s.dtype]
+    # a CPU leaves ignored rows out of the products
+    kept = n - math.ceil(n / IGNORED) if s.cpu else n
+    chunk = chunk_rows(kept, d, v, dtype, options, cpu=s.cpu)
+    room = chunk * padded(v) * options.dtype("logits_dtype", dtype).itemsize
+    acc = options.dtype("acc_dtype", dtype).itemsize * s.g // s.b
+    rounded = s.g if acc > s.g else 0
+    if not s.cpu:
+        # hidden states without the NaN that ignored rows may hold, where their gradient will be if that has their dtype
+        copy = chunk * d * s.b * (acc > s.g or s.mode == "no_grad")
+        # and the words by which the programs of a row know of each other
+        loop = room + copy + 24 * n + 8 * chunk * math.ceil(v / 4096)
+        return loop if s.mode == "no_grad" else max(acc + loop, (acc + rounded) * s.step)
+    x = chunk * d * 4 * (s.b < 4)
+    block = block_classes(v, d, dtype, torch.float32)
+    converted = block * d * 4 * (s.b < 4)
+    loop = kept * d * s.b + room + 40 * n
+    if s.mode == "no_grad":
+        return loop + x + converted + block_rows(chunk, v, 4, 4, True, 1) * v * 4
+    dx = x * (block < v)
+    left_out = (n - kept) * d * 4
+    in_loop = acc - left_out + loop + x + converted + dx
+    # rows of zeros are put among those of the hidden states
+    after = acc + kept * d * 4 + loop + x + converted + dx
+    backward = acc + rounded + min(v * d * 4, ROUNDED_BYTES) * (s.b < 4)
+    return max(in_loop, after, backward * s.step)
+
+
+def _our_linear_reference(s: Shape) -> int:
+    converted = s.sums * (s.b < 4)
+    if s.mode == "no_grad":
+        return max(25 * s.e, 4 * s.e + converted)
+    return converted + max(25 * s.e, (4 * s.e + s.sums) * s.step)
+
+
 def torch_chunk_rows(n: int, d: int, v: int, halved: bool) -> int:
     """Rows of a chunk of ``F.linear_cross_entropy`` with default options (torch 2.13), and of Liger, which does not halve them."""
     rows = 1 << (math.ceil(n / math.ceil(v / d)) - 1).bit_length()
@@ -151,6 +198,12 @@ FORMULAS = [
     Formula("linear + F.cross_entropy", "head", "max(3 E b, E b + G); no backward: 2 E b", _linear, True, True),
     Formula("linear + F.cross_entropy(x.float())", "head", "12 E; no backward: 8 E", _linear_upcast, True, True),
     Formula("torch.compile", "head", "E b + G; no backward: E b", _compiled_linear, True, True),
+    Formula(
+        "lossfuse linear", "head", "S + max(C V 4, half: G); no gradient: C V 4", lambda s: _our_linear(s, LinearOptions()), True, False
+    ),
+    Formula("lossfuse linear lean", "head", "G + C V b", lambda s: _our_linear(s, LEAN), False, False, ("bf16",)),
+    Formula("lossfuse linear leanest", "head", "G + C V b", lambda s: _our_linear(s, LEANEST), False, False, ("bf16",)),
+    Formula("lossfuse linear reference", "head", "max(25 E, 4 E + S); half: and S", _our_linear_reference, True, False),
     Formula("F.linear_cross_entropy", "head", "max(C V (b or 6) + G, 2 G); CPU, half: 18 V D + C V 4", _torch_chunked, True, False),
     Formula("Liger", "head", "G + C V b", _liger, False, True),
     Formula("CCE", "head", "G and numbers per row", lambda s: s.g * s.step + 12 * s.case.n, False, True),
@@ -176,7 +229,7 @@ def estimate(case: Case, dtype: str, mode: str = "forward+backward", device: str
     """
     cpu = device == "cpu"
     shape = Shape(case, DTYPES[dtype].itemsize, mode, cpu, dtype)
-    found = [f for f in FORMULAS if f.op == case.op and (f.on_cpu or not cpu)]
+    found = [f for f in FORMULAS if f.op == case.op and (f.on_cpu or not cpu) and dtype in f.dtypes]
     needs = [Need(f.method, f.peak(shape), f.words, f.on_cpu if cpu else f.on_cuda) for f in found]
     return sorted(needs, key=lambda need: need.bytes)
 
@@ -208,7 +261,8 @@ def main(cases: Sequence[str], dtypes: Sequence[str], mode: str, device: str, fi
                     *verdict,
                 )
             console.print(table)
-    console.print("E = N x V logits of b bytes, G = (N + V) D b the gradients of a head, C rows of a chunk; results included.", style="dim")
+    symbols = "E = N x V logits of b bytes, G = (N + V) D b the gradients of a head, S = (N + V) D 4, C rows of a chunk; results included."
+    console.print(symbols, style="dim")
     console.print("* by formula alone, not measured on such a device", style="dim")
 
 

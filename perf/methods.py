@@ -3,7 +3,8 @@
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 import lossfuse
 
+from ..linear import padded
+from .cases import DTYPES
 from .environment import version
 
 # logits: (logits, target); head: (hidden, weight, target)
@@ -29,6 +32,7 @@ class Method:
     package: str | None = None  # whose version a row tells
     devices: tuple[str, ...] = ("cpu", "cuda")
     consumes: bool = False  # writes into its logits
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # what it is for; no row in the others
 
     @property
     def release(self) -> str:
@@ -65,6 +69,19 @@ def _ours(impl: str, inplace: bool = False) -> Loss:
     return lambda logits, target: lossfuse.cross_entropy(logits, target, inplace=inplace, impl=impl)
 
 
+def _our_linear(impl: str = "auto", options: lossfuse.LinearOptions | None = None) -> Loss:
+    return lambda hidden, weight, target: lossfuse.linear_cross_entropy(hidden, weight, target, options=options, impl=impl)
+
+
+def _swept(rows: int, logits: str, sums: str) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        size = rows * padded(len(weight)) * DTYPES[logits].itemsize
+        options = lossfuse.LinearOptions(chunk_bytes=size, logits_dtype=DTYPES[logits], acc_dtype=DTYPES[sums])
+        return lossfuse.linear_cross_entropy(hidden, weight, target, options=options)
+
+    return loss
+
+
 def _torch_chunked_head() -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options)
@@ -90,6 +107,9 @@ def _liger(name: str) -> Loss:
 
 
 GPU = ("cuda",)
+# bfloat16 throughout, with so much room for logits
+LEAN = lossfuse.LinearOptions(logits_dtype=torch.bfloat16, acc_dtype=torch.bfloat16, chunk_bytes=1 << 30)
+LEANEST = replace(LEAN, chunk_bytes=256 << 20)
 OURS = {"logits": "lossfuse", "head": "lossfuse linear"}
 BASELINE = {"logits": "F.cross_entropy", "head": "linear + F.cross_entropy"}
 METHODS = [
@@ -112,16 +132,30 @@ METHODS = [
     Method("linear + F.cross_entropy(x.float())", "head", lambda: _linear_then_upcast),
     Method("torch.compile", "head", lambda: torch.compile(_linear_then_cross_entropy, dynamic=False)),
     Method("F.linear_cross_entropy", "head", _torch_chunked_head),
+    Method("lossfuse linear", "head", _our_linear),
+    # products in bf16 are slow on most CPUs
+    Method("lossfuse linear lean", "head", lambda: _our_linear(options=LEAN), devices=GPU, dtypes=("bf16",)),
+    Method("lossfuse linear leanest", "head", lambda: _our_linear(options=LEANEST), devices=GPU, dtypes=("bf16",)),
+    # 25 times the logits, and products in fp32
+    Method("lossfuse linear reference", "head", lambda: _our_linear("reference"), devices=("cpu",)),
     Method("Liger", "head", lambda: _liger("liger_fused_linear_cross_entropy"), "liger_kernel", "liger_kernel", GPU),
     Method("CCE", "head", _cut, "cut_cross_entropy", "cut-cross-entropy", GPU),
     Method("fla", "head", _fla_head, "fla", "fla-core", GPU),
 ]  # fmt: skip
 
+# time against memory of the linear form: only for those who ask by name
+SWEEP = [
+    Method(f"sweep {rows} rows, logits {logits}, sums {sums}", "head", partial(_swept, rows, logits, sums), dtypes=("bf16",))
+    for rows in (1024, 2048, 4096, 8192)
+    for logits in ("fp32", "bf16")
+    for sums in ("fp32", "bf16")
+]
+
 
 def of(op: str, device: torch.device, named: str | None = None) -> tuple[list[Method], list[str]]:
     """The methods that can run here, and a line for each that cannot; ``named`` keeps those whose name contains it, and the baseline."""
     methods, lines = [], []
-    for method in METHODS:
+    for method in METHODS if named is None else METHODS + SWEEP:
         if method.op != op or (named is not None and named.lower() not in method.name.lower() and method.name != BASELINE[op]):
             continue
         obstacle = method.obstacle(device)

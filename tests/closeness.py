@@ -35,3 +35,18 @@ def assert_gradient_close(got: Tensor, want: Tensor, *, terms: Tensor | float = 
             f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}: got {got[at].item():.6e},"
             f" want {want[at].item():.6e}, allowed {allowed[at].item():.1e}"
         )
+
+
+def assert_product_close(got: Tensor, want: Tensor) -> None:
+    """A gradient that is a sum over rows or classes: each entry relative to itself, and to the largest beside it for what cancels."""
+    want = want.double().to(got.device)
+    beside = want.abs().amax(-1, keepdim=True) if want.numel() else want
+    info = torch.finfo(got.dtype)
+    cancelled = (1e-13 if got.dtype == torch.float64 else 2e-6) * beside
+    allowed = GRADIENT_RTOL[got.dtype] * want.abs() + cancelled + info.smallest_normal * info.eps
+    wrong = ~((got.double() - want).abs() <= allowed) & ~(got.isnan() & want.isnan())
+    if wrong.any():
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}: got {got[at].item():.6e}, want {want[at].item():.6e}"
+        )

@@ -26,7 +26,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+# of logits, and of their gradient
+DTYPES = {"bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16"), "fp32": ("*fp32", "*fp32"), "fp32 to bf16": ("*fp32", "*bf16")}
 # a vocabulary at which blocks have their full width
 V = 128256
 # fused kernels: every launch the tables know, aligned and not, by the vocabularies that choose it
@@ -91,7 +92,7 @@ def launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
 
 def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
     """(options, those given, launch) where ``linear_rows.runs_on`` finds nothing against it."""
-    if target not in ("sm_90", "sm_100") or dtype == "fp32":
+    if target not in ("sm_90", "sm_100") or dtype.startswith("fp32"):
         return
     tile = linear_rows.TILE
     blocks = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "GROUP": tile.group}
@@ -124,7 +125,7 @@ def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
         yield options, given, Launch(sigmoid_rows.sigmoid_rows_kernel, blocks.num_warps, constants, options={})
 
 
-def source(launch: Launch, logits: str, given: tuple[str, ...]) -> ASTSource:
+def source(launch: Launch, logits: str, dlogits: str, given: tuple[str, ...]) -> ASTSource:
     types: dict[str, str] = {}
     constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -136,7 +137,7 @@ def source(launch: Launch, logits: str, given: tuple[str, ...]) -> ASTSource:
         if name in launch.constants or (name in OPTIONAL and not sigmoid and name not in given):
             types[name], constants[i,] = "constexpr", launch.constants.get(name)
         elif rows:
-            types[name] = logits
+            types[name] = dlogits if name == "dlogits_ptr" else logits
         elif name.endswith("_ptr"):
             types[name] = POINTERS.get(name, "*fp32")
         else:
@@ -167,8 +168,8 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
     fused = compiled.asm["ptx"].count("fma.rn.f32")
     found = {"registers": registers, "spills": stack + local + spills, "wide": wide, "narrow": narrow, "fused": fused}
     # tiles copied by descriptor, and products of tiles
-    tensor = {"tma": len(re.findall(r"\bUTMALDG\b", sass)), "mma": len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))}
-    return found | tensor if any(tensor.values()) else found
+    tma, mma = len(re.findall(r"\bUTMALDG\b", sass)), len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))
+    return found | {"tma": tma, "mma": mma, "shared": compiled.metadata.shared} if tma or mma else found
 
 
 def main(targets: list[str], dtypes: list[str]) -> None:
@@ -177,11 +178,21 @@ def main(targets: list[str], dtypes: list[str]) -> None:
             cases = [
                 (options, given, launch)
                 for options, given in OPTION_SETS.items()
-                for launch in launches(target, 4 if dtype == "fp32" else 2, bool(given))
+                for launch in launches(target, 4 if dtype.startswith("fp32") else 2, bool(given))
             ]
-            for options, given, launch in [*cases, *linear_launches(target, dtype), *sigmoid_launches()]:
+            others = [*linear_launches(target, dtype), *sigmoid_launches()]
+            if "to" in dtype:
+                # over the logits; capped ones of split rows go another way
+                narrowing = {"whole_row_kernel": set(), "split_row_kernel": {"softcap"}}
+                cases = [
+                    (options, tuple(g for g in given if g not in narrowing[launch.name]), launch)
+                    for options, given, launch in cases
+                    if launch.name in narrowing
+                ]
+                others = []
+            for options, given, launch in [*cases, *others]:
                 compiled = triton.compile(
-                    source(launch, DTYPES[dtype], given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
+                    source(launch, *DTYPES[dtype], given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
                 )
                 row = {"kernel": launch.name, "target": target, "dtype": dtype, "options": options, "warps": launch.num_warps}
                 row |= {k.lower(): v for k, v in launch.constants.items()}

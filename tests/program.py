@@ -1,5 +1,6 @@
-"""The torch program that ``lossfuse.cross_entropy`` equals, as its docstring states it: the oracle of the tests, run in float64."""
+"""The torch programs that the functions equal, as their docstrings state them: the oracle of the tests, run in float64."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,5 +54,28 @@ def value_and_grads(
         if target.requires_grad:
             leaves.append(t.requires_grad_())
     loss = cross_entropy(x, t, None if weight is None else weight.detach().double(), **options)
+    grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss) if dloss is None else dloss.double().reshape(loss.shape))
+    return [loss.detach(), *grads]
+
+
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, weight: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Hidden states of any shape and a weight (V, D)."""
+    logits = F.linear(input, linear_weight, linear_bias)
+    if logits.dim() > 2:
+        logits = logits.movedim(-1, 1)
+        target = target.movedim(-1, 1) if target.is_floating_point() else target
+    return cross_entropy(logits, target, weight, **options)
+
+
+def head_value_and_grads(
+    operands: Sequence[Tensor | None], target: Tensor, weight: Tensor | None = None, dloss: Tensor | None = None, **options: Any
+) -> list[Tensor]:
+    """[loss, then the gradients of hidden states, weight, bias and probabilities that require one], in float64 of the same numbers."""
+    wide = [t if t is None or not t.is_floating_point() else t.detach().double() for t in (*operands, target)]
+    leaves = [w.requires_grad_() for t, w in zip((*operands, target), wide, strict=True) if t is not None and t.requires_grad]
+    hidden, head, bias, t = wide
+    loss = linear_cross_entropy(hidden, head, t, bias, None if weight is None else weight.detach().double(), **options)
     grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss) if dloss is None else dloss.double().reshape(loss.shape))
     return [loss.detach(), *grads]

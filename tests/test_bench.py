@@ -14,6 +14,7 @@ from lossfuse.perf.methods import Method  # noqa: E402
 from lossfuse.perf.rows import read  # noqa: E402
 
 CPU = torch.device("cpu")
+EAGER_HEAD = ("linear + F.cross_entropy", "linear + F.cross_entropy(x.float())")
 QUICK = bench.Effort(repeats=2, seconds=0.2)
 
 
@@ -30,7 +31,7 @@ def by_name(op, *names):
     ("case", "names"),
     [
         ("40x500", ["F.cross_entropy", "F.cross_entropy(x.float())", "lossfuse", "lossfuse in place", "lossfuse reference"]),
-        ("40x16x500", ["linear + F.cross_entropy", "linear + F.cross_entropy(x.float())", "F.linear_cross_entropy"]),
+        ("40x16x500", [*EAGER_HEAD, "F.linear_cross_entropy", "lossfuse linear", "lossfuse linear reference"]),
     ],
 )
 def test_a_row_for_every_mode_and_method(case, names, dtype):
@@ -42,6 +43,10 @@ def test_a_row_for_every_mode_and_method(case, names, dtype):
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["ideal_ms"] > 0
         assert (row["grad_error"] is None) == (mode != "forward+backward")
         assert ("copy_gbps" in row) == (row["op"] == "logits")
+    if dtype == "bf16" and "lossfuse linear" in names:
+        step = {name: got["forward+backward", name] for name in names}
+        assert step["lossfuse linear"]["loss_error"] < 1e-6 < step["linear + F.cross_entropy"]["loss_error"]
+        assert step["lossfuse linear"]["grad_error"] < 2**-7 < step["linear + F.cross_entropy"]["grad_error"]
     if dtype == "bf16" and "lossfuse" in names:
         step = {name: got["forward+backward", name] for name in names}
         assert step["lossfuse"]["loss_error"] < 1e-6 < step["F.cross_entropy"]["loss_error"]
@@ -53,6 +58,12 @@ def test_a_row_for_every_mode_and_method(case, names, dtype):
 def test_torch_compile_is_a_method():
     row = measured("40x500", "fp32", ["forward+backward"], *by_name("logits", "torch.compile"))["forward+backward", "torch.compile"]
     assert row["status"] == "ok" or "compiler" in row["note"].lower(), row
+
+
+def test_a_method_runs_in_its_dtypes_alone():
+    lean = by_name("head", "lossfuse linear lean", "lossfuse linear leanest")
+    assert len(measured("40x16x500", "bf16", ["forward+backward"], *lean)) == 2
+    assert not measured("40x16x500", "fp32", ["forward+backward"], *lean)
 
 
 def full(*_):
@@ -144,7 +155,11 @@ def test_methods_that_cannot_run_are_a_line():
     assert [m.name for m in found] == ["F.cross_entropy", "F.cross_entropy(x.float())", "torch.compile", *ours]
     assert "Liger (logits) is skipped: does not run on cpu" in lines
     cuda = {line.split(" is ")[0]: line for line in methods.of("head", torch.device("cuda"))[1]}
+    assert "lossfuse linear reference (head)" in cuda and cuda.pop("lossfuse linear reference (head)").endswith("does not run on cuda")
     assert all(line.endswith("is not installed") for line in cuda.values())
+    head = [*EAGER_HEAD, "torch.compile", "F.linear_cross_entropy", "lossfuse linear", "lossfuse linear reference"]
+    assert [m.name for m in methods.of("head", CPU)[0]] == head
+    assert len(methods.of("head", CPU, "sweep")[0]) == 1 + 16
     only, _ = methods.of("logits", CPU, "lossfuse")
     assert [m.name for m in only] == ["F.cross_entropy", *ours]
 

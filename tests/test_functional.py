@@ -1,39 +1,13 @@
 """Tier 1: is it the right formula? Small sizes in fp32, every option alone and every pair, against the torch program in fp64."""
 
-import itertools
-
 import pytest
 import torch
 
 import lossfuse
 import program
 from closeness import assert_formula_close, assert_loss_close
+from options import COMBINATIONS, EVERYTHING, options_of, upstream
 from rows import class_weight, logits_and_ids, probabilities
-
-OPTIONS: dict[str, dict] = {
-    "weight": {"weight": True},
-    "smoothing": {"label_smoothing": 0.1},
-    "all smoothing": {"label_smoothing": 1.0},
-    "softcap": {"softcap": 5.0},
-    "scale": {"logit_scale": 0.7},
-    "negative scale": {"logit_scale": -1.3},
-    "z-loss": {"lse_square_scale": 0.01},
-    "sum": {"reduction": "sum"},
-    "none": {"reduction": "none"},
-    "normalizer": {"normalizer": 7.5},
-}
-EXCLUSIVE = [{"smoothing", "all smoothing"}, {"scale", "negative scale"}, {"sum", "none"}, {"sum", "normalizer"}, {"none", "normalizer"}]
-PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if set(pair) not in EXCLUSIVE]
-EVERYTHING = ("weight", "smoothing", "softcap", "scale", "z-loss")
-COMBINATIONS = [(), *((name,) for name in OPTIONS), *PAIRS, EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
-
-
-def options_of(names, v, device):
-    options = {}
-    for name in names:
-        options |= OPTIONS[name]
-    weight = class_weight(v, device) if options.pop("weight", False) else None
-    return weight, options
 
 
 def check(place, x, target, weight, options):
@@ -46,12 +20,6 @@ def check(place, x, target, weight, options):
     for got, wanted in zip(grads, want[1:], strict=True):
         assert got.dtype == torch.float32
         assert_formula_close(got, wanted)
-
-
-def upstream(x, options):
-    if options.get("reduction") != "none":
-        return torch.tensor(1.7, device=x.device)
-    return torch.linspace(-1.0, 2.0, len(x), device=x.device)
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")

@@ -303,10 +303,13 @@ def over(x, dtype, gap=0):
     return logits, memory.view(dtype)[:, :v], memory
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "lse_square_scale": 1e-2, "logit_scale": 0.7}], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.bfloat16, {}), (torch.float16, {"label_smoothing": 0.1, "lse_square_scale": 1e-2, "logit_scale": 0.7})],
+    ids=["bf16", "fp16, options"],
+)
 @pytest.mark.parametrize("gap", [0, 4, 3])
-@pytest.mark.parametrize(("way", "v"), [("whole", 203), (64, 203), (64, 256), (128, 1001), ("sweeps", 203), ("sweeps", 5000)])
+@pytest.mark.parametrize(("way", "v"), [("whole", 203), (64, 203), (64, 256), (128, 1001), ("sweeps", 5000)])
 def test_a_narrower_gradient_over_the_logits(force, device, way, v, gap, options, dtype):
     """A row of it ends where other programs' logits have been; rows that start between 16-byte boundaries go another way."""
     force(way if gap % 4 == 0 else "whole")

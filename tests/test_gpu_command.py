@@ -9,7 +9,7 @@ import torch
 for name in ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert"):
     pytest.importorskip(name)
 
-from lossfuse.perf import goals, gpu  # noqa: E402
+from lossfuse.perf import goals, gpu, methods  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.cases import CASES, MODES, named  # noqa: E402
 from lossfuse.perf.goals import GOALS, Goal, judge  # noqa: E402
@@ -26,6 +26,11 @@ def test_goals_are_about_cases_and_modes_there_are():
         assert goal.roofline or goal.peak_gib or goal.peak_logits
     # every named case that is no curiosity is measured
     assert set(CASES) - {goal.case for goal in GOALS} == {"many-rows", "head-smollm"}
+
+
+def test_goals_are_about_methods_that_run_on_a_gpu_in_that_dtype():
+    there = {(m.name, dtype) for m in methods.METHODS if "cuda" in m.devices for dtype in m.dtypes}
+    assert {(g.method, g.dtype) for g in GOALS} <= there
 
 
 def test_errands_cover_every_goal_once_and_bf16_first():
@@ -63,7 +68,11 @@ def test_a_goal_is_judged_by_its_last_row(tmp_path, rows, verdict, measured):
     assert outcome.verdict == verdict and measured in outcome.measured
 
 
-FEW = [Goal("llama2", "bf16", "no_grad", "lossfuse", roofline=0.01), Goal("llama2", "fp32", STEP, "nobody", roofline=0.9)]
+FEW = [
+    Goal("llama2", "bf16", "no_grad", "lossfuse", roofline=0.01),
+    Goal("llama2", "fp32", STEP, "nobody", roofline=0.9),
+    Goal("head-llama3", "bf16", STEP, "lossfuse linear", roofline=0.01),
+]
 
 
 def test_a_rehearsal_leaves_rows_a_log_and_a_summary(tmp_path, monkeypatch, capsys):
@@ -76,7 +85,9 @@ def test_a_rehearsal_leaves_rows_a_log_and_a_summary(tmp_path, monkeypatch, caps
     assert time.monotonic() - begin < 240
     frame = read([tmp_path / "out" / "rows.csv"])
     assert set(frame["dtype"]) == {"bf16", "fp32"} and (frame["tests"] == "passed").all()
-    assert set(frame["method"]) >= {"lossfuse", "F.cross_entropy"}
+    assert set(frame["method"]) >= {"lossfuse", "F.cross_entropy", "lossfuse linear"}
+    sweep = read([tmp_path / "out" / "sweep.csv"])
+    assert {m.name for m in methods.SWEEP} < set(sweep["method"]) and set(sweep["status"]) == {"ok"}
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "Tests: passed. Goals:" in summary and "1 not measured" in summary
     assert "$ pytest tests/test_closeness.py" in (tmp_path / "out" / "log.txt").read_text()

@@ -256,7 +256,8 @@ def test_confident_rows_of_rounded_products(device, dtype):
     hidden, weight = on_16_bytes(weight[target] * 30, dtype, device), on_16_bytes(weight, dtype, device)
     want = oracle(hidden, weight, target.to(device))
     assert want.max() < 1e-5
-    assert_close(ours(hidden, weight, target.to(device)), want, atol=1e-5 * want.min().item())
+    # logits of size 30 are off by some fp32 units, and a loss as small as this by as much of itself
+    torch.testing.assert_close(ours(hidden, weight, target.to(device)).double(), want, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("at", [(0, 300), (0, 1), (5, 64, 128, 255, 256), (255, 256)], ids=str)

@@ -77,6 +77,15 @@ def test_as_near_as_the_dtype_of_the_operands(mixed, impl, dtype, rows, reductio
     assert (got[0][::4] == 0.0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mean_over_nothing_has_no_gradient(mixed, dtype):
+    (hidden, weight, bias), target = inputs(dtype)
+    options = lossfuse.LinearOptions(drop_ignored=False)
+    loss = lossfuse.linear_cross_entropy(hidden, weight, torch.full_like(target, -100), linear_bias=bias, options=options)
+    assert loss.isnan()
+    assert all((g == 0.0).all() for g in torch.autograd.grad(loss, (hidden, weight, bias)))
+
+
 @pytest.mark.parametrize("lean", [{"logits_dtype": torch.bfloat16}, {"acc_dtype": torch.bfloat16}], ids=str)
 def test_less_memory_and_fewer_digits(mixed, lean):
     operands, target = inputs(torch.bfloat16)
