@@ -216,3 +216,46 @@ def other_slope(p, w, factor, off, smoothing):
 def soft_target_slope(p, logp, q, mass):
     """d/dz of sum(q * (lse - z)): mass * p - q, without cancellation where p is nearly 1."""
     return tl.where(p > 0.5, mass * expm1_to_zero(logp) + (mass - q), mass * p - q)
+
+
+@triton.jit
+def log1p_of_fraction(e):
+    """log(1 + e) for 0 <= e <= 1, accurate relative to itself: polynomial for log1p(e)/e, relative error 3e-8."""
+    high = -0.1367476971 + e * (0.07836166802 + e * (-0.02958850739 + e * 0.005253457797))
+    return e * (0.9999999705 + e * (-0.4999950152 + e * (0.3331927134 + e * (-0.2484436989 + e * (0.1911143108 + e * high)))))
+
+
+@triton.jit
+def sigmoid_parts(x):
+    """(sigmoid(x), sigmoid(-x), log(1 + exp(-|x|))), each accurate relative to itself."""
+    e = tl.exp(-tl.abs(x))
+    near = 1.0 / (1.0 + e)
+    far = e * near
+    up = x >= 0
+    return tl.where(up, near, far), tl.where(up, far, near), log1p_of_fraction(e)
+
+
+@triton.jit
+def label_loss(x, t, pos_weight, tail):
+    """pos_weight * t * softplus(-x) + (1 - t) * softplus(x), without a difference of the two; NaN at -inf, as torch."""
+    yes = t if pos_weight is None else t * pos_weight
+    no = 1.0 - t
+    both = tail if pos_weight is None else tail * (yes + no)
+    loss = both + no * tl.maximum(x, 0.0) + yes * tl.maximum(-x, 0.0)
+    return tl.where(x == -float("inf"), float("nan"), loss)
+
+
+@triton.jit
+def label_slope(t, pos_weight, below, above):
+    """d (label_loss) / dx from sigmoid(x) and sigmoid(-x); for t of 0 or 1 one of them, to its last digit."""
+    yes = t if pos_weight is None else t * pos_weight
+    return (1.0 - t) * below - yes * above
+
+
+@triton.jit
+def label_target_slope(x, pos_weight, tail):
+    """d (label_loss) / dt."""
+    if pos_weight is None:
+        return -x
+    else:
+        return pos_weight * (tl.maximum(-x, 0.0) + tail) - (tl.maximum(x, 0.0) + tail)

@@ -1,16 +1,25 @@
 """Cross entropy for large vocabularies: the loss and its gradient without a tensor of probabilities."""
 
+from .family import binary_cross_entropy, binary_cross_entropy_with_logits, log_softmax, nll_loss
 from .functional import cross_entropy, linear_cross_entropy
-from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
+from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss
 from .spec import LinearOptions
 from .targets import debug_targets
 
 __version__ = "0.1.0"
 __all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "LinearOptions",
+    "LogSoftmax",
+    "NLLLoss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "cross_entropy",
     "debug_targets",
     "linear_cross_entropy",
+    "log_softmax",
+    "nll_loss",
 ]

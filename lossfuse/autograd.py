@@ -103,7 +103,7 @@ class ReducedLoss(torch.autograd.Function):
         ctx.options, ctx.impl, ctx.consumed = ops.options(spec, impl), impl, owner is not None
         grads: tuple[Tensor, ...]
         if owner is not None:
-            with _writing(logits, owner) as dlogits:
+            with writing(logits, owner) as dlogits:
                 loss, dtarget = ops.row_loss_and_grads_(dlogits, target, class_weight, dloss, needed[1], *ctx.options)
             grads = dlogits, dtarget
         else:
@@ -174,14 +174,14 @@ class RowLoss(torch.autograd.Function):
             ctx.spent = True
             logits, target, class_weight, stats = ctx.saved_tensors
             need_dtarget = ctx.needs_input_grad[1]
-            with _writing(logits, ctx.owner) as dlogits:
+            with writing(logits, ctx.owner) as dlogits:
                 dtarget = ops.row_grads_(dlogits, target, class_weight, stats, dloss, need_dtarget, *ctx.options)
             grads = _wanted((dlogits, dtarget), ctx.needs_input_grad[0], need_dtarget)
         return *grads, None, None, None, None
 
 
 @contextlib.contextmanager
-def _writing(logits: Tensor, owner: Owner) -> Iterator[Tensor]:
+def writing(logits: Tensor, owner: Owner) -> Iterator[Tensor]:
     """The logits under the name of the gradient they become.
 
     Whoever saved them finds their version changed, and whoever looks at them is told; also if the write stops half way.

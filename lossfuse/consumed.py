@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .inputs import Rows
 
-GONE = "these logits were consumed by lossfuse.cross_entropy(..., inplace=True) and their memory holds a gradient"
+GONE = "these logits were consumed by a loss of lossfuse with inplace=True and their memory holds a gradient"
 
 # what may still be asked of a tensor that holds no logits any more: nothing that reads them
 _HARMLESS = {

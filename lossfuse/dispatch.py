@@ -77,11 +77,12 @@ def writes_in_place(backend: str) -> bool:
 
 def _beyond_the_fast_paths(rows: Rows | HeadRows) -> str | None:
     """Why only the reference, which is made of torch's own operators, can differentiate this call."""
-    if rows.class_weight is not None and rows.class_weight.requires_grad and torch.is_grad_enabled():
-        return "weight requires grad, and its gradient is only in the reference"
+    for name, weight in rows.weights.items():
+        if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+            return f"{name} requires grad, and its gradient is only in the reference"
     if torch_func_active():
         return "a torch.func transform is active"
-    tensors = (*rows.operands, rows.target, rows.class_weight)
+    tensors = (*rows.operands, rows.target, *rows.weights.values())
     if _tangents_possible() and any(t is not None and _has_tangent(t) for t in tensors):
         return "an argument carries a forward-mode tangent"
     return None

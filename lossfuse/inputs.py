@@ -22,6 +22,11 @@ class Targets:
     batch_shape: torch.Size  # of the loss with reduction="none"
 
     @property
+    def weights(self) -> dict[str, Tensor | None]:
+        """By the names of their arguments, what only the reference differentiates."""
+        return {"weight": self.class_weight}
+
+    @property
     def soft(self) -> bool:
         """Whether targets are class probabilities."""
         return self.target.is_floating_point()
@@ -75,15 +80,16 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def _require_tensor(name: str, value: object) -> None:
+def require_tensor(name: str, value: object) -> None:
+    """TypeError for anything else."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__} but must be a Tensor")
 
 
 def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Rows:
     """(C), (N, C) or (N, C, d1, ..., dK) logits with ids or probabilities -> rows; raises before anything is computed."""
-    _require_tensor("input", input)
-    _require_tensor("target", target)
+    require_tensor("input", input)
+    require_tensor("target", target)
     if input.dtype not in LOGIT_DTYPES:
         raise TypeError(f"input has dtype {input.dtype} but logits must be float64, float32, bfloat16 or float16")
     if input.dim() == 0:
@@ -104,7 +110,7 @@ def flatten_head(
 ) -> HeadRows:
     """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> rows; raises before anything is computed."""
     check_head(input, linear_weight, linear_bias)
-    _require_tensor("target", target)
+    require_tensor("target", target)
     num_classes, width = linear_weight.shape
     batch_shape = input.shape[:-1]
     _check_target(target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index)
@@ -119,7 +125,7 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None)
     named = [("input", input), ("linear_weight", linear_weight)]
     named += [] if linear_bias is None else [("linear_bias", linear_bias)]
     for name, t in named:
-        _require_tensor(name, t)
+        require_tensor(name, t)
         if t.dtype not in LOGIT_DTYPES:
             raise TypeError(f"{name} has dtype {t.dtype} but must be float64, float32, bfloat16 or float16")
         if t.device != input.device:
@@ -220,7 +226,7 @@ def _check_target(target: Tensor, device: torch.device, logits_shape: tuple[int,
 
 
 def _check_weight(weight: Tensor, input: Tensor, num_classes: int) -> None:
-    _require_tensor("weight", weight)
+    require_tensor("weight", weight)
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight has dtype {weight.dtype} but class weights must be floating point")
     if tuple(weight.shape) != (num_classes,):

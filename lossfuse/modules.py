@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import functional
+from . import family, functional
 from .spec import LinearOptions, LossSpec, resolve_reduction
 
 
@@ -119,3 +119,89 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, out_features={self.out_features}, reduction={self.reduction!r}, options={self.options}"
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    """``torch.nn.LogSoftmax`` computed by ``lossfuse.log_softmax``."""
+
+    def __init__(self, dim: int | None = None, *, impl: str = "auto") -> None:
+        super().__init__(dim)
+        self.impl = impl
+
+    def forward(self, input: Tensor) -> Tensor:
+        return family.log_softmax(input, self.dim, _stacklevel=5, impl=self.impl)
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """``torch.nn.NLLLoss`` computed by ``lossfuse.nll_loss``; isinstance and checkpoints agree."""
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        impl: str = "auto",
+    ) -> None:
+        reduction = resolve_reduction(reduction, size_average, reduce)
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
+        self.impl = impl
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return family.nll_loss(
+            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction, impl=self.impl
+        )  # fmt: skip
+
+
+class BCELoss(torch.nn.BCELoss):
+    """``torch.nn.BCELoss`` computed by ``lossfuse.binary_cross_entropy``; isinstance and checkpoints agree."""
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(weight, reduction=resolve_reduction(reduction, size_average, reduce))
+        self.impl = impl
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return family.binary_cross_entropy(input, target, self.weight, reduction=self.reduction, impl=self.impl)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """``torch.nn.BCEWithLogitsLoss`` computed by ``lossfuse.binary_cross_entropy_with_logits``; isinstance and checkpoints agree."""
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        inplace: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(weight, reduction=resolve_reduction(reduction, size_average, reduce), pos_weight=pos_weight)
+        self.ignore_index = ignore_index
+        self.inplace = inplace
+        self.impl = impl
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return family.binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+            ignore_index=self.ignore_index,
+            inplace=self.inplace,
+            impl=self.impl,
+        )

@@ -95,12 +95,12 @@ def checked_spec(num_classes: int, target: Tensor, options: tuple[Any, ...]) -> 
     return spec
 
 
-def _new_grad(t: Tensor, needed: bool) -> Tensor:
+def new_grad(t: Tensor, needed: bool) -> Tensor:
     return torch.empty(t.shape if needed else (0,), dtype=t.dtype, device=t.device)
 
 
 def _new_grads(logits: Tensor, target: Tensor, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor, Tensor]:
-    return _new_grad(logits, need_dlogits), _new_grad(target, need_dtarget)
+    return new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
 
 
 def new_loss(logits: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def _row_loss_and_grads_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
     spec = checked_spec(logits.shape[1], target, options)
-    dtarget = _new_grad(target, need_dtarget)
+    dtarget = new_grad(target, need_dtarget)
     loss: Tensor = backend(options[-1]).row_loss_and_grads(
         logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
     )
@@ -188,13 +188,13 @@ def _row_loss_and_grads_(
 def _row_loss_and_grads_shapes_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return new_loss(logits), _new_grad(target, need_dtarget)
+    return new_loss(logits), new_grad(target, need_dtarget)
 
 
 def _row_grads_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> Tensor:
-    dtarget = _new_grad(target, need_dtarget)
+    dtarget = new_grad(target, need_dtarget)
     spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
     backend(options[-1]).row_grads(logits, target, class_weight, stats, dloss, spec, logits, wanted)
     return dtarget
@@ -203,7 +203,7 @@ def _row_grads_(
 def _row_grads_shapes_(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
 ) -> Tensor:
-    return _new_grad(target, need_dtarget)
+    return new_grad(target, need_dtarget)
 
 
 def _multiply_(t: Tensor, factor: Tensor, impl: str) -> None:

@@ -5,6 +5,7 @@ It computes in float64 for float64 logits and in float32 otherwise, and keeps a 
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from .inputs import without_autocast
 from .spec import LossSpec
@@ -88,3 +89,70 @@ def _expected_nll(z: Tensor, q: Tensor) -> Tensor:
 
 def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
     return loss + spec.lse_square_scale * torch.logsumexp(z, -1) ** 2 if spec.lse_square_scale else loss
+
+
+def sigmoid_loss(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """(N, V) logits, (N, V) targets or (N, P) ids of the labels that are 1 -> (N, V) losses; a row is NaN for an id outside [0, V)."""
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    t = target.to(x.dtype) if target.is_floating_point() else listed(target, x, ignore_index)
+    yes = t if pos_weight is None else t * pos_weight.to(x.dtype)
+    # never a difference of the two, which has no digits where the model is right; a threshold beyond which exp(-x) is nothing to x
+    loss = yes * softplus(-x, threshold=40.0) + (1.0 - t) * softplus(x, threshold=40.0)
+    # as torch, where it is a limit; a constant, so that the gradient there is as torch's too
+    loss = loss + torch.where(x == -torch.inf, torch.nan, 0.0).detach()
+    return loss if weight is None else loss * weight.to(x.dtype)
+
+
+def listed(ids: Tensor, x: Tensor, ignore_index: int) -> Tensor:
+    """(N, P) ids -> (N, V) zeros and ones, in the dtype of ``x``; NaN for rows with an id outside [0, V)."""
+    v = x.shape[1]
+    given = ids != ignore_index
+    valid = given & (ids >= 0) & (ids < v)
+    t = torch.zeros_like(x, requires_grad=False)
+    if v:
+        # added up, since what stands for padding must not take a one away
+        t = t.scatter_add(1, torch.where(valid, ids, 0), valid.to(x.dtype)).clamp(max=1.0)
+    return t + torch.where((given & ~valid).any(1, keepdim=True), torch.nan, 0.0).to(x.dtype)
+
+
+def log_softmax(x: Tensor, dim: int) -> Tensor:
+    """x - logsumexp(x), the maximum taken off first; in the dtype of ``x``, computed in float32 at least."""
+    z = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    z = z - z.amax(dim, keepdim=True).detach() if z.numel() else z
+    return (z - z.exp().sum(dim, keepdim=True).log()).to(x.dtype)
+
+
+def nll_row_loss(logp: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """(N, V) log-probabilities, (N,) ids -> (N,) losses; NaN for an id outside [0, V)."""
+    ignored = target == ignore_index
+    valid = ~ignored & (target >= 0) & (target < logp.shape[1])
+    y = torch.where(valid, target, 0)
+    # ignored rows may hold NaN: cut off here, since 0 * NaN would carry it into the gradient
+    loss = torch.where(ignored, 0.0, -logp.gather(1, y[:, None])[:, 0].to(torch.float64 if logp.dtype == torch.float64 else torch.float32))
+    if class_weight is not None:
+        loss = loss * class_weight.to(loss.dtype)[y]
+    return torch.where(ignored, 0.0, loss * torch.where(ignored | valid, 1.0, torch.nan))
+
+
+# torch's: what the slope of a probability is divided by, at least, and how low a logarithm may be
+LEAST_SPREAD = 1e-12
+LOWEST_LOG = -100.0
+
+
+def probability_loss(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Binary cross entropy of probabilities, elementwise: logarithms not below -100, slope (x - t) / max(x * (1 - x), 1e-12), as torch.
+
+    The slope of the target is that of the clamped logarithms; torch's operator forgets the clamp there and is infinite at 0 and 1.
+    """
+    x = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+    t = target.to(x.dtype)
+    clamped = -(t * x.log().clamp(min=LOWEST_LOG) + (1.0 - t) * (-x).log1p().clamp(min=LOWEST_LOG))
+    # at the edges the logarithms have no slope or an infinite one: there the value is a constant and the slope a parabola's
+    edge = x * (1.0 - x) < LEAST_SPREAD
+    inner = torch.where(edge, 0.5, x)
+    loss = -(t * inner.log() + (1.0 - t) * (-inner).log1p())
+    parabola = (0.5 * x * x - t.detach() * x) / LEAST_SPREAD
+    slope_t = ((-x).log1p().clamp(min=LOWEST_LOG) - x.log().clamp(min=LOWEST_LOG)).detach()
+    at_edge = clamped.detach() + (parabola - parabola.detach()) - slope_t * (t.detach() - t)
+    loss = torch.where(edge, at_edge, loss)
+    return loss if weight is None else loss * weight.to(x.dtype)

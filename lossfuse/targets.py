@@ -32,15 +32,21 @@ def debug_targets() -> Iterator[None]:
 
 def require_ids_in_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise IndexError for the first bad row, where looking is free (CPU) or asked for; tensors without values are left alone."""
-    if torch.compiler.is_compiling() or torch_func_active() or isinstance(target, FakeTensor):
-        return
-    if target.device.type == "meta" or not (target.device.type == "cpu" or _debug.get()):
+    if not values_are_at_hand(target):
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
     # a host read: free on the CPU, asked for by debug_targets elsewhere
     if bool(bad.any()):
-        row = int(bad.nonzero()[0])
+        # of a list of ids, the first bad one
+        at = tuple(int(i) for i in bad.nonzero()[0])
         raise IndexError(
-            f"target of row {row} is {int(target[row])} but input has {num_classes} classes;"
+            f"target of row {at[0]} is {int(target[at])} but input has {num_classes} classes;"
             f" expected an id in [0, {num_classes}) or ignore_index={ignore_index}"
         )
+
+
+def values_are_at_hand(t: Tensor) -> bool:
+    """Whether its values may be looked at: there are some, and looking is free (CPU) or asked for."""
+    if torch.compiler.is_compiling() or torch_func_active() or isinstance(t, FakeTensor):
+        return False
+    return t.device.type != "meta" and (t.device.type == "cpu" or _debug.get())

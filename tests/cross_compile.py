@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lossfuse.kernels import fused_rows, linear_rows, softmax_rows
+from lossfuse.kernels import fused_rows, linear_rows, sigmoid_rows, softmax_rows
 from lossfuse.kernels.launch import fused_plan, row_blocks
 
 TARGETS = {
@@ -38,10 +38,16 @@ OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_s
 # a tile of the product is all of a program's registers, so each of its options counts
 TILE_OPTION_SETS = {"plain": (), "bias": ("bias_ptr",), "softcap": ("softcap",), "every option": ("bias_ptr", "scale", "softcap")}
 OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr")
+SIGMOID_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
 LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr")
 # what is a multiple of 16 where rows are wide
-SIZES = ("V", "D", "n", *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v")))
-POINTERS = {"target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64"}
+SIZES = (
+    "V",
+    "D",
+    "n",
+    *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v", "weight_n", "pos_weight_n")),
+)
+POINTERS = {"ids_ptr": "*i64", "target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64"}
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,35 @@ def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, .
         yield options, given, merge
 
 
+# targets as numbers and as ids; weights of labels
+SIGMOID_OPTION_SETS = {
+    "numbers": ("target_ptr", "dtarget_ptr"),
+    "numbers, weights": ("target_ptr", "dtarget_ptr", *SIGMOID_WEIGHTS),
+    "ids": ("ids_ptr",),
+    "ids, weights": ("ids_ptr", *SIGMOID_WEIGHTS),
+}
+
+
+def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
+    """Sums and gradients at once, the gradient's factor one number a row."""
+    blocks = sigmoid_rows.blocks_of(V)
+    for options, given in SIGMOID_OPTION_SETS.items():
+        absent = {"target_ptr", "ids_ptr", "dtarget_ptr", "loss_ptr", "stride_dloss_v", *SIGMOID_WEIGHTS} - set(given)
+        constants = dict.fromkeys(absent) | {"BLOCK_V": blocks.block_v, "BLOCK_P": 64}
+        constants |= {name: 1 for name in given if name.startswith("stride")}
+        yield options, given, Launch(sigmoid_rows.sigmoid_rows_kernel, blocks.num_warps, constants, options={})
+
+
 def source(launch: Launch, logits: str, dlogits: str, given: tuple[str, ...]) -> ASTSource:
     types: dict[str, str] = {}
     constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for i, name in enumerate(launch.kernel.arg_names):
-        rows = name in LOGITS or (name == "target_ptr" and "soft" in launch.name)
-        if name in launch.constants or (name in OPTIONAL and name not in given):
+        sigmoid = launch.kernel is sigmoid_rows.sigmoid_rows_kernel
+        rows = (name in LOGITS and not (sigmoid and name in SIGMOID_WEIGHTS)) or (
+            name == "target_ptr" and (sigmoid or "soft" in launch.name)
+        )
+        if name in launch.constants or (name in OPTIONAL and not sigmoid and name not in given):
             types[name], constants[i,] = "constexpr", launch.constants.get(name)
         elif rows:
             types[name] = dlogits if name == "dlogits_ptr" else logits
@@ -152,6 +180,7 @@ def main(targets: list[str], dtypes: list[str]) -> None:
                 for options, given in OPTION_SETS.items()
                 for launch in launches(target, 4 if dtype.startswith("fp32") else 2, bool(given))
             ]
+            others = [*linear_launches(target, dtype), *sigmoid_launches()]
             if "to" in dtype:
                 # over the logits; capped ones of split rows go another way
                 narrowing = {"whole_row_kernel": set(), "split_row_kernel": {"softcap"}}
@@ -160,7 +189,8 @@ def main(targets: list[str], dtypes: list[str]) -> None:
                     for options, given, launch in cases
                     if launch.name in narrowing
                 ]
-            for options, given, launch in [*cases, *linear_launches(target, dtype)]:
+                others = []
+            for options, given, launch in [*cases, *others]:
                 compiled = triton.compile(
                     source(launch, *DTYPES[dtype], given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
                 )

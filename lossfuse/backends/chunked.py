@@ -86,13 +86,13 @@ def _rows(
     dloss = None if dloss is None else dloss.to(dtype)[:, None]
     for grad in (dlogits, dtarget):
         if grad is not None:
-            _prefer_huge_pages(grad)
+            prefer_huge_pages(grad)
     n, v = logits.shape
     on_cpu = logits.device.type == "cpu"
     soft = target.is_floating_point()
     temporaries = FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0
     temporaries += dlogits is None or dlogits.dtype != dtype
-    count = _threads(n * v, logits.element_size(), dtype.itemsize, temporaries) if on_cpu else 1
+    count = threads_for(n * v, logits.element_size(), dtype.itemsize, temporaries) if on_cpu else 1
     block = block_rows(n, v, logits.element_size(), dtype.itemsize, on_cpu, temporaries, count)
 
     def part(rows: slice) -> Tensor:
@@ -109,7 +109,7 @@ def _rows(
     return torch.cat(threads.run([functools.partial(part, slice(i, i + length)) for i in range(0, n, length)], count))
 
 
-def _threads(numel: int, itemsize: int, work_itemsize: int, temporaries: int) -> int:
+def threads_for(numel: int, itemsize: int, work_itemsize: int, temporaries: int) -> int:
     """How many threads take blocks of their own: as many as there are, if each has enough to do and the temporaries stay what they are."""
     enough = numel * work_itemsize // THREAD_LEAST_BYTES
     if temporaries:
@@ -299,7 +299,7 @@ _PAGE, _HUGE_PAGE = 4096, 2 << 20
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _prefer_huge_pages(fresh: Tensor) -> None:
+def prefer_huge_pages(fresh: Tensor) -> None:
     """Ask Linux for huge pages under a new tensor, as numpy does: faulting in small ones takes longer than the loss. A hint, no more."""
     first = -(-fresh.data_ptr() // _PAGE) * _PAGE
     end = (fresh.data_ptr() + fresh.numel() * fresh.element_size()) // _PAGE * _PAGE

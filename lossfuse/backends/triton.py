@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..kernels import fused_rows, linear_rows, softmax_rows
+from ..kernels import fused_rows, linear_rows, sigmoid_rows, softmax_rows
 from ..spec import LossSpec
 
 
@@ -110,3 +110,32 @@ def head_row_loss(
 def multiply_in_place(t: Tensor, factor: Tensor) -> None:
     """``t *= factor``, a number on the device."""
     fused_rows.multiply_in_place(t, factor)
+
+
+def sigmoid_loss_and_grads(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    *,
+    loss: Tensor | None,
+    dloss: Tensor | None,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+) -> None:
+    """Fill what is given; ``dlogits`` may be ``logits``."""
+    x = _unit_stride(logits)
+    t = _unit_stride(target) if target.is_floating_point() else target.contiguous()
+    room = _room(x, logits, dlogits)
+    sigmoid_rows.sigmoid_rows(
+        x, t, _side_by_side(weight), _side_by_side(pos_weight), ignore_index=ignore_index, loss=loss,
+        dloss=None if dloss is None else _side_by_side(dloss.expand(logits.shape)), dlogits=room, dtarget=dtarget,
+    )  # fmt: skip
+    if dlogits is not None and room is not None and room is not dlogits:
+        dlogits.copy_(room)
+
+
+def _side_by_side(t: Tensor | None) -> Tensor | None:
+    """A row of numbers side by side, or one number for all of it."""
+    return t if t is None or t.stride(1) in (0, 1) else t.contiguous()

@@ -1,0 +1,96 @@
+"""Checks of the tensors of a binary cross entropy, and their flattening to rows of labels."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .inputs import LOGIT_DTYPES, Rows, require_tensor
+
+# shorter rows are strung together where memory allows, so that a block is worth its launch
+LEAST_LABELS = 1024
+
+
+@dataclass(frozen=True)
+class SigmoidRows(Rows):
+    """N rows of V logits, a yes or no each; ``target`` is (N, V) numbers or (N, P) ids, ``class_weight`` (N, V) like ``pos_weight``."""
+
+    pos_weight: Tensor | None  # (N, V)
+
+    @property
+    def weights(self) -> dict[str, Tensor | None]:
+        return {"weight": self.class_weight, "pos_weight": self.pos_weight}
+
+
+def flatten_labels(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, ignore_index: int) -> SigmoidRows:
+    """Logits of any shape with targets of the same, or (N, V) with ids (N, P) -> rows; raises before anything is computed."""
+    check_labels(input, target, "logits")
+    if ignore_index != -100 and target.is_floating_point():
+        raise ValueError(f"ignore_index is {ignore_index} but target is {target.dtype} of the shape of input, which has no ids to ignore")
+    if not target.is_floating_point():
+        _check_lists(target, input)
+    elif target.shape != input.shape:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; expected the same, or int64 ids of shape"
+            " (N, P) for an input of (N, V); nothing is broadcast"
+        )
+    weight = check_broadcast("weight", weight, input)
+    pos_weight = check_broadcast("pos_weight", pos_weight, input)
+    operands = [t for t in (input, target, weight, pos_weight) if t is not None]
+    # neither side of a view is looked at by a compiler
+    together = input.dim() != 2 and (input.dim() < 2 or input.shape[-1] < LEAST_LABELS)
+    together = together and all(t.is_contiguous() for t in operands) and input.numel() < 2**31
+    v = (input.numel() if together else input.shape[-1]) if input.dim() else 1
+    n = input.numel() // v if v else 0
+
+    def rows(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dim() == 2 else t.reshape(n, v)
+
+    flat, wanted = rows(input), rows(target)
+    assert flat is not None and wanted is not None
+    return SigmoidRows(wanted, rows(weight), input.shape, flat, rows(pos_weight))
+
+
+def check_labels(input: Tensor, target: Tensor, what: str) -> None:
+    """Types and devices of what is compared."""
+    require_tensor("input", input)
+    require_tensor("target", target)
+    if input.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"input has dtype {input.dtype} but {what} must be float64, float32, bfloat16 or float16")
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device} but input is on {input.device}")
+    if target.is_floating_point() and target.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"target has dtype {target.dtype} but must be float64, float32, bfloat16 or float16")
+
+
+def check_broadcast(name: str, t: Tensor | None, input: Tensor) -> Tensor | None:
+    """A weight as a view of the shape of input."""
+    if t is None:
+        return None
+    require_tensor(name, t)
+    if t.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} has dtype {t.dtype} but must be floating point")
+    if t.device != input.device:
+        raise ValueError(f"{name} is on {t.device} but input is on {input.device}")
+    if t.shape == input.shape:
+        return t
+    sizes = zip(reversed(t.shape), reversed(input.shape), strict=False)
+    if t.dim() > input.dim() or any(a not in (1, b) for a, b in sizes):
+        raise ValueError(
+            f"{name} has shape {tuple(t.shape)}, which does not broadcast to the shape of input, {tuple(input.shape)};"
+            " sizes are matched from the last dimension on"
+        )
+    return t.expand(input.shape)
+
+
+def _check_lists(target: Tensor, input: Tensor) -> None:
+    if target.dtype != torch.int64 or target.shape == input.shape:
+        raise TypeError(
+            f"target has dtype {target.dtype} and shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; expected floating"
+            " point of that shape, or int64 ids of shape (N, P), P other than V, for an input of (N, V)"
+        )
+    if input.dim() != 2 or target.dim() != 2 or target.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; ids of the labels that are 1 must be (N, P),"
+            " rows padded with ignore_index, for an input of (N, V)"
+        )
