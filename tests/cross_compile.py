@@ -195,7 +195,7 @@ def main(targets: list[str], dtypes: list[str]) -> None:
                     source(launch, *DTYPES[dtype], given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
                 )
                 row = {"kernel": launch.name, "target": target, "dtype": dtype, "options": options, "warps": launch.num_warps}
-                row |= {k.lower(): v for k, v in launch.constants.items()}
+                row |= {k.lower(): v for k, v in launch.constants.items() if k.isupper()}
                 print(json.dumps(row | resources(compiled, TARGETS[target])), flush=True)
 
 
