@@ -23,10 +23,10 @@ SPENT = (
 NO_SECOND_DERIVATIVE = "linear_cross_entropy has no second derivative (create_graph=True) but with impl='reference'"
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
-_CHUNKS = "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored, bool allow_retain_graph, bool main_grad"
+_CHUNKS = "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored, bool allow_retain_graph"
 _NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_target"
 _GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dtarget"
-_N_CHUNKS, _N_OPTIONS = 6, 6
+_N_CHUNKS, _N_OPTIONS = 5, 6
 
 library.define(f"linear_row_loss({_HEAD}, Tensor? main_grad_buffer, {_CHUNKS}, {OPTIONS}) -> Tensor")
 library.define(f"linear_grads({_HEAD}, Tensor dloss, {_NEEDS}, {_CHUNKS}, {OPTIONS}) -> ({_GRADS})")
@@ -40,10 +40,8 @@ linear_total = torch.ops.lossfuse.linear_total.default
 
 
 def chunk_options(options: LinearOptions) -> tuple[Any, ...]:
-    """As the schemas take them."""
-    return (
-        options.chunk_bytes, options.logits_dtype, options.acc_dtype, options.drop_ignored, options.allow_retain_graph, options.main_grad
-    )  # fmt: skip
+    """As the schemas take them; where there is a ``main_grad``, it is an argument of its own."""
+    return options.chunk_bytes, options.logits_dtype, options.acc_dtype, options.drop_ignored, options.allow_retain_graph
 
 
 def _split(options: tuple[Any, ...]) -> tuple[LinearOptions, tuple[Any, ...]]:
