@@ -4,6 +4,7 @@ from .family import binary_cross_entropy, binary_cross_entropy_with_logits, log_
 from .functional import cross_entropy, linear_cross_entropy
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss
 from .spec import LinearOptions
+from .statistics import LossStats, cross_entropy_stats, linear_cross_entropy_stats
 from .targets import debug_targets
 
 __version__ = "0.1.0"
@@ -14,12 +15,15 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearOptions",
     "LogSoftmax",
+    "LossStats",
     "NLLLoss",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "cross_entropy_stats",
     "debug_targets",
     "linear_cross_entropy",
+    "linear_cross_entropy_stats",
     "log_softmax",
     "nll_loss",
 ]

@@ -5,7 +5,7 @@ comes from the reference. ``ReducedLoss`` is the one strategy that must know in 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,27 +47,42 @@ def _save_row_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 def _row_grads_backward(ctx: Any, v_dlogits: Tensor | None, v_dtarget: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Vector-Hessian products through the reference, differentiable in their turn."""
     logits, target, class_weight, dloss = ctx.saved_tensors
+
+    def values(x: Tensor, t: Tensor) -> list[Tensor]:
+        return [reference.row_loss(x, t, class_weight, ctx.spec)]
+
+    ddlogits, ddtarget, (ddloss,) = second_derivative(values, logits, target, [dloss], (v_dlogits, v_dtarget))
+    return ddlogits, ddtarget, None, None, ddloss, None, None, *NO_OPTIONS_GRAD
+
+
+def second_derivative(
+    values: Callable[[Tensor, Tensor], list[Tensor]],
+    logits: Tensor,
+    target: Tensor,
+    upstream: list[Tensor],
+    vectors: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Of the gradients of ``values``, weighted by ``upstream``, times ``vectors``: with respect to logits, target and ``upstream``.
+
+    Vector-Hessian products by way of torch's operators, differentiable in their turn.
+    """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # aliases: the caller may have made one from the other, and hooks of theirs must not run in here
-        x, dy = logits.view_as(logits), dloss.view_as(dloss)
-        x, dy = (t if t.requires_grad else t.detach().requires_grad_() for t in (x, dy))
-        t = target.view_as(target)
+        x, t, *ups = (a.view_as(a) for a in (logits, target, *upstream))
+        x, *ups = (a if a.requires_grad else a.detach().requires_grad_() for a in (x, *ups))
         leaves = [x]
         if t.is_floating_point():
             t = t if t.requires_grad else t.detach().requires_grad_()
             leaves.append(t)
-        first = torch.autograd.grad(reference.row_loss(x, t, class_weight, ctx.spec), leaves, dy, create_graph=True)
-        pairs = [(g, v) for g, v in zip(first, (v_dlogits, v_dtarget), strict=False) if v is not None and v.numel() > 0]
+        first = torch.autograd.grad(values(x, t), leaves, ups, create_graph=True, allow_unused=True)
+        pairs = [(g, v) for g, v in zip(first, vectors, strict=False) if g is not None and v is not None and v.numel() > 0]
         if not pairs:
-            return (None,) * (7 + len(NO_OPTIONS_GRAD))
-        outputs, vectors = zip(*pairs, strict=True)
-        wanted = [*leaves, dy]
-        second = list(torch.autograd.grad(outputs, wanted, vectors, create_graph=again, allow_unused=True))
-    ddloss = second.pop()
-    return second[0], second[1] if len(second) > 1 else None, None, None, ddloss, None, None, *NO_OPTIONS_GRAD
+            return None, None, [None] * len(upstream)
+        outputs, given = zip(*pairs, strict=True)
+        second = torch.autograd.grad(outputs, [*leaves, *ups], given, create_graph=again, allow_unused=True)
+    return second[0], second[1] if len(leaves) > 1 else None, list(second[len(leaves) :])
 
 
 torch.library.register_autograd("lossfuse::row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=ops.library)

@@ -1,5 +1,7 @@
 """The public functions: torch's names and order, then what torch does not have."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,9 @@ from . import linear_ops, ops, reference
 from .autograd import ReducedLoss, RowLoss
 from .consumed import Owner, may_consume
 from .dispatch import forms_gradient_in_forward, known_in_forward, makes_graph, pick, wanted_of_head, writes_in_place
-from .inputs import autocast_operands, check_head, check_normalizer, flatten, flatten_head, main_grad_of
+from .inputs import HeadRows, autocast_operands, check_head, check_normalizer, flatten, flatten_head, main_grad_of
 from .reduce import denominator, reduce_rows
-from .spec import LinearOptions, loss_spec, resolve_reduction
+from .spec import LinearOptions, LossSpec, loss_spec, resolve_reduction
 from .targets import require_ids_in_range
 
 
@@ -182,42 +184,79 @@ def linear_cross_entropy(
     Source: chunks of logits whose gradient is formed in the forward are Liger-Kernel's (Hsu et al., arXiv:2410.10989); dropping ignored
     rows before the products is Wijmans et al., "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
     """
-    options = LinearOptions() if options is None else options
-    if not isinstance(options, LinearOptions):
-        raise TypeError(f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions")
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
     spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    head = head_call(input, linear_weight, linear_bias, target, weight, reduction, spec, normalizer, options, impl)
+    if isinstance(head, Tensor):
+        return cross_entropy(
+            head, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, impl=impl,
+        )  # fmt: skip
+    rows, divisor = head.rows, head.divisor
+    if head.backend == "reference":
+        loss: Tensor = reference.linear_row_loss(*head.operands, spec)
+        return reduce_rows(loss, rows, reduction, divisor)
+    if head.forms_gradients:
+        total: Tensor = linear_ops.linear_total(*head.operands, divisor, head.main_grad, *head.needs, *head.settings)[0]
+        return total
+    loss = linear_ops.linear_row_loss(*head.operands, head.main_grad, *head.settings)
+    return reduce_rows(loss, rows, reduction, divisor)
+
+
+class HeadCall(NamedTuple):
+    """A checked call of a head."""
+
+    rows: HeadRows
+    backend: str
+    divisor: Tensor | None
+    main_grad: Tensor | None
+    needs: tuple[bool, bool, bool, bool]  # of hidden states, weight, bias and probabilities
+    forms_gradients: bool  # in the forward
+    settings: tuple[Any, ...]  # as operators take them
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        rows = self.rows
+        return rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.class_weight
+
+
+def head_call(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    spec: LossSpec,
+    normalizer: float | Tensor | None,
+    options: LinearOptions | None,
+    impl: str,
+) -> HeadCall | Tensor:
+    """Checks the arguments of a head and decides how it is computed; for a K-dimensional weight, its logits."""
+    options = LinearOptions() if options is None else options
+    if not isinstance(options, LinearOptions):
+        raise TypeError(f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions")
     parameter = linear_weight
     input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        logits = _logits_of_many(input, linear_weight, linear_bias, options, impl)
-        return cross_entropy(
-            logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
-            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, impl=impl,
-        )  # fmt: skip
-    rows = flatten_head(input, linear_weight, linear_bias, target, weight, ignore_index)
+        return _logits_of_many(input, linear_weight, linear_bias, options, impl)
+    rows = flatten_head(input, linear_weight, linear_bias, target, weight, spec.ignore_index)
     check_normalizer(normalizer, reduction, input)
     for name in ("logits_dtype", "acc_dtype"):
         options.dtype(name, input.dtype)
     main_grad = main_grad_of(parameter) if options.main_grad else None
     backend = pick(impl, rows)
     divisor = denominator(rows, spec, reduction, normalizer)
-    head = (rows.input, rows.linear_weight, rows.linear_bias)
     if backend == "reference":
         if main_grad is not None:
             raise ValueError("options.main_grad needs another implementation than the reference, which this call must take")
         if not rows.soft:
-            require_ids_in_range(rows.target, rows.num_classes, ignore_index)
-        loss = reference.linear_row_loss(*head, rows.target, rows.class_weight, spec)
-        return reduce_rows(loss, rows, reduction, divisor)
-    settings = (*linear_ops.chunk_options(options), *ops.options(spec, backend))
+            require_ids_in_range(rows.target, rows.num_classes, spec.ignore_index)
     needs = wanted_of_head(rows)
-    if reduction == "none" or not any(needs) or not known_in_forward(rows, divisor):
-        loss = linear_ops.linear_row_loss(*head, rows.target, rows.class_weight, main_grad, *settings)
-        return reduce_rows(loss, rows, reduction, divisor)
-    total, *_ = linear_ops.linear_total(*head, rows.target, rows.class_weight, divisor, main_grad, *needs, *settings)
-    return total
+    forms_gradients = reduction != "none" and any(needs) and known_in_forward(rows, divisor)
+    settings = (*linear_ops.chunk_options(options), *ops.options(spec, backend))
+    return HeadCall(rows, backend, divisor, main_grad, needs, forms_gradients, settings)
 
 
 def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: LinearOptions, impl: str) -> Tensor:

@@ -5,7 +5,7 @@ make gradients of it. Backends give the row losses; the products are torch's. N 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .inputs import without_autocast
 from .products import Weight, mixes, product
+from .row_stats import RowStats, Upstream, Wants, no_class
 from .spec import LinearOptions, LossSpec
 
 # elements on which a row of logits starts, so that every access to it is wide and cuBLAS likes its stride
@@ -98,7 +99,7 @@ def row_loss(
         some, some_target = _rows_of(head, target, kept)
         loss: Tensor | None = backend.head_row_loss(*some, some_target, class_weight, spec)
         if loss is None:
-            loss = _empty_loss(some.hidden)
+            loss = _empty_loss(head.hidden, len(some_target))
             weight = Weight(head.weight, _operand_dtype(head, options))
             for rows, _, z in _logits(some, weight, some_target, spec, options, None, dropped=kept is not None):
                 loss[rows] = backend.row_loss(z, some_target[rows], class_weight, spec)[0]
@@ -116,10 +117,79 @@ def row_loss_and_grads(
     backend: ModuleType,
 ) -> tuple[Tensor, Gradients]:
     """(N,) losses, and the gradients of their sum weighted by ``dloss`` (N,)."""
+    kept = _kept(target, spec, options)
+    loss = _empty_loss(head.hidden, len(target if kept is None else kept))
+
+    def fill(rows: slice, z: Tensor, t: Tensor, up: Upstream, g: Tensor | None, dt: Tensor | None) -> None:
+        loss[rows] = backend.row_loss_and_grads(z, t, class_weight, up.loss, spec, g, dt)
+
+    grads = _grads(head, target, class_weight, Upstream(dloss), needs, spec, options, kept, fill)
+    return _put_back(loss, kept, target), grads
+
+
+def row_stats(
+    head: Head,
+    target: Tensor,
+    class_weight: Tensor | None,
+    wants: Wants,
+    spec: LossSpec,
+    options: LinearOptions,
+    backend: ModuleType,
+) -> RowStats:
+    """Statistics of N rows, without a gradient."""
     with without_autocast(head.hidden):
         kept = _kept(target, spec, options)
         some, some_target = _rows_of(head, target, kept)
-        dloss = dloss if kept is None else dloss[kept]
+        made: RowStats | None = backend.head_row_stats(*some, some_target, class_weight, spec, wants)
+        if made is None:
+            made = _empty_stats(head.hidden, len(some_target), wants)
+            weight = Weight(head.weight, _operand_dtype(head, options))
+            for rows, _, z in _logits(some, weight, some_target, spec, options, None, dropped=kept is not None):
+                _store(made, rows, backend.row_stats(z, some_target[rows], class_weight, spec, wants, None, None, None))
+        return _stats_put_back(made, kept, target, spec)
+
+
+def row_stats_and_grads(
+    head: Head,
+    target: Tensor,
+    class_weight: Tensor | None,
+    upstream: Upstream,
+    needs: Needs,
+    wants: Wants,
+    spec: LossSpec,
+    options: LinearOptions,
+    backend: ModuleType,
+) -> tuple[RowStats, Gradients]:
+    """Statistics of N rows, and the gradients of their sum weighted by ``upstream``."""
+    kept = _kept(target, spec, options)
+    made = _empty_stats(head.hidden, len(target if kept is None else kept), wants)
+
+    def fill(rows: slice, z: Tensor, t: Tensor, up: Upstream, g: Tensor | None, dt: Tensor | None) -> None:
+        _store(made, rows, backend.row_stats(z, t, class_weight, spec, wants, up, g, dt))
+
+    grads = _grads(head, target, class_weight, upstream, needs, spec, options, kept, fill)
+    return _stats_put_back(made, kept, target, spec), grads
+
+
+# (rows, their logits, targets, upstream gradients, where the gradients of logits and of targets go)
+Fill = Callable[[slice, Tensor, Tensor, Upstream, Tensor | None, Tensor | None], None]
+
+
+def _grads(
+    head: Head,
+    target: Tensor,
+    class_weight: Tensor | None,
+    upstream: Upstream,
+    needs: Needs,
+    spec: LossSpec,
+    options: LinearOptions,
+    kept: Tensor | None,
+    fill: Fill,
+) -> Gradients:
+    """The gradients of a head, from the gradient that ``fill`` writes over each chunk of logits."""
+    with without_autocast(head.hidden):
+        some, some_target = _rows_of(head, target, kept)
+        upstream = upstream if kept is None else upstream.of(kept)
         hidden, weight = head.hidden, head.weight
         acc_dtype = options.dtype("acc_dtype", hidden.dtype)
         dhidden = torch.empty_like(some.hidden, dtype=acc_dtype, memory_format=torch.contiguous_format) if needs.hidden else None
@@ -130,7 +200,6 @@ def row_loss_and_grads(
         if dweight is not None and len(some.hidden) == 0:
             dweight.zero_()
 
-        loss = _empty_loss(some.hidden)
         unit = None
         operands = Weight(weight, _operand_dtype(head, options))
         for rows, x, z in _logits(some, operands, some_target, spec, options, dhidden, dropped=kept is not None):
@@ -138,14 +207,14 @@ def row_loss_and_grads(
             if needs.hidden or needs.weight or needs.bias:
                 g = _gradient_over(z, x.dtype)
                 if g.dtype == torch.float16 and unit is None:
-                    unit = _unit(dloss, class_weight, spec)
-            x_target, factor, dt = some_target[rows], dloss[rows], None if dtarget is None else dtarget[rows]
+                    unit = _unit(upstream, class_weight, spec)
+            x_target, up, dt = some_target[rows], upstream.of(rows), None if dtarget is None else dtarget[rows]
             if unit is not None:
                 if dt is not None:
                     # no operand of a product, so it has no unit
-                    backend.row_loss_and_grads(z, x_target, class_weight, factor, spec, None, dt)
-                factor, dt = factor / unit, None
-            loss[rows] = backend.row_loss_and_grads(z, x_target, class_weight, factor, spec, g, dt)
+                    fill(rows, z, x_target, up, None, dt)
+                up, dt = up.over(unit), None
+            fill(rows, z, x_target, up, g, dt)
             if g is None:
                 continue
             dx = None
@@ -169,7 +238,7 @@ def row_loss_and_grads(
                     made *= unit
         if dhidden is not None:
             dhidden = _put_back(dhidden, kept, target)
-        return _put_back(loss, kept, target), Gradients(dhidden, dweight, dbias, dtarget)
+        return Gradients(dhidden, dweight, dbias, dtarget)
 
 
 def _operand_dtype(head: Head, options: LinearOptions) -> torch.dtype:
@@ -226,17 +295,18 @@ def _gradient_over(z: Tensor, operand_dtype: torch.dtype) -> Tensor:
     return wide[:, :v]
 
 
-def _unit(dloss: Tensor, class_weight: Tensor | None, spec: LossSpec) -> Tensor:
+def _unit(upstream: Upstream, class_weight: Tensor | None, spec: LossSpec) -> Tensor:
     """What gradients of logits are divided by before they are rounded to fp16, and their products multiplied by.
 
     A mean over many rows, a loss scaler, class weights or a scale of the logits take them out of the range of fp16. The largest factor of
-    a row becomes 256: probabilities keep their digits down to 2e-7, and 255 are left for the z-loss.
+    a row becomes 256: probabilities keep their digits down to 2e-7, and 255 are left for the z-loss and the logarithms of an entropy.
     """
     # a mean over no row is divided by 0, and an ignored row's factor may be anything
-    largest = torch.where(dloss.isfinite(), dloss.abs(), 0.0).amax() * abs(spec.logit_scale or 1.0)
-    if class_weight is not None:
-        largest = largest * class_weight.to(dloss.dtype).abs().amax()
-    return torch.where(largest > 0.0, largest, 1.0) / 256.0
+    largest = [None if t is None else torch.where(t.isfinite(), t.abs(), 0.0).amax() for t in upstream]
+    if class_weight is not None and largest[0] is not None:
+        largest[0] = largest[0] * class_weight.to(largest[0].dtype).abs().amax()
+    most = torch.stack([t for t in largest if t is not None]).sum() * abs(spec.logit_scale or 1.0)
+    return torch.where(most > 0.0, most, 1.0) / 256.0
 
 
 def _kept(target: Tensor, spec: LossSpec, options: LinearOptions) -> Tensor | None:
@@ -257,6 +327,27 @@ def _put_back(some: Tensor, kept: Tensor | None, target: Tensor) -> Tensor:
     return some if kept is None else some.new_zeros(len(target), *some.shape[1:]).index_copy_(0, kept, some)
 
 
-def _empty_loss(hidden: Tensor) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+def _empty_stats(hidden: Tensor, n: int, wants: Wants) -> RowStats:
+    loss, lse, target_logprob, entropy = (_empty_loss(hidden, n) for _ in range(4))
+    argmax = torch.empty(n, dtype=torch.int64, device=hidden.device)
+    return RowStats(loss, lse, target_logprob, entropy if wants.entropy else None, argmax if wants.argmax else None, loss.new_empty(0))
+
+
+def _store(made: RowStats, rows: slice, some: RowStats) -> None:
+    for t, part in zip(made[:-1], some[:-1], strict=True):
+        if t is not None and part is not None:
+            t[rows] = part
+
+
+def _stats_put_back(made: RowStats, kept: Tensor | None, target: Tensor, spec: LossSpec) -> RowStats:
+    if kept is None:
+        return made
+    *stats, argmax, rest = made
+    some = [None if t is None else _put_back(t, kept, target) for t in stats]
+    if argmax is not None:
+        argmax = argmax.new_full((len(target),), no_class(spec)).index_copy_(0, kept, argmax)
+    return RowStats(*some, argmax, rest)  # type: ignore[arg-type]
+
+
+def _empty_loss(hidden: Tensor, n: int) -> Tensor:
+    return torch.empty(n, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)

@@ -13,26 +13,25 @@ from torch import Tensor
 from . import linear
 from .autograd import is_plain, multiply
 from .linear import Gradients, Head, Needs
-from .ops import OPTIONS, backend, checked_spec, library, new_loss
+from .ops import OPTIONS, UPSTREAM, backend, checked_spec, library, new_loss
+from .row_stats import Upstream, Wants
 from .spec import LinearOptions, loss_spec
 
 SPENT = (
     "a second backward needs the gradients of linear_cross_entropy again, but the first has handed them over; pass"
     " options=LinearOptions(allow_retain_graph=True)"
 )
-NO_SECOND_DERIVATIVE = "linear_cross_entropy has no second derivative (create_graph=True) but with impl='reference'"
+NO_SECOND_DERIVATIVE = "the linear form has no second derivative (create_graph=True) but with impl='reference'"
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
-_CHUNKS = "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored, bool allow_retain_graph"
-_NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_target"
-_GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dtarget"
-_N_CHUNKS, _N_OPTIONS = 5, 6
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+CHUNKS = "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored, bool allow_retain_graph"
+NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_target"
+GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dtarget"
+N_CHUNKS, N_OPTIONS = 5, 6
 
-library.define(f"linear_row_loss({_HEAD}, Tensor? main_grad_buffer, {_CHUNKS}, {OPTIONS}) -> Tensor")
-library.define(f"linear_grads({_HEAD}, Tensor dloss, {_NEEDS}, {_CHUNKS}, {OPTIONS}) -> ({_GRADS})")
-library.define(
-    f"linear_total({_HEAD}, Tensor? divisor, Tensor? main_grad_buffer, {_NEEDS}, {_CHUNKS}, {OPTIONS}) -> (Tensor total, {_GRADS})"
-)
+library.define(f"linear_row_loss({HEAD}, Tensor? main_grad_buffer, {CHUNKS}, {OPTIONS}) -> Tensor")
+library.define(f"linear_grads({HEAD}, {UPSTREAM}, {NEEDS}, {CHUNKS}, {OPTIONS}) -> ({GRADS})")
+library.define(f"linear_total({HEAD}, Tensor? divisor, Tensor? main_grad_buffer, {NEEDS}, {CHUNKS}, {OPTIONS}) -> (Tensor total, {GRADS})")
 
 linear_row_loss = torch.ops.lossfuse.linear_row_loss.default
 linear_grads = torch.ops.lossfuse.linear_grads.default
@@ -44,14 +43,14 @@ def chunk_options(options: LinearOptions) -> tuple[Any, ...]:
     return options.chunk_bytes, options.logits_dtype, options.acc_dtype, options.drop_ignored, options.allow_retain_graph
 
 
-def _split(options: tuple[Any, ...]) -> tuple[LinearOptions, tuple[Any, ...]]:
-    return LinearOptions(*options[:_N_CHUNKS]), options[_N_CHUNKS:]
+def split(options: tuple[Any, ...]) -> tuple[LinearOptions, tuple[Any, ...]]:
+    return LinearOptions(*options[:N_CHUNKS]), options[N_CHUNKS:]
 
 
 def _row_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, buffer: Tensor | None, *options: Any
 ) -> Tensor:
-    chunks, loss_options = _split(options)
+    chunks, loss_options = split(options)
     spec = checked_spec(len(weight), target, loss_options)
     return linear.row_loss(Head(hidden, weight, bias), target, class_weight, spec, chunks, backend(loss_options[-1]))
 
@@ -61,19 +60,23 @@ def _row_loss_shapes(hidden: Tensor, *rest: Any) -> Tensor:
 
 
 def _grads(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, dloss: Tensor, *options: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    needs = Needs(*options[:4])
-    chunks, loss_options = _split(options[4:])
-    head, spec = Head(hidden, weight, bias), loss_spec(*loss_options[:-1])
-    _, grads = linear.row_loss_and_grads(head, target, class_weight, dloss, needs, spec, chunks, backend(loss_options[-1]))
-    return _all(grads, hidden)
+    upstream, needs, (chunks, loss_options) = Upstream(*rest[:4]), Needs(*rest[4:8]), split(rest[8:])
+    arguments = Head(hidden, weight, bias), target, class_weight
+    how = loss_spec(*loss_options[:-1]), chunks, backend(loss_options[-1])
+    if upstream.only_loss and upstream.loss is not None:
+        _, grads = linear.row_loss_and_grads(*arguments, upstream.loss, needs, *how)
+    else:
+        wants = Wants(entropy=upstream.entropy is not None, argmax=False)
+        _, grads = linear.row_stats_and_grads(*arguments, upstream, needs, wants, *how)
+    return as_tensors(grads, hidden)
 
 
 def _grads_shapes(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, dloss: Tensor, *options: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _new_grads(hidden, weight, target, Needs(*options[:4]), _split(options[4:])[0])
+    return new_grads(hidden, weight, target, Needs(*rest[4:8]), split(rest[8:])[0])
 
 
 def _total(
@@ -87,15 +90,12 @@ def _total(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     needs = Needs(*options[:4])
-    chunks, loss_options = _split(options[4:])
+    chunks, loss_options = split(options[4:])
     spec = checked_spec(len(weight), target, loss_options)
-    one = torch.ones((), dtype=new_loss(hidden[:0]).dtype, device=hidden.device)
-    # the divisor may be a number of the host, which is not waited for
-    dloss = (one if divisor is None else one / divisor).expand(len(hidden))
-    head = Head(hidden, weight, bias)
-    loss, grads = linear.row_loss_and_grads(head, target, class_weight, dloss, needs, spec, chunks, backend(loss_options[-1]))
+    arguments = Head(hidden, weight, bias), target, class_weight, dloss_of(hidden, divisor)
+    loss, grads = linear.row_loss_and_grads(*arguments, needs, spec, chunks, backend(loss_options[-1]))
     total = loss.sum() if divisor is None else loss.sum() / divisor
-    return total, *_all(grads, hidden)
+    return total, *as_tensors(grads, hidden)
 
 
 def _total_shapes(
@@ -108,22 +108,29 @@ def _total_shapes(
     buffer: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    grads = _new_grads(hidden, weight, target, Needs(*options[:4]), _split(options[4:])[0])
+    grads = new_grads(hidden, weight, target, Needs(*options[:4]), split(options[4:])[0])
     return new_loss(hidden).sum(), *grads
 
 
-def _all(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+def dloss_of(hidden: Tensor, divisor: Tensor | None) -> Tensor:
+    """What a sum over ``divisor`` makes of each row."""
+    one = torch.ones((), dtype=new_loss(hidden[:0]).dtype, device=hidden.device)
+    # the divisor may be a number of the host, which is not waited for
+    return (one if divisor is None else one / divisor).expand(len(hidden))
+
+
+def as_tensors(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
     """A gradient nobody needs is an empty tensor."""
     return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 
-def _new_grads(hidden: Tensor, weight: Tensor, target: Tensor, needs: Needs, chunks: LinearOptions) -> tuple[Tensor, ...]:
+def new_grads(hidden: Tensor, weight: Tensor, target: Tensor, needs: Needs, chunks: LinearOptions) -> tuple[Tensor, ...]:
     dtype = chunks.dtype("acc_dtype", hidden.dtype)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     dhidden, dweight, dbias = (
         hidden.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs[:3], strict=True)
     )
-    return _all(Gradients(dhidden, dweight, dbias, target.new_empty(target.shape) if needs.target else None), hidden)
+    return as_tensors(Gradients(dhidden, dweight, dbias, target.new_empty(target.shape) if needs.target else None), hidden)
 
 
 for _name, _impl, _shapes in (
@@ -144,18 +151,23 @@ def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _row_loss_backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (2 + _N_CHUNKS + _N_OPTIONS)
-    if dloss is None:
-        return None, None, None, None, *nothing
-    _refuse_second_derivative(dloss)
-    tensors = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:4]
-    made = linear_grads(*tensors, dloss, *needed, *ctx.options)
+    grads = made_again(ctx.saved_tensors, Upstream(dloss), ctx.needs_input_grad[:4], ctx.buffer, ctx.options)
+    return *grads, *(None,) * (2 + N_CHUNKS + N_OPTIONS)
+
+
+def made_again(tensors: Any, upstream: Upstream, needed: Any, buffer: Tensor | None, options: Any) -> list[Tensor | None]:
+    """Gradients of hidden states, weight, bias and probabilities from logits that are made again."""
+    given = [t for t in upstream if t is not None]
+    if not given:
+        return [None] * 4
+    for t in given:
+        _refuse_second_derivative(t)
+    made = linear_grads(*tensors, *upstream, *needed, *options)
     grads = [g.to(t.dtype) if need else None for g, t, need in zip(made, tensors, needed, strict=False)]
-    if ctx.buffer is not None and needed[1]:
-        ctx.buffer.add_(made[1])
+    if buffer is not None and needed[1]:
+        buffer.add_(made[1])
         grads[1] = None
-    return *grads, *nothing
+    return grads
 
 
 def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -168,16 +180,20 @@ def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _total_backward(ctx: Any, dtotal: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (3 + len(ctx.needs) + _N_CHUNKS + _N_OPTIONS)
-    if dtotal is None:
-        return None, None, None, None, *nothing
+    grads: list[Tensor | None] = [None] * 4
+    if dtotal is not None:
+        if ctx.spent:
+            raise RuntimeError(SPENT)
+        grads = handed_over(ctx, ctx.saved_tensors, dtotal)
+    return *grads, *(None,) * (3 + len(ctx.needs) + N_CHUNKS + N_OPTIONS)
+
+
+def handed_over(ctx: Any, made: Any, dtotal: Tensor) -> list[Tensor | None]:
+    """The gradients of a forward times ``dtotal``, in their own memory if they need not stay."""
     _refuse_second_derivative(dtotal)
-    if ctx.spent:
-        raise RuntimeError(SPENT)
     # what a compiler traces, or a batch of factors, multiplies one gradient that stays
     hand_over = is_plain(dtotal) and not ctx.retain
     ctx.spent = hand_over
-    made = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * 4
     for i, (g, dtype) in enumerate(zip(made, ctx.dtypes, strict=True)):
         if not ctx.needs[i]:
@@ -186,7 +202,7 @@ def _total_backward(ctx: Any, dtotal: Tensor | None, *unused: None) -> tuple[Ten
             ctx.buffer.addcmul_(g, dtotal)
         else:
             grads[i] = _times(g, dtotal, dtype, ctx.impl) if hand_over else (g * dtotal).to(dtype)
-    return *grads, *nothing
+    return grads
 
 
 torch.library.register_autograd("lossfuse::linear_row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=library)

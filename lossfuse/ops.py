@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .row_stats import Upstream
 from .spec import LossSpec, loss_spec
 from .targets import require_ids_in_range
 
 _BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked"}
 OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale, str impl"
+WANTS = "bool entropy, bool argmax"
+STATS = "Tensor lse, Tensor target_logprob, Tensor entropy, Tensor argmax"
+UPSTREAM = "Tensor? dloss, Tensor? dlse, Tensor? dlogprob, Tensor? dentropy"
 
 library = torch.library.Library("lossfuse", "DEF")
 library.define(f"row_loss(Tensor logits, Tensor target, Tensor? class_weight, {OPTIONS}) -> (Tensor loss, Tensor stats)")
@@ -136,7 +140,7 @@ def _row_grads(
         target,
         class_weight,
         stats,
-        dloss,
+        Upstream(dloss),
         loss_spec(*options[:-1]),
         dlogits if need_dlogits else None,
         dtarget if need_dtarget else None,
@@ -196,7 +200,7 @@ def _row_grads_(
 ) -> Tensor:
     dtarget = new_grad(target, need_dtarget)
     spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
-    backend(options[-1]).row_grads(logits, target, class_weight, stats, dloss, spec, logits, wanted)
+    backend(options[-1]).row_grads(logits, target, class_weight, stats, Upstream(dloss), spec, logits, wanted)
     return dtarget
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .inputs import without_autocast
+from .row_stats import RowStats, no_class
 from .spec import LossSpec
 
 
@@ -41,14 +42,54 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
     return torch.where(ignored, 0.0, loss * torch.where(ignored | valid, 1.0, torch.nan))
 
 
+def row_stats(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> RowStats:
+    """The losses of ``row_loss``, and what is read off the same rows; all but the largest class differentiable."""
+    loss = row_loss(logits, target, class_weight, spec)
+    x = logits.to(loss.dtype)
+    if target.is_floating_point():
+        z = shaped(x, spec)
+        logp = torch.log_softmax(z, -1)
+        t = target.to(x.dtype)
+        target_logprob = -_expected_nll(z, t)
+        valid = torch.ones_like(loss, dtype=torch.bool)
+        ignored = ~valid
+    else:
+        ignored = target == spec.ignore_index
+        valid = ~ignored & (target >= 0) & (target < x.shape[-1])
+        z = shaped(torch.where(ignored[:, None], 0.0, x), spec)
+        logp = torch.log_softmax(z, -1)
+        target_logprob = -_negative_log_likelihood(z, torch.where(valid, target, 0)[:, None])
+
+    def of_valid(t: Tensor) -> Tensor:
+        # by a factor, so that a bad row's gradient is NaN too
+        return torch.where(ignored, 0.0, t * torch.where(ignored | valid, 1.0, torch.nan))
+
+    # a class of probability 0 is out of the sum, and its -inf out of the gradient
+    nowhere = logp == -torch.inf
+    entropy = -(logp.exp() * torch.where(nowhere, 0.0, logp)).sum(-1)
+    argmax = torch.where(valid, z.argmax(-1), no_class(spec))
+    return RowStats(loss, of_valid(z.logsumexp(-1)), of_valid(target_logprob), of_valid(entropy), argmax, loss.new_empty(0))
+
+
 def linear_row_loss(
     hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec
 ) -> Tensor:
     """(N, D) hidden states and a head (V, D) -> (N,) losses, by way of the logits."""
+    return row_loss(_head_logits(hidden, linear_weight, linear_bias, target, spec), target, class_weight, spec)
+
+
+def linear_row_stats(
+    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+) -> RowStats:
+    """(N, D) hidden states and a head (V, D) -> statistics, by way of the logits."""
+    return row_stats(_head_logits(hidden, linear_weight, linear_bias, target, spec), target, class_weight, spec)
+
+
+def _head_logits(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, spec: LossSpec) -> Tensor:
     if not target.is_floating_point():
         # ignored rows may hold NaN: their logits' gradient of 0 would carry it into that of the weight
         hidden = torch.where((target == spec.ignore_index)[:, None], 0.0, hidden)
-    return row_loss(linear(hidden, linear_weight, linear_bias), target, class_weight, spec)
+    return linear(hidden, linear_weight, linear_bias)
 
 
 def linear(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

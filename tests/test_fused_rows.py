@@ -9,6 +9,7 @@ import torch
 import mutants
 import program
 from closeness import assert_gradient_close, assert_loss_close
+from lossfuse.row_stats import Upstream
 from lossfuse.spec import LossSpec
 from rows import class_weight, logits_and_ids, probabilities
 
@@ -352,7 +353,7 @@ def test_rows_that_are_columns_in_memory(device, soft):
         assert_loss_close(loss, want[0])
         assert_gradient_close(dlogits, want[1], terms=1e-2 if soft else 0.0)
     stats = backend.row_loss(columns.copy_(x), target, None, LossSpec())[1]
-    backend.row_grads(columns, target, None, stats, dloss, LossSpec(), columns, None)
+    backend.row_grads(columns, target, None, stats, Upstream(dloss), LossSpec(), columns, None)
     assert_gradient_close(columns, want[1], terms=1e-2 if soft else 0.0)
 
 
@@ -367,7 +368,7 @@ def test_in_place_is_the_same_from_statistics(device, v):
         _, stats = softmax_rows.row_loss(x, t, None, **backend._options(LossSpec()))
         apart, place = torch.empty_like(x), x.clone()
         for source, dlogits in ((x, apart), (place, place)):
-            backend.row_grads(source, t, None, stats, dloss, LossSpec(), dlogits, None)
+            backend.row_grads(source, t, None, stats, Upstream(dloss), LossSpec(), dlogits, None)
         assert torch.equal(apart, place)
 
 

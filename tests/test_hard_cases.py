@@ -200,7 +200,8 @@ def test_a_padded_lane_is_never_a_target(fast_place):
         from lossfuse.backends import chunked as backend
     else:
         from lossfuse.backends import triton as backend
-    from lossfuse.spec import LossSpec
+    from lossfuse.row_stats import Upstream
+from lossfuse.spec import LossSpec
 
     v = 130
     x, _ = logits_and_ids(6, v, device=fast_place.device)
@@ -208,7 +209,7 @@ def test_a_padded_lane_is_never_a_target(fast_place):
     target = torch.tensor([0, v, v + 5, -5, 2**40, v - 1], device=fast_place.device)
     loss, stats = backend.row_loss(x, target, None, LossSpec())
     dlogits = torch.empty_like(x)
-    backend.row_grads(x, target, None, stats, torch.ones(6, device=x.device), LossSpec(), dlogits, None)
+    backend.row_grads(x, target, None, stats, Upstream(torch.ones(6, device=x.device)), LossSpec(), dlogits, None)
     bad = torch.tensor([False, True, True, True, True, False])
     assert torch.equal(loss.isnan().cpu(), bad)
     assert torch.equal(dlogits.isnan().all(-1).cpu(), bad) and torch.equal(dlogits.isnan().any(-1).cpu(), bad)

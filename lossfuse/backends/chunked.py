@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..row_stats import RowStats, Upstream, Wants, no_class
 from ..spec import LossSpec
 from . import threads
 
@@ -28,11 +29,15 @@ TEMPORARY_BYTES = 3 << 20
 TEMPORARY_SHARE = 25
 # blocks alive at once where the logits are shaped or summed, or targets are probabilities
 FEATURE_BLOCKS = 6
+# of a row, whose largest class is looked for where its largest logit was found; an operator that tells both takes ten times as long
+SEGMENT = 256
+# of distances from the maximum that are multiplied and summed at a time, for each thread
+SUMMED_BYTES = 1 << 20
 
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """(N,) losses; this backend keeps no statistics, since the gradient's blocks make their own."""
-    loss = _rows(logits, target, class_weight, None, spec, None, None)
+    (loss,) = _rows(logits, target, class_weight, None, spec, None, None, None)
     return loss, loss.new_empty(0, logits.shape[0])
 
 
@@ -40,14 +45,14 @@ def row_grads(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
-    stats: Tensor,
-    dloss: Tensor,
+    kept: Tensor,
+    upstream: Upstream,
     spec: LossSpec,
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> None:
     """Fill the gradients that are given; ``dlogits`` may be ``logits``."""
-    _rows(logits, target, class_weight, dloss, spec, dlogits, dtarget)
+    _rows(logits, target, class_weight, upstream, spec, dlogits, dtarget, None)
 
 
 def row_loss_and_grads(
@@ -60,11 +65,35 @@ def row_loss_and_grads(
     dtarget: Tensor | None,
 ) -> Tensor:
     """(N,) losses, and the gradients that are given filled in the same pass; ``dlogits`` may be ``logits``."""
-    return _rows(logits, target, class_weight, dloss, spec, dlogits, dtarget)
+    (loss,) = _rows(logits, target, class_weight, Upstream(dloss), spec, dlogits, dtarget, None)
+    return loss
+
+
+def row_stats(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    wants: Wants,
+    upstream: Upstream | None,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+) -> RowStats:
+    """Statistics of N rows, and the gradients that are given filled in the same pass; ``dlogits`` may be ``logits``."""
+    loss, lse, target_logprob, *more = _rows(logits, target, class_weight, upstream, spec, dlogits, dtarget, wants)
+    argmax = more.pop() if wants.argmax else None
+    entropy = more.pop() if wants.entropy else None
+    return RowStats(loss, lse, target_logprob, entropy, argmax, loss.new_empty(0, logits.shape[0]))
 
 
 def head_row_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> None:
     """Torch has no product whose logits stay in registers."""
+
+
+def head_row_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants
+) -> None:
+    """Nor one that leaves statistics."""
 
 
 def multiply_in_place(t: Tensor, factor: Tensor) -> None:
@@ -76,14 +105,16 @@ def _rows(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
-    dloss: Tensor | None,
+    upstream: Upstream | None,
     spec: LossSpec,
     dlogits: Tensor | None,
     dtarget: Tensor | None,
-) -> Tensor:
+    wants: Wants | None,
+) -> tuple[Tensor, ...]:
+    """(N,) losses, and with ``wants`` log-sum-exps, the targets' log-probabilities and what is wanted."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = None if class_weight is None else class_weight.to(dtype)
-    dloss = None if dloss is None else dloss.to(dtype)[:, None]
+    up = None if upstream is None else Upstream(*(None if t is None else t.to(dtype)[:, None] for t in upstream))
     for grad in (dlogits, dtarget):
         if grad is not None:
             prefer_huge_pages(grad)
@@ -92,21 +123,33 @@ def _rows(
     soft = target.is_floating_point()
     temporaries = FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0
     temporaries += dlogits is None or dlogits.dtype != dtype
+    # distances of a whole block where they end in its gradient, of a few rows where they are summed and forgotten
+    temporaries += up is not None and up.entropy is not None
     count = threads_for(n * v, logits.element_size(), dtype.itemsize, temporaries) if on_cpu else 1
     block = block_rows(n, v, logits.element_size(), dtype.itemsize, on_cpu, temporaries, count)
 
-    def part(rows: slice) -> Tensor:
-        x, t, d, dx, dt = (None if a is None else a[rows] for a in (logits, target, dloss, dlogits, dtarget))
+    def part(rows: slice) -> tuple[Tensor, ...]:
+        x, t, dx, dt = (None if a is None else a[rows] for a in (logits, target, dlogits, dtarget))
+        u = None if up is None else up.of(rows)
         assert x is not None and t is not None
-        if soft:
-            return _soft_rows(x, t, weight, d, spec, dx, dt, dtype, block)[:, 0]
-        return _id_rows(x, t[:, None], weight, d, spec, dx, dtype, block)[:, 0]
+        columns = (
+            _soft_rows(x, t, weight, u, spec, dx, dt, dtype, block, wants)
+            if soft
+            else _id_rows(x, t[:, None], weight, u, spec, dx, dtype, block, wants)
+        )
+        return tuple(column[:, 0] for column in columns)
 
     if count == 1:
         return part(slice(0, n))
     # several parts for each thread, whole blocks, for when one of them is held up
     length = max(block, -(-n // (4 * count * block)) * block)
-    return torch.cat(threads.run([functools.partial(part, slice(i, i + length)) for i in range(0, n, length)], count))
+    parts = threads.run([functools.partial(part, slice(i, i + length)) for i in range(0, n, length)], count)
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+def _spreads(up: Upstream | None, wants: Wants | None) -> bool:
+    """Whether entropies are computed, which takes a block for the logits' distances from their maximum."""
+    return (wants is not None and wants.entropy) or (up is not None and up.entropy is not None)
 
 
 def threads_for(numel: int, itemsize: int, work_itemsize: int, temporaries: int) -> int:
@@ -142,13 +185,14 @@ def _id_rows(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    dloss: Tensor | None,
+    up: Upstream | None,
     spec: LossSpec,
     dlogits: Tensor | None,
     dtype: torch.dtype,
     block: int,
-) -> Tensor:
-    """(N, 1) losses against (N, 1) class ids."""
+    wants: Wants | None,
+) -> list[Tensor]:
+    """(N, 1) losses and statistics against (N, 1) class ids."""
     n, v = logits.shape
     ignored = target == spec.ignore_index
     valid = ~ignored & (target >= 0) & (target < v)
@@ -158,72 +202,112 @@ def _id_rows(
     kept = (1.0 - spec.label_smoothing) * w_y
     smooth = spec.label_smoothing / v
     smooth_sum = smooth * (v * ones if weight is None else weight.sum())
-    # a target outside [0, V) makes its row NaN
-    dloss = torch.where(valid, ones if dloss is None else dloss, torch.nan)
+    up = Upstream() if up is None else up
+    dloss = 0.0 * ones.expand(n, 1) if up.loss is None else up.loss
+    # of the negative log-likelihood; a target outside [0, V) makes its row NaN
+    dnll = torch.where(valid, dloss * kept if up.target_logprob is None else dloss * kept - up.target_logprob, torch.nan)
+    spreads = _spreads(up, wants)
+    some = block if up.entropy is not None else max(1, min(block, SUMMED_BYTES // (v * dtype.itemsize)))
+    distances = torch.empty(min(some, n) if spreads else 0, v, dtype=dtype, device=logits.device)
 
-    row_max, margin, others, shortfall = torch.empty(4, n, 1, dtype=dtype, device=logits.device)
+    row_max, margin, others, shortfall, spread = torch.empty(5, n, 1, dtype=dtype, device=logits.device)
+    top = torch.empty(n if wants is not None and wants.argmax else 0, 1, dtype=torch.int64, device=logits.device)
     for rows, x, p in _blocks(logits, dlogits, dtype, block):
         if _nowhere(valid[rows]):
             continue
         y_b, margin_b, others_b = y[rows], margin[rows], others[rows]
         z, slope = _shaped(x, spec, p)
-        torch.amax(z, -1, keepdim=True, out=row_max[rows])
-        torch.sub(z, row_max[rows], out=p)
-        torch.gather(p, 1, y_b, out=margin_b)
-        if smooth:
-            torch.sum(_times(-p, weight), -1, keepdim=True, out=shortfall[rows])
-        p.exp_().scatter_(1, y_b, 0.0)
+        if len(top):
+            row_max[rows], top[rows] = _largest(z)
+        else:
+            torch.amax(z, -1, keepdim=True, out=row_max[rows])
+        if spreads:
+            torch.gather(z, 1, y_b, out=margin_b).sub_(row_max[rows])
+            for i in range(0, len(p), some):
+                part, at = slice(i, i + some), slice(rows.start + i, min(rows.start + i + some, rows.stop))
+                d = torch.sub(z[part], row_max[at], out=distances[: at.stop - at.start])
+                if smooth:
+                    torch.sum(_times(-d, weight), -1, keepdim=True, out=shortfall[at])
+                moments, spread[at] = _moments(torch.exp(d, out=p[part]), d)
+        else:
+            torch.sub(z, row_max[rows], out=p)
+            torch.gather(p, 1, y_b, out=margin_b)
+            if smooth:
+                torch.sum(_times(-p, weight), -1, keepdim=True, out=shortfall[rows])
+            p.exp_()
+        e_y = margin_b.exp()
+        if up.entropy is not None:
+            moment_y = moments.gather(1, y_b)
+        p.scatter_(1, y_b, 0.0)
         torch.sum(p, -1, keepdim=True, out=others_b)
         if dlogits is None:
             continue
 
-        e_y, kept_b, dloss_b = margin_b.exp(), kept[rows], dloss[rows]
-        per_sum = dloss_b / (others_b + e_y)
-        dy = others_b * kept_b
-        if smooth or spec.lse_square_scale:
+        factor, per_sum = dnll[rows], 1.0 / (others_b + e_y)
+        dy = others_b * factor
+        if smooth or spec.lse_square_scale or up.lse is not None:
             # what multiplies every p alike, the target's among them
-            flat = smooth_sum + 2.0 * spec.lse_square_scale * (row_max[rows] + _log_sum(others_b, e_y))
+            flat = dloss[rows] * (smooth_sum + 2.0 * spec.lse_square_scale * (row_max[rows] + _log_sum(others_b, e_y)))
+            if up.lse is not None:
+                flat += up.lse[rows]
             dy -= flat * e_y
-            kept_b = kept_b + flat
-        p.mul_(kept_b * per_sum)
+            factor = factor + flat
+        if up.entropy is not None:
+            # p * (mean distance - distance), but for the sum of exponentials
+            mean = spread[rows] * per_sum
+            dy += up.entropy[rows] * (moment_y - mean * e_y)
+            factor = factor + up.entropy[rows] * mean
+        p.mul_(factor * per_sum)
         dy *= -per_sum
+        if up.entropy is not None:
+            p.addcmul_(moments, up.entropy[rows] * per_sum, value=-1.0)
         if smooth:
-            p.addcmul_((ones if weight is None else weight).expand_as(p), dloss_b.expand_as(p), value=-smooth)
-            dy -= smooth * w_y[rows] * dloss_b
+            p.addcmul_((ones if weight is None else weight).expand_as(p), dloss[rows].expand_as(p), value=-smooth)
+            dy -= smooth * w_y[rows] * dloss[rows]
         p.scatter_(1, y_b, dy)
         if slope is not None:
             p.mul_(slope)
 
     if dlogits is not None:
         _zero_rows(dlogits, ignored)
-    log_sum = _log_sum(others, margin.exp())
+    e_y = margin.exp()
+    log_sum = _log_sum(others, e_y)
     loss = (log_sum - margin) * kept
     if smooth:
         loss += smooth_sum * log_sum + smooth * shortfall
     if spec.lse_square_scale:
         loss += spec.lse_square_scale * (row_max + log_sum).square_()
-    return torch.where(ignored, 0.0, torch.where(valid, loss, torch.nan))
+    columns = [loss]
+    if wants is not None:
+        columns += [row_max + log_sum, margin - log_sum]
+        if wants.entropy:
+            columns.append(log_sum - spread / (others + e_y))
+    columns = [torch.where(ignored, 0.0, torch.where(valid, column, torch.nan)) for column in columns]
+    return [*columns, torch.where(valid, top, no_class(spec))] if len(top) else columns
 
 
 def _soft_rows(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    dloss: Tensor | None,
+    up: Upstream | None,
     spec: LossSpec,
     dlogits: Tensor | None,
     dtarget: Tensor | None,
     dtype: torch.dtype,
     block: int,
-) -> Tensor:
-    """(N, 1) losses against (N, V) probabilities."""
+    wants: Wants | None,
+) -> list[Tensor]:
+    """(N, 1) losses and statistics against (N, V) probabilities."""
     n, v = logits.shape
-    loss = torch.empty(n, 1, dtype=dtype, device=logits.device)
+    loss, all_lse, target_logprob, entropy = torch.empty(4, n, 1, dtype=dtype, device=logits.device)
+    all_top = torch.empty(n, 1, dtype=torch.int64, device=logits.device)
     for rows, x, p in _blocks(logits, dlogits, dtype, block):
         z, slope = _shaped(x, spec, p)
-        row_max, top = z.max(-1, keepdim=True)
+        row_max, top = _largest(z)
         d = z - row_max
-        q = target[rows].to(dtype)
+        t = target[rows].to(dtype)
+        q = t
         if spec.label_smoothing:
             q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / v
         q = _times(q, weight)
@@ -231,29 +315,78 @@ def _soft_rows(
         out = (q == 0.0) & (d == -torch.inf)
         d.masked_fill_(out, 0.0)
         torch.exp(d, out=p)
-        p.masked_fill_(out, 0.0).scatter_(1, top, 0.0)
+        p.masked_fill_(out, 0.0)
+        if _spreads(up, wants):
+            moments, spread = _moments(p, d.clone())
+        p.scatter_(1, top, 0.0)
         others = p.sum(-1, keepdim=True)
         mass = q.sum(-1, keepdim=True)
-        log_sum = torch.log1p(others)
+        log_sum, sum_exp = torch.log1p(others), 1.0 + others
         lse = row_max + log_sum
         loss[rows] = mass * log_sum - (q * d).sum(-1, keepdim=True) + spec.lse_square_scale * lse * lse
-        if dloss is None:
+        if wants is not None:
+            all_lse[rows], all_top[rows] = lse, top
+            target_logprob[rows] = torch.where((t == 0.0) & (d == -torch.inf), 0.0, t * (d - log_sum)).sum(-1, keepdim=True)
+            if wants.entropy:
+                entropy[rows] = log_sum - spread / sum_exp
+        if up is None:
             continue
 
-        dloss_b = dloss[rows]
+        dloss_b = torch.zeros_like(lse) if up.loss is None else up.loss[rows]
+        dlogprob_b = None if up.target_logprob is None else up.target_logprob[rows]
         if dlogits is not None:
-            z_slope = 2.0 * spec.lse_square_scale * lse
-            sum_exp = 1.0 + others
-            q_top = q.gather(1, top)
+            flat = 2.0 * spec.lse_square_scale * lse * dloss_b
+            if up.lse is not None:
+                flat = flat + up.lse[rows]
+            dmass, dq_top = mass * dloss_b, q.gather(1, top) * dloss_b
+            if dlogprob_b is not None:
+                dmass = dmass - t.sum(-1, keepdim=True) * dlogprob_b
+                dq_top = dq_top - t.gather(1, top) * dlogprob_b
+            if up.entropy is not None:
+                flat = flat + up.entropy[rows] * spread / sum_exp
             # mass * p - q cancels where p is nearly 1
-            d_top = torch.where(others < 1.0, (mass - q_top) - mass * others / sum_exp, mass / sum_exp - q_top)
-            p.mul_((mass + z_slope) / sum_exp).sub_(q).scatter_(1, top, d_top + z_slope / sum_exp).mul_(dloss_b)
+            d_top = torch.where(others < 1.0, (dmass - dq_top) - dmass * others / sum_exp, dmass / sum_exp - dq_top)
+            p.mul_((dmass + flat) / sum_exp).addcmul_(q, dloss_b, value=-1.0)
+            if dlogprob_b is not None:
+                p.addcmul_(t, dlogprob_b)
+            if up.entropy is not None:
+                p.addcmul_(moments, up.entropy[rows] / sum_exp, value=-1.0)
+            p.scatter_(1, top, d_top + flat / sum_exp)
             if slope is not None:
                 p.mul_(slope)
         if dtarget is not None:
-            nll = _times(log_sum - d, weight).mul_((1.0 - spec.label_smoothing) * dloss_b)
-            dtarget[rows].copy_(nll.masked_fill_(out, 0.0))
-    return loss
+            nll = log_sum - d
+            dt = _times(nll, weight).mul((1.0 - spec.label_smoothing) * dloss_b).masked_fill_(out, 0.0)
+            if dlogprob_b is not None:
+                dt -= torch.where(out | ((t == 0.0) & (nll == torch.inf)), 0.0, nll * dlogprob_b)
+            dtarget[rows].copy_(dt)
+    if wants is None:
+        return [loss]
+    return [loss, all_lse, target_logprob, *([entropy] if wants.entropy else []), *([all_top] if wants.argmax else [])]
+
+
+def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, V) -> the largest of each row and the first class that has it, each (B, 1)."""
+    v = z.shape[1]
+    whole = v // SEGMENT
+    if whole < 2:
+        return torch.max(z, -1, keepdim=True)
+    tops = z[:, : whole * SEGMENT].unflatten(1, (whole, SEGMENT)).amax(-1)
+    if v > whole * SEGMENT:
+        tops = torch.cat([tops, z[:, whole * SEGMENT :].amax(-1, keepdim=True)], 1)
+    start = tops.argmax(-1, keepdim=True) * SEGMENT
+    # beyond the last class that class again, which is not the first then
+    classes = (start + torch.arange(SEGMENT, device=z.device)).clamp_(max=v - 1)
+    largest, at = torch.max(z.gather(1, classes), -1, keepdim=True)
+    return largest, start + at
+
+
+def _moments(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """e * d, in ``d``, and its sums (B, 1); nothing for a logit of -inf, whose exponential is 0."""
+    sums = d.mul_(e).sum(-1, keepdim=True)
+    if d.device.type != "cpu" or sums.isnan().any():
+        sums = d.masked_fill_(d.isnan(), 0.0).sum(-1, keepdim=True)
+    return d, sums
 
 
 def _shaped(x: Tensor, spec: LossSpec, scratch: Tensor) -> tuple[Tensor, Tensor | float | None]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import fused_rows, linear_rows, sigmoid_rows, softmax_rows
+from ..row_stats import RowStats, Upstream, Wants
 from ..spec import LossSpec
 
 
@@ -57,8 +58,8 @@ def row_grads(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
-    stats: Tensor,
-    dloss: Tensor,
+    kept: Tensor,
+    upstream: Upstream,
     spec: LossSpec,
     dlogits: Tensor | None,
     dtarget: Tensor | None,
@@ -66,7 +67,11 @@ def row_grads(
     """Fill the gradients that are given; ``dlogits`` may be ``logits``."""
     x, t, weight = _operands(logits, target, class_weight)
     room = _room(x, logits, dlogits)
-    softmax_rows.row_grads(x, t, weight, stats, dloss, dlogits=room, dtarget=dtarget, **_options(spec))
+    dlse, dlogprob, dentropy = (None if t is None else t.contiguous() for t in upstream[1:])
+    softmax_rows.row_grads(
+        x, t, weight, kept, upstream.loss, dlogits=room, dtarget=dtarget, dlse=dlse, dlogprob=dlogprob, dentropy=dentropy,
+        **_options(spec),
+    )  # fmt: skip
     if dlogits is not None and room is not None and room is not dlogits:
         dlogits.copy_(room)
 
@@ -83,7 +88,7 @@ def row_loss_and_grads(
     """(N,) losses, and the gradients that are given filled; ``dlogits`` may be ``logits``."""
     if dlogits is None or target.is_floating_point():
         loss, stats = row_loss(logits, target, class_weight, spec)
-        row_grads(logits, target, class_weight, stats, dloss, spec, dlogits, dtarget)
+        row_grads(logits, target, class_weight, stats, Upstream(dloss), spec, dlogits, dtarget)
         return loss
     x, t, weight = _operands(logits, target, class_weight)
     room = _room(x, logits, dlogits)
@@ -92,6 +97,28 @@ def row_loss_and_grads(
     if room is not dlogits:
         dlogits.copy_(room)
     return loss
+
+
+def row_stats(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    wants: Wants,
+    upstream: Upstream | None,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+) -> RowStats:
+    """Statistics of N rows, and then the gradients that are given filled; ``dlogits`` may be ``logits``."""
+    made = RowStats(*softmax_rows.row_stats(*_operands(logits, target, class_weight), **wants._asdict(), **_options(spec)))
+    if upstream is None or (dlogits is None and dtarget is None):
+        return made
+    if upstream.only_loss and upstream.loss is not None:
+        # what is made of the loss alone reads its row only once more
+        row_loss_and_grads(logits, target, class_weight, upstream.loss, spec, dlogits, dtarget)
+    else:
+        row_grads(logits, target, class_weight, made.kept, upstream, spec, dlogits, dtarget)
+    return made
 
 
 def head_row_loss(
@@ -105,6 +132,20 @@ def head_row_loss(
         None if class_weight is None else class_weight.to(torch.float32).contiguous(),
         ignore_index=spec.ignore_index, scale=spec.logit_scale, softcap=spec.softcap, lse_square_scale=spec.lse_square_scale or None,
     )  # fmt: skip
+
+
+def head_row_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants
+) -> RowStats | None:
+    """Statistics from a product whose logits stay in registers; None as for ``head_row_loss``."""
+    if target.is_floating_point() or spec.label_smoothing or linear_rows.runs_on(hidden, weight) is not None:
+        return None
+    made = linear_rows.row_stats(
+        hidden, weight, None if bias is None else bias.contiguous(), target.contiguous(),
+        None if class_weight is None else class_weight.to(torch.float32).contiguous(), **wants._asdict(),
+        ignore_index=spec.ignore_index, scale=spec.logit_scale, softcap=spec.softcap, lse_square_scale=spec.lse_square_scale or None,
+    )  # fmt: skip
+    return RowStats(*made, hidden.new_empty(0))
 
 
 def multiply_in_place(t: Tensor, factor: Tensor) -> None:

@@ -1,0 +1,49 @@
+"""What is read off rows of logits beside their loss, and what comes back to them: plain groups of tensors."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .spec import LossSpec
+
+
+class Wants(NamedTuple):
+    """The statistics that cost something. What is not wanted is not computed."""
+
+    entropy: bool
+    argmax: bool
+
+
+class RowStats(NamedTuple):
+    """Statistics of N rows; of rows that are ignored 0, and no class, of rows with a bad target NaN, and no class."""
+
+    loss: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    target_logprob: Tensor  # (N,)
+    entropy: Tensor | None  # (N,)
+    argmax: Tensor | None  # (N,) int64
+    kept: Tensor  # what the backend wants back for a gradient
+
+
+class Upstream(NamedTuple):
+    """The gradients of something with respect to the statistics of N rows; None for 0."""
+
+    loss: Tensor | None = None  # (N,)
+    lse: Tensor | None = None
+    target_logprob: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def of(self, rows: slice | Tensor) -> "Upstream":
+        return Upstream(*(None if t is None else t[rows] for t in self))
+
+    def over(self, unit: Tensor) -> "Upstream":
+        return Upstream(*(None if t is None else t / unit for t in self))
+
+    @property
+    def only_loss(self) -> bool:
+        return self.loss is not None and all(t is None for t in self[1:])
+
+
+def no_class(spec: LossSpec) -> int:
+    """The argmax of a row that has none: neither an id nor what a target may be."""
+    return -2 if spec.ignore_index == -1 else -1

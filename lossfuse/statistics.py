@@ -1,0 +1,198 @@
+"""The public functions that return what people read off logits beside the loss, from the same pass."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import linear_stats_ops, ops, reference, stats_ops
+from .dispatch import forms_gradient_in_forward, pick
+from .functional import head_call
+from .inputs import Targets, check_normalizer, flatten
+from .reduce import denominator, reduce_rows
+from .row_stats import Wants
+from .spec import LinearOptions, LossSpec, loss_spec, resolve_reduction
+from .targets import require_ids_in_range
+
+
+class LossStats(NamedTuple):
+    """A loss and statistics of the rows it was made of; see ``cross_entropy_stats``."""
+
+    loss: Tensor
+    lse: Tensor
+    target_logprob: Tensor
+    entropy: Tensor | None
+    z_loss: Tensor
+    argmax: Tensor | None
+    n_valid: Tensor
+
+
+def cross_entropy_stats(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    lse_square_scale: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    entropy: bool = True,
+    argmax: bool = True,
+    impl: str = "auto",
+) -> LossStats:
+    """``cross_entropy`` and what is read off the same logits, in one pass over them.
+
+    Equal to, for ids, with ``x`` the logits after scale and cap as in ``cross_entropy``::
+
+        logp = x.log_softmax(dim=1)
+        valid = target != ignore_index
+        LossStats(
+            loss=lossfuse.cross_entropy(input, target, ...),
+            lse=x.logsumexp(dim=1),                                                # in rows that are not valid all of these are 0,
+            target_logprob=logp.gather(1, target.unsqueeze(1)).squeeze(1),
+            entropy=-(logp.exp() * logp).sum(dim=1),
+            z_loss=lse_square_scale * lse ** 2,                                    # reduced as the loss, of which it is a part,
+            argmax=x.argmax(dim=1),                                                # and this -1 (-2 if ignore_index is -1)
+            n_valid=valid.sum(),
+        )
+
+    For probabilities ``target_logprob`` is ``(target * logp).sum(dim=1)`` and every row is valid. Neither class weights nor smoothing touch
+    any statistic but the loss.
+
+    Args:
+        entropy, argmax: whether to compute them. False leaves None in their place, and no trace in memory or time.
+        input, target, weight, reduction and the others: as in ``cross_entropy``. A temperature is ``logit_scale=1 / temperature``.
+
+    Returns:
+        ``LossStats``. ``loss`` and ``z_loss`` as ``cross_entropy`` returns its loss; the statistics of rows have the shape of the ids
+        whatever the reduction, in float32 (float64 for float64), natural logarithms; ``argmax`` int64, the first of equals; ``n_valid``
+        int64, ``()``.
+
+    Raises:
+        As ``cross_entropy``. A target outside ``[0, C)``, where nobody looks, makes the floating-point statistics of its row NaN.
+
+    Autograd: ``loss``, ``lse``, ``target_logprob``, ``entropy`` and ``z_loss`` have gradients, each alone and in any mixture, for ``input``
+    and probabilities, any number of times, as in ``cross_entropy``. Where a gradient is formed in the forward (a number for a loss, on a
+    CPU) it is that of ``loss`` alone; a backward from another statistic makes its own, so ask for ``reduction="none"`` if you mean to use
+    statistics in an objective.
+
+    Rounding: as ``cross_entropy``; the entropy is a sum of non-negative terms, so that it keeps its digits when it is small.
+
+    Memory: as ``cross_entropy`` without ``inplace``, and O(N).
+
+    Source: an entropy beside the loss of a policy is Williams and Peng, "Function optimization using connectionist reinforcement learning
+    algorithms", Connection Science 3 (1991).
+    """
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    rows = flatten(input, target, weight, ignore_index)
+    check_normalizer(normalizer, reduction, input)
+    backend = pick(impl, rows)
+    divisor = denominator(rows, spec, reduction, normalizer)
+    wants = wanted(entropy, argmax)
+    if forms_gradient_in_forward(backend, rows, reduction, divisor, consume=False):
+        total, *stats = stats_ops.ReducedStats.apply(rows.logits, rows.target, rows.class_weight, divisor, wants, spec, backend)
+        return loss_stats(total, stats, rows, spec, reduction, divisor, wants)
+    if backend == "reference":
+        if not rows.soft:
+            require_ids_in_range(rows.target, rows.num_classes, ignore_index)
+        loss, *stats, _ = stats_ops.as_tensors(reference.row_stats(rows.logits, rows.target, rows.class_weight, spec))
+    else:
+        loss, *stats, _ = stats_ops.row_stats(rows.logits, rows.target, rows.class_weight, *wants, *ops.options(spec, backend))
+    return loss_stats(reduce_rows(loss, rows, reduction, divisor), stats, rows, spec, reduction, divisor, wants)
+
+
+def linear_cross_entropy_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    lse_square_scale: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    entropy: bool = True,
+    argmax: bool = True,
+    options: LinearOptions | None = None,
+    impl: str = "auto",
+) -> LossStats:
+    """``linear_cross_entropy`` and what is read off the same logits, which are still made and used up a chunk at a time.
+
+    Equal to::
+
+        logits = F.linear(input.float(), linear_weight.float(), linear_bias)        # float64 stays float64
+        return lossfuse.cross_entropy_stats(logits, target, weight, ...)            # everything else
+
+    Args:
+        entropy, argmax: as in ``cross_entropy_stats``.
+        input, linear_weight, target, options and the others: as in ``linear_cross_entropy``.
+
+    Returns:
+        ``LossStats``, as ``cross_entropy_stats`` with logits of shape ``(..., C)``: statistics of rows have the shape of the ids.
+
+    Raises:
+        As ``linear_cross_entropy``.
+
+    Autograd: as ``cross_entropy_stats``, for ``input``, ``linear_weight``, ``linear_bias`` and probabilities, but for a second derivative,
+    which raises. For "mean" and "sum" the gradients of ``loss`` are formed in the forward and handed over (6 N D C operations in all); a
+    backward from any other statistic, or a second one, makes the logits again (6 N D C more). For ``reduction="none"`` every backward
+    does (8 N D C in all).
+
+    Rounding, memory: as ``linear_cross_entropy``, and O(N). On a GPU logits are read once more for the statistics.
+
+    Source: as ``linear_cross_entropy`` and ``cross_entropy_stats``.
+    """
+    reduction = resolve_reduction(reduction, None, None)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    wants = wanted(entropy, argmax)
+    head = head_call(input, linear_weight, linear_bias, target, weight, reduction, spec, normalizer, options, impl)
+    if isinstance(head, Tensor):
+        return cross_entropy_stats(
+            head, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy, argmax=argmax, impl=impl,
+        )  # fmt: skip
+    if head.forms_gradients and head.backend != "reference":
+        made = linear_stats_ops.linear_stats_total(*head.operands, head.divisor, head.main_grad, *head.needs, *wants, *head.settings)
+        return loss_stats(made[0], made[1:5], head.rows, spec, reduction, head.divisor, wants)
+    if head.backend == "reference":
+        loss, *stats, _ = stats_ops.as_tensors(reference.linear_row_stats(*head.operands, spec))
+    else:
+        loss, *stats = linear_stats_ops.linear_row_stats(*head.operands, head.main_grad, *wants, *head.settings)
+    return loss_stats(reduce_rows(loss, head.rows, reduction, head.divisor), stats, head.rows, spec, reduction, head.divisor, wants)
+
+
+def wanted(entropy: bool, argmax: bool) -> Wants:
+    for name, value in (("entropy", entropy), ("argmax", argmax)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r} but must be True or False")
+    return Wants(entropy, argmax)
+
+
+def loss_stats(
+    loss: Tensor, stats: Sequence[Tensor], rows: Targets, spec: LossSpec, reduction: str, divisor: Tensor | None, wants: Wants
+) -> LossStats:
+    """A reduced loss and the statistics of (N,) rows, in the shapes the caller knows."""
+    lse, target_logprob, entropy, argmax = stats
+    z_loss = spec.lse_square_scale * lse**2 if spec.lse_square_scale else torch.zeros_like(lse)
+    n_valid = torch.full((), len(rows.target), device=loss.device) if rows.soft else (rows.target != spec.ignore_index).sum()
+    return LossStats(
+        loss=loss,
+        lse=lse.reshape(rows.batch_shape),
+        target_logprob=target_logprob.reshape(rows.batch_shape),
+        entropy=entropy.reshape(rows.batch_shape) if wants.entropy else None,
+        z_loss=reduce_rows(z_loss, rows, reduction, divisor),
+        argmax=argmax.reshape(rows.batch_shape) if wants.argmax else None,
+        n_valid=n_valid,
+    )
