@@ -2,6 +2,7 @@
 
 from .family import binary_cross_entropy, binary_cross_entropy_with_logits, log_softmax, nll_loss
 from .functional import cross_entropy, linear_cross_entropy
+from .lazy_logits import LogitsReport, fuse_lm_head, unfuse_lm_head
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss
 from .spec import LinearOptions
 from .statistics import LossStats, cross_entropy_stats, linear_cross_entropy_stats
@@ -15,6 +16,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearOptions",
     "LogSoftmax",
+    "LogitsReport",
     "LossStats",
     "NLLLoss",
     "binary_cross_entropy",
@@ -22,8 +24,10 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_stats",
     "debug_targets",
+    "fuse_lm_head",
     "linear_cross_entropy",
     "linear_cross_entropy_stats",
     "log_softmax",
     "nll_loss",
+    "unfuse_lm_head",
 ]

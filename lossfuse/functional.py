@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import linear_ops, ops, reference
 from .autograd import ReducedLoss, RowLoss
@@ -98,6 +99,12 @@ def cross_entropy(
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867; z-loss is de
     Brebisson and Vincent, arXiv:1604.08859.
     """
+    if has_torch_function_unary(input):
+        made: Tensor = handle_torch_function(
+            cross_entropy, (input,), input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, softcap=softcap,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, inplace=inplace, impl=impl,
+        )  # fmt: skip
+        return made
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
     rows = flatten(input, target, weight, ignore_index)

@@ -13,22 +13,29 @@ def denominator(rows: Rows | HeadRows, spec: LossSpec, reduction: str, normalize
     Without ``normalizer`` it is torch's: the sum of the class weights of the valid targets, their number when there are no weights, the
     number of rows for probabilities.
     """
+    dtype = torch.float64 if rows.input.dtype == torch.float64 else torch.float32
+    return divisor_of(rows, rows.num_classes, dtype, spec.ignore_index, reduction, normalizer)
+
+
+def divisor_of(
+    rows: Targets, num_classes: int, dtype: torch.dtype, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+) -> Tensor | None:
+    """``denominator`` of losses in a dtype, wherever the logits come from."""
     if reduction != "mean":
         return None
-    dtype = torch.float64 if rows.input.dtype == torch.float64 else torch.float32
-    device = rows.input.device
+    target = rows.target
     if isinstance(normalizer, Tensor):
         return normalizer.to(dtype)
     if normalizer is not None:
         # a product with a number, which a compiler takes for any number
-        return torch.ones((), dtype=dtype, device=device) * normalizer
+        return torch.ones((), dtype=dtype, device=target.device) * normalizer
     if rows.soft:
-        return torch.full((), rows.input.shape[0], dtype=dtype, device=device)
-    valid = rows.target != spec.ignore_index
+        return torch.full((), target.shape[0], dtype=dtype, device=target.device)
+    valid = target != ignore_index
     if rows.class_weight is None:
         return valid.sum(dtype=dtype)
     # ignored rows may hold any id; clamp before it becomes an address
-    weights = rows.class_weight.to(dtype)[rows.target.clamp(0, rows.num_classes - 1)]
+    weights = rows.class_weight.to(dtype)[target.clamp(0, num_classes - 1)]
     return torch.where(valid, weights, 0.0).sum()
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import linear_stats_ops, ops, reference, stats_ops
 from .dispatch import forms_gradient_in_forward, pick
@@ -89,6 +90,13 @@ def cross_entropy_stats(
     Source: an entropy beside the loss of a policy is Williams and Peng, "Function optimization using connectionist reinforcement learning
     algorithms", Connection Science 3 (1991).
     """
+    if has_torch_function_unary(input):
+        made: LossStats = handle_torch_function(
+            cross_entropy_stats, (input,), input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
+            softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy,
+            argmax=argmax, impl=impl,
+        )  # fmt: skip
+        return made
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
     rows = flatten(input, target, weight, ignore_index)
