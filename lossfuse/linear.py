@@ -342,11 +342,17 @@ def _store(made: RowStats, rows: slice, some: RowStats) -> None:
 def _stats_put_back(made: RowStats, kept: Tensor | None, target: Tensor, spec: LossSpec) -> RowStats:
     if kept is None:
         return made
-    *stats, argmax, rest = made
-    some = [None if t is None else _put_back(t, kept, target) for t in stats]
+    argmax = made.argmax
     if argmax is not None:
         argmax = argmax.new_full((len(target),), no_class(spec)).index_copy_(0, kept, argmax)
-    return RowStats(*some, argmax, rest)  # type: ignore[arg-type]
+    return RowStats(
+        loss=_put_back(made.loss, kept, target),
+        lse=_put_back(made.lse, kept, target),
+        target_logprob=_put_back(made.target_logprob, kept, target),
+        entropy=None if made.entropy is None else _put_back(made.entropy, kept, target),
+        argmax=argmax,
+        kept=made.kept,
+    )
 
 
 def _empty_loss(hidden: Tensor, n: int) -> Tensor:

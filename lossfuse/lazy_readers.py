@@ -1,0 +1,214 @@
+"""What reads logits as a loss or a statistic: the linear form of the hidden states, instead of logits."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import functional, statistics
+from .inputs import Targets
+from .lazy_logits import LazyLogits, Shaping, T, can_be, handles, of_classes
+from .linear import chunk_rows
+from .reduce import divisor_of, reduce_rows
+from .spec import resolve_reduction
+from .statistics import LossStats
+
+# no target is it
+NO_ID = -(2**63)
+
+
+@handles(F.cross_entropy)
+def _cross_entropy(
+    input: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if not isinstance(input, LazyLogits) or input._shaping.kind != "logits":
+        return NotImplemented
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    return _loss(input, target, options)
+
+
+@handles(functional.cross_entropy, statistics.cross_entropy_stats)
+def _ours(input: LazyLogits, *args: Any, **options: Any) -> Any:
+    names = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    options = {**dict(zip(names, args, strict=False)), **options}
+    target, scale, cap = options.pop("target"), options.pop("logit_scale"), options.pop("softcap")
+    shaping: Shaping | None = input._shaping
+    options["reduction"] = resolve_reduction(options["reduction"], options.pop("size_average"), options.pop("reduce"))
+    if input._shaping.kind != "logits" or (cap is not None and input._shaping.cap is not None):
+        return NotImplemented
+    if scale is not None:
+        shaping = input._shaping.times(scale)
+    if cap is not None and shaping is not None:
+        inner = shaping.times(1.0 / cap)
+        shaping = None if inner is None else replace(inner, cap=cap)
+    if shaping is None:
+        return NotImplemented
+    # there are none to write over
+    options.pop("inplace", None)
+    reads: dict[str, bool] = {name: options.pop(name) for name in ("entropy", "argmax") if name in options}
+    return _loss(input._but(shaping=shaping), target, options, reads or None)
+
+
+@handles(F.nll_loss)
+def _nll_loss(
+    input: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Any:
+    if not isinstance(input, LazyLogits) or input._shaping.kind != "logp" or input._shaping.factor != 1.0 or target.is_floating_point():
+        return NotImplemented
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    return _loss(input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction})
+
+
+@handles(T.gather, torch.gather)
+def _gather(x: Any, dim: Any, index: Any = None, *, sparse_grad: bool = False) -> Any:
+    one = isinstance(x, LazyLogits) and isinstance(index, Tensor) and x._classes_last and of_classes(x, dim)
+    if not one or tuple(index.shape) != (*x._rows.shape[:-1], 1) or sparse_grad or x._shaping.kind not in ("logits", "logp", "p"):
+        return NotImplemented
+    read = _stats(x, index[..., 0])
+    value = read.target_logprob
+    if x._shaping.kind == "logits":
+        value = value + read.lse
+    elif x._shaping.kind == "p":
+        value = value.exp()
+    return _result(x, value.unsqueeze(-1))
+
+
+@handles(torch.take_along_dim, T.take_along_dim)
+def _take_along_dim(x: Any, indices: Any, dim: Any = None) -> Any:
+    return _gather(x, dim, indices)
+
+
+@handles(T.logsumexp, torch.logsumexp, torch.special.logsumexp)
+def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
+    dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+    if x._shaping.kind != "logits" or not of_classes(x, dim):
+        return NotImplemented
+    lse = _result(x, _stats(x).lse)
+    return lse.unsqueeze(x._class_dim) if keepdim else lse
+
+
+@handles(T.argmax, torch.argmax)
+def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
+    if not of_classes(x, dim) or x._shaping.kind not in ("logits", "logp", "p") or x._shaping.factor <= 0.0:
+        return NotImplemented
+    with torch.no_grad():
+        argmax = _stats(x, argmax=True).argmax
+    assert argmax is not None
+    return argmax.unsqueeze(x._class_dim) if keepdim else argmax
+
+
+@handles(T.sum, torch.sum)
+def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+    shaping = x._shaping
+    if not of_classes(x, dim) or shaping.kind not in ("logp", "p logp", "p z") or (dtype is not None and not can_be(x, dtype)):
+        return NotImplemented
+    if shaping.kind == "logp":
+        # a target that is spread evenly over all classes
+        zeros = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
+        value = _loss(x, zeros, {"ignore_index": NO_ID, "reduction": "none", "label_smoothing": 1.0}) * -float(shaping.num_classes)
+    else:
+        read = _stats(x, entropy=True)
+        assert read.entropy is not None
+        value = -read.entropy if shaping.kind == "p logp" else read.lse - read.entropy
+    value = (value * shaping.factor).to(dtype or shaping.dtype)
+    return value.unsqueeze(x._class_dim) if keepdim else value
+
+
+def _result(x: LazyLogits, value: Tensor) -> Tensor:
+    """As torch would have it: in the dtype of what it was read off."""
+    value = value if x._shaping.factor == 1.0 else value * x._shaping.factor
+    return value.to(x._shaping.dtype)
+
+
+def _stats(x: LazyLogits, target: Tensor | None = None, *, entropy: bool = False, argmax: bool = False) -> LossStats:
+    if target is None:
+        target = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
+    made = _read(x, target, {"ignore_index": NO_ID, "reduction": "none"}, {"entropy": entropy, "argmax": argmax})
+    assert isinstance(made, LossStats)
+    return made
+
+
+def _loss(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None = None) -> Any:
+    dims = x._rows.dim()
+    # classes are in dimension 1 of a loss's logits, or alone
+    if x._class_dim != min(dims - 1, 1) or not isinstance(target, Tensor):
+        return NotImplemented
+    if target.is_floating_point() and dims > 2:
+        target = target.movedim(1, -1)
+    return _read(x, target, options, reads)
+
+
+def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:
+    """The linear form of these rows, or of chunks of a head that is not linear."""
+    source, shaping = x._source, x._shaping
+    source.require_unchanged()
+    options = {**options, **shaping.options}
+    with source.as_called():
+        if source.weight is None:
+            return _read_chunks(x, target, options, reads)
+        weight, bias = source.weight[: shaping.num_classes], source.bias
+        if bias is not None:
+            bias = bias[: shaping.num_classes]
+        if shaping.bias is not None:
+            bias = shaping.bias / shaping.scale if bias is None else bias + shaping.bias / shaping.scale
+            bias = bias.to(weight.dtype)
+        call: Any = functional.linear_cross_entropy
+        if reads is not None:
+            call, options = statistics.linear_cross_entropy_stats, {**options, **reads}
+        made: Tensor | LossStats = call(x._rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options)
+        return made
+
+
+def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:
+    """A head that is not linear makes a chunk of logits at a time, and makes it again in the backward."""
+    source, shaping = x._source, x._shaping
+    reduction, normalizer = options.pop("reduction"), options.pop("normalizer", None)
+    ignore_index = options["ignore_index"]
+    rows = x._rows.reshape(-1, x._rows.shape[-1])
+    lead = x._rows.shape[:-1]
+    t = target.reshape(-1, shaping.num_classes) if target.is_floating_point() else target.reshape(-1)
+
+    def part(hidden: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        z = source.forward.original(hidden)[:, : shaping.num_classes]
+        if shaping.bias is not None:
+            z = z + shaping.bias / shaping.scale
+        if reads is None:
+            return (functional.cross_entropy(z, t, reduction="none", **options),)
+        read = statistics.cross_entropy_stats(z, t, reduction="none", **options, **wants)
+        made = read.loss, read.lse, read.target_logprob, read.z_loss, read.entropy, read.argmax
+        return tuple(column for column in made if column is not None)
+
+    wants: dict[str, Any] = reads or {}
+    cpu = rows.device.type == "cpu"
+    step = chunk_rows(len(rows), rows.shape[-1], shaping.num_classes, rows.dtype, source.forward.finder.options, cpu=cpu)
+    parts = [checkpoint(part, h, some, use_reentrant=False) for h, some in zip(rows.split(step), t.split(step), strict=True)]
+    losses, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
+    of = Targets(t, options.get("weight"), lead)
+    divisor = divisor_of(of, shaping.num_classes, losses.dtype, ignore_index, reduction, normalizer)
+    loss = reduce_rows(losses, of, reduction, divisor)
+    if reads is None:
+        return loss
+    lse, target_logprob, z_loss, *rest = columns
+    argmax = rest.pop().reshape(lead) if wants["argmax"] else None
+    entropy = rest.pop().reshape(lead) if wants["entropy"] else None
+    n_valid = torch.full((), len(t), device=t.device) if of.soft else (t != ignore_index).sum()
+    z_loss = reduce_rows(z_loss, of, reduction, divisor)
+    return LossStats(loss, lse.reshape(lead), target_logprob.reshape(lead), entropy, z_loss, argmax, n_valid)

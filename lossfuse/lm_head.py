@@ -1,0 +1,133 @@
+"""Fusing the output head of a model, any model, and undoing it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# what is recorded and what is read registers itself
+from . import lazy_readers, lazy_recorded  # noqa: F401
+from .lazy_logits import LazyForward, LogitsReport
+from .spec import LinearOptions
+
+HEAD_NAMES = ("lm_head", "output", "embed_out", "head", "unembed")
+
+
+def fuse_lm_head(model: nn.Module, *, head: str | nn.Module | None = None, options: LinearOptions | None = None) -> LogitsReport:
+    """Fuse the output head of a model with whatever loss reads its logits, until ``unfuse_lm_head``.
+
+    In training mode, with gradients enabled, the head then returns logits that are not made. They have the shape, dtype and device of
+    logits. Scaling by a number, ``tanh``, casts, a bias, slices of classes and any indexing or reshaping of rows are recorded;
+    ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with any arguments, ``lossfuse.cross_entropy``, ``log_softmax`` followed by ``gather``,
+    ``nll_loss`` or a sum over classes, ``logsumexp``, ``argmax`` and entropies run ``linear_cross_entropy`` or its statistics instead.
+    Any other use makes the logits as the model would have, bit for bit, and warns once, naming the operation. In eval mode, under
+    ``no_grad`` and in ``generate()`` the head is the model's own.
+
+    Equal to the model without: losses and gradients up to rounding (logits of half-precision heads are float32 here).
+
+    Args:
+        model: any module. Transformers models are asked for ``get_output_embeddings()``, at every forward, so that the head may be wrapped
+            or replaced (LoRA, a resized vocabulary) before or after. Others are searched for a module called ``lm_head``, ``output``,
+            ``embed_out``, ``head`` or ``unembed``.
+        head: the head itself, or its name in ``model``, where that finds none or another.
+        options: of the linear form; see ``LinearOptions``. ``main_grad`` and heads other than ``nn.Linear`` do not go together.
+
+    Returns:
+        What becomes of the logits from now on, as counters of operations: ``fused`` and ``made``. A second call for the same model
+        changes its options and returns the same report.
+
+    Raises:
+        TypeError, ValueError: if no head can be found, naming what was looked for.
+        RuntimeError, later: where logits are wanted after their hidden states or the head's parameters have been changed in place, as by
+            an optimizer's step; a model of torch has made them before.
+
+    A head that is a plain ``nn.Linear`` runs ``linear_cross_entropy``. Any other (adapters, wrappers, several layers) is called for a chunk
+    of rows at a time, and again in the backward.
+
+    Nothing of the model changes but its head's ``forward`` and one forward hook of the model: state dict, tied weights, hooks, pickling and
+    ``copy.deepcopy`` (whose copy is fused too) are unaffected. Under ``torch.compile`` the head and the loss run outside the graphs.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__} but must be a torch.nn.Module")
+    if head is not None and not isinstance(head, str | nn.Module):
+        raise TypeError(f"head is a {type(head).__name__} but must be a module, or the name of one in model")
+    options = LinearOptions() if options is None else options
+    if not isinstance(options, LinearOptions):
+        raise TypeError(f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions")
+    if find_lm_head(model, head) is None:
+        where = f"no module {head!r}" if head is not None else "neither get_output_embeddings() nor " + ", ".join(HEAD_NAMES)
+        raise ValueError(f"model is a {type(model).__name__} in which no output head was found ({where}); pass head=, a module or its name")
+    finder = _finder_of(model)
+    if finder is None:
+        finder = _HeadFinder(model)
+        model.register_forward_pre_hook(finder)
+    finder.name, finder.options = head, options
+    finder(model, ())
+    return finder.report
+
+
+def unfuse_lm_head(model: nn.Module) -> None:
+    """Undo ``fuse_lm_head``; nothing of it is left. A model that is not fused stays as it is."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _HeadFinder):
+            hook.release()
+            del model._forward_pre_hooks[key]
+
+
+def _finder_of(model: nn.Module) -> "_HeadFinder | None":
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _HeadFinder)), None)
+
+
+def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module | None:
+    """The output head of a model, by ``head``, its own word or one of the usual names."""
+    if isinstance(head, nn.Module):
+        return head
+    if head is not None:
+        return dict(model.named_modules()).get(head)
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    found = ask() if callable(ask) else None
+    if found is None:
+        found = next((m for name in HEAD_NAMES if isinstance(m := getattr(model, name, None), nn.Module)), None)
+    return found if isinstance(found, nn.Module) else None
+
+
+class _HeadFinder:
+    """A forward hook of a model: sees to it that the head it has now is the one that is fused."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.report = LogitsReport()
+        self.name: str | nn.Module | None = None
+        self.options = LinearOptions()
+        self.fused: nn.Module | None = None
+
+    def finds(self, head: nn.Module) -> bool:
+        """Whether it is this; if not, what it is is fused from now on."""
+        if find_lm_head(self.model, self.name) is head:
+            return True
+        self(self.model, ())
+        return False
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        head = find_lm_head(self.model, self.name)
+        if head is self.fused:
+            return
+        self.release()
+        if head is None:
+            return
+        known = head.__dict__.get("forward")
+        if isinstance(known, LazyForward):
+            # fused by way of another model that has it
+            self.report = known.finder.report
+        else:
+            head.forward = LazyForward(head, known, self)
+        self.fused = head
+
+    def release(self) -> None:
+        forward = None if self.fused is None else self.fused.__dict__.get("forward")
+        if self.fused is not None and isinstance(forward, LazyForward):
+            del self.fused.__dict__["forward"]
+            if forward.instance_forward is not None:
+                self.fused.forward = forward.instance_forward
+        self.fused = None
