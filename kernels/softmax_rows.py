@@ -197,8 +197,9 @@ def row_grads_kernel(
     smoothing,  # or None
     lse_square_scale,  # or None
     BLOCK_V: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
 ):
-    """One row and block per program, or one row: gradient of the loss against a class id and of the row's statistics."""
+    """One row and block per program, or one whole row: gradient of the loss against a class id and of the row's statistics."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
     y = tl.load(target_ptr + row).to(tl.int64)
@@ -223,7 +224,8 @@ def row_grads_kernel(
         mean_shortfall = tl.load(stats_ptr + 2 * N + row)
         dentropy = tl.load(dentropy_ptr + row)
 
-    for start in tl.range(tl.program_id(1) * BLOCK_V, V, tl.num_programs(1) * BLOCK_V, num_stages=1):
+    for v in tl.range(0, V if WHOLE_ROW else BLOCK_V, BLOCK_V, num_stages=1):
+        start = tl.program_id(1) * BLOCK_V + v
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0) if smoothing is not None and class_weight_ptr is not None else None
@@ -342,8 +344,9 @@ def soft_row_grads_kernel(
     smoothing,  # or None
     lse_square_scale,  # or None
     BLOCK_V: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
 ):
-    """One row and block per program, or one row: gradients of the loss against class probabilities and of the row's statistics."""
+    """One row and block per program, or one whole row: gradients of the loss against class probabilities and of the row's statistics."""
     row = tl.program_id(0).to(tl.int64)
     row_max = tl.load(stats_ptr + row)
     log_sum = tl.load(stats_ptr + N + row)
@@ -359,13 +362,15 @@ def soft_row_grads_kernel(
         mean_shortfall = tl.load(stats_ptr + 4 * N + row)
         dentropy = tl.load(dentropy_ptr + row)
 
-    for start in tl.range(tl.program_id(1) * BLOCK_V, V, tl.num_programs(1) * BLOCK_V, num_stages=1):
+    for v in tl.range(0, V if WHOLE_ROW else BLOCK_V, BLOCK_V, num_stages=1):
+        start = tl.program_id(1) * BLOCK_V + v
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         x = tl.load(logits_ptr + row * stride_logits_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
         t = tl.load(target_ptr + row * stride_target_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-        # a narrower gradient lies over logits that other warps read
-        tl.debug_barrier()
+        if WHOLE_ROW:
+            # a narrower gradient lies over logits that other warps read
+            tl.debug_barrier()
         below = shaped(x, scale, softcap) - row_max
         logp = below - log_sum
         q = mass_tile(t, class_weight_ptr, offs_v, mask_v, V, smoothing)
@@ -506,29 +511,28 @@ def row_grads(
         # of the loss alone
         class_weight, smoothing, lse_square_scale = None, None, None
     config = row_blocks(v)
+    # blocks of a row would lie over one another's logits: one program goes up the row and writes only over what it has read
+    whole_row = dlogits is not None and narrower_over(logits, dlogits)
     # not triton.cdiv, which takes 3 us where it may be traced (triton 3.7)
-    blocks = -(-v // config.block_v)
-    if dlogits is not None and narrower_over(logits, dlogits):
-        # blocks of a row lie over one another's logits: one program goes up the row and writes only over what it has read
-        blocks = 1
+    grid = (n, 1 if whole_row else -(-v // config.block_v))
     options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
     upstream = (dloss, dlse, dlogprob, dentropy)
     stride_dloss = 0 if dloss is None else dloss.stride(0)
     with on_device_of(logits):
         if target.is_floating_point():
-            soft_row_grads_kernel[n, blocks](
+            soft_row_grads_kernel[grid](
                 logits, target, class_weight, stats, *upstream, dlogits, dtarget,
                 logits.stride(0), target.stride(0),
                 0 if dlogits is None else dlogits.stride(0), 0 if dtarget is None else dtarget.stride(0), stride_dloss, n, v,
-                **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
+                **options, BLOCK_V=config.block_v, WHOLE_ROW=whole_row, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
         else:
             assert dlogits is not None
             class_weight_sum = None if class_weight is None or smoothing is None else class_weight.sum()
-            row_grads_kernel[n, blocks](
+            row_grads_kernel[grid](
                 logits, target, class_weight, class_weight_sum, stats, *upstream, dlogits,
                 logits.stride(0), dlogits.stride(0), stride_dloss, n, v, ignore_index,
-                **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
+                **options, BLOCK_V=config.block_v, WHOLE_ROW=whole_row, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
 
 
