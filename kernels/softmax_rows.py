@@ -135,8 +135,8 @@ def row_loss_kernel(
     shortfall = tl.zeros([BLOCK_V], tl.float32)
     spread = tl.zeros([BLOCK_V], tl.float32)
     first = tl.full([BLOCK_V], NO_CLASS, tl.int32)
-    # two stages: with three, ptxas spills on sm_80
-    for v in tl.range(0, tl.where(readable, V, 0), BLOCK_V, num_stages=2):
+    # two stages: with three, ptxas spills on sm_80; entropy takes the registers of the second, 136 of them with every option
+    for v in tl.range(0, tl.where(readable, V, 0), BLOCK_V, num_stages=2 if entropy_ptr is None else 1):
         offs_v = v + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         z = logits_tile(row_ptr, offs_v, mask_v, scale, softcap)
@@ -224,6 +224,7 @@ def row_grads_kernel(
         mean_shortfall = tl.load(stats_ptr + 2 * N + row)
         dentropy = tl.load(dentropy_ptr + row)
 
+    # one step compiles to no loop
     for v in tl.range(0, V if WHOLE_ROW else BLOCK_V, BLOCK_V, num_stages=1):
         start = tl.program_id(1) * BLOCK_V + v
         offs_v = start + tl.arange(0, BLOCK_V)
@@ -362,6 +363,7 @@ def soft_row_grads_kernel(
         mean_shortfall = tl.load(stats_ptr + 4 * N + row)
         dentropy = tl.load(dentropy_ptr + row)
 
+    # one step compiles to no loop
     for v in tl.range(0, V if WHOLE_ROW else BLOCK_V, BLOCK_V, num_stages=1):
         start = tl.program_id(1) * BLOCK_V + v
         offs_v = start + tl.arange(0, BLOCK_V)
