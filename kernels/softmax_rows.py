@@ -7,6 +7,8 @@ probabilities the mass of the target. Loss and statistics take one program per r
 N rows, V classes. A target outside [0, V) that is not ignore_index makes its row NaN; nothing outside a row is read for it.
 """
 
+from typing import TypedDict
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,10 @@ from torch import Tensor
 
 from .launch import on_device_of, row_blocks
 from .tile_math import (
+    NO_CLASS,
+    entropy_slope,
+    first_finish,
+    first_update,
     id_loss,
     id_slopes,
     lse_finish,
@@ -28,6 +34,8 @@ from .tile_math import (
     shortfall_update,
     soft_target_slope,
     softmax_slope,
+    spread_finish,
+    spread_update,
     target_slope,
 )
 
@@ -36,6 +44,13 @@ CHANGING = ["N", "ignore_index"]
 
 # a product fused into the subtraction of a rounded maximum leaves the rounding error of the product: a loss of -1e-6 where it is 0
 UNFUSED = {"enable_fp_fusion": False}
+
+
+class _Options(TypedDict):
+    scale: float | None
+    softcap: float | None
+    smoothing: float | None
+    lse_square_scale: float | None
 
 
 @triton.jit
@@ -71,14 +86,20 @@ def weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing):
 
 
 @triton.jit
-def mass_tile(target_row_ptr, class_weight_ptr, offs_v, mask_v, V, smoothing):
+def mass_tile(t, class_weight_ptr, offs_v, mask_v, V, smoothing):
     """(BLOCK_V,) fp32 class_weight * smoothed target probability, 0 outside mask_v."""
-    q = tl.load(target_row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    q = t
     if smoothing is not None:
         q = q * (1.0 - smoothing) + tl.where(mask_v, smoothing / V, 0.0)
     if class_weight_ptr is not None:
         q = q * tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
     return q
+
+
+@triton.jit
+def unless_unread(number, ignored, readable):
+    """A number of a row, or a tile of it; 0 if the row is ignored, NaN if its target is bad."""
+    return tl.where(ignored, 0.0, tl.where(readable, number, float("nan")))
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -87,7 +108,11 @@ def row_loss_kernel(
     target_ptr,  # (N,) int64
     class_weight_ptr,  # (V,) fp32, or None
     loss_ptr,  # (N,) fp32, output
-    stats_ptr,  # (2, N) fp32, output: row maximum, log-sum
+    lse_ptr,  # (N,) fp32, output, or None
+    logprob_ptr,  # (N,) fp32, output, or None: of the target
+    entropy_ptr,  # (N,) fp32, output, or None
+    argmax_ptr,  # (N,) int64, output, or None
+    stats_ptr,  # (2, N) fp32, output: row maximum, log-sum; with entropy (3, N), its mean shortfall
     stride_logits_n,
     N,
     V,
@@ -98,7 +123,7 @@ def row_loss_kernel(
     lse_square_scale,  # or None
     BLOCK_V: tl.constexpr,
 ):
-    """One row per program: loss against a class id."""
+    """One row per program: loss against a class id, and statistics of the row."""
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2**31 in ordinary runs
     row_ptr = logits_ptr + row * stride_logits_n
     y = tl.load(target_ptr + row).to(tl.int64)
@@ -108,13 +133,19 @@ def row_loss_kernel(
     top, ties, rest = lse_start(BLOCK_V)
     mass = tl.zeros([BLOCK_V], tl.float32)
     shortfall = tl.zeros([BLOCK_V], tl.float32)
-    # two stages: with three, ptxas spills on sm_80
-    for v in tl.range(0, tl.where(readable, V, 0), BLOCK_V, num_stages=2):
+    spread = tl.zeros([BLOCK_V], tl.float32)
+    first = tl.full([BLOCK_V], NO_CLASS, tl.int32)
+    # two stages: with three, ptxas spills on sm_80; entropy takes the registers of the second, 136 of them with every option
+    for v in tl.range(0, tl.where(readable, V, 0), BLOCK_V, num_stages=2 if entropy_ptr is None else 1):
         offs_v = v + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         z = logits_tile(row_ptr, offs_v, mask_v, scale, softcap)
+        if entropy_ptr is not None:
+            spread = spread_update(spread, top, ties, rest, z)
         top_before = top
         top, ties, rest = lse_update(top, ties, rest, z)
+        if argmax_ptr is not None:
+            first = first_update(first, top, ties, z, offs_v)
         if smoothing is not None:
             w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0) if class_weight_ptr is not None else tl.where(mask_v, 1.0, 0.0)
             mass, shortfall = shortfall_update(mass, shortfall, w, z, top_before, top)
@@ -127,9 +158,20 @@ def row_loss_kernel(
     w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
     loss = id_loss(z_y, w_y, row_max, log_sum, row_mass, row_shortfall, V, smoothing, lse_square_scale)
 
-    tl.store(loss_ptr + row, tl.where(ignored, 0.0, tl.where(readable, loss, float("nan"))))
+    tl.store(loss_ptr + row, unless_unread(loss, ignored, readable))
     tl.store(stats_ptr + row, row_max)
     tl.store(stats_ptr + N + row, log_sum)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, unless_unread(row_max + log_sum, ignored, readable))
+    if logprob_ptr is not None:
+        tl.store(logprob_ptr + row, unless_unread((z_y - row_max) - log_sum, ignored, readable))
+    if entropy_ptr is not None:
+        mean_shortfall = spread_finish(spread, top, ties, rest, row_max, log_sum)
+        tl.store(entropy_ptr + row, unless_unread(log_sum + mean_shortfall, ignored, readable))
+        tl.store(stats_ptr + 2 * N + row, mean_shortfall)
+    if argmax_ptr is not None:
+        no_class = tl.where(ignore_index == -1, -2, -1)
+        tl.store(argmax_ptr + row, tl.where(readable, first_finish(first, top, row_max), no_class).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -138,8 +180,11 @@ def row_grads_kernel(
     target_ptr,  # (N,) int64
     class_weight_ptr,  # (V,) fp32, or None
     class_weight_sum_ptr,  # () fp32, or None
-    stats_ptr,  # (2, N) fp32
-    dloss_ptr,  # (N,) fp32; stride 0 when it is one number
+    stats_ptr,  # as row_loss_kernel left it
+    dloss_ptr,  # (N,) fp32, or None; stride 0 when it is one number
+    dlse_ptr,  # (N,) fp32, or None
+    dlogprob_ptr,  # (N,) fp32, or None
+    dentropy_ptr,  # (N,) fp32, or None
     dlogits_ptr,  # (N, V), output; may be logits
     stride_logits_n,
     stride_dlogits_n,
@@ -152,38 +197,54 @@ def row_grads_kernel(
     smoothing,  # or None
     lse_square_scale,  # or None
     BLOCK_V: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
 ):
-    """One row and block per program: gradient of the loss against a class id."""
+    """One row and block per program, or one whole row: gradient of the loss against a class id and of the row's statistics."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
-    start = tl.program_id(1) * BLOCK_V
-    offs_v = start + tl.arange(0, BLOCK_V)
-    mask_v = offs_v < V
     y = tl.load(target_ptr + row).to(tl.int64)
     ignored = y == ignore_index
     readable = (y >= 0) & (y < V) & (y != ignore_index)
     row_max = tl.load(stats_ptr + row)
     log_sum = tl.load(stats_ptr + N + row)
+
+    # all but the entropy has a slope of the same form
     w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
-    w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0) if smoothing is not None and class_weight_ptr is not None else None
-    w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
+    kept, flat, off = 0.0, 0.0, 0.0
+    if dloss_ptr is not None:
+        w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
+        dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
+        kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale)
+        kept, flat, off = kept * dloss, flat * dloss, off * dloss
+    if dlse_ptr is not None:
+        flat = flat + tl.load(dlse_ptr + row)
+    if dlogprob_ptr is not None:
+        kept = kept - tl.load(dlogprob_ptr + row)
+    if dentropy_ptr is not None:
+        mean_shortfall = tl.load(stats_ptr + 2 * N + row)
+        dentropy = tl.load(dentropy_ptr + row)
 
-    x = tl.load(row_ptr + offs_v, mask=only_if(readable, mask_v), other=0.0).to(tl.float32)
-    # in place the target's logit is lost once its block is stored: only the program of that block reads it,
-    # and none of its warps stores before all have read
-    here = readable & (y >= start) & (y < start + BLOCK_V)
-    z_y = shaped(target_logit(row_ptr, y, here), scale, softcap)
-    tl.debug_barrier()
-    kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale)
-    p = tl.exp((shaped(x, scale, softcap) - row_max) - log_sum)
-    dz = other_slope(p, w, kept + flat, off, smoothing)
-    # compared as int32, like the offsets; a padded lane never equals it
-    is_target = offs_v == tl.where(here, y, -1).to(tl.int32)
-    dz = tl.where(is_target, target_slope((z_y - row_max) - log_sum, w_y, kept, flat, off, smoothing), dz)
-    dx = dz * shaped_slope(x, scale, softcap) * tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
-
-    dx = tl.where(ignored, 0.0, tl.where(readable, dx, float("nan")))
-    tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+    # one step compiles to no loop
+    for v in tl.range(0, V if WHOLE_ROW else BLOCK_V, BLOCK_V, num_stages=1):
+        start = tl.program_id(1) * BLOCK_V + v
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0) if smoothing is not None and class_weight_ptr is not None else None
+        x = tl.load(row_ptr + offs_v, mask=only_if(readable, mask_v), other=0.0).to(tl.float32)
+        # in place the target's logit is lost once its block is stored: it is read with its block, and no warp stores before all have read
+        here = readable & (y >= start) & (y < start + BLOCK_V)
+        z_y = shaped(target_logit(row_ptr, y, here), scale, softcap)
+        tl.debug_barrier()
+        below = shaped(x, scale, softcap) - row_max
+        p = tl.exp(below - log_sum)
+        dz = other_slope(p, w, kept + flat, off, smoothing)
+        # compared as int32, like the offsets; a padded lane never equals it
+        is_target = offs_v == tl.where(here, y, -1).to(tl.int32)
+        dz = tl.where(is_target, target_slope((z_y - row_max) - log_sum, w_y, kept, flat, off, smoothing), dz)
+        if dentropy_ptr is not None:
+            dz = dz + dentropy * entropy_slope(p, below, mean_shortfall)
+        dx = unless_unread(dz * shaped_slope(x, scale, softcap), ignored, readable)
+        tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -192,7 +253,11 @@ def soft_row_loss_kernel(
     target_ptr,  # (N, V) any float dtype, probabilities
     class_weight_ptr,  # (V,) fp32, or None
     loss_ptr,  # (N,) fp32, output
-    stats_ptr,  # (3, N) fp32, output: row maximum, log-sum, mass of the target
+    lse_ptr,  # (N,) fp32, output, or None
+    logprob_ptr,  # (N,) fp32, output, or None: of the target, on average over its probabilities as given
+    entropy_ptr,  # (N,) fp32, output, or None
+    argmax_ptr,  # (N,) int64, output, or None
+    stats_ptr,  # (3, N) fp32, output: row maximum, log-sum, mass; with logprob (4, N), sum of target; with entropy (5, N), mean shortfall
     stride_logits_n,
     stride_target_n,
     N,
@@ -203,7 +268,7 @@ def soft_row_loss_kernel(
     lse_square_scale,  # or None
     BLOCK_V: tl.constexpr,
 ):
-    """One row per program: loss against class probabilities."""
+    """One row per program: loss against class probabilities, and statistics of the row."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
     target_row_ptr = target_ptr + row * stride_target_n
@@ -211,15 +276,26 @@ def soft_row_loss_kernel(
     top, ties, rest = lse_start(BLOCK_V)
     mass = tl.zeros([BLOCK_V], tl.float32)
     shortfall = tl.zeros([BLOCK_V], tl.float32)
+    given_mass = tl.zeros([BLOCK_V], tl.float32)
+    given_shortfall = tl.zeros([BLOCK_V], tl.float32)
+    spread = tl.zeros([BLOCK_V], tl.float32)
+    first = tl.full([BLOCK_V], NO_CLASS, tl.int32)
     # not pipelined: with the addresses of two tensors in flight ptxas spills on sm_80 and sm_100
     for v in tl.range(0, V, BLOCK_V, num_stages=1):
         offs_v = v + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         z = logits_tile(row_ptr, offs_v, mask_v, scale, softcap)
-        q = mass_tile(target_row_ptr, class_weight_ptr, offs_v, mask_v, V, smoothing)
+        t = tl.load(target_row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        q = mass_tile(t, class_weight_ptr, offs_v, mask_v, V, smoothing)
+        if entropy_ptr is not None:
+            spread = spread_update(spread, top, ties, rest, z)
         top_before = top
         top, ties, rest = lse_update(top, ties, rest, z)
+        if argmax_ptr is not None:
+            first = first_update(first, top, ties, z, offs_v)
         mass, shortfall = shortfall_update(mass, shortfall, q, z, top_before, top)
+        if logprob_ptr is not None:
+            given_mass, given_shortfall = shortfall_update(given_mass, given_shortfall, t, z, top_before, top)
 
     row_max, log_sum = lse_finish(top, ties, rest)
     row_mass, row_shortfall = shortfall_finish(mass, shortfall, top, row_max)
@@ -231,6 +307,18 @@ def soft_row_loss_kernel(
     tl.store(stats_ptr + row, row_max)
     tl.store(stats_ptr + N + row, log_sum)
     tl.store(stats_ptr + 2 * N + row, row_mass)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, row_max + log_sum)
+    if logprob_ptr is not None:
+        row_given_mass, row_given_shortfall = shortfall_finish(given_mass, given_shortfall, top, row_max)
+        tl.store(logprob_ptr + row, -(row_given_mass * log_sum + row_given_shortfall))
+        tl.store(stats_ptr + 3 * N + row, row_given_mass)
+    if entropy_ptr is not None:
+        mean_shortfall = spread_finish(spread, top, ties, rest, row_max, log_sum)
+        tl.store(entropy_ptr + row, log_sum + mean_shortfall)
+        tl.store(stats_ptr + 4 * N + row, mean_shortfall)
+    if argmax_ptr is not None:
+        tl.store(argmax_ptr + row, first_finish(first, top, row_max).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -238,9 +326,12 @@ def soft_row_grads_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N, V) any float dtype, probabilities
     class_weight_ptr,  # (V,) fp32, or None
-    stats_ptr,  # (3, N) fp32
-    dloss_ptr,  # (N,) fp32; stride 0 when it is one number
-    dlogits_ptr,  # (N, V), output, or None; may be logits, as a program reads only what it writes
+    stats_ptr,  # as soft_row_loss_kernel left it
+    dloss_ptr,  # (N,) fp32, or None; stride 0 when it is one number
+    dlse_ptr,  # (N,) fp32, or None
+    dlogprob_ptr,  # (N,) fp32, or None
+    dentropy_ptr,  # (N,) fp32, or None
+    dlogits_ptr,  # (N, V), output, or None; may be logits
     dtarget_ptr,  # (N, V), output, or None
     stride_logits_n,
     stride_target_n,
@@ -254,35 +345,67 @@ def soft_row_grads_kernel(
     smoothing,  # or None
     lse_square_scale,  # or None
     BLOCK_V: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
 ):
-    """One row and block per program: gradients of the loss against class probabilities."""
+    """One row and block per program, or one whole row: gradients of the loss against class probabilities and of the row's statistics."""
     row = tl.program_id(0).to(tl.int64)
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_v = offs_v < V
     row_max = tl.load(stats_ptr + row)
     log_sum = tl.load(stats_ptr + N + row)
-    mass = tl.load(stats_ptr + 2 * N + row)
-    dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
+    if dloss_ptr is not None:
+        mass = tl.load(stats_ptr + 2 * N + row)
+        dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
+    if dlse_ptr is not None:
+        dlse = tl.load(dlse_ptr + row)
+    if dlogprob_ptr is not None:
+        given_mass = tl.load(stats_ptr + 3 * N + row)
+        dlogprob = tl.load(dlogprob_ptr + row)
+    if dentropy_ptr is not None:
+        mean_shortfall = tl.load(stats_ptr + 4 * N + row)
+        dentropy = tl.load(dentropy_ptr + row)
 
-    x = tl.load(logits_ptr + row * stride_logits_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    q = mass_tile(target_ptr + row * stride_target_n, class_weight_ptr, offs_v, mask_v, V, smoothing)
-    logp = (shaped(x, scale, softcap) - row_max) - log_sum
-    if dlogits_ptr is not None:
-        p = tl.exp(logp)
-        dz = soft_target_slope(p, logp, q, mass)
-        if lse_square_scale is not None:
-            dz = dz + softmax_slope(p, row_max, log_sum, lse_square_scale)
-        dx = dz * shaped_slope(x, scale, softcap) * dloss
-        tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
-    if dtarget_ptr is not None:
-        dt = -logp * dloss
-        if smoothing is not None:
-            dt = dt * (1.0 - smoothing)
-        if class_weight_ptr is not None:
-            dt = dt * tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
-        # a class of zero mass and -inf logit is out of the sum, as in shortfall_update
-        dt = tl.where((q == 0.0) & (logp == -float("inf")), 0.0, dt)
-        tl.store(dtarget_ptr + row * stride_dtarget_n + offs_v, dt.to(dtarget_ptr.dtype.element_ty), mask=mask_v)
+    # one step compiles to no loop
+    for v in tl.range(0, V if WHOLE_ROW else BLOCK_V, BLOCK_V, num_stages=1):
+        start = tl.program_id(1) * BLOCK_V + v
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        x = tl.load(logits_ptr + row * stride_logits_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        t = tl.load(target_ptr + row * stride_target_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        if WHOLE_ROW:
+            # a narrower gradient lies over logits that other warps read
+            tl.debug_barrier()
+        below = shaped(x, scale, softcap) - row_max
+        logp = below - log_sum
+        q = mass_tile(t, class_weight_ptr, offs_v, mask_v, V, smoothing)
+        if dlogits_ptr is not None:
+            p = tl.exp(logp)
+            dz = tl.zeros([BLOCK_V], tl.float32)
+            if dloss_ptr is not None:
+                dz = soft_target_slope(p, logp, q, mass)
+                if lse_square_scale is not None:
+                    dz = dz + softmax_slope(p, row_max, log_sum, lse_square_scale)
+                dz = dz * dloss
+            if dlse_ptr is not None:
+                dz = dz + dlse * p
+            if dlogprob_ptr is not None:
+                dz = dz - dlogprob * soft_target_slope(p, logp, t, given_mass)
+            if dentropy_ptr is not None:
+                dz = dz + dentropy * entropy_slope(p, below, mean_shortfall)
+            dx = dz * shaped_slope(x, scale, softcap)
+            tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+        if dtarget_ptr is not None:
+            dt = tl.zeros([BLOCK_V], tl.float32)
+            # a class of zero mass and -inf logit is out of the sum, as in shortfall_update
+            impossible = logp == -float("inf")
+            if dloss_ptr is not None:
+                dt = -logp * dloss
+                if smoothing is not None:
+                    dt = dt * (1.0 - smoothing)
+                if class_weight_ptr is not None:
+                    dt = dt * tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
+                dt = tl.where((q == 0.0) & impossible, 0.0, dt)
+            if dlogprob_ptr is not None:
+                dt = dt + tl.where((t == 0.0) & impossible, 0.0, dlogprob * logp)
+            tl.store(dtarget_ptr + row * stride_dtarget_n + offs_v, dt.to(dtarget_ptr.dtype.element_ty), mask=mask_v)
 
 
 def row_loss(
@@ -297,26 +420,67 @@ def row_loss(
     lse_square_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(N, V) logits with unit last stride, (N,) ids or (N, V) probabilities -> (N,) loss and the statistics ``row_grads`` takes."""
-    n, v = logits.shape
-    soft = target.is_floating_point()
+    n = len(logits)
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
-    stats = torch.empty(3 if soft else 2, n, dtype=torch.float32, device=logits.device)
+    stats = torch.empty(3 if target.is_floating_point() else 2, n, dtype=torch.float32, device=logits.device)
+    options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
+    _fill(logits, target, class_weight, (loss, None, None, None, None, stats), ignore_index, options)
+    return loss, stats
+
+
+def row_stats(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    entropy: bool,
+    argmax: bool,
+    ignore_index: int,
+    scale: float | None,
+    softcap: float | None,
+    smoothing: float | None,
+    lse_square_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """As ``row_loss``, with (N,) lse, log-probability of the target, entropy and argmax between loss and statistics.
+
+    For probabilities the log-probability is the sum over classes of the target as given, neither smoothed nor weighted. The argmax is the
+    first of the largest logits; a row that is not read has -1, or -2 where that is ``ignore_index``.
+    """
+    n = len(logits)
+    loss, lse, logprob = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
+    row_entropy = torch.empty(n, dtype=torch.float32, device=logits.device) if entropy else None
+    row_argmax = torch.empty(n, dtype=torch.int64, device=logits.device) if argmax else None
+    kept = (4 if target.is_floating_point() else 2) + entropy
+    stats = torch.empty(kept, n, dtype=torch.float32, device=logits.device)
+    options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
+    _fill(logits, target, class_weight, (loss, lse, logprob, row_entropy, row_argmax, stats), ignore_index, options)
+    return loss, lse, logprob, row_entropy, row_argmax, stats
+
+
+def _fill(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    outputs: tuple[Tensor | None, ...],
+    ignore_index: int,
+    options: _Options,
+) -> None:
+    """``outputs`` as the kernels take them."""
+    n, v = logits.shape
     if n == 0:
-        return loss, stats
+        return
     config = row_blocks(v)
-    options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
     with on_device_of(logits):
-        if soft:
+        if target.is_floating_point():
             soft_row_loss_kernel[(n,)](
-                logits, target, class_weight, loss, stats, logits.stride(0), target.stride(0), n, v,
+                logits, target, class_weight, *outputs, logits.stride(0), target.stride(0), n, v,
                 **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
         else:
             row_loss_kernel[(n,)](
-                logits, target, class_weight, loss, stats, logits.stride(0), n, v, ignore_index,
+                logits, target, class_weight, *outputs, logits.stride(0), n, v, ignore_index,
                 **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
-    return loss, stats
 
 
 def row_grads(
@@ -324,7 +488,7 @@ def row_grads(
     target: Tensor,
     class_weight: Tensor | None,
     stats: Tensor,
-    dloss: Tensor,
+    dloss: Tensor | None,
     *,
     dlogits: Tensor | None,
     dtarget: Tensor | None,
@@ -333,40 +497,45 @@ def row_grads(
     softcap: float | None,
     smoothing: float | None,
     lse_square_scale: float | None,
+    dlse: Tensor | None = None,
+    dlogprob: Tensor | None = None,
+    dentropy: Tensor | None = None,
 ) -> None:
     """Fill ``dlogits`` (and, for probabilities, ``dtarget``): (N, V) with unit last stride, or None where no gradient is wanted.
 
-    ``dlogits`` may be ``logits``, or a narrower tensor over the first bytes of each row of them, which takes a copy.
+    ``dlogits`` may be ``logits``, or a narrower tensor over the first bytes of each row of them. ``dlogprob`` and ``dentropy`` take the
+    statistics of ``row_stats``.
     """
     n, v = logits.shape
     if n == 0 or (dlogits is None and dtarget is None):
         return
-    over = None
-    if dlogits is not None and narrower_over(logits, dlogits):
-        # blocks of a row belong to programs of their own, which would read what others have written
-        over, dlogits = dlogits, torch.empty(n, v, dtype=dlogits.dtype, device=dlogits.device)
+    if dloss is None:
+        # of the loss alone
+        class_weight, smoothing, lse_square_scale = None, None, None
     config = row_blocks(v)
+    # blocks of a row would lie over one another's logits: one program goes up the row and writes only over what it has read
+    whole_row = dlogits is not None and narrower_over(logits, dlogits)
     # not triton.cdiv, which takes 3 us where it may be traced (triton 3.7)
-    grid = (n, -(-v // config.block_v))
-    options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
+    grid = (n, 1 if whole_row else -(-v // config.block_v))
+    options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
+    upstream = (dloss, dlse, dlogprob, dentropy)
+    stride_dloss = 0 if dloss is None else dloss.stride(0)
     with on_device_of(logits):
         if target.is_floating_point():
             soft_row_grads_kernel[grid](
-                logits, target, class_weight, stats, dloss, dlogits, dtarget,
+                logits, target, class_weight, stats, *upstream, dlogits, dtarget,
                 logits.stride(0), target.stride(0),
-                0 if dlogits is None else dlogits.stride(0), 0 if dtarget is None else dtarget.stride(0), dloss.stride(0), n, v,
-                **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
+                0 if dlogits is None else dlogits.stride(0), 0 if dtarget is None else dtarget.stride(0), stride_dloss, n, v,
+                **options, BLOCK_V=config.block_v, WHOLE_ROW=whole_row, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
         else:
             assert dlogits is not None
             class_weight_sum = None if class_weight is None or smoothing is None else class_weight.sum()
             row_grads_kernel[grid](
-                logits, target, class_weight, class_weight_sum, stats, dloss, dlogits,
-                logits.stride(0), dlogits.stride(0), dloss.stride(0), n, v, ignore_index,
-                **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
+                logits, target, class_weight, class_weight_sum, stats, *upstream, dlogits,
+                logits.stride(0), dlogits.stride(0), stride_dloss, n, v, ignore_index,
+                **options, BLOCK_V=config.block_v, WHOLE_ROW=whole_row, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
-    if over is not None and dlogits is not None:
-        over.copy_(dlogits)
 
 
 def narrower_over(logits: Tensor, dlogits: Tensor) -> bool:

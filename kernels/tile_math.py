@@ -14,6 +14,8 @@ import triton.language as tl
 # stands for "no logit seen yet"; finite, so that -inf logits subtract from it without NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
+# stands for "no class seen yet"; above every class
+NO_CLASS = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -152,6 +154,47 @@ def shortfall_of(q, z, top):
     """Lanes -> sum of q * (top - z)."""
     # a class of zero mass is out of the sum even where its logit is -inf
     return tl.sum(tl.where(q == 0.0, 0.0, q * (top - z)), 0)
+
+
+@triton.jit
+def spread_update(spread, top, ties, rest, z):
+    """Fold exp(z - top) * (top - z) into the running sum; takes the state from before ``lse_update``."""
+    d = z - top
+    far = tl.abs(d)
+    e = tl.exp(-far)
+    higher = d > 0
+    moved = tl.where(higher, spread + far * (rest + ties), far)
+    # a class of zero probability is out of the sum even where its logit is -inf
+    return tl.where(higher, 0.0, spread) + tl.where(e == 0.0, 0.0, e * moved)
+
+
+@triton.jit
+def spread_finish(spread, top, ties, rest, row_max, log_sum):
+    """Lanes -> (row_max - z) on average over the softmax; with ``log_sum`` it adds up to the entropy, and neither is negative."""
+    far = row_max - top
+    e = tl.exp(-far)
+    moved = tl.where(e == 0.0, 0.0, e * (spread + far * (rest + ties)))
+    return tl.sum(moved, 0) * tl.exp(-log_sum)
+
+
+@triton.jit
+def entropy_slope(p, below, mean_shortfall):
+    """d (entropy) / dz, from z - row_max and what ``spread_finish`` makes."""
+    return tl.where(p == 0.0, 0.0, -p * (below + mean_shortfall))
+
+
+@triton.jit
+def first_update(first, top, ties, z, offs_v):
+    """Per lane, the first class that reached the maximum; takes the state from after ``lse_update``."""
+    return tl.where((z == top) & (ties == 1.0), offs_v, first)
+
+
+@triton.jit
+def first_finish(first, top, row_max):
+    """Lanes -> the first class at the row's maximum, 0 where no logit is finite."""
+    # lanes that saw no finite logit are at the maximum if it is LOWEST
+    row_first = tl.min(tl.where(top == row_max, first, NO_CLASS), 0)
+    return tl.where(row_first == NO_CLASS, 0, row_first)
 
 
 @triton.jit

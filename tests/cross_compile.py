@@ -35,9 +35,11 @@ FUSED_V = (8192, 16384, 32768, 50257, 128256, 151643)
 
 SOFTMAX = ("scale", "softcap", "smoothing", "lse_square_scale")
 OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX)}
+# what rows give beside their loss, and gradients of it
+STATISTICS = ("lse_ptr", "logprob_ptr", "entropy_ptr", "argmax_ptr", "dlse_ptr", "dlogprob_ptr", "dentropy_ptr")
 # a tile of the product is all of a program's registers, so each of its options counts
 TILE_OPTION_SETS = {"plain": (), "bias": ("bias_ptr",), "softcap": ("softcap",), "every option": ("bias_ptr", "scale", "softcap")}
-OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr")
+OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr", *STATISTICS)
 SIGMOID_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
 LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr")
 # what is a multiple of 16 where rows are wide
@@ -47,7 +49,7 @@ SIZES = (
     "n",
     *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v", "weight_n", "pos_weight_n")),
 )
-POINTERS = {"ids_ptr": "*i64", "target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64"}
+POINTERS = {"ids_ptr": "*i64", "argmax_ptr": "*i64", "target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,19 @@ class Launch:
         return self.kernel.fn.__name__
 
 
-def launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
+def sweeps(dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
+    """(options, those given, launch); losses know no dtype of a gradient."""
     blocks = row_blocks(V)
-    for name in ("row_loss_kernel", "row_grads_kernel", "soft_row_loss_kernel", "soft_row_grads_kernel"):
-        yield Launch(getattr(softmax_rows, name), blocks.num_warps, {"BLOCK_V": blocks.block_v})
+    narrower = "to" in dtype
+    for options, given in (OPTION_SETS | {"statistics": (*OPTION_SETS["every option"], *STATISTICS)}).items():
+        if not narrower:
+            for kernel in (softmax_rows.row_loss_kernel, softmax_rows.soft_row_loss_kernel):
+                yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v})
+        for kernel in (softmax_rows.row_grads_kernel, softmax_rows.soft_row_grads_kernel):
+            yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower})
+
+
+def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
     multiply = fused_rows.MULTIPLY_BLOCK
     yield Launch(fused_rows.scale_rows_kernel, multiply.num_warps, {"BLOCK": multiply.block_v}, options={})
     family = "amd" if target.startswith("gfx") else "nvidia"
@@ -178,7 +189,7 @@ def main(targets: list[str], dtypes: list[str]) -> None:
             cases = [
                 (options, given, launch)
                 for options, given in OPTION_SETS.items()
-                for launch in launches(target, 4 if dtype.startswith("fp32") else 2, bool(given))
+                for launch in fused_launches(target, 4 if dtype.startswith("fp32") else 2, bool(given))
             ]
             others = [*linear_launches(target, dtype), *sigmoid_launches()]
             if "to" in dtype:
@@ -190,7 +201,7 @@ def main(targets: list[str], dtypes: list[str]) -> None:
                     if launch.name in narrowing
                 ]
                 others = []
-            for options, given, launch in [*cases, *others]:
+            for options, given, launch in [*sweeps(dtype), *cases, *others]:
                 compiled = triton.compile(
                     source(launch, *DTYPES[dtype], given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
                 )

@@ -34,7 +34,9 @@ def test_kernels_compile_without_spills(target, dtype):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = {"whole_row_kernel"} if dtype == "fp32 to bf16" else SWEEPS | SIGMOID | FUSED - {"split_row_kernel"}
+    expected = SWEEPS | SIGMOID | FUSED - {"split_row_kernel"}
+    if dtype == "fp32 to bf16":
+        expected = {"row_grads_kernel", "soft_row_grads_kernel", "whole_row_kernel"}
     if target.startswith("sm"):
         expected |= {"split_row_kernel"}
     if target in ("sm_90", "sm_100") and not dtype.startswith("fp32"):
@@ -46,7 +48,9 @@ def test_kernels_compile_without_spills(target, dtype):
     for row in rows:
         assert row["spills"] == 0, row
         if row["kernel"] in SWEEPS | SIGMOID:
-            assert row["registers"] <= 128, row
+            # statistics of probabilities with every option hold nine numbers a class: one program of 256 threads a multiprocessor
+            crowded = row["kernel"] == "soft_row_loss_kernel" and row["options"] == "statistics"
+            assert row["registers"] <= (144 if crowded else 128), row
         if row["kernel"] == "tile_stats_kernel":
             assert row["tma"] > 0 and row["mma"] > 0, row
             # what linear_rows.runs_on asks of a device

@@ -1,0 +1,426 @@
+"""Statistics of rows in the pass of their loss, and gradients of them, by the launchers themselves.
+
+The float64 formulas stand here, so that the kernels are judged by nothing they share.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import assert_formula_close, assert_gradient_close
+from options import EVERYTHING, OPTIONS, options_of
+from rows import logits_and_ids, probabilities
+
+pytest.importorskip("triton")
+
+from lossfuse.kernels import softmax_rows
+
+GPU = torch.cuda.is_available()
+INF, NAN = float("inf"), float("nan")
+LOWEST = torch.finfo(torch.float32).min
+NAMES = ("loss", "lse", "logprob", "entropy")
+# those that shape or weigh a row
+ROW_OPTIONS = [name for name in OPTIONS if name not in ("sum", "none", "normalizer")]
+COMBINATIONS = [(), *((name,) for name in ROW_OPTIONS), EVERYTHING]
+SIZES = [1, 2, 127, 2048, 5000]
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
+def device(request):
+    return request.param
+
+
+def numbers(options, ignore_index=-100):
+    """What the launchers take."""
+    return {
+        "ignore_index": ignore_index,
+        "scale": options.get("logit_scale"),
+        "softcap": options.get("softcap"),
+        "smoothing": options.get("label_smoothing"),
+        "lse_square_scale": options.get("lse_square_scale"),
+    }
+
+
+def oracle(x: Tensor, target: Tensor, w: Tensor | None, options: dict, ignore_index: int = -100) -> dict[str, Tensor]:
+    """The four numbers of each row in float64, differentiable; p log p of a class without probability is 0."""
+    v = x.shape[1]
+    w = torch.ones(v, dtype=torch.float64, device=x.device) if w is None else w.double()
+    s = options.get("label_smoothing", 0.0)
+    z = x * options.get("logit_scale", 1.0)
+    if "softcap" in options:
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    lse = torch.logsumexp(z, 1)
+    logp = torch.log_softmax(z, 1)
+    kept = torch.where(logp == -INF, 0.0, logp)
+    entropy = -(torch.where(logp == -INF, 0.0, logp.exp()) * kept).sum(1)
+    if target.is_floating_point():
+        q = w * ((1.0 - s) * target + s / v)
+        logprob = (target * torch.where((target == 0) & (logp == -INF), 0.0, logp)).sum(1)
+        loss = -(q * torch.where((q == 0) & (logp == -INF), 0.0, logp)).sum(1)
+    else:
+        valid = (target >= 0) & (target < v) & (target != ignore_index)
+        y = torch.where(valid, target, 0)
+        logprob = logp.gather(1, y[:, None])[:, 0]
+        loss = -(1.0 - s) * w[y] * logprob
+        if s:
+            loss = loss - s / v * (w * logp).sum(1)
+    loss = loss + options.get("lse_square_scale", 0.0) * lse**2
+    rows = {"loss": loss, "lse": lse, "logprob": logprob, "entropy": entropy}
+    if target.is_floating_point():
+        return rows
+    unread = torch.where(target == ignore_index, 0.0, NAN).to(x)
+    return {name: torch.where(valid, row, unread) for name, row in rows.items()}
+
+
+def first_largest(x, target, options, ignore_index=-100):
+    largest = (x.float() * math.copysign(1.0, options.get("logit_scale", 1.0))).argmax(1)
+    if target.is_floating_point():
+        return largest
+    valid = (target >= 0) & (target < x.shape[1]) & (target != ignore_index)
+    return torch.where(valid, largest, -2 if ignore_index == -1 else -1)
+
+
+def ours(x, target, w=None, options=None, ignore_index=-100, **asked):
+    keywords = {"entropy": True, "argmax": True} | asked
+    found = softmax_rows.row_stats(x, target, w, **keywords, **numbers(options or {}, ignore_index))
+    return dict(zip((*NAMES, "argmax", "stats"), found, strict=True))
+
+
+def grads(x, target, w, stats, upstream, options, ignore_index=-100, dlogits=None, need_dtarget=False):
+    dlogits = torch.empty_like(x) if dlogits is None else dlogits
+    dtarget = torch.empty_like(target) if need_dtarget else None
+    of_stats = {f"d{name}": upstream[name] for name in NAMES[1:] if name in upstream}
+    softmax_rows.row_grads(
+        x, target, w, stats, upstream.get("loss"), dlogits=dlogits, dtarget=dtarget, **numbers(options, ignore_index), **of_stats
+    )
+    return dlogits, dtarget
+
+
+def upstreams(n, names, device):
+    """A number of its own for each row and statistic."""
+    table = torch.randn(len(NAMES), n, generator=torch.Generator().manual_seed(5)).to(device)
+    return {name: table[i].contiguous() for i, name in enumerate(NAMES) if name in names}
+
+
+def case(soft, n, v, device, dtype=torch.float32, ignored=0.25):
+    x, target = (t.detach() for t in logits_and_ids(n, v, dtype, device, ignored=ignored))
+    return x, (probabilities(n, v, torch.float32, device).detach() if soft else target)
+
+
+def sizes(x, target, w, options, upstream):
+    """(N, V) size of the numbers a class's gradient is a difference of: probabilities and masses, times what comes from above."""
+    v = x.shape[1]
+    z = x * options.get("logit_scale", 1.0)
+    if "softcap" in options:
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    p = torch.softmax(z, 1)
+    t = target.double() if target.is_floating_point() else torch.arange(v, device=x.device) == target[:, None]
+    row = sum(value.abs().double() for value in upstream.values())
+    row = row * (1.0 + 2 * options.get("lse_square_scale", 0.0) * torch.logsumexp(z, 1).abs())
+    mass = p + t + options.get("label_smoothing", 0.0) / v
+    apart = 1.0 + torch.where(p == 0.0, 0.0, (z.amax(1, keepdim=True) - z))
+    return row[:, None] * (mass if w is None else mass * (1.0 + w.double())) * apart
+
+
+def check(x, target, w=None, options=None, ignore_index=-100, names=NAMES):
+    """Values, and gradients of ``names`` at once; returns the values."""
+    options = options or {}
+    soft = target.is_floating_point()
+    got = ours(x, target, w, options, ignore_index)
+    leaves = [x.double().requires_grad_(), *([target.double().requires_grad_()] if soft else [])]
+    want = oracle(leaves[0], leaves[1] if soft else target, w, options, ignore_index)
+    for name in NAMES:
+        assert got[name].dtype == torch.float32 and got[name].is_contiguous()
+        assert_formula_close(got[name], want[name].detach())
+    assert got["argmax"].dtype == torch.int64
+    upstream = upstreams(len(x), names, x.device)
+    dx, dt = grads(x, target, w, got["stats"], upstream, options, ignore_index, need_dtarget=soft)
+    total = sum((upstream[name].double() * want[name]).sum() for name in names)
+    wanted = torch.autograd.grad(total, leaves, allow_unused=True)
+    unread = torch.zeros(len(x), dtype=torch.bool, device=x.device) if soft else got["lse"].isnan() & (target != ignore_index)
+    want_dx = torch.where(unread[:, None], NAN, wanted[0])
+    terms = sizes(x.double(), target, w, options, upstream)
+    assert_gradient_close(dx, want_dx, terms=terms)
+    if soft:
+        row = sum(value.abs() for value in upstream.values()).double()[:, None]
+        assert_gradient_close(dt, torch.zeros_like(leaves[1]) if wanted[1] is None else wanted[1], terms=row)
+    return got
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_every_option(device, names, soft):
+    w, options = options_of(names, 127, device)
+    x, target = case(soft, 4, 127, device)
+    got = check(x, target, w, options)
+    if "softcap" not in names:
+        assert torch.equal(got["argmax"], first_largest(x, target, options))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("v", SIZES)
+def test_sizes(device, v, soft):
+    x, target = case(soft, 3, v, device)
+    got = check(x, target)
+    assert torch.equal(got["argmax"], first_largest(x, target, {}))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+def test_every_option_over_several_blocks(device, soft):
+    w, options = options_of(EVERYTHING, 5000, device)
+    check(*case(soft, 3, 5000, device), w, options)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize(
+    "names",
+    [*((name,) for name in NAMES), ("lse", "logprob"), ("loss", "entropy"), ("logprob", "entropy"), NAMES[1:]],
+    ids="+".join,
+)
+@pytest.mark.parametrize("given", [(), EVERYTHING], ids=["plain", "every option"])
+def test_upstreams_alone_and_together(device, names, given, soft):
+    w, options = options_of(given, 40, device)
+    check(*case(soft, 3, 40, device), w, options, names=names)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+def test_what_is_not_asked_for_is_none_and_changes_nothing(device, soft):
+    x, target = case(soft, 5, 300, device)
+    both = ours(x, target)
+    loss, stats = softmax_rows.row_loss(x, target, None, **numbers({}))
+    assert torch.equal(loss, both["loss"]) and torch.equal(stats, both["stats"][: len(stats)])
+    for entropy in (False, True):
+        for argmax in (False, True):
+            some = ours(x, target, entropy=entropy, argmax=argmax)
+            assert (some["entropy"] is not None, some["argmax"] is not None) == (entropy, argmax)
+            for name, value in some.items():
+                if value is not None:
+                    assert torch.equal(value, both[name][: len(value)]), name
+    # statistics of a loss without entropy are enough for all but its gradient
+    few = ours(x, target, entropy=False)["stats"]
+    upstream = upstreams(5, NAMES[:3], device)
+    assert torch.equal(grads(x, target, None, few, upstream, {})[0], grads(x, target, None, both["stats"], upstream, {})[0])
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+def test_no_rows(device, soft):
+    x = torch.zeros(0, 7, device=device)
+    target = torch.zeros(0, 7, device=device) if soft else torch.zeros(0, dtype=torch.long, device=device)
+    got = ours(x, target)
+    assert {len(got[name]) for name in (*NAMES, "argmax")} == {0} and got["argmax"].dtype == torch.int64
+    grads(x, target, None, got["stats"], upstreams(0, NAMES, device), {})
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("v", [127, 2500])
+def test_rows_apart(device, v, soft):
+    x, target = case(soft, 4, v, device, ignored=0.0)
+    memory = torch.full((4, v + 9), NAN, device=device)
+    memory[:, 3 : v + 3] = x
+    apart = memory[:, 3 : v + 3]
+    close, far = ours(x, target), ours(apart, target)
+    assert all(torch.equal(close[name], far[name]) for name in close)
+    upstream = upstreams(4, NAMES, device)
+    want, _ = grads(x, target, None, close["stats"], upstream, {})
+    # in place, and nothing beside it is written
+    got, _ = grads(apart, target, None, far["stats"], upstream, {}, dlogits=apart)
+    assert torch.equal(got, want)
+    assert memory[:, :3].isnan().all() and memory[:, v + 3 :].isnan().all()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3])
+def test_ignored_and_bad_ids(device, ignore_index):
+    x, _ = case(False, 7, 300, device)
+    target = torch.tensor([5, ignore_index, 300, -7, -2, 299, 2**40], device=device)
+    # of no row that is not read
+    x[1] = NAN
+    got = check(x.nan_to_num(0.0), target, ignore_index=ignore_index)
+    undefined = [False, False, True, True, True, False, True]
+    none = -2 if ignore_index == -1 else -1
+    again = ours(x, target, ignore_index=ignore_index)
+    for name in NAMES:
+        assert got[name].isnan().tolist() == undefined and got[name][1] == 0.0
+        assert torch.equal(again[name].nan_to_num(9.0), got[name].nan_to_num(9.0))
+    assert [i == none for i in got["argmax"].tolist()] == [False, True, True, True, True, False, True]
+    assert torch.equal(again["argmax"], got["argmax"])
+    dx, _ = grads(x, target, None, again["stats"], upstreams(7, NAMES, device), {}, ignore_index)
+    assert torch.equal(dx[1], torch.zeros_like(dx[1]))
+    assert dx.isnan().all(1).tolist() == undefined and dx.isnan().any(1).tolist() == undefined
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("where", [slice(0, 100), slice(1, None), slice(0, 2499), slice(10, 2400)], ids=str)
+def test_classes_that_cannot_be(device, where, soft):
+    """p log p of them is 0, and so is every gradient."""
+    x, target = case(soft, 3, 2500, device, ignored=0.0)
+    x[:, where] = -INF
+    possible = x[0].isfinite().nonzero()[:, 0]
+    if soft:
+        target[:, where] = 0.0
+    else:
+        target = possible[[0, len(possible) // 2, -1]]
+    got = check(x, target)
+    assert torch.equal(got["argmax"], first_largest(x, target, {}))
+    dx, _ = grads(x, target, None, got["stats"], upstreams(3, NAMES, device), {})
+    assert (dx[:, where] == 0.0).all()
+
+
+def test_a_target_that_cannot_be(device):
+    x, target = case(False, 3, 200, device, ignored=0.0)
+    x[torch.arange(3), target] = -INF
+    got = ours(x, target)
+    assert got["logprob"].tolist() == [-INF] * 3 and got["loss"].tolist() == [INF] * 3
+    assert_formula_close(got["entropy"], oracle(x.double(), target, None, {})["entropy"])
+    # as the gradient of the loss: the target keeps its -1 times what comes from above
+    upstream = upstreams(3, ("lse", "logprob", "entropy"), device)
+    dx, _ = grads(x, target, None, got["stats"], upstream, {})
+    assert torch.equal(dx[torch.arange(3), target], upstream["logprob"]) and dx.isfinite().all()
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("v", [1, 130, 2500])
+def test_rows_of_no_finite_logit(device, v, soft):
+    x, target = torch.full((2, v), -INF, device=device), case(soft, 2, v, device, ignored=0.0)[1]
+    got = ours(x, target)
+    assert got["argmax"].tolist() == [0, 0] and got["lse"].tolist() == [-INF] * 2
+    assert all(got[name].isnan().all() for name in ("loss", "logprob", "entropy"))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("v", [1, 130, 2500])
+def test_rows_filled_with_the_lowest_number(device, v, soft):
+    """As masks fill them. The lanes start there."""
+    x, target = case(soft, 3, v, device, ignored=0.0)
+    x[:] = LOWEST
+    x[1, : v // 2] = -INF
+    x[2, v - 1] = 0.0
+    if soft:
+        target = torch.zeros_like(target)
+        target[:, v - 1] = 1.0
+    else:
+        target[:] = v - 1
+    got = ours(x, target)
+    assert got["argmax"].tolist() == [0, v // 2, v - 1]
+    want = torch.tensor([v, v - v // 2, 1], dtype=torch.float64, device=device).log()
+    assert_formula_close(got["entropy"], want)
+    assert_formula_close(-got["logprob"], want)
+    dx, _ = grads(x, target, None, got["stats"], upstreams(3, ("entropy",), device), {})
+    assert (dx == 0.0).all()
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("at", [0, 130, 2499])
+def test_undefined_rows(device, at, value, soft):
+    x, target = case(soft, 3, 2500, device, ignored=0.0)
+    x[1, at] = value
+    got = ours(x, target)
+    for name in NAMES:
+        assert got[name].isnan().tolist() == [False, True, False], name
+    assert 0 <= got["argmax"][1] < 2500
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("scale", [None, -0.5], ids=["plain", "negative scale"])
+@pytest.mark.parametrize("at", [(0, 1), (7, 2055), (2055, 2056, 4999), (3, 2047, 2048, 4096), (4095, 4096)], ids=str)
+def test_the_first_of_ties(device, at, scale, soft):
+    """In one lane, in several, and in several blocks of a lane."""
+    options = {} if scale is None else {"logit_scale": scale}
+    x, target = case(soft, 2, 5000, device, ignored=0.0)
+    x = x.clamp(-8.0, 8.0)
+    x[:, at] = 9.0 if scale is None else -9.0
+    got = ours(x, target, options=options)
+    assert got["argmax"].tolist() == [at[0]] * 2
+    assert_formula_close(got["entropy"], oracle(x.double(), target, None, options)["entropy"])
+
+
+def test_equal_logits(device):
+    x = torch.full((2, 2500), 3.0, device=device)
+    target = torch.tensor([0, 2499], device=device)
+    got = check(x, target)
+    assert got["argmax"].tolist() == [0, 0]
+    # the entropy has its maximum here, to the last digit
+    dx, _ = grads(x, target, None, got["stats"], upstreams(2, ("entropy",), device), {})
+    assert (dx == 0.0).all()
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("margin", [5.0, 17.0, 40.0, 80.0])
+@pytest.mark.parametrize("v", [130, 2500])
+def test_a_confident_row_keeps_its_digits(device, v, margin, soft):
+    x = torch.zeros(3, v, device=device)
+    y = torch.tensor([0, v // 2, v - 1], device=device)
+    x[torch.arange(3), y] = margin
+    target = torch.nn.functional.one_hot(y, v).float() if soft else y
+    got = ours(x, target)
+    leaf = x.double().requires_grad_()
+    # log1p where log_softmax has no digits left
+    others = (v - 1) * torch.exp(-torch.tensor(margin, dtype=torch.float64))
+    log_sum = torch.log1p(others)
+    entropy = log_sum + others * margin / (1.0 + others)
+    rtol = 1e-5 if GPU else 1e-6
+    for value, want in ((got["entropy"], entropy), (got["logprob"], -log_sum), (got["loss"], log_sum)):
+        torch.testing.assert_close(value.cpu().double(), want.expand(3), rtol=rtol, atol=0.0)
+    upstream = {"entropy": torch.ones(3, device=device)}
+    dx, _ = grads(x, target, None, got["stats"], upstream, {})
+    p_y, p = torch.exp(-log_sum), torch.exp(-margin - log_sum)
+    at_y, at_others = -p_y * (entropy - log_sum), -p * (entropy - log_sum - margin)
+    want_dx = torch.full(leaf.shape, at_others.item(), dtype=torch.float64, device=device)
+    want_dx[torch.arange(3), y] = at_y.item()
+    assert_gradient_close(dx, want_dx)
+    dx, _ = grads(x, target, None, got["stats"], {"logprob": torch.ones(3, device=device)}, {})
+    want_dx = torch.full(leaf.shape, -p.item(), dtype=torch.float64, device=device)
+    want_dx[torch.arange(3), y] = (others / (1.0 + others)).item()
+    assert_gradient_close(dx, want_dx, terms=1.2e-2 if soft and margin < 10 else 0.0)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("offset", [2.0**24, -(2.0**24)])
+def test_a_common_offset_cancels_exactly(device, offset, soft):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-4, 5, (4, 2500), generator=g).float().to(device) * 2
+    target = case(soft, 4, 2500, device, ignored=0.0)[1]
+    near, far = ours(x, target), ours(x + offset, target)
+    for name in ("loss", "logprob", "entropy", "argmax"):
+        assert torch.equal(near[name], far[name]), name
+    upstream = upstreams(4, NAMES, device)
+    assert torch.equal(grads(x, target, None, near["stats"], upstream, {})[0], grads(x + offset, target, None, far["stats"], upstream, {})[0])
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("v", [1, 100, 2048, 5000, 6144])
+def test_a_narrower_gradient_over_the_logits(device, dtype, v, soft):
+    """A program goes up its row: 2 bytes of gradient over 4 of logits that it has read."""
+    x, target = case(soft, 3, v, device)
+    w, options = options_of(EVERYTHING, v, device)
+    memory = torch.full((3, v + 16), NAN, device=device)
+    memory[:, :v] = x
+    over = memory.view(dtype)[:, :v]
+    got = ours(memory[:, :v], target, w, options)
+    upstream = upstreams(3, NAMES, device)
+    want, want_dt = grads(x, target, w, got["stats"], upstream, options, need_dtarget=soft)
+    dx, dt = grads(memory[:, :v], target, w, got["stats"], upstream, options, dlogits=over, need_dtarget=soft)
+    assert_gradient_close(dx, want)
+    assert memory[:, v:].isnan().all()
+    if soft:
+        assert torch.equal(dt, want_dt)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+def test_one_upstream_for_all_rows(device, soft):
+    """An expanded scalar, as from .sum()."""
+    x, target = case(soft, 4, 300, device)
+    stats = ours(x, target)["stats"]
+    one = torch.tensor(0.3, device=device)
+    got, _ = grads(x, target, None, stats, {"loss": one.expand(4)}, {})
+    want, _ = grads(x, target, None, stats, {"loss": one.repeat(4)}, {})
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [])], ids=str)
+def test_half_precision(device, dtype):
+    x, target = case(False, 4, 2500, device, dtype)
+    check(x, target)
