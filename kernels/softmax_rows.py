@@ -4,6 +4,8 @@ Two pairs of kernels, because a class id and a row of class probabilities are di
 the logits, the second a whole row. ``stats`` is what the gradient needs again: the row maximum and the log-sum kept apart, and for
 probabilities the mass of the target. Loss and statistics take one program per row, gradients one per row and block.
 
+Where asked, the same pass gives what a row says beside its loss: lse, log-probability of the target, entropy, argmax.
+
 N rows, V classes. A target outside [0, V) that is not ignore_index makes its row NaN; nothing outside a row is read for it.
 """
 

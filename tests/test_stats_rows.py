@@ -153,7 +153,7 @@ def check(x, target, w=None, options=None, ignore_index=-100, names=NAMES):
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
 def test_every_option(device, names, soft):
     w, options = options_of(names, 127, device)
-    x, target = case(soft, 4, 127, device)
+    x, target = case(soft, 3, 127, device)
     got = check(x, target, w, options)
     if "softcap" not in names:
         assert torch.equal(got["argmax"], first_largest(x, target, options))
@@ -162,7 +162,7 @@ def test_every_option(device, names, soft):
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize("v", SIZES)
 def test_sizes(device, v, soft):
-    x, target = case(soft, 3, v, device)
+    x, target = case(soft, 2, v, device)
     got = check(x, target)
     assert torch.equal(got["argmax"], first_largest(x, target, {}))
 
@@ -170,24 +170,20 @@ def test_sizes(device, v, soft):
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 def test_every_option_over_several_blocks(device, soft):
     w, options = options_of(EVERYTHING, 5000, device)
-    check(*case(soft, 3, 5000, device), w, options)
+    check(*case(soft, 2, 5000, device), w, options)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize(
-    "names",
-    [*((name,) for name in NAMES), ("lse", "logprob"), ("loss", "entropy"), ("logprob", "entropy"), NAMES[1:]],
-    ids="+".join,
-)
+@pytest.mark.parametrize("names", [*((name,) for name in NAMES), ("loss", "entropy"), NAMES[1:]], ids="+".join)
 @pytest.mark.parametrize("given", [(), EVERYTHING], ids=["plain", "every option"])
 def test_upstreams_alone_and_together(device, names, given, soft):
     w, options = options_of(given, 40, device)
-    check(*case(soft, 3, 40, device), w, options, names=names)
+    check(*case(soft, 2, 40, device), w, options, names=names)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 def test_what_is_not_asked_for_is_none_and_changes_nothing(device, soft):
-    x, target = case(soft, 5, 300, device)
+    x, target = case(soft, 2, 300, device)
     both = ours(x, target)
     loss, stats = softmax_rows.row_loss(x, target, None, **numbers({}))
     assert torch.equal(loss, both["loss"]) and torch.equal(stats, both["stats"][: len(stats)])
@@ -200,7 +196,7 @@ def test_what_is_not_asked_for_is_none_and_changes_nothing(device, soft):
                     assert torch.equal(value, both[name][: len(value)]), name
     # statistics of a loss without entropy are enough for all but its gradient
     few = ours(x, target, entropy=False)["stats"]
-    upstream = upstreams(5, NAMES[:3], device)
+    upstream = upstreams(2, NAMES[:3], device)
     assert torch.equal(grads(x, target, None, few, upstream, {})[0], grads(x, target, None, both["stats"], upstream, {})[0])
 
 
@@ -216,13 +212,13 @@ def test_no_rows(device, soft):
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize("v", [127, 2500])
 def test_rows_apart(device, v, soft):
-    x, target = case(soft, 4, v, device, ignored=0.0)
-    memory = torch.full((4, v + 9), NAN, device=device)
+    x, target = case(soft, 2, v, device, ignored=0.0)
+    memory = torch.full((2, v + 9), NAN, device=device)
     memory[:, 3 : v + 3] = x
     apart = memory[:, 3 : v + 3]
     close, far = ours(x, target), ours(apart, target)
     assert all(torch.equal(close[name], far[name]) for name in close)
-    upstream = upstreams(4, NAMES, device)
+    upstream = upstreams(2, NAMES, device)
     want, _ = grads(x, target, None, close["stats"], upstream, {})
     # in place, and nothing beside it is written
     got, _ = grads(apart, target, None, far["stats"], upstream, {}, dlogits=apart)
@@ -312,7 +308,7 @@ def test_rows_filled_with_the_lowest_number(device, v, soft):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize("at", [0, 130, 2499])
+@pytest.mark.parametrize("at", [0, 2499])
 def test_undefined_rows(device, at, value, soft):
     x, target = case(soft, 3, 2500, device, ignored=0.0)
     x[1, at] = value
@@ -322,17 +318,16 @@ def test_undefined_rows(device, at, value, soft):
     assert 0 <= got["argmax"][1] < 2500
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("scale", [None, -0.5], ids=["plain", "negative scale"])
-@pytest.mark.parametrize("at", [(0, 1), (7, 2055), (2055, 2056, 4999), (3, 2047, 2048, 4096), (4095, 4096)], ids=str)
+@pytest.mark.parametrize(("soft", "scale"), [(False, None), (True, None), (False, -0.5)], ids=["ids", "probabilities", "negative scale"])
+@pytest.mark.parametrize("at", [(0, 1), (7, 2055), (3, 2047, 2048, 4096), (4095, 4096)], ids=str)
 def test_the_first_of_ties(device, at, scale, soft):
     """In one lane, in several, and in several blocks of a lane."""
     options = {} if scale is None else {"logit_scale": scale}
-    x, target = case(soft, 2, 5000, device, ignored=0.0)
+    x, target = case(soft, 1, 5000, device, ignored=0.0)
     x = x.clamp(-8.0, 8.0)
     x[:, at] = 9.0 if scale is None else -9.0
     got = ours(x, target, options=options)
-    assert got["argmax"].tolist() == [at[0]] * 2
+    assert got["argmax"].tolist() == [at[0]]
     assert_formula_close(got["entropy"], oracle(x.double(), target, None, options)["entropy"])
 
 
@@ -347,7 +342,7 @@ def test_equal_logits(device):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("margin", [5.0, 17.0, 40.0, 80.0])
+@pytest.mark.parametrize("margin", [5.0, 17.0, 80.0])
 @pytest.mark.parametrize("v", [130, 2500])
 def test_a_confident_row_keeps_its_digits(device, v, margin, soft):
     x = torch.zeros(3, v, device=device)
@@ -380,27 +375,28 @@ def test_a_confident_row_keeps_its_digits(device, v, margin, soft):
 @pytest.mark.parametrize("offset", [2.0**24, -(2.0**24)])
 def test_a_common_offset_cancels_exactly(device, offset, soft):
     g = torch.Generator().manual_seed(0)
-    x = torch.randint(-4, 5, (4, 2500), generator=g).float().to(device) * 2
-    target = case(soft, 4, 2500, device, ignored=0.0)[1]
+    x = torch.randint(-4, 5, (2, 2500), generator=g).float().to(device) * 2
+    target = case(soft, 2, 2500, device, ignored=0.0)[1]
     near, far = ours(x, target), ours(x + offset, target)
     for name in ("loss", "logprob", "entropy", "argmax"):
         assert torch.equal(near[name], far[name]), name
-    upstream = upstreams(4, NAMES, device)
-    assert torch.equal(grads(x, target, None, near["stats"], upstream, {})[0], grads(x + offset, target, None, far["stats"], upstream, {})[0])
+    upstream = upstreams(2, NAMES, device)
+    near_dx, _ = grads(x, target, None, near["stats"], upstream, {})
+    assert torch.equal(grads(x + offset, target, None, far["stats"], upstream, {})[0], near_dx)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("v", [1, 100, 2048, 5000, 6144])
+@pytest.mark.parametrize("v", [127, 2048, 5000])
 def test_a_narrower_gradient_over_the_logits(device, dtype, v, soft):
     """A program goes up its row: 2 bytes of gradient over 4 of logits that it has read."""
-    x, target = case(soft, 3, v, device)
+    x, target = case(soft, 2, v, device)
     w, options = options_of(EVERYTHING, v, device)
-    memory = torch.full((3, v + 16), NAN, device=device)
+    memory = torch.full((2, v + 16), NAN, device=device)
     memory[:, :v] = x
     over = memory.view(dtype)[:, :v]
     got = ours(memory[:, :v], target, w, options)
-    upstream = upstreams(3, NAMES, device)
+    upstream = upstreams(2, NAMES, device)
     want, want_dt = grads(x, target, w, got["stats"], upstream, options, need_dtarget=soft)
     dx, dt = grads(memory[:, :v], target, w, got["stats"], upstream, options, dlogits=over, need_dtarget=soft)
     assert_gradient_close(dx, want)
