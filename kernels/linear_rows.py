@@ -20,7 +20,20 @@ from torch import Tensor
 from .fused_rows import class_of, unless_unread
 from .launch import family, multiprocessors, on_device_of
 from .softmax_rows import UNFUSED, target_weight
-from .tile_math import LOWEST, exp_flushed, id_loss, log1p_from_minus_one, lse_join, lse_merge, shaped
+from .tile_math import (
+    LOWEST,
+    NOWHERE,
+    exp_flushed,
+    first_join,
+    first_merge,
+    id_loss,
+    log1p_from_minus_one,
+    lse_join,
+    lse_merge,
+    shaped,
+    shortfall_join,
+    shortfall_merge,
+)
 
 CHANGING = ["N", "T", "ignore_index"]
 
@@ -41,8 +54,9 @@ def halves(t):
 
 
 @triton.jit
-def part_stats(x, bias_ptr, start, y, any_y, V, scale, softcap):
-    """(maximum, excess, target's logit or 0) of each row of a part of a tile, products with classes from ``start`` on.
+def part_stats(x, bias_ptr, start, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr):
+    """(maximum, excess, target's logit or 0, shortfall, first maximum) of each row of a part of a tile, products with classes from
+    ``start`` on; of the last two what there is no pointer for is not computed.
 
     ``y`` is the target, or less than any class; where ``any_y`` is false it is none of these.
     """
@@ -59,7 +73,14 @@ def part_stats(x, bias_ptr, start, y, any_y, V, scale, softcap):
     e = exp_flushed(z - top[:, None])
     # those at the top are counted apart from the others, to whom a 1 would cost digits
     excess = tl.sum(tl.where(e == 1.0, 0.0, e), 1) + (tl.sum(tl.where(e == 1.0, 1.0, 0.0), 1) - 1.0)
-    return top, excess, z_y
+    shortfall = top
+    if shortfalls_ptr is not None:
+        # -inf has no part in it, as exp(-inf) is 0
+        shortfall = tl.sum(e * tl.minimum(top[:, None] - z, -LOWEST), 1)
+    first = tl.zeros([x.shape[0]], tl.int32)
+    if firsts_ptr is not None:
+        first = tl.min(tl.where(z == top[:, None], offs_v[None, :], NOWHERE), 1)
+    return top, excess, z_y, shortfall, first
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -70,6 +91,8 @@ def tile_stats_kernel(
     target_ptr,  # (N,) int64
     tops_ptr,  # (T, N) fp32, output: maximum of each tile's part of a row
     excesses_ptr,  # (T, N) fp32, output: sum of exp(z - maximum), less 1
+    shortfalls_ptr,  # (T, N) fp32, output: sum of exp(z - maximum) * (maximum - z), or None
+    firsts_ptr,  # (T, N) int32, output: first class of that maximum, or None
     target_logit_ptr,  # (N,) fp32, output where the target is a class
     stride_hidden_n,
     stride_weight_v,
@@ -108,17 +131,41 @@ def tile_stats_kernel(
         left, right = halves(x)
         x_0, x_1 = halves(left)
         x_2, x_3 = halves(right)
-        top, excess, z_y = part_stats(x_0, bias_ptr, start, y, any_y, V, scale, softcap)
-        top_1, excess_1, z_1 = part_stats(x_1, bias_ptr, start + BLOCK_V // 4, y, any_y, V, scale, softcap)
+        top, excess, z_y, shortfall, first = part_stats(
+            x_0, bias_ptr, start, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
+        )
+        top_1, excess_1, z_1, shortfall_1, first_1 = part_stats(
+            x_1, bias_ptr, start + BLOCK_V // 4, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
+        )
+        if shortfalls_ptr is not None:
+            shortfall = shortfall_join(top, excess, shortfall, top_1, excess_1, shortfall_1)
+        if firsts_ptr is not None:
+            first = first_join(top, first, top_1, first_1)
         top, excess = lse_join(top, excess, top_1, excess_1)
-        top_2, excess_2, z_2 = part_stats(x_2, bias_ptr, start + BLOCK_V // 2, y, any_y, V, scale, softcap)
+        top_2, excess_2, z_2, shortfall_2, first_2 = part_stats(
+            x_2, bias_ptr, start + BLOCK_V // 2, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
+        )
+        if shortfalls_ptr is not None:
+            shortfall = shortfall_join(top, excess, shortfall, top_2, excess_2, shortfall_2)
+        if firsts_ptr is not None:
+            first = first_join(top, first, top_2, first_2)
         top, excess = lse_join(top, excess, top_2, excess_2)
-        top_3, excess_3, z_3 = part_stats(x_3, bias_ptr, start + 3 * BLOCK_V // 4, y, any_y, V, scale, softcap)
+        top_3, excess_3, z_3, shortfall_3, first_3 = part_stats(
+            x_3, bias_ptr, start + 3 * BLOCK_V // 4, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
+        )
+        if shortfalls_ptr is not None:
+            shortfall = shortfall_join(top, excess, shortfall, top_3, excess_3, shortfall_3)
+        if firsts_ptr is not None:
+            first = first_join(top, first, top_3, first_3)
         top, excess = lse_join(top, excess, top_3, excess_3)
 
         at = tl.cast(tile_v, tl.int64) * N + offs_n
         tl.store(tops_ptr + at, top, mask=mask_n)
         tl.store(excesses_ptr + at, excess, mask=mask_n)
+        if shortfalls_ptr is not None:
+            tl.store(shortfalls_ptr + at, shortfall, mask=mask_n)
+        if firsts_ptr is not None:
+            tl.store(firsts_ptr + at, first, mask=mask_n)
         tl.store(target_logit_ptr + offs_n, z_y + z_1 + z_2 + z_3, mask=here)
 
 

@@ -14,6 +14,8 @@ import triton.language as tl
 # stands for "no logit seen yet"; finite, so that -inf logits subtract from it without NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
+# stands for the index of no class; higher than any
+NOWHERE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -130,6 +132,42 @@ def lse_join(top, excess, other_top, other_excess):
     row_max = tl.maximum(top, other_top)
     moved = exp_flushed(tl.minimum(top, other_top) - row_max) * (1.0 + tl.where(higher, other_excess, excess))
     return row_max, tl.where(higher, excess, other_excess) + moved
+
+
+@triton.jit
+def shortfall_merge(tops, excesses, shortfalls):
+    """sum of exp(z - maximum) * (maximum - z) of slices -> of the row; ``lse_merge`` has the others of the row."""
+    top = tl.max(tops, 0)
+    return tl.sum(raised(top[None, :], tops, excesses, shortfalls), 0)
+
+
+@triton.jit
+def shortfall_join(top, excess, shortfall, other_top, other_excess, other_shortfall):
+    """``shortfall_merge`` of two slices, elementwise."""
+    row_max = tl.maximum(top, other_top)
+    return raised(row_max, top, excess, shortfall) + raised(row_max, other_top, other_excess, other_shortfall)
+
+
+@triton.jit
+def raised(row_max, top, excess, shortfall):
+    """A slice's sum of exp(z - top) * (top - z) about a maximum that is not lower."""
+    distance = row_max - top
+    moved = exp_flushed(-distance)
+    # a slice without a finite logit is far enough below to make a distance of inf
+    return tl.where(moved == 0.0, 0.0, moved * (shortfall + distance * (1.0 + excess)))
+
+
+@triton.jit
+def first_merge(tops, firsts):
+    """The index of the first maximum, of slices -> of the row."""
+    return tl.min(tl.where(tops == tl.max(tops, 0), firsts, NOWHERE), 0)
+
+
+@triton.jit
+def first_join(top, first, other_top, other_first):
+    """``first_merge`` of two slices, elementwise."""
+    lower = tl.where(top > other_top, first, other_first)
+    return tl.where(top == other_top, tl.minimum(first, other_first), lower)
 
 
 @triton.jit

@@ -37,7 +37,8 @@ SOFTMAX = ("scale", "softcap", "smoothing", "lse_square_scale")
 OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX)}
 # a tile of the product is all of a program's registers, so each of its options counts
 TILE_OPTION_SETS = {"plain": (), "bias": ("bias_ptr",), "softcap": ("softcap",), "every option": ("bias_ptr", "scale", "softcap")}
-OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr")
+TILE_OPTION_SETS |= {k + " both": (*v, "shortfalls_ptr", "firsts_ptr") for k, v in TILE_OPTION_SETS.items()}
+OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr", "shortfalls_ptr", "firsts_ptr")
 SIGMOID_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
 LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr")
 # what is a multiple of 16 where rows are wide
@@ -47,7 +48,7 @@ SIZES = (
     "n",
     *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v", "weight_n", "pos_weight_n")),
 )
-POINTERS = {"ids_ptr": "*i64", "target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64"}
+POINTERS = {"ids_ptr": "*i64", "target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64", "firsts_ptr": "*i32"}
 
 
 @dataclass(frozen=True)
