@@ -131,9 +131,7 @@ def tile_stats_kernel(
         left, right = halves(x)
         x_0, x_1 = halves(left)
         x_2, x_3 = halves(right)
-        top, excess, z_y, shortfall, first = part_stats(
-            x_0, bias_ptr, start, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
-        )
+        top, excess, z_y, shortfall, first = part_stats(x_0, bias_ptr, start, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr)
         top_1, excess_1, z_1, shortfall_1, first_1 = part_stats(
             x_1, bias_ptr, start + BLOCK_V // 4, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
         )

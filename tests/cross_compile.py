@@ -52,7 +52,14 @@ SIZES = (
     "n",
     *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v", "weight_n", "pos_weight_n")),
 )
-POINTERS = {"ids_ptr": "*i64", "target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64", "firsts_ptr": "*i32", "argmax_ptr": "*i64"}
+POINTERS = {
+    "ids_ptr": "*i64",
+    "target_ptr": "*i64",
+    "words_ptr": "*i64",
+    "smooth_words_ptr": "*i64",
+    "firsts_ptr": "*i32",
+    "argmax_ptr": "*i64",
+}
 
 
 @dataclass(frozen=True)
