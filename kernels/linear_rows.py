@@ -2,8 +2,8 @@
 
 A tile is 128 rows x 256 classes. Its program multiplies, and leaves (maximum, sum of exponentials) of its part of every row; the program
 whose classes hold a row's target leaves the target's logit as well, out of the same product, so that a target at the top equals the
-maximum bit for bit and a confident row keeps its digits. A second kernel merges the parts of a row in the order of classes. No atomics:
-the same call gives the same bits.
+maximum bit for bit and a confident row keeps its digits. For the entropy and the largest class of a row every program leaves one number
+more. A second kernel merges the parts of a row in the order of classes. No atomics: the same call gives the same bits.
 
 N rows, V classes, D width. A target outside [0, V) that is not ignore_index makes its row NaN, and no id becomes an address in weight.
 """
@@ -20,7 +20,20 @@ from torch import Tensor
 from .fused_rows import class_of, unless_unread
 from .launch import family, multiprocessors, on_device_of
 from .softmax_rows import UNFUSED, target_weight
-from .tile_math import LOWEST, exp_flushed, id_loss, log1p_from_minus_one, lse_join, lse_merge, shaped
+from .tile_math import (
+    LOWEST,
+    NO_CLASS,
+    exp_flushed,
+    first_join,
+    first_merge,
+    id_loss,
+    log1p_from_minus_one,
+    lse_join,
+    lse_merge,
+    shaped,
+    shortfall_join,
+    shortfall_merge,
+)
 
 CHANGING = ["N", "T", "ignore_index"]
 
@@ -41,8 +54,9 @@ def halves(t):
 
 
 @triton.jit
-def part_stats(x, bias_ptr, start, y, any_y, V, scale, softcap):
-    """(maximum, excess, target's logit or 0) of each row of a part of a tile, products with classes from ``start`` on.
+def part_stats(x, bias_ptr, start, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr):
+    """(maximum, excess, target's logit or 0, shortfall, first class of the maximum) of each row of a part of a tile, products with classes
+    from ``start`` on; the last two mean nothing without their pointers.
 
     ``y`` is the target, or less than any class; where ``any_y`` is false it is none of these.
     """
@@ -59,7 +73,14 @@ def part_stats(x, bias_ptr, start, y, any_y, V, scale, softcap):
     e = exp_flushed(z - top[:, None])
     # those at the top are counted apart from the others, to whom a 1 would cost digits
     excess = tl.sum(tl.where(e == 1.0, 0.0, e), 1) + (tl.sum(tl.where(e == 1.0, 1.0, 0.0), 1) - 1.0)
-    return top, excess, z_y
+    shortfall = tl.zeros([x.shape[0]], tl.float32)
+    if shortfalls_ptr is not None:
+        # finite, so that e of 0 keeps a logit of -inf out of the sum
+        shortfall = tl.sum(e * tl.minimum(top[:, None] - z, -LOWEST), 1)
+    first = tl.zeros([x.shape[0]], tl.int32)
+    if firsts_ptr is not None:
+        first = tl.min(tl.where(z == top[:, None], offs_v[None, :], NO_CLASS), 1)
+    return top, excess, z_y, shortfall, first
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -70,6 +91,8 @@ def tile_stats_kernel(
     target_ptr,  # (N,) int64
     tops_ptr,  # (T, N) fp32, output: maximum of each tile's part of a row
     excesses_ptr,  # (T, N) fp32, output: sum of exp(z - maximum), less 1
+    shortfalls_ptr,  # (T, N) fp32, output: sum of exp(z - maximum) * (maximum - z), or None
+    firsts_ptr,  # (T, N) int32, output: first class of that maximum, or None
     target_logit_ptr,  # (N,) fp32, output where the target is a class
     stride_hidden_n,
     stride_weight_v,
@@ -108,17 +131,39 @@ def tile_stats_kernel(
         left, right = halves(x)
         x_0, x_1 = halves(left)
         x_2, x_3 = halves(right)
-        top, excess, z_y = part_stats(x_0, bias_ptr, start, y, any_y, V, scale, softcap)
-        top_1, excess_1, z_1 = part_stats(x_1, bias_ptr, start + BLOCK_V // 4, y, any_y, V, scale, softcap)
+        top, excess, z_y, shortfall, first = part_stats(x_0, bias_ptr, start, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr)
+        top_1, excess_1, z_1, shortfall_1, first_1 = part_stats(
+            x_1, bias_ptr, start + BLOCK_V // 4, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
+        )
+        if shortfalls_ptr is not None:
+            shortfall = shortfall_join(top, excess, shortfall, top_1, excess_1, shortfall_1)
+        if firsts_ptr is not None:
+            first = first_join(top, first, top_1, first_1)
         top, excess = lse_join(top, excess, top_1, excess_1)
-        top_2, excess_2, z_2 = part_stats(x_2, bias_ptr, start + BLOCK_V // 2, y, any_y, V, scale, softcap)
+        top_2, excess_2, z_2, shortfall_2, first_2 = part_stats(
+            x_2, bias_ptr, start + BLOCK_V // 2, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
+        )
+        if shortfalls_ptr is not None:
+            shortfall = shortfall_join(top, excess, shortfall, top_2, excess_2, shortfall_2)
+        if firsts_ptr is not None:
+            first = first_join(top, first, top_2, first_2)
         top, excess = lse_join(top, excess, top_2, excess_2)
-        top_3, excess_3, z_3 = part_stats(x_3, bias_ptr, start + 3 * BLOCK_V // 4, y, any_y, V, scale, softcap)
+        top_3, excess_3, z_3, shortfall_3, first_3 = part_stats(
+            x_3, bias_ptr, start + 3 * BLOCK_V // 4, y, any_y, V, scale, softcap, shortfalls_ptr, firsts_ptr
+        )
+        if shortfalls_ptr is not None:
+            shortfall = shortfall_join(top, excess, shortfall, top_3, excess_3, shortfall_3)
+        if firsts_ptr is not None:
+            first = first_join(top, first, top_3, first_3)
         top, excess = lse_join(top, excess, top_3, excess_3)
 
         at = tl.cast(tile_v, tl.int64) * N + offs_n
         tl.store(tops_ptr + at, top, mask=mask_n)
         tl.store(excesses_ptr + at, excess, mask=mask_n)
+        if shortfalls_ptr is not None:
+            tl.store(shortfalls_ptr + at, shortfall, mask=mask_n)
+        if firsts_ptr is not None:
+            tl.store(firsts_ptr + at, first, mask=mask_n)
         tl.store(target_logit_ptr + offs_n, z_y + z_1 + z_2 + z_3, mask=here)
 
 
@@ -126,12 +171,16 @@ def tile_stats_kernel(
 def merge_tiles_kernel(
     tops_ptr,  # (T, N) fp32
     excesses_ptr,  # (T, N) fp32
+    shortfalls_ptr,  # (T, N) fp32, or None
+    firsts_ptr,  # (T, N) int32, or None
     target_ptr,  # (N,) int64
-    target_logit_ptr,  # (N,) fp32; with statistics, output where the target is no class
+    target_logit_ptr,  # (N,) fp32, read where the target is a class
     class_weight_ptr,  # (V,) fp32, or None
-    loss_ptr,  # (N,) fp32, output, or None
-    row_max_ptr,  # (N,) fp32, output, or None for no statistics
-    log_sum_ptr,  # (N,) fp32, output, or None with row_max
+    loss_ptr,  # (N,) fp32, output
+    lse_ptr,  # (N,) fp32, output, or None for the loss alone
+    target_logprob_ptr,  # (N,) fp32, output, or None with lse
+    entropy_ptr,  # (N,) fp32, output, or None with shortfalls
+    argmax_ptr,  # (N,) int64, output, or None with firsts
     N,
     V,
     T,
@@ -146,25 +195,41 @@ def merge_tiles_kernel(
     y = class_of(tl.load(target_ptr + offs_n, mask=mask_n, other=ignore_index), V, ignore_index)
     tops = tl.full([BLOCK_T, BLOCK_N], LOWEST, tl.float32)
     excesses = tl.full([BLOCK_T, BLOCK_N], -1.0, tl.float32)
+    shortfalls = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    firsts = tl.full([BLOCK_T, BLOCK_N], NO_CLASS, tl.int32)
     for t in range(0, T, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask = (offs_t < T)[:, None] & mask_n[None, :]
         at = offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
         top = tl.load(tops_ptr + at, mask=mask, other=LOWEST)
-        tops, excesses = lse_join(tops, excesses, top, tl.load(excesses_ptr + at, mask=mask, other=-1.0))
+        excess = tl.load(excesses_ptr + at, mask=mask, other=-1.0)
+        if shortfalls_ptr is not None:
+            shortfall = tl.load(shortfalls_ptr + at, mask=mask, other=0.0)
+            shortfalls = shortfall_join(tops, excesses, shortfalls, top, excess, shortfall)
+        if firsts_ptr is not None:
+            firsts = first_join(tops, firsts, top, tl.load(firsts_ptr + at, mask=mask, other=NO_CLASS))
+        tops, excesses = lse_join(tops, excesses, top, excess)
 
     row_max, excess = lse_merge(tops, excesses)
     log_sum = log1p_from_minus_one(excess)
     readable = y >= 0
     z_y = tl.load(target_logit_ptr + offs_n, mask=readable, other=0.0)
-    if loss_ptr is not None:
-        w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
-        loss = id_loss(z_y, w_y, row_max, log_sum, 0.0, 0.0, V, None, lse_square_scale)
-        tl.store(loss_ptr + offs_n, unless_unread(y, loss), mask=mask_n)
-    if row_max_ptr is not None:
-        tl.store(row_max_ptr + offs_n, row_max, mask=mask_n)
-        tl.store(log_sum_ptr + offs_n, log_sum, mask=mask_n)
-        tl.store(target_logit_ptr + offs_n, unless_unread(y, z_y), mask=mask_n)
+    w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
+    loss = id_loss(z_y, w_y, row_max, log_sum, 0.0, 0.0, V, None, lse_square_scale)
+    tl.store(loss_ptr + offs_n, unless_unread(y, loss), mask=mask_n)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + offs_n, unless_unread(y, row_max + log_sum), mask=mask_n)
+        tl.store(target_logprob_ptr + offs_n, unless_unread(y, (z_y - row_max) - log_sum), mask=mask_n)
+    if entropy_ptr is not None:
+        entropy = log_sum + shortfall_merge(tops, excesses, shortfalls) / (1.0 + excess)
+        tl.store(entropy_ptr + offs_n, unless_unread(y, entropy), mask=mask_n)
+    if argmax_ptr is not None:
+        first = first_merge(tops, firsts)
+        # a row without a finite logit has a class too
+        first = tl.where(first < V, first, 0)
+        # no target, and not ignore_index either
+        unread = tl.where(ignore_index == -1, -2, -1)
+        tl.store(argmax_ptr + offs_n, tl.where(readable, first, unread).to(tl.int64), mask=mask_n)
 
 
 @dataclass(frozen=True)
@@ -250,28 +315,49 @@ def row_loss(
 
     ``runs_on`` says what hidden and weight must be; bias, target and class_weight are contiguous.
     """
-    loss = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    target_logit = torch.empty_like(loss)
+    loss, target_logit = _numbers_of_rows(2, hidden)
     _fill(
-        hidden, weight, bias, target, class_weight, loss, None, None, target_logit,
+        hidden, weight, bias, target, class_weight, target_logit, (loss, None, None, None, None),
         ignore_index=ignore_index, scale=scale, softcap=softcap, lse_square_scale=lse_square_scale,
     )  # fmt: skip
     return loss
 
 
 def row_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, ignore_index: int, scale: float | None, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(row maximum, log of the sum of exp(z - maximum), logit of the target), each (N,) fp32, of the logits as the loss sees them.
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    entropy: bool,
+    argmax: bool,
+    ignore_index: int,
+    scale: float | None,
+    softcap: float | None,
+    lse_square_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``row_loss`` and, of the logits it sees: (loss, lse, log-probability of the target, entropy, first class of the largest logit).
 
-    The target's logit of an ignored row is 0, of a bad target NaN; the others are of every row.
+    Each is (N,) fp32, but for int64 classes; entropy and argmax are None where they are not asked for. Of an ignored row the numbers are 0
+    and of a bad target NaN; the class of both is -1, or -2 where -1 is ignore_index. A row with NaN has some class.
     """
-    row_max, log_sum, target_logit = torch.empty(3, hidden.shape[0], dtype=torch.float32, device=hidden.device).unbind()
+    loss, lse, target_logprob, target_logit = _numbers_of_rows(4, hidden)
+    entropies = torch.empty_like(loss) if entropy else None
+    classes = torch.empty_like(loss, dtype=torch.int64) if argmax else None
     _fill(
-        hidden, weight, bias, target, None, None, row_max, log_sum, target_logit,
-        ignore_index=ignore_index, scale=scale, softcap=softcap, lse_square_scale=None,
+        hidden, weight, bias, target, class_weight, target_logit, (loss, lse, target_logprob, entropies, classes),
+        ignore_index=ignore_index, scale=scale, softcap=softcap, lse_square_scale=lse_square_scale,
     )  # fmt: skip
-    return row_max, log_sum, target_logit
+    return loss, lse, target_logprob, entropies, classes
+
+
+def _numbers_of_rows(count: int, hidden: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty(count, hidden.shape[0], dtype=torch.float32, device=hidden.device).unbind()
+
+
+# loss, lse, target_logprob, entropy, argmax
+_Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _fill(
@@ -280,10 +366,8 @@ def _fill(
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    loss: Tensor | None,
-    row_max: Tensor | None,
-    log_sum: Tensor | None,
     target_logit: Tensor,
+    outputs: _Outputs,
     *,
     ignore_index: int,
     scale: float | None,
@@ -294,8 +378,13 @@ def _fill(
     (n, d), v, tiles = hidden.shape, weight.shape[0], triton.cdiv(weight.shape[0], TILE.block_v)
     if n == 0:
         return
-    most = max(LEAST_ROWS, PARTS_BUDGET // (8 * tiles) // TILE.block_n * TILE.block_n)
+    _, _, _, entropy, argmax = outputs
+    numbers_of_part = 2 + (entropy is not None) + (argmax is not None)
+    most = max(LEAST_ROWS, PARTS_BUDGET // (4 * numbers_of_part * tiles) // TILE.block_n * TILE.block_n)
     tops, excesses = torch.empty(2, tiles * min(n, most), dtype=torch.float32, device=hidden.device).unbind()
+    shortfalls = None if entropy is None else torch.empty_like(tops)
+    firsts = None if argmax is None else torch.empty_like(tops, dtype=torch.int32)
+    parts = (tops, excesses, shortfalls, firsts)
 
     def launch() -> None:
         for start in range(0, n, most):
@@ -303,14 +392,14 @@ def _fill(
             chunk = slice(start, start + rows)
             programs = min(triton.cdiv(rows, TILE.block_n) * tiles, multiprocessors(hidden.device))
             tile_stats_kernel[(programs,)](
-                hidden[chunk], weight, bias, target[chunk], tops, excesses, target_logit[chunk],
+                hidden[chunk], weight, bias, target[chunk], *parts, target_logit[chunk],
                 _row_stride(hidden), _row_stride(weight), rows, v, d, ignore_index, scale, softcap,
                 BLOCK_N=TILE.block_n, BLOCK_V=TILE.block_v, BLOCK_D=TILE.block_d, GROUP=TILE.group,
                 num_warps=TILE.num_warps, num_stages=TILE.num_stages, **UNFUSED,
             )  # fmt: skip
             merge_tiles_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-                tops, excesses, target[chunk], target_logit[chunk], class_weight,
-                *(None if t is None else t[chunk] for t in (loss, row_max, log_sum)), rows, v, tiles, ignore_index, lse_square_scale,
+                *parts, target[chunk], target_logit[chunk], class_weight,
+                *(None if t is None else t[chunk] for t in outputs), rows, v, tiles, ignore_index, lse_square_scale,
                 BLOCK_N=MERGE_ROWS, BLOCK_T=MERGE_TILES, num_warps=MERGE_WARPS, **UNFUSED,
             )  # fmt: skip
 

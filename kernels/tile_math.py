@@ -135,6 +135,42 @@ def lse_join(top, excess, other_top, other_excess):
 
 
 @triton.jit
+def shortfall_merge(tops, excesses, shortfalls):
+    """sum of exp(z - maximum) * (maximum - z) of slices -> of the row; ``lse_merge`` has the others of the row."""
+    top = tl.max(tops, 0)
+    return tl.sum(raised(top[None, :], tops, excesses, shortfalls), 0)
+
+
+@triton.jit
+def shortfall_join(top, excess, shortfall, other_top, other_excess, other_shortfall):
+    """``shortfall_merge`` of two slices, elementwise."""
+    row_max = tl.maximum(top, other_top)
+    return raised(row_max, top, excess, shortfall) + raised(row_max, other_top, other_excess, other_shortfall)
+
+
+@triton.jit
+def raised(row_max, top, excess, shortfall):
+    """A slice's sum of exp(z - top) * (top - z) about a maximum that is not lower."""
+    distance = row_max - top
+    moved = exp_flushed(-distance)
+    # a slice without a finite logit is far enough below to make a distance of inf
+    return tl.where(moved == 0.0, 0.0, moved * (shortfall + distance * (1.0 + excess)))
+
+
+@triton.jit
+def first_merge(tops, firsts):
+    """The index of the first maximum, of slices -> of the row."""
+    return tl.min(tl.where(tops == tl.max(tops, 0), firsts, NO_CLASS), 0)
+
+
+@triton.jit
+def first_join(top, first, other_top, other_first):
+    """``first_merge`` of two slices, elementwise."""
+    lower = tl.where(top > other_top, first, other_first)
+    return tl.where(top == other_top, tl.minimum(first, other_first), lower)
+
+
+@triton.jit
 def shortfall_update(mass, shortfall, q, z, top_before, top):
     """Fold q * (top - z) into the running sum, moving what was summed before to the new maximum."""
     # a class of zero mass is out of the sum even where its logit is -inf

@@ -39,7 +39,12 @@ OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_s
 STATISTICS = ("lse_ptr", "logprob_ptr", "entropy_ptr", "argmax_ptr", "dlse_ptr", "dlogprob_ptr", "dentropy_ptr")
 # a tile of the product is all of a program's registers, so each of its options counts
 TILE_OPTION_SETS = {"plain": (), "bias": ("bias_ptr",), "softcap": ("softcap",), "every option": ("bias_ptr", "scale", "softcap")}
-OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr", *STATISTICS)
+# and of its statistics: entropy and largest class, where they leave the fewest registers and where all is computed
+TILE_STATISTICS = ("shortfalls_ptr", "firsts_ptr")
+TILE_OPTION_SETS |= {f"{name}, statistics": (*TILE_OPTION_SETS[name], *TILE_STATISTICS) for name in ("bias", "every option")}
+ROW_STATISTICS = (*TILE_STATISTICS, "lse_ptr", "target_logprob_ptr", "entropy_ptr", "argmax_ptr")
+MERGE_OPTION_SETS = OPTION_SETS | {"every option, statistics": (*OPTION_SETS["every option"], *ROW_STATISTICS)}
+OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr", *ROW_STATISTICS, *STATISTICS)
 SIGMOID_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
 LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr")
 # what is a multiple of 16 where rows are wide
@@ -49,7 +54,14 @@ SIZES = (
     "n",
     *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v", "weight_n", "pos_weight_n")),
 )
-POINTERS = {"ids_ptr": "*i64", "argmax_ptr": "*i64", "target_ptr": "*i64", "words_ptr": "*i64", "smooth_words_ptr": "*i64"}
+POINTERS = {
+    "ids_ptr": "*i64",
+    "target_ptr": "*i64",
+    "words_ptr": "*i64",
+    "smooth_words_ptr": "*i64",
+    "firsts_ptr": "*i32",
+    "argmax_ptr": "*i64",
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, .
     merge = Launch(linear_rows.merge_tiles_kernel, linear_rows.MERGE_WARPS, blocks)
     for options, given in TILE_OPTION_SETS.items():
         yield options, given, product
-    for options, given in OPTION_SETS.items():
+    for options, given in MERGE_OPTION_SETS.items():
         yield options, given, merge
 
 

@@ -73,6 +73,14 @@ def ours(hidden, weight, target, bias=None, class_weight=None, **options):
     return linear_rows.row_loss(hidden, weight, bias, target, class_weight, **keywords(spec), lse_square_scale=z_scale)
 
 
+def our_stats(hidden, weight, target, bias=None, class_weight=None, *, entropy=True, argmax=True, **options):
+    spec = LossSpec(**options)
+    return linear_rows.row_stats(
+        hidden, weight, bias, target, class_weight,
+        entropy=entropy, argmax=argmax, **keywords(spec), lse_square_scale=spec.lse_square_scale or None,
+    )  # fmt: skip
+
+
 def logits_of(hidden, weight, bias=None):
     logits = hidden.double() @ weight.double().T
     return logits if bias is None else logits + bias.double()
@@ -87,6 +95,28 @@ def assert_close(got, want, *, atol=5e-6):
     """By default as near as a product in fp32 is, whose terms add up to some tens."""
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=atol, equal_nan=True)
+
+
+def oracle_stats(hidden, weight, target, bias=None, **options):
+    """(lse, log-probability of the target, entropy) in float64, largest class; of rows without a target what ``row_stats`` says."""
+    spec = LossSpec(**options)
+    z = reference.shaped(logits_of(hidden, weight, bias), spec)
+    ignored, bad = target == spec.ignore_index, ((target < 0) | (target >= len(weight))) & (target != spec.ignore_index)
+    logp = torch.log_softmax(z, -1)
+    entropy = -torch.where(logp == -INF, 0.0, logp.exp() * logp).sum(-1)
+    of_target = logp.gather(1, torch.where(ignored | bad, 0, target)[:, None])[:, 0]
+    numbers = (t.masked_fill(ignored, 0.0).masked_fill(bad, NAN) for t in (torch.logsumexp(z, -1), of_target, entropy))
+    return *numbers, z.argmax(-1).masked_fill(ignored | bad, -2 if spec.ignore_index == -1 else -1)
+
+
+def check_stats(hidden, weight, target, bias=None, class_weight=None, **options):
+    got = our_stats(hidden, weight, target, bias, class_weight, **options)
+    assert_close(got[0], oracle(hidden, weight, target, bias, class_weight, **options))
+    *numbers, classes = oracle_stats(hidden, weight, target, bias, **options)
+    for a, b in zip(got[1:4], numbers, strict=True):
+        assert_close(a, b)
+    assert got[4].dtype == torch.int64 and got[4].tolist() == classes.tolist()
+    return got
 
 
 def check(hidden, weight, target, bias=None, class_weight=None, **options):
@@ -121,7 +151,7 @@ def test_more_rows_of_tiles_than_are_taken_at_a_time(device):
 def test_no_rows(device):
     hidden, weight, target = head(1, 9, 8, device=device)
     assert ours(hidden[:0], weight, target[:0]).shape == (0,)
-    for t in linear_rows.row_stats(hidden[:0], weight, None, target[:0], **keywords(LossSpec())):
+    for t in our_stats(hidden[:0], weight, target[:0]):
         assert t.shape == (0,)
 
 
@@ -144,21 +174,106 @@ def test_every_option_and_a_bias_like_the_weight(device, dtype):
     check(hidden, weight, target, bias, class_weight(300, device), softcap=9.0, logit_scale=0.7, lse_square_scale=1e-2)
 
 
-def test_statistics(device):
-    hidden, weight, target = head(9, 300, 24, device=device)
-    target[0], target[1] = 300, -7
-    bias = torch.linspace(-2, 2, 300, device=device)
-    spec = LossSpec(softcap=15.0, logit_scale=1.5)
-    row_max, log_sum, target_logit = linear_rows.row_stats(hidden, weight, bias, target, **keywords(spec))
-    z = reference.shaped(logits_of(hidden, weight, bias), spec)
-    assert_close(row_max, z.amax(-1))
-    # of ignored rows and bad targets too
-    assert_close(log_sum, torch.logsumexp(z, -1) - z.amax(-1))
-    ignored, bad = target == -100, (target == 300) | (target == -7)
-    of_target = z.gather(1, torch.where(ignored | bad, 0, target)[:, None])[:, 0]
-    assert_close(target_logit, of_target.where(~ignored, 0.0).where(~bad, NAN))
-    loss = (row_max - target_logit) + log_sum
-    assert torch.equal(loss[~ignored & ~bad], ours(hidden, weight, target, bias, softcap=15.0, logit_scale=1.5)[~ignored & ~bad])
+STATISTICS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 9.0},
+    "negative scale": {"logit_scale": -0.7},
+    "every option": {"bias": True, "weight": True, "softcap": 9.0, "logit_scale": 0.7, "lse_square_scale": 1e-2},
+    "ignore_index of -1": {"ignore_index": -1},
+}
+
+
+@pytest.mark.parametrize("case", STATISTICS)
+def test_statistics(device, case):
+    v = TILE_V + 44
+    hidden, weight, target = head(9, v, 24, device=device)
+    options = dict(STATISTICS[case])
+    bias = torch.linspace(-2, 2, v, device=device) if options.pop("bias", False) else None
+    class_weights = class_weight(v, device) if options.pop("weight", False) else None
+    target = target.where(target != -100, options.get("ignore_index", -100))
+    target[:3] = torch.tensor([v, -7, options.get("ignore_index", -100)])
+    check_stats(hidden, weight, target, bias, class_weights, **options)
+
+
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 1), (3, TILE_V, 65), (129, TILE_V + 1, 40)])
+def test_sizes_of_statistics(device, n, v, d):
+    check_stats(*head(n, v, d, DTYPES[1], device))
+
+
+def test_statistics_of_more_parts_than_are_merged_at_a_time(device, monkeypatch):
+    monkeypatch.setattr(linear_rows, "MERGE_TILES", 2)
+    check_stats(*head(7, 4 * TILE_V + 5, 8, device=device))
+
+
+def test_statistics_not_asked_for(device):
+    hidden, weight, target = head(5, 300, 24, device=device)
+    every = our_stats(hidden, weight, target)
+    # what else is computed changes no bit
+    assert torch.equal(every[0], ours(hidden, weight, target))
+    for entropy, argmax in ((False, False), (True, False), (False, True)):
+        got = our_stats(hidden, weight, target, entropy=entropy, argmax=argmax)
+        assert [t is not None for t in got] == [True, True, True, entropy, argmax]
+        assert all(a is None or torch.equal(a, b) for a, b in zip(got, every, strict=True))
+
+
+@pytest.mark.parametrize("at", [(0, 300), (5, 64, 128, 255, 256), (65, 66)], ids=str)
+def test_the_first_of_equal_classes(device, at):
+    weight = torch.full((303, 8), -20.0)
+    weight[list(at)] = 3.0
+    hidden = torch.zeros(3, 8)
+    hidden[:, 0] = torch.tensor([1.0, 1.0, 0.0])
+    target = torch.tensor([at[0], 100, 7], device=device)
+    got = check_stats(on_16_bytes(hidden, DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device), target)
+    # of the last row every class is the largest
+    assert got[4].tolist() == [at[0], at[0], 0]
+
+
+@pytest.mark.parametrize("margin", [5.0, 17.0, 40.0])
+def test_entropy_of_a_confident_row_keeps_its_digits(device, margin):
+    at = torch.tensor([0, 270, 599], device=device)
+    weight = torch.zeros(600, 8)
+    weight[at.cpu(), torch.arange(3)] = margin
+    hidden, weight = on_16_bytes(torch.eye(3, 8), DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device)
+    _, _, _, entropy, classes = our_stats(hidden, weight, at)
+    others = 599 * math.exp(-margin)
+    want = math.log1p(others) + others * margin / (1 + others)
+    assert entropy.tolist() == pytest.approx([want] * 3, rel=1e-5) and torch.equal(classes, at)
+
+
+@pytest.mark.parametrize("where", [slice(0, TILE_V), slice(64, 128), slice(1, None)], ids=str)
+def test_statistics_of_tiles_and_parts_without_a_finite_logit(device, where):
+    v = TILE_V + 70
+    hidden, weight, target = head(3, v, 24, device=device, ignored=0.0)
+    bias = torch.zeros(v, device=device)
+    bias[where] = -INF
+    # and a target that cannot be
+    target[0], target[1] = bias.isfinite().nonzero()[-1], bias.isinf().nonzero()[0]
+    assert check_stats(hidden, weight, target, bias)[2][1] == -INF
+
+
+def test_logits_far_apart_have_an_entropy(device):
+    """Tops of 1e36 and -3e38, whose difference is finite, times a number of classes is not."""
+    bias = torch.full((3 * TILE_V,), -3e38, device=device)
+    bias[TILE_V : TILE_V + 2] = 1e36
+    hidden, weight, target = head(1, len(bias), 8, device=device, ignored=0.0)
+    _, _, _, entropy, classes = our_stats(hidden, weight, target, bias)
+    assert entropy.tolist() == pytest.approx([math.log(2)]) and classes.tolist() == [TILE_V]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_statistics_of_undefined_rows(device, value):
+    hidden, weight, target = head(3, 300, 24, device=device, ignored=0.0)
+    target[0] = -100
+    bias = torch.zeros(300, device=device)
+    bias[slice(None) if value == -INF else slice(100, 101)] = value
+    loss, lse, target_logprob, entropy, classes = our_stats(hidden, weight, target, bias)
+    assert loss[0] == lse[0] == target_logprob[0] == entropy[0] == 0.0 and classes[0] == -1
+    for t in (loss, target_logprob, entropy):
+        assert t[1:].isnan().all()
+    # as torch.logsumexp, but for +inf
+    assert (lse[1:] == -INF).all() if value == -INF else lse[1:].isnan().all()
+    assert ((classes[1:] >= 0) & (classes[1:] < 300)).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"lse_square_scale": 0.1, "softcap": 9.0, "logit_scale": 0.0}], ids=["plain", "all"])
@@ -290,14 +405,14 @@ def test_neither_programs_nor_chunks_change_a_bit(device, monkeypatch):
     hidden, weight, target = head(300, 1001, 40, torch.float16, device)
     bias = torch.linspace(-2, 2, 1001, device=device)
     want = ours(hidden, weight, target, bias)
-    want_stats = linear_rows.row_stats(hidden, weight, bias, target, **keywords(LossSpec()))
+    want_stats = our_stats(hidden, weight, target, bias)
     for programs in (2, 7):
         monkeypatch.setattr(linear_rows, "multiprocessors", lambda device, programs=programs: programs)
         assert torch.equal(ours(hidden, weight, target, bias), want)
     monkeypatch.setattr(linear_rows, "LEAST_ROWS", linear_rows.TILE.block_n)
     monkeypatch.setattr(linear_rows, "PARTS_BUDGET", 0)
     assert torch.equal(ours(hidden, weight, target, bias), want)
-    stats = linear_rows.row_stats(hidden, weight, bias, target, **keywords(LossSpec()))
+    stats = our_stats(hidden, weight, target, bias)
     assert all(torch.equal(a, b) for a, b in zip(stats, want_stats, strict=True))
 
 
