@@ -127,11 +127,6 @@ def _stats_apart(s: Shape) -> int:
     return s.e * s.b * (3 if s.mode == "no_grad" else 4)
 
 
-def _our_nll_loss(s: Shape) -> int:
-    # a CPU adds half-precision gradients up in fp32
-    return s.e * s.b * ((4 if s.cpu and s.b == 2 else 3) if s.step else 1)
-
-
 def _linear_upcast(s: Shape) -> int:
     if s.b == 4:
         return _linear(s)
@@ -216,10 +211,9 @@ FORMULAS = [
     Formula("lossfuse", "logits", "E b; CPU: and a block", _ours, True, False),
     Formula("lossfuse in place", "logits", "numbers per row; CPU: and a block", _ours_in_place, True, False),
     Formula("lossfuse reference", "logits", "21 E; half: 25 E", lambda s: s.e * (21 if s.b == 4 else 25), True, False),
-    Formula("lossfuse stats", "logits", "E b; CPU: a block, 1 MiB a thread", _our_stats, True, False),
+    Formula("lossfuse stats", "logits", "E b; CPU: and a block and 1 MiB a thread", _our_stats, True, False),
     Formula("lossfuse stats lean", "logits", "E b; CPU: and a block", _ours, True, False),
     Formula("F.cross_entropy + stats", "logits", "4 E b; no gradient: 3 E b", _stats_apart, True, False),
-    Formula("lossfuse nll_loss(log_softmax(x))", "logits", "3 E b; half on a CPU: 4 E b; no backward: E b", _our_nll_loss, True, False),
     *(
         Formula(name, "logits", "numbers per row", lambda s: 12 * s.case.n, False, True)
         for name in ("Liger", "quack", "flash-attention", "fla")

@@ -84,10 +84,6 @@ def _our_stats(lean: bool = False) -> Loss:
     return lambda logits, target: lossfuse.cross_entropy_stats(logits, target, entropy=not lean, argmax=not lean).loss
 
 
-def _our_nll_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return lossfuse.nll_loss(lossfuse.log_softmax(logits, 1), target)
-
-
 def _our_linear(impl: str = "auto", options: lossfuse.LinearOptions | None = None) -> Loss:
     return lambda hidden, weight, target: lossfuse.linear_cross_entropy(hidden, weight, target, options=options, impl=impl)
 
@@ -148,7 +144,6 @@ METHODS = [
     Method("lossfuse stats", "logits", _our_stats),
     Method("lossfuse stats lean", "logits", lambda: _our_stats(lean=True)),
     Method("F.cross_entropy + stats", "logits", lambda: _cross_entropy_then_stats),
-    Method("lossfuse nll_loss(log_softmax(x))", "logits", lambda: _our_nll_loss),
     Method("Liger", "logits", lambda: _liger("liger_cross_entropy"), "liger_kernel", "liger_kernel", GPU, consumes=True),
     Method("quack", "logits", _quack, "quack", "quack-kernels", GPU, consumes=True),
     Method(
