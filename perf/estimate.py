@@ -3,7 +3,7 @@
 Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head, and S = (N + V) D 4, their sums in
 fp32; C rows of a chunk. Gradients that are returned count. Every seventh row is ignored, as in the cases. The tests hold the formulas of
 what runs on a CPU to 5 % of the allocator's own count there, and those that were measured on an H100 to 5 % of that; a star marks those
-that are read off the code and measured nowhere.
+that are read off the code and measured nowhere. Entropies on a CPU are counted for one thread; each other takes up to 1 MiB more.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends.chunked import block_rows
+from ..backends.chunked import SEGMENT, SUMMED_BYTES, block_rows
 from ..linear import chunk_rows, padded
 from ..linear_ops import ROUNDED_BYTES
 from ..products import block_classes
@@ -95,6 +95,21 @@ def _ours_in_place(s: Shape) -> int:
     return (0 if direct else block_rows(s.case.n, s.case.v, s.b, 4, True, 1) * s.case.v * 4) + 40 * s.case.n
 
 
+def _our_stats(s: Shape) -> int:
+    if not s.cpu:
+        return _ours(s) + 40 * s.case.n
+    # the backward of fp16, where its gradient is, makes no statistics
+    there = not (s.step and s.dtype == "fp16")
+    direct = s.b == 4 and s.mode != "no_grad"
+    return _ours(s) + 40 * s.case.n + _beside_a_block(s.case.n, s.case.v, s.b, direct) * there
+
+
+def _beside_a_block(n: int, v: int, b: int, direct: bool) -> int:
+    """On a CPU: distances from the maximum that entropies are sums of, and the segments in which the largest class is looked for."""
+    rows = block_rows(n, v, b, 4, True, 0 if direct else 1)
+    return max(1, min(rows, SUMMED_BYTES // (4 * v))) * 4 * v + rows * SEGMENT * 12 * (v >= 2 * SEGMENT)
+
+
 def _linear(s: Shape) -> int:
     logits = s.e * (s.b + s.wide)
     if not s.step:
@@ -108,6 +123,10 @@ def _gradients(s: Shape) -> int:
     return s.e * s.b + int(max(s.dweight * share, s.dweight + s.dhidden * share, s.dhidden + s.dweight * share))
 
 
+def _stats_apart(s: Shape) -> int:
+    return s.e * s.b * (3 if s.mode == "no_grad" else 4)
+
+
 def _linear_upcast(s: Shape) -> int:
     if s.b == 4:
         return _linear(s)
@@ -118,7 +137,7 @@ def _compiled_linear(s: Shape) -> int:
     return max(s.e * (s.b + s.wide), _gradients(s) if s.step else 0)
 
 
-def _our_linear(s: Shape, options: LinearOptions) -> int:
+def _our_linear(s: Shape, options: LinearOptions, stats: bool = False) -> int:
     n, d, v, dtype = s.case.n, s.case.d or 0, s.case.v, DTYPES[s.dtype]
     # a CPU leaves ignored rows out of the products
     kept = n - math.ceil(n / IGNORED) if s.cpu else n
@@ -130,17 +149,18 @@ def _our_linear(s: Shape, options: LinearOptions) -> int:
         # hidden states without the NaN that ignored rows may hold, where their gradient will be if that has their dtype
         copy = chunk * d * s.b * (acc > s.g or s.mode == "no_grad")
         # and the words by which the programs of a row know of each other
-        loop = room + copy + 24 * n + 8 * chunk * math.ceil(v / 4096)
+        loop = room + copy + (64 if stats else 24) * n + 8 * chunk * math.ceil(v / 4096)
         return loop if s.mode == "no_grad" else max(acc + loop, (acc + rounded) * s.step)
     x = chunk * d * 4 * (s.b < 4)
     block = block_classes(v, d, dtype, torch.float32)
     converted = block * d * 4 * (s.b < 4)
-    loop = kept * d * s.b + room + 40 * n
+    loop = kept * d * s.b + room + (80 if stats else 40) * n
+    beside = _beside_a_block(chunk, v, 4, s.mode != "no_grad") * stats
     if s.mode == "no_grad":
-        return loop + x + converted + block_rows(chunk, v, 4, 4, True, 1) * v * 4
+        return loop + x + converted + block_rows(chunk, v, 4, 4, True, 1) * v * 4 + beside
     dx = x * (block < v)
     left_out = (n - kept) * d * 4
-    in_loop = acc - left_out + loop + x + converted + dx
+    in_loop = acc - left_out + loop + x + converted + max(dx, beside)
     # rows of zeros are put among those of the hidden states
     after = acc + kept * d * 4 + loop + x + converted + dx
     backward = acc + rounded + min(v * d * 4, ROUNDED_BYTES) * (s.b < 4)
@@ -191,6 +211,9 @@ FORMULAS = [
     Formula("lossfuse", "logits", "E b; CPU: and a block", _ours, True, False),
     Formula("lossfuse in place", "logits", "numbers per row; CPU: and a block", _ours_in_place, True, False),
     Formula("lossfuse reference", "logits", "21 E; half: 25 E", lambda s: s.e * (21 if s.b == 4 else 25), True, False),
+    Formula("lossfuse stats", "logits", "E b; CPU: and a block and 1 MiB a thread", _our_stats, True, False),
+    Formula("lossfuse stats lean", "logits", "E b; CPU: and a block", _ours, True, False),
+    Formula("F.cross_entropy + stats", "logits", "4 E b; no gradient: 3 E b", _stats_apart, True, False),
     *(
         Formula(name, "logits", "numbers per row", lambda s: 12 * s.case.n, False, True)
         for name in ("Liger", "quack", "flash-attention", "fla")
@@ -200,6 +223,14 @@ FORMULAS = [
     Formula("torch.compile", "head", "E b + G; no backward: E b", _compiled_linear, True, True),
     Formula(
         "lossfuse linear", "head", "S + max(C V 4, half: G); no gradient: C V 4", lambda s: _our_linear(s, LinearOptions()), True, False
+    ),
+    Formula(
+        "lossfuse linear stats",
+        "head",
+        "as lossfuse linear; CPU: and 1 MiB a thread",
+        lambda s: _our_linear(s, LinearOptions(), stats=True),
+        True,
+        False,
     ),
     Formula("lossfuse linear lean", "head", "G + C V b", lambda s: _our_linear(s, LEAN), False, False, ("bf16",)),
     Formula("lossfuse linear leanest", "head", "G + C V b", lambda s: _our_linear(s, LEANEST), False, False, ("bf16",)),

@@ -57,6 +57,17 @@ def _upcast_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), target)
 
 
+def _cross_entropy_then_stats(logits: Tensor, target: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits, target)
+    with torch.no_grad():
+        logits.logsumexp(1)
+        logp = logits.log_softmax(1)
+        logp.gather(1, target.clamp(min=0)[:, None])
+        (logp.exp() * logp).sum(1)
+        logits.argmax(1)
+    return loss
+
+
 def _linear_then_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), target)
 
@@ -69,8 +80,16 @@ def _ours(impl: str, inplace: bool = False) -> Loss:
     return lambda logits, target: lossfuse.cross_entropy(logits, target, inplace=inplace, impl=impl)
 
 
+def _our_stats(lean: bool = False) -> Loss:
+    return lambda logits, target: lossfuse.cross_entropy_stats(logits, target, entropy=not lean, argmax=not lean).loss
+
+
 def _our_linear(impl: str = "auto", options: lossfuse.LinearOptions | None = None) -> Loss:
     return lambda hidden, weight, target: lossfuse.linear_cross_entropy(hidden, weight, target, options=options, impl=impl)
+
+
+def _our_linear_stats(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return lossfuse.linear_cross_entropy_stats(hidden, weight, target).loss
 
 
 def _swept(rows: int, logits: str, sums: str) -> Loss:
@@ -121,6 +140,10 @@ METHODS = [
     # auto is torch on a CPU
     Method("lossfuse torch", "logits", lambda: _ours("torch"), devices=GPU),
     Method("lossfuse reference", "logits", lambda: _ours("reference")),
+    # all statistics of rows beside the loss; lean: without entropy and argmax
+    Method("lossfuse stats", "logits", _our_stats),
+    Method("lossfuse stats lean", "logits", lambda: _our_stats(lean=True)),
+    Method("F.cross_entropy + stats", "logits", lambda: _cross_entropy_then_stats),
     Method("Liger", "logits", lambda: _liger("liger_cross_entropy"), "liger_kernel", "liger_kernel", GPU, consumes=True),
     Method("quack", "logits", _quack, "quack", "quack-kernels", GPU, consumes=True),
     Method(
@@ -133,6 +156,7 @@ METHODS = [
     Method("torch.compile", "head", lambda: torch.compile(_linear_then_cross_entropy, dynamic=False)),
     Method("F.linear_cross_entropy", "head", _torch_chunked_head),
     Method("lossfuse linear", "head", _our_linear),
+    Method("lossfuse linear stats", "head", lambda: _our_linear_stats),
     # products in bf16 are slow on most CPUs
     Method("lossfuse linear lean", "head", lambda: _our_linear(options=LEAN), devices=GPU, dtypes=("bf16",)),
     Method("lossfuse linear leanest", "head", lambda: _our_linear(options=LEANEST), devices=GPU, dtypes=("bf16",)),

@@ -15,6 +15,7 @@ from lossfuse.perf.rows import read  # noqa: E402
 
 CPU = torch.device("cpu")
 EAGER_HEAD = ("linear + F.cross_entropy", "linear + F.cross_entropy(x.float())")
+STATS = ("lossfuse stats", "lossfuse stats lean", "F.cross_entropy + stats", "lossfuse linear stats")
 QUICK = bench.Effort(repeats=2, seconds=0.2)
 
 
@@ -52,6 +53,16 @@ def test_a_row_for_every_mode_and_method(case, names, dtype):
         assert step["lossfuse"]["loss_error"] < 1e-6 < step["F.cross_entropy"]["loss_error"]
         # torch's loses 1 - p where p is nearly 1
         assert step["lossfuse"]["grad_error"] < 2**-7 < step["F.cross_entropy"]["grad_error"]
+
+
+@pytest.mark.parametrize("case", ["40x500", "40x16x500"])
+def test_statistics_beside_the_loss_are_methods(case):
+    step, no_grad = MODES[-1], MODES[0]
+    got = measured(case, "bf16", [step, no_grad], *by_name(named(case, CPU).op, *STATS))
+    assert {row["status"] for row in got.values()} == {"ok"}
+    for name in {method for _, method in got} & {"lossfuse stats", "lossfuse stats lean", "lossfuse linear stats"}:
+        assert got[step, name]["loss_error"] < 1e-6 and got[no_grad, name]["loss_error"] < 1e-6
+        assert got[step, name]["grad_error"] < 2**-7
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -152,16 +163,16 @@ def test_the_truth_of_a_head_is_that_of_its_logits(dtype, monkeypatch):
 def test_methods_that_cannot_run_are_a_line():
     found, lines = methods.of("logits", CPU)
     ours = ["lossfuse", "lossfuse in place", "lossfuse reference"]
-    assert [m.name for m in found] == ["F.cross_entropy", "F.cross_entropy(x.float())", "torch.compile", *ours]
+    assert [m.name for m in found] == ["F.cross_entropy", "F.cross_entropy(x.float())", "torch.compile", *ours, *STATS[:3]]
     assert "Liger (logits) is skipped: does not run on cpu" in lines
     cuda = {line.split(" is ")[0]: line for line in methods.of("head", torch.device("cuda"))[1]}
     assert "lossfuse linear reference (head)" in cuda and cuda.pop("lossfuse linear reference (head)").endswith("does not run on cuda")
     assert all(line.endswith("is not installed") for line in cuda.values())
-    head = [*EAGER_HEAD, "torch.compile", "F.linear_cross_entropy", "lossfuse linear", "lossfuse linear reference"]
+    head = [*EAGER_HEAD, "torch.compile", "F.linear_cross_entropy", "lossfuse linear", "lossfuse linear stats", "lossfuse linear reference"]
     assert [m.name for m in methods.of("head", CPU)[0]] == head
     assert len(methods.of("head", CPU, "sweep")[0]) == 1 + 16
     only, _ = methods.of("logits", CPU, "lossfuse")
-    assert [m.name for m in only] == ["F.cross_entropy", *ours]
+    assert [m.name for m in only] == ["F.cross_entropy", *ours, *STATS[:2]]
 
 
 def test_the_command_appends_rows_and_prints_a_table(tmp_path, capsys):
@@ -170,7 +181,7 @@ def test_the_command_appends_rows_and_prints_a_table(tmp_path, capsys):
         command = ["bench", "--cases", "40x500", "30x8x100", "--dtypes", "fp32", "--modes", "no_grad", "--methods", "cross_entropy"]
         assert main([*command, "--repeats", "2", "--out", str(out), "--tests", "passed"]) == 0
     frame = read([out])
-    assert len(frame) == 2 * (2 + 3) and (frame["status"] == "ok").all() and (frame["tests"] == "passed").all()
+    assert len(frame) == 2 * (3 + 3) and (frame["status"] == "ok").all() and (frame["tests"] == "passed").all()
     assert frame["date"].nunique() <= 2 and (frame["device"].str.contains("threads")).all()
     printed = capsys.readouterr().out
     assert "40x500: 40 x 500" in printed and "30 x 8 x 100" in printed

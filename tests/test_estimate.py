@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 ROWS = 64 << 10
 # three chunks; hardly any rows, so that the head is all there is
 MORE_OF_OURS = ("2500x64x3000", "32x1024x5000")
+OURS = ("lossfuse linear", "lossfuse linear stats")
 COMPILED = [pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"), pytest.mark.slow]
 
 
@@ -61,7 +62,7 @@ def test_fp16_on_a_cpu():
             needs = {need.method: need.bytes for need in estimate(case, "fp16", mode, "cpu")}
             for method in methods.of(case.op, CPU)[0]:
                 # a product in fp16 is slow on a CPU, and ours are in fp32
-                slow = case.op == "head" and mode == "forward+backward" and method.name != "lossfuse linear"
+                slow = case.op == "head" and mode == "forward+backward" and method.name not in OURS
                 if method.name == "torch.compile" or slow:
                     continue
                 step = problem.step(method.make(), mode, method.consumes)

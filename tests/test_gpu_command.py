@@ -23,7 +23,7 @@ def test_goals_are_about_cases_and_modes_there_are():
     for goal in GOALS:
         named(goal.case, torch.device("cuda"))
         assert goal.mode in MODES and goal.dtype in ("fp32", "bf16", "fp16")
-        assert goal.roofline or goal.peak_gib or goal.peak_logits
+        assert goal.roofline or goal.peak_gib or goal.peak_logits or goal.loss_times
     # every named case that is no curiosity is measured
     assert set(CASES) - {goal.case for goal in GOALS} == {"many-rows", "head-smollm"}
 
@@ -68,10 +68,33 @@ def test_a_goal_is_judged_by_its_last_row(tmp_path, rows, verdict, measured):
     assert outcome.verdict == verdict and measured in outcome.measured
 
 
+STATS = row(method="lossfuse stats", ms_p50=1.08)
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "measured"),
+    [
+        ([row(), STATS], "pass", "1.080 times the loss (1.08 ms)"),
+        ([row(), STATS | {"ms_p50": 1.2}], "miss", "1.200 times the loss"),
+        ([row(), row(ms_p50=2.0, date="2026-01-02"), STATS], "pass", "1.080 times the loss"),
+        ([row(date="2026-01-02"), STATS], "miss", "nan times the loss"),
+        ([row(device="another"), STATS], "miss", "nan times the loss"),
+        ([row(status="wrong", note="loss is off", ms_p50=None), STATS], "miss", "nan times the loss"),
+        ([row(mode="no_grad"), row(dtype="fp32"), row(method="F.cross_entropy"), STATS], "miss", "nan times the loss"),
+        ([row()], "not measured", "no row"),
+    ],
+)
+def test_statistics_are_judged_by_the_loss_of_the_same_run(tmp_path, rows, verdict, measured):
+    append(tmp_path / "rows.csv", rows)
+    outcome = judge(Goal("llama3", "bf16", STEP, "lossfuse stats", loss_times=1.10), read([tmp_path / "rows.csv"]))
+    assert outcome.verdict == verdict and measured in outcome.measured
+
+
 FEW = [
     Goal("llama2", "bf16", "no_grad", "lossfuse", roofline=0.01),
     Goal("llama2", "fp32", STEP, "nobody", roofline=0.9),
     Goal("head-llama3", "bf16", STEP, "lossfuse linear", roofline=0.01),
+    Goal("llama2", "bf16", "no_grad", "lossfuse stats", loss_times=100.0),
 ]
 
 
