@@ -369,7 +369,8 @@ def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """(B, V) -> the largest of each row and the first class that has it, each (B, 1)."""
     v = z.shape[1]
     whole = v // SEGMENT
-    if whole < 2:
+    # with few classes, a segment of each row is as large as the block
+    if whole < 16:
         return torch.max(z, -1, keepdim=True)
     tops = z[:, : whole * SEGMENT].unflatten(1, (whole, SEGMENT)).amax(-1)
     if v > whole * SEGMENT:
