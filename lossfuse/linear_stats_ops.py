@@ -113,7 +113,8 @@ def _total_backward(ctx: Any, dtotal: Tensor | None, *rest: Tensor | None) -> tu
     *tensors, divisor = ctx.saved_tensors[:6]
     dstats = rest[:3]
     if dtotal is not None and not ctx.spent and all(t is None for t in dstats):
-        grads = handed_over(ctx, ctx.saved_tensors[6:], dtotal)
+        # under another name: what becomes of them must not keep a later backward from the arguments saved beside them
+        grads = handed_over(ctx, [g.data for g in ctx.saved_tensors[6:]], dtotal)
     else:
         dloss = None if dtotal is None else dloss_of(tensors[0], divisor) * dtotal
         grads = made_again(tensors, Upstream(dloss, *dstats), ctx.needs, ctx.buffer, ctx.options)
