@@ -337,7 +337,9 @@ class TestHardRows:
         for logits in (x, x + offset):
             leaf = logits.to(place.device).requires_grad_()
             stats = ours(place, leaf, target.to(place.device), reduction="none")
-            made.append((stats, differentiated(stats, [leaf], upstreams(stats))[0]))
+            # the slope of torch's logsumexp is exp(x - lse), which has no digits left there
+            slopes = FLOATS if place.impl != "reference" else ("loss", "target_logprob", "entropy")
+            made.append((stats, differentiated(stats, [leaf], upstreams(stats, slopes))[0]))
         (here, grad), (there, moved) = made
         torch.testing.assert_close(shifted(there, names), shifted(here, names), rtol=1e-6, atol=1e-12)
         torch.testing.assert_close(moved, grad, rtol=1e-5, atol=1e-9)
@@ -378,14 +380,14 @@ class TestHardRows:
 
     @pytest.mark.parametrize("where", [slice(0, 4096), slice(4096, None), slice(1, None), slice(0, -1)], ids=str)
     @pytest.mark.parametrize("options", [{}, {"softcap": 15.0}, {"logit_scale": 0.5}], ids=["plain", "softcap", "scale"])
-    def test_minus_infinity_over_whole_blocks(self, place, where, options):
+    def test_minus_infinity_over_whole_blocks(self, fast_place, where, options):
         x, _ = logits_and_ids(4, 5000)
         x = x.detach()
         x[:, where] = -INF
         finite = (x[0] > -INF).nonzero()[:, 0]
         target = finite[torch.tensor([0, len(finite) // 2, -1, 0])]
-        x = x.to(place.device).requires_grad_()
-        got = check(place, x, target.to(place.device), **options, reduction="none")
+        x = x.to(fast_place.device).requires_grad_()
+        got = check(fast_place, x, target.to(fast_place.device), **options, reduction="none")
         if "softcap" not in options:
             assert got.entropy.isfinite().all() and (len(finite) > 1 or not got.entropy.any())
 
@@ -422,7 +424,9 @@ class TestHardRows:
         x[0] = value
         x[1, ::2] = value
         target[1] = 1
-        got = check(place, x.to(place.device).requires_grad_(), target.to(place.device), reduction="none")
+        # not even in fp64 has torch's logsumexp a slope there
+        names = ("loss", "target_logprob", "entropy")
+        got = check(place, x.to(place.device).requires_grad_(), target.to(place.device), names=names, reduction="none")
         assert got.entropy[0].item() == pytest.approx(math.log(600), rel=1e-6) and got.argmax[0] == 0
 
     @pytest.mark.parametrize("poison", [NAN, INF, -INF])
@@ -607,17 +611,15 @@ class TestAutograd:
         x, target = logits_and_ids(6, 40, device=place.device)
         got, (want, wide) = (f(x, target, reduction=reduction, lse_square_scale=0.1) for f in (functools.partial(ours, place), wanted))
         ups = upstreams(got)
-        for names in itertools.permutations([("loss",), ("entropy",), ("loss", "lse"), ("z_loss",), ("loss",)], 5):
+        for names in itertools.permutations([("loss",), ("entropy",), ("loss", "lse"), ("loss",)], 3):
             again = (ours(place, x, target, reduction=reduction, lse_square_scale=0.1), [x])
             kept = []
-            for some in names[:3]:
+            for some in names:
                 given = {name: ups[name] for name in some}
                 (g,), (w,) = (differentiated(s, ls, given, retain_graph=True) for s, ls in (again, (want, wide)))
                 assert_formula_close(g, w)
                 kept.append((g, g.clone()))
             assert all(torch.equal(g, k) for g, k in kept)
-            if reduction == "none":
-                break
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     def test_gradients_accumulate_in_a_leaf(self, place, reduction):
@@ -726,10 +728,11 @@ class TestAutograd:
     def test_a_weight_that_requires_grad(self):
         x, target = logits_and_ids(5, 11)
         weight = class_weight(11).requires_grad_()
-        got, (want, wide) = (f(x, target, weight, reduction="sum") for f in (lossfuse.cross_entropy_stats, wanted))
+        got = lossfuse.cross_entropy_stats(x, target, weight, reduction="sum")
         # torch has no gradient for a weight beside ids
-        (gx, gw) = differentiated(got, [x, weight], ups := upstreams(got))
-        assert_formula_close(gx, differentiated(want, wide[:1], ups)[0])
+        want, wide = wanted(x, target, weight.detach(), reduction="sum")
+        gx, gw = differentiated(got, [x, weight], ups := upstreams(got))
+        assert_formula_close(gx, differentiated(want, wide, ups)[0])
         rows = torch.nn.functional.cross_entropy(x, target, reduction="none").detach()
         torch.testing.assert_close(gw, ups["loss"].float() * torch.zeros(11).index_add(0, target.clamp(min=0), rows))
         with pytest.raises(ValueError, match="weight requires grad"):
@@ -804,7 +807,7 @@ class TestThreadsAndMemory:
     @pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "label_smoothing": 0.1, "lse_square_scale": 1e-4}], ids=["plain", "every"])
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     def test_nothing_larger_than_a_block_is_allocated(self, soft, options):
-        n, v = 1024, 8000
+        n, v = 512, 16000
         x, target = (t.detach() for t in logits_and_ids(n, v))
         target = probabilities(n, v).detach() if soft else target
         grad, spec, up = torch.empty_like(x), LossSpec(**options), torch.ones(n)

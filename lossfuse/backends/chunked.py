@@ -301,7 +301,8 @@ def _soft_rows(
 ) -> list[Tensor]:
     """(N, 1) losses and statistics against (N, V) probabilities."""
     n, v = logits.shape
-    loss, all_lse, target_logprob, entropy = torch.empty(4, n, 1, dtype=dtype, device=logits.device)
+    # results of an operator share no memory
+    loss, all_lse, target_logprob, entropy = (torch.empty(n, 1, dtype=dtype, device=logits.device) for _ in range(4))
     all_top = torch.empty(n, 1, dtype=torch.int64, device=logits.device)
     for rows, x, p in _blocks(logits, dlogits, dtype, block):
         z, slope = _shaped(x, spec, p)
