@@ -546,7 +546,9 @@ class TestShapes:
         if value is not None:
             torch.testing.assert_close([got.loss.item(), got.z_loss.item()], [value] * 2, equal_nan=True)
         assert torch.autograd.grad(got.loss.sum() + got.lse.sum(), x)[0].shape == (0, 5)
-        assert ours(place, torch.empty(2, 5, 0, device=place.device), torch.empty(2, 0, dtype=torch.int64, device=place.device)).lse.shape == (
+        assert ours(
+            place, torch.empty(2, 5, 0, device=place.device), torch.empty(2, 0, dtype=torch.int64, device=place.device)
+        ).lse.shape == (
             2,
             0,
         )
@@ -583,7 +585,14 @@ class TestAutograd:
         """Double backward of every statistic, of each by itself among the outputs."""
         x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
         target = torch.softmax(torch.randn(3, 4, dtype=torch.float64), 1).requires_grad_() if soft else torch.tensor([1, -100, 3])
-        options = {"label_smoothing": 0.2, "softcap": 4.0, "logit_scale": 1.5, "lse_square_scale": 0.1, "reduction": reduction, "impl": impl}
+        options = {
+            "label_smoothing": 0.2,
+            "softcap": 4.0,
+            "logit_scale": 1.5,
+            "lse_square_scale": 0.1,
+            "reduction": reduction,
+            "impl": impl,
+        }
 
         def f(x, target):
             got = lossfuse.cross_entropy_stats(x, target, torch.linspace(0.5, 2, 4, dtype=torch.float64), **options)
@@ -698,7 +707,9 @@ class TestAutograd:
         x, target = logits_and_ids(5, 40, device=place.device)
         stored = []
         for reduction in ("none", "mean"):
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t.clone()) or len(stored) - 1, lambda i: stored[i].clone()):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: stored.append(t.clone()) or len(stored) - 1, lambda i: stored[i].clone()
+            ):
                 got = ours(place, x, target, reduction=reduction)
             want = ours(place, x, target, reduction=reduction)
             ups = upstreams(got)
