@@ -346,7 +346,7 @@ def _stats_put_back(made: RowStats, kept: Tensor | None, target: Tensor, spec: L
     some = [None if t is None else _put_back(t, kept, target) for t in stats]
     if argmax is not None:
         argmax = argmax.new_full((len(target),), no_class(spec)).index_copy_(0, kept, argmax)
-    return RowStats(*some, argmax, rest)  # type: ignore[arg-type]
+    return RowStats(*some, argmax, rest)  # type: ignore[call-arg, arg-type]
 
 
 def _empty_loss(hidden: Tensor, n: int) -> Tensor:

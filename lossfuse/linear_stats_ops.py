@@ -90,7 +90,7 @@ def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*tensors)
     # not saved: a buffer is written by whoever has it
     ctx.buffer, ctx.options = buffer, inputs[8:]
-    ctx.mark_non_differentiable(*without_gradient(*output[-2:], inputs[6]))
+    ctx.mark_non_differentiable(*without_gradient(inputs[6], *output[-2:]))
     ctx.set_materialize_grads(False)
 
 
@@ -104,7 +104,7 @@ def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.dtypes = [None if t is None else t.dtype for t in tensors[:4]]
     ctx.retain, ctx.impl, ctx.spent = ctx.options[4], ctx.options[-1], False
     made = output[5:]
-    ctx.mark_non_differentiable(*without_gradient(*output[3:5], inputs[11]), *made)
+    ctx.mark_non_differentiable(*without_gradient(inputs[11], *output[3:5]), *made)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, divisor, *made)
 

@@ -48,7 +48,7 @@ def new_stats(like: Tensor, wants: Wants) -> tuple[Tensor, Tensor, Tensor, Tenso
     return loss, loss.new_empty(n), loss.new_empty(n), entropy, loss.new_empty(n if wants.argmax else 0, dtype=torch.int64)
 
 
-def without_gradient(entropy: Tensor, argmax: Tensor, has_entropy: bool) -> tuple[Tensor, ...]:
+def without_gradient(has_entropy: bool, entropy: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
     """Classes, and what was not wanted."""
     return (argmax,) if has_entropy else (entropy, argmax)
 
@@ -140,7 +140,7 @@ def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     logits, target, class_weight, has_entropy, _, *ctx.options = inputs
     *_, entropy, argmax, kept = output
     ctx.save_for_backward(logits, target, class_weight, kept)
-    ctx.mark_non_differentiable(*without_gradient(entropy, argmax, has_entropy), kept)
+    ctx.mark_non_differentiable(*without_gradient(has_entropy, entropy, argmax), kept)
     ctx.set_materialize_grads(False)
 
 
@@ -203,7 +203,7 @@ class ReducedStats(torch.autograd.Function):
         loss, *stats, kept, dlogits, dtarget = row_stats_and_grads(logits, target, class_weight, dloss, *needed, *wants, *ctx.options)
         ctx.save_for_backward(logits, target, class_weight, kept, dloss)
         ctx.formed = dlogits if needed[0] else None, dtarget if needed[1] else None
-        ctx.mark_non_differentiable(*without_gradient(*stats[2:], wants.entropy))
+        ctx.mark_non_differentiable(*without_gradient(wants.entropy, *stats[2:]))
         ctx.set_materialize_grads(False)
         total = loss.sum()
         return total if divisor is None else total / divisor, *stats

@@ -193,9 +193,8 @@ class TestChunksAndDtypes:
     @pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-9, 0.0])
     @pytest.mark.parametrize("impl", ["torch", "triton"])
     def test_narrow_products_in_any_unit(self, narrow, impl, scale, names, dtype):
-        """fp16: the gradient of the logits is brought into its range, whatever comes from above; a loss scaler brings back what is small."""
+        """fp16: the gradient of the logits is brought into its range, whatever comes from above; 65536 may be beyond that of the result."""
         *operands, target = head_and_ids(6, 8, 37, dtype)
-        # gradients of 65536 come back into the range of fp16, or are infinite there as they are in fp64
         got = ours(operands, target, reduction="none", impl=impl, options=chunks_of(4, 37))
         want, wide = wanted(operands, target, reduction="none")
         assert_statistics_close(got, want)
@@ -243,7 +242,7 @@ class TestChunksAndDtypes:
         want, wide = wanted(operands, target, reduction="none")
         got = ours(operands, target, reduction="none", options=LinearOptions(logits_dtype=torch.bfloat16, acc_dtype=torch.bfloat16))
         ups = upstreams(got)
-        assert got.lse.dtype == torch.float32 and relative_error(got.entropy, want.entropy) < 0.02
+        assert got.lse.dtype == torch.float32 and relative_error(got.entropy.detach(), want.entropy.detach()) < 0.02
         for g, w in zip(differentiated(got, operands, ups), differentiated(want, wide, ups), strict=True):
             assert relative_error(g, w) < 0.03
 
@@ -519,7 +518,7 @@ class TestMemory:
         n, d, v = 2048, 128, 32000
         hidden, weight, _, target = head_and_ids(n, d, v, ignored=0.0)
         torch.use_deterministic_algorithms(False)  # which fills new memory twice
-        options = LinearOptions(chunk_bytes=32 << 20)
+        options = LinearOptions(chunk_bytes=64 << 20)
 
         def peak(f):
             def call():
