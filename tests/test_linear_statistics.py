@@ -498,7 +498,7 @@ class TestMemory:
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
     def test_no_storage_of_all_logits(self, narrow, dtype, soft):
-        n, d, v = 256, 8, 4000
+        n, d, v = 96, 8, 4000
         hidden, weight, bias, target = (t.detach() for t in head_and_ids(n, d, v, dtype))
         target = probabilities(n, v, dtype).detach() if soft else target
         options = chunks_of(16, v)

@@ -221,7 +221,7 @@ class TestRegimes:
     """Real vocabularies and dtypes; every entry relative to itself."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("v", [511, 2049, 32000, 50257, 128257])
+    @pytest.mark.parametrize("v", [511, 2049, pytest.param(32000, marks=pytest.mark.slow), 50257, 128257])
     def test_plain(self, place, v, dtype):
         """Each statistic alone, and all of them."""
         x, target = logits_and_ids(3, v, dtype, place.device)
@@ -578,7 +578,7 @@ class TestShapes:
 
 
 class TestAutograd:
-    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("impl", ["reference", "torch"])
     def test_gradcheck_and_gradgradcheck_in_fp64(self, impl, soft, reduction):
@@ -614,7 +614,7 @@ class TestAutograd:
         want, wide = wanted(x, target, **options)
         assert_formula_close(second(ours(place, x, target, **options), x), second(want, wide[0]))
 
-    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
     def test_backwards_in_any_order(self, place, reduction):
         """A gradient formed in the forward is handed over once, and to nobody who asks for more than it is."""
         x, target = logits_and_ids(6, 40, device=place.device)
@@ -815,7 +815,13 @@ class TestThreadsAndMemory:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert torch.equal(*(differentiated(s, [x], upstreams(s))[0] for s in (first, again)))
 
-    @pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "label_smoothing": 0.1, "lse_square_scale": 1e-4}], ids=["plain", "every"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param({}, id="plain"),
+            pytest.param({"softcap": 30.0, "label_smoothing": 0.1, "lse_square_scale": 1e-4}, id="every", marks=pytest.mark.slow),
+        ],
+    )
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     def test_nothing_larger_than_a_block_is_allocated(self, soft, options):
         n, v = 512, 16000
