@@ -15,7 +15,7 @@ from .linear_ops import CHUNKS, GRADS, HEAD, N_CHUNKS, N_OPTIONS, NEEDS, as_tens
 from .ops import OPTIONS, STATS, WANTS, backend, checked_spec, library
 from .row_stats import Upstream, Wants
 from .stats_ops import as_tensors as stats_as_tensors
-from .stats_ops import new_stats
+from .stats_ops import new_stats, without_gradient
 
 library.define(f"linear_row_stats({HEAD}, Tensor? main_grad_buffer, {WANTS}, {CHUNKS}, {OPTIONS}) -> (Tensor loss, {STATS})")
 library.define(
@@ -90,7 +90,7 @@ def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*tensors)
     # not saved: a buffer is written by whoever has it
     ctx.buffer, ctx.options = buffer, inputs[8:]
-    ctx.mark_non_differentiable(output[-1])
+    ctx.mark_non_differentiable(*without_gradient(inputs[6], *output[-2:]))
     ctx.set_materialize_grads(False)
 
 
@@ -104,7 +104,7 @@ def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.dtypes = [None if t is None else t.dtype for t in tensors[:4]]
     ctx.retain, ctx.impl, ctx.spent = ctx.options[4], ctx.options[-1], False
     made = output[5:]
-    ctx.mark_non_differentiable(output[4], *made)
+    ctx.mark_non_differentiable(*without_gradient(inputs[11], *output[3:5]), *made)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, divisor, *made)
 
@@ -113,7 +113,8 @@ def _total_backward(ctx: Any, dtotal: Tensor | None, *rest: Tensor | None) -> tu
     *tensors, divisor = ctx.saved_tensors[:6]
     dstats = rest[:3]
     if dtotal is not None and not ctx.spent and all(t is None for t in dstats):
-        grads = handed_over(ctx, ctx.saved_tensors[6:], dtotal)
+        # under another name: what becomes of them must not keep a later backward from the arguments saved beside them
+        grads = handed_over(ctx, [g.data for g in ctx.saved_tensors[6:]], dtotal)
     else:
         dloss = None if dtotal is None else dloss_of(tensors[0], divisor) * dtotal
         grads = made_again(tensors, Upstream(dloss, *dstats), ctx.needs, ctx.buffer, ctx.options)

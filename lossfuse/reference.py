@@ -44,13 +44,15 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
 
 def row_stats(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> RowStats:
     """The losses of ``row_loss``, and what is read off the same rows; all but the largest class differentiable."""
-    loss = row_loss(logits, target, class_weight, spec)
-    x = logits.to(loss.dtype)
+    # once for all of them, so that their gradients are summed before they are rounded
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if target.is_floating_point():
+        target = target.to(x.dtype)
+    loss = row_loss(x, target, class_weight, spec)
     if target.is_floating_point():
         z = shaped(x, spec)
         logp = torch.log_softmax(z, -1)
-        t = target.to(x.dtype)
-        target_logprob = -_expected_nll(z, t)
+        target_logprob = -_expected_nll(z, target)
         valid = torch.ones_like(loss, dtype=torch.bool)
         ignored = ~valid
     else:

@@ -48,6 +48,11 @@ def new_stats(like: Tensor, wants: Wants) -> tuple[Tensor, Tensor, Tensor, Tenso
     return loss, loss.new_empty(n), loss.new_empty(n), entropy, loss.new_empty(n if wants.argmax else 0, dtype=torch.int64)
 
 
+def without_gradient(has_entropy: bool, entropy: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
+    """Classes, and what was not wanted."""
+    return (argmax,) if has_entropy else (entropy, argmax)
+
+
 def _kept(logits: Tensor, target: Tensor, wants: Wants, impl: str) -> Tensor:
     n_kept = 0 if impl == "torch" else (4 if target.is_floating_point() else 2) + wants.entropy
     return new_loss(logits).new_empty(n_kept, len(logits))
@@ -132,10 +137,10 @@ for _name, _impl, _shapes in (
 
 
 def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, class_weight, _, _, *ctx.options = inputs
-    *_, argmax, kept = output
+    logits, target, class_weight, has_entropy, _, *ctx.options = inputs
+    *_, entropy, argmax, kept = output
     ctx.save_for_backward(logits, target, class_weight, kept)
-    ctx.mark_non_differentiable(argmax, kept)
+    ctx.mark_non_differentiable(*without_gradient(has_entropy, entropy, argmax), kept)
     ctx.set_materialize_grads(False)
 
 
@@ -198,7 +203,7 @@ class ReducedStats(torch.autograd.Function):
         loss, *stats, kept, dlogits, dtarget = row_stats_and_grads(logits, target, class_weight, dloss, *needed, *wants, *ctx.options)
         ctx.save_for_backward(logits, target, class_weight, kept, dloss)
         ctx.formed = dlogits if needed[0] else None, dtarget if needed[1] else None
-        ctx.mark_non_differentiable(stats[-1])
+        ctx.mark_non_differentiable(*without_gradient(wants.entropy, *stats[2:]))
         ctx.set_materialize_grads(False)
         total = loss.sum()
         return total if divisor is None else total / divisor, *stats

@@ -13,6 +13,20 @@ def assert_loss_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want.double().to(got.device), rtol=rtol, atol=atol, equal_nan=True)
 
 
+def assert_statistics_close(got, want) -> None:
+    """Every statistic that was asked for, its dtype and its shape; classes and numbers of rows exactly."""
+    for name, g, w in zip(got._fields, got, want, strict=True):
+        if g is None:
+            assert name in ("entropy", "argmax")
+            continue
+        assert g.shape == w.shape, name
+        if name in ("argmax", "n_valid"):
+            assert g.dtype == torch.int64 and torch.equal(g.cpu(), w.cpu()), name
+        else:
+            assert g.dtype == (torch.float64 if got.lse.dtype == torch.float64 else torch.float32), name
+            assert_loss_close(g.detach(), w.detach())
+
+
 def assert_formula_close(got: Tensor, want: Tensor) -> None:
     """Tier 1, small sizes in fp32: is it the right formula?"""
     torch.testing.assert_close(got.double(), want.double().to(got.device), rtol=1e-5, atol=1e-6, equal_nan=True)

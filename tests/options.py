@@ -37,3 +37,27 @@ def upstream(x, options):
     if options.get("reduction") != "none":
         return torch.tensor(1.7, device=x.device)
     return torch.linspace(-1.0, 2.0, len(x), device=x.device)
+
+
+DIFFERENTIABLE = ("loss", "lse", "target_logprob", "entropy", "z_loss")
+
+
+def upstreams(stats, names=DIFFERENTIABLE):
+    """What comes from above for some statistics, a number for each of their entries, in float64."""
+    made = {}
+    for i, name in enumerate(DIFFERENTIABLE):
+        t = getattr(stats, name)
+        if name in names:
+            made[name] = torch.linspace(-1.0 - i, 2.5, t.numel(), dtype=torch.float64).roll(i).reshape(t.shape).to(t.device)
+    return made
+
+
+def differentiated(stats, leaves, ups, **options):
+    """The gradients of a mixture of statistics; 0 for what none of them knows of."""
+    # such as the z-loss where its scale is 0
+    known = {name: u for name, u in ups.items() if getattr(stats, name).requires_grad}
+    if not known:
+        return [torch.zeros_like(t) for t in leaves]
+    outputs = [getattr(stats, name) for name in known]
+    given = [u.to(t.dtype) for u, t in zip(known.values(), outputs, strict=True)]
+    return torch.autograd.grad(outputs, leaves, given, allow_unused=True, materialize_grads=True, **options)

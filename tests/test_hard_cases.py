@@ -201,7 +201,7 @@ def test_a_padded_lane_is_never_a_target(fast_place):
     else:
         from lossfuse.backends import triton as backend
     from lossfuse.row_stats import Upstream
-from lossfuse.spec import LossSpec
+    from lossfuse.spec import LossSpec
 
     v = 130
     x, _ = logits_and_ids(6, v, device=fast_place.device)

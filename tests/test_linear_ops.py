@@ -41,7 +41,7 @@ def test_opcheck(impl, soft):
         if keep:
             # the others hand their gradients over once
             torch.library.opcheck(linear_ops.linear_total, (*head, divisor, None, *needs, *settings))
-        torch.library.opcheck(linear_ops.linear_grads, (*plain, torch.randn(4, device=DEVICE), *needs, *settings))
+        torch.library.opcheck(linear_ops.linear_grads, (*plain, torch.randn(4, device=DEVICE), None, None, None, *needs, *settings))
 
 
 def compiled_and_not(f, backend, operands, leaves):

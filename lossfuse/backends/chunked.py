@@ -211,13 +211,14 @@ def _id_rows(
     distances = torch.empty(min(some, n) if spreads else 0, v, dtype=dtype, device=logits.device)
 
     row_max, margin, others, shortfall, spread = torch.empty(5, n, 1, dtype=dtype, device=logits.device)
-    top = torch.empty(n if wants is not None and wants.argmax else 0, 1, dtype=torch.int64, device=logits.device)
+    wants_top = wants is not None and wants.argmax
+    top = torch.empty(n if wants_top else 0, 1, dtype=torch.int64, device=logits.device)
     for rows, x, p in _blocks(logits, dlogits, dtype, block):
         if _nowhere(valid[rows]):
             continue
         y_b, margin_b, others_b = y[rows], margin[rows], others[rows]
         z, slope = _shaped(x, spec, p)
-        if len(top):
+        if wants_top:
             row_max[rows], top[rows] = _largest(z)
         else:
             torch.amax(z, -1, keepdim=True, out=row_max[rows])
@@ -283,7 +284,7 @@ def _id_rows(
         if wants.entropy:
             columns.append(log_sum - spread / (others + e_y))
     columns = [torch.where(ignored, 0.0, torch.where(valid, column, torch.nan)) for column in columns]
-    return [*columns, torch.where(valid, top, no_class(spec))] if len(top) else columns
+    return [*columns, torch.where(valid, top, no_class(spec))] if wants_top else columns
 
 
 def _soft_rows(
@@ -300,7 +301,8 @@ def _soft_rows(
 ) -> list[Tensor]:
     """(N, 1) losses and statistics against (N, V) probabilities."""
     n, v = logits.shape
-    loss, all_lse, target_logprob, entropy = torch.empty(4, n, 1, dtype=dtype, device=logits.device)
+    # results of an operator share no memory
+    loss, all_lse, target_logprob, entropy = (torch.empty(n, 1, dtype=dtype, device=logits.device) for _ in range(4))
     all_top = torch.empty(n, 1, dtype=torch.int64, device=logits.device)
     for rows, x, p in _blocks(logits, dlogits, dtype, block):
         z, slope = _shaped(x, spec, p)
@@ -311,6 +313,9 @@ def _soft_rows(
         if spec.label_smoothing:
             q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / v
         q = _times(q, weight)
+        if wants is not None:
+            # before classes are left out by their weights, which are the loss's alone
+            torch.sum(torch.where((t == 0.0) & (d == -torch.inf), 0.0, t * d), -1, keepdim=True, out=target_logprob[rows])
         # a class of zero mass is out of the sum even where its logit is -inf
         out = (q == 0.0) & (d == -torch.inf)
         d.masked_fill_(out, 0.0)
@@ -326,7 +331,7 @@ def _soft_rows(
         loss[rows] = mass * log_sum - (q * d).sum(-1, keepdim=True) + spec.lse_square_scale * lse * lse
         if wants is not None:
             all_lse[rows], all_top[rows] = lse, top
-            target_logprob[rows] = torch.where((t == 0.0) & (d == -torch.inf), 0.0, t * (d - log_sum)).sum(-1, keepdim=True)
+            target_logprob[rows] -= t.sum(-1, keepdim=True) * log_sum
             if wants.entropy:
                 entropy[rows] = log_sum - spread / sum_exp
         if up is None:
@@ -358,7 +363,8 @@ def _soft_rows(
             nll = log_sum - d
             dt = _times(nll, weight).mul((1.0 - spec.label_smoothing) * dloss_b).masked_fill_(out, 0.0)
             if dlogprob_b is not None:
-                dt -= torch.where(out | ((t == 0.0) & (nll == torch.inf)), 0.0, nll * dlogprob_b)
+                nll.masked_fill_(out, torch.inf)
+                dt -= torch.where((t == 0.0) & (nll == torch.inf), 0.0, nll * dlogprob_b)
             dtarget[rows].copy_(dt)
     if wants is None:
         return [loss]
