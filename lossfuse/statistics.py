@@ -83,8 +83,8 @@ def cross_entropy_stats(
     CPU) it is that of ``loss`` alone; a backward from another statistic makes its own, so ask for ``reduction="none"`` if you mean to use
     statistics in an objective.
 
-    Rounding: as ``cross_entropy``; the entropy is a sum of non-negative terms, so that it keeps its digits when it is small (on a CPU where the
-    target is the largest class, or probabilities; otherwise it is right to 1e-7).
+    Rounding: as ``cross_entropy``; the entropy is a sum of non-negative terms, so that it keeps its digits when it is small (against ids on
+    a CPU where the target is the largest class; otherwise it is right to 1e-7 there).
 
     Memory: as ``cross_entropy`` without ``inplace``, and O(N).
 
