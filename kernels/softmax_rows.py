@@ -170,7 +170,7 @@ def row_loss_kernel(
     if entropy_ptr is not None:
         mean_shortfall = spread_finish(spread, top, ties, rest, row_max, log_sum)
         tl.store(entropy_ptr + row, unless_unread(log_sum + mean_shortfall, ignored, readable))
-        tl.store(stats_ptr + 2 * N + row, mean_shortfall)
+        tl.store(stats_ptr + 2 * N + row, tl.where(readable, mean_shortfall, 0.0))
     if argmax_ptr is not None:
         no_class = tl.where(ignore_index == -1, -2, -1)
         tl.store(argmax_ptr + row, tl.where(readable, first_finish(first, top, row_max), no_class).to(tl.int64))

@@ -72,8 +72,8 @@ def cross_entropy_stats(
 
     Returns:
         ``LossStats``. ``loss`` and ``z_loss`` as ``cross_entropy`` returns its loss; the statistics of rows have the shape of the ids
-        whatever the reduction, in float32 (float64 for float64), natural logarithms; ``argmax`` int64, the first of equals; ``n_valid``
-        int64, ``()``.
+        whatever the reduction, in float32 (float64 for float64), natural logarithms; ``argmax`` int64, the first of equals, and some class
+        for a row with a NaN; ``n_valid`` int64, ``()``.
 
     Raises:
         As ``cross_entropy``. A target outside ``[0, C)``, where nobody looks, makes the floating-point statistics of its row NaN.

@@ -46,6 +46,17 @@ def fast_place(request: pytest.FixtureRequest) -> Place:
     return request.param
 
 
+def _thrifty(place: Place) -> object:
+    """Triton's interpreter takes seconds where the others take milliseconds."""
+    return pytest.param(place, marks=pytest.mark.slow) if (place.impl, place.device) == ("triton", "cpu") else _marked(place)
+
+
+@pytest.fixture(params=map(_thrifty, PLACES), ids=str)
+def thrifty_place(request: pytest.FixtureRequest) -> Place:
+    """``place``, but in the interpreter only if slow tests are asked for."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def nan_in_new_memory() -> Iterator[None]:
     """torch.empty holds NaN in tests: a result that is not written shows."""

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 
 from rows import class_weight
@@ -22,6 +23,8 @@ EXCLUSIVE = [{"smoothing", "all smoothing"}, {"scale", "negative scale"}, {"sum"
 PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if set(pair) not in EXCLUSIVE]
 EVERYTHING = ("weight", "smoothing", "softcap", "scale", "z-loss")
 COMBINATIONS = [(), *((name,) for name in OPTIONS), *PAIRS, EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
+# where each case is many calls, pairs are for slow runs
+THRIFTY_COMBINATIONS = [pytest.param(names, marks=pytest.mark.slow) if names in PAIRS else names for names in COMBINATIONS]
 
 
 def options_of(names, v, device):

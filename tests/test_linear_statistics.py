@@ -16,7 +16,7 @@ from lossfuse.backends import chunked
 from lossfuse.perf.protocol import Step, peak_extra_bytes
 from lossfuse.row_stats import Upstream, Wants
 from lossfuse.spec import LossSpec
-from options import COMBINATIONS, DIFFERENTIABLE, EVERYTHING, OPTIONS, differentiated, options_of, upstreams
+from options import DIFFERENTIABLE, EVERYTHING, OPTIONS, THRIFTY_COMBINATIONS, differentiated, options_of, upstreams
 from rows import class_weight, head_and_ids, probabilities
 from test_linear import chunks_of, relative_error
 
@@ -60,7 +60,7 @@ def narrow(monkeypatch):
 class TestFormula:
     """5 rows of width 6 in chunks of 2, 2 and 1; 17 classes, so that rows of logits are padded."""
 
-    @pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
+    @pytest.mark.parametrize("names", THRIFTY_COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
     def test_class_ids(self, names):
         *operands, target = head_and_ids(5, 6, 17)
         weight, options = options_of(names, 17, "cpu")
@@ -77,20 +77,20 @@ class TestFormula:
     @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-    def test_some_statistics(self, place, reduction, soft, names):
-        *operands, target = head_and_ids(5, 6, 17, device=place.device)
-        target = probabilities(5, 17, device=place.device) if soft else target
-        weight, options = options_of(EVERYTHING, 17, place.device)
-        check(operands, target, weight, names, impl=place.impl, chunks=chunks_of(3, 17), **(options | {"reduction": reduction}))
+    def test_some_statistics(self, thrifty_place, reduction, soft, names):
+        *operands, target = head_and_ids(5, 6, 17, device=thrifty_place.device)
+        target = probabilities(5, 17, device=thrifty_place.device) if soft else target
+        weight, options = options_of(EVERYTHING, 17, thrifty_place.device)
+        check(operands, target, weight, names, impl=thrifty_place.impl, chunks=chunks_of(3, 17), **(options | {"reduction": reduction}))
 
     @pytest.mark.parametrize("ignore_index", [None, -1, 3])
-    def test_ignored_ids(self, place, ignore_index):
-        *operands, target = head_and_ids(6, 4, 9, device=place.device, ignored=0.0)
+    def test_ignored_ids(self, thrifty_place, ignore_index):
+        *operands, target = head_and_ids(6, 4, 9, device=thrifty_place.device, ignored=0.0)
         target[::2] = -100 if ignore_index is None else ignore_index
-        got = ours(operands, target, ignore_index=ignore_index, impl=place.impl)
+        got = ours(operands, target, ignore_index=ignore_index, impl=thrifty_place.impl)
         assert (got.argmax[::2] == (-2 if ignore_index == -1 else -1)).all() and not got.lse[::2].any()
         if ignore_index is not None:
-            check(operands, target, impl=place.impl, chunks=chunks_of(4, 9), ignore_index=ignore_index)
+            check(operands, target, impl=thrifty_place.impl, chunks=chunks_of(4, 9), ignore_index=ignore_index)
 
     def test_the_statistics_are_those_of_the_logits(self, place):
         *operands, target = head_and_ids(5, 6, 17, device=place.device)
@@ -101,9 +101,9 @@ class TestFormula:
     @pytest.mark.parametrize("entropy", [True, False])
     @pytest.mark.parametrize("argmax", [True, False])
     @pytest.mark.parametrize("reduction", ["none", "mean"])
-    def test_what_is_not_asked_for_is_none(self, place, reduction, argmax, entropy):
-        *operands, target = head_and_ids(5, 6, 17, device=place.device)
-        options = {"reduction": reduction, "lse_square_scale": 0.1, "impl": place.impl, "options": chunks_of(3, 17)}
+    def test_what_is_not_asked_for_is_none(self, thrifty_place, reduction, argmax, entropy):
+        *operands, target = head_and_ids(5, 6, 17, device=thrifty_place.device)
+        options = {"reduction": reduction, "lse_square_scale": 0.1, "impl": thrifty_place.impl, "options": chunks_of(3, 17)}
         got, whole = ours(operands, target, entropy=entropy, argmax=argmax, **options), ours(operands, target, **options)
         assert (got.entropy is not None) == entropy and (got.argmax is not None) == argmax
         for g, w in zip(got, whole, strict=True):
@@ -139,8 +139,8 @@ class TestShapes:
             assert_formula_close(g, wanted_)
 
     @pytest.mark.parametrize("layout", ["hidden transposed", "weight transposed", "hidden strided", "hidden expanded"])
-    def test_layouts(self, place, layout):
-        hidden, weight, bias, target = (t.detach() for t in head_and_ids(6, 4, 9, device=place.device))
+    def test_layouts(self, thrifty_place, layout):
+        hidden, weight, bias, target = (t.detach() for t in head_and_ids(6, 4, 9, device=thrifty_place.device))
         if layout == "hidden transposed":
             hidden = hidden.t().contiguous().t()
         elif layout == "weight transposed":
@@ -149,17 +149,17 @@ class TestShapes:
             hidden = hidden.repeat_interleave(2, 1)[:, ::2]
         else:
             hidden = hidden[:1].expand(6, 4)
-        check([t.requires_grad_() for t in (hidden, weight, bias)], target, impl=place.impl, chunks=chunks_of(4, 9))
+        check([t.requires_grad_() for t in (hidden, weight, bias)], target, impl=thrifty_place.impl, chunks=chunks_of(4, 9))
 
     @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
     @pytest.mark.parametrize("rows", ["no rows", "all ignored"])
     @pytest.mark.parametrize("drop", [None, False], ids=str)
-    def test_nothing_counts(self, place, drop, rows, reduction):
-        hidden, weight, bias, target = head_and_ids(6, 4, 9, device=place.device)
+    def test_nothing_counts(self, thrifty_place, drop, rows, reduction):
+        hidden, weight, bias, target = head_and_ids(6, 4, 9, device=thrifty_place.device)
         n = 0 if rows == "no rows" else 6
         hidden, target = hidden.detach()[:n].requires_grad_(), torch.full_like(target[:n], -100)
         options = LinearOptions(drop_ignored=drop)
-        got = ours((hidden, weight, bias), target, reduction=reduction, lse_square_scale=0.1, impl=place.impl, options=options)
+        got = ours((hidden, weight, bias), target, reduction=reduction, lse_square_scale=0.1, impl=thrifty_place.impl, options=options)
         value = NAN if reduction == "mean" else 0.0
         torch.testing.assert_close([got.loss.detach(), got.z_loss.detach()], [torch.full_like(got.loss, value)] * 2, equal_nan=True)
         assert got.argmax.tolist() == [-1] * n and got.n_valid == 0
@@ -191,7 +191,7 @@ class TestChunksAndDtypes:
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     @pytest.mark.parametrize("names", [("lse",), ("target_logprob",), ("entropy",), FLOATS], ids="+".join)
     @pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-9, 0.0])
-    @pytest.mark.parametrize("impl", ["torch", "triton"])
+    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
     def test_narrow_products_in_any_unit(self, narrow, impl, scale, names, dtype):
         """fp16: the gradient of the logits is brought into its range, whatever comes from above; 65536 may be beyond that of the result."""
         *operands, target = head_and_ids(6, 8, 37, dtype)
@@ -228,9 +228,9 @@ class TestChunksAndDtypes:
 
     @pytest.mark.parametrize("v", [32000, 50257])
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-    def test_real_vocabularies(self, fast_place, dtype, v):
-        *operands, target = head_and_ids(4, 16, v, dtype, device=fast_place.device)
-        got = ours(operands, target, reduction="none", impl=fast_place.impl, options=chunks_of(3, v))
+    def test_real_vocabularies(self, thrifty_place, dtype, v):
+        *operands, target = head_and_ids(4, 16, v, dtype, device=thrifty_place.device)
+        got = ours(operands, target, reduction="none", impl=thrifty_place.impl, options=chunks_of(3, v))
         want, wide = wanted(operands, target, reduction="none")
         assert_statistics_close(got, want)
         ups = upstreams(got)
@@ -250,7 +250,7 @@ class TestChunksAndDtypes:
 class TestHardRows:
     @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
     @pytest.mark.parametrize("drop", [None, True, False], ids=str)
-    @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow), "reference"])
     def test_ignored_rows_hold_anything(self, impl, drop, value):
         hidden, weight, bias, _ = head_and_ids(6, 4, 9)
         target = torch.tensor([3, -100, -100, 8, -100, 3])
@@ -289,7 +289,7 @@ class TestHardRows:
         want = (1.0 - 4.0 * torch.eye(4, device=fast_place.device)) * math.exp(-30) * 30
         torch.testing.assert_close(dhidden, want, rtol=1e-5, atol=0)
 
-    @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow), "reference"])
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     def test_bad_ids(self, impl, reduction):
         *operands, _ = head_and_ids(3, 4, 7)
@@ -314,9 +314,9 @@ class TestAutograd:
                 g.fill_(NAN)
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
-    def test_gradients_accumulate_in_leaves(self, place, reduction):
-        *operands, target = head_and_ids(6, 5, 11, device=place.device)
-        got = ours(operands, target, reduction=reduction, impl=place.impl)
+    def test_gradients_accumulate_in_leaves(self, thrifty_place, reduction):
+        *operands, target = head_and_ids(6, 5, 11, device=thrifty_place.device)
+        got = ours(operands, target, reduction=reduction, impl=thrifty_place.impl)
         got.loss.sum().backward(retain_graph=True)
         got.entropy.sum().backward(retain_graph=True)
         (2.0 * got.loss.sum() + got.lse.sum()).backward()
@@ -360,32 +360,32 @@ class TestAutograd:
         "wants_grad", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)], ids=str
     )
     @pytest.mark.parametrize("reduction", ["none", "mean"])
-    def test_frozen_operands(self, place, reduction, wants_grad):
-        *operands, target = head_and_ids(6, 5, 11, device=place.device)
+    def test_frozen_operands(self, thrifty_place, reduction, wants_grad):
+        *operands, target = head_and_ids(6, 5, 11, device=thrifty_place.device)
         for t, needed in zip(operands, wants_grad, strict=True):
             t.requires_grad_(needed)
         if any(wants_grad):
             for names in (DIFFERENTIABLE, ("loss",), ("entropy",)):
-                check(operands, target, None, names, impl=place.impl, chunks=chunks_of(4, 11), reduction=reduction)
+                check(operands, target, None, names, impl=thrifty_place.impl, chunks=chunks_of(4, 11), reduction=reduction)
         else:
-            assert not any(t.requires_grad for t in ours(operands, target, reduction=reduction, impl=place.impl))
+            assert not any(t.requires_grad for t in ours(operands, target, reduction=reduction, impl=thrifty_place.impl))
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-    def test_no_grad(self, place, mode):
-        *operands, target = head_and_ids(6, 5, 11, device=place.device)
-        want = ours(operands, target, impl=place.impl)
+    def test_no_grad(self, thrifty_place, mode):
+        *operands, target = head_and_ids(6, 5, 11, device=thrifty_place.device)
+        want = ours(operands, target, impl=thrifty_place.impl)
         with mode():
-            got = ours(operands, target, impl=place.impl)
+            got = ours(operands, target, impl=thrifty_place.impl)
         assert not any(t.requires_grad for t in got)
         torch.testing.assert_close(tuple(got), tuple(want))
 
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("what", ["number", "with a gradient"])
-    def test_normalizers(self, place, what, soft):
-        *operands, target = head_and_ids(5, 6, 17, device=place.device)
-        target = probabilities(5, 17, device=place.device) if soft else target
-        normalizer = torch.tensor(3.0, device=place.device, requires_grad=what != "number")
-        got = ours(operands, target, normalizer=normalizer, lse_square_scale=0.1, impl=place.impl)
+    def test_normalizers(self, thrifty_place, what, soft):
+        *operands, target = head_and_ids(5, 6, 17, device=thrifty_place.device)
+        target = probabilities(5, 17, device=thrifty_place.device) if soft else target
+        normalizer = torch.tensor(3.0, device=thrifty_place.device, requires_grad=what != "number")
+        got = ours(operands, target, normalizer=normalizer, lse_square_scale=0.1, impl=thrifty_place.impl)
         want, wide = wanted(operands, target, normalizer=3.0, lse_square_scale=0.1)
         assert_statistics_close(got, want)
         ups = upstreams(got)
@@ -456,13 +456,13 @@ class TestAutograd:
         (w,) = torch.autograd.grad(3.0 * want.loss + want.entropy.sum(), wide[1])
         assert_formula_close(weight.main_grad, w)
 
-    def test_autocast(self, place):
-        hidden, weight, bias, target = head_and_ids(6, 5, 11, device=place.device)
+    def test_autocast(self, thrifty_place):
+        hidden, weight, bias, target = head_and_ids(6, 5, 11, device=thrifty_place.device)
         half = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight, bias)]
         for reduction in ("none", "mean"):
-            with torch.autocast(place.device, torch.bfloat16):
-                got = ours((hidden, weight, bias), target, reduction=reduction, impl=place.impl)
-            want = ours(half, target, reduction=reduction, impl=place.impl)
+            with torch.autocast(thrifty_place.device, torch.bfloat16):
+                got = ours((hidden, weight, bias), target, reduction=reduction, impl=thrifty_place.impl)
+            want = ours(half, target, reduction=reduction, impl=thrifty_place.impl)
             torch.testing.assert_close(tuple(got), tuple(want))
             ups = upstreams(got)
             for g, w in zip(differentiated(got, [hidden, weight, bias], ups), differentiated(want, half, ups), strict=True):
@@ -565,7 +565,7 @@ class TestTheComparisonRejects:
 
 class TestCompilers:
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-    @pytest.mark.parametrize("impl", ["torch", "triton"])
+    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
     def test_opcheck(self, impl, soft):
         hidden, weight, bias, target = head_and_ids(4, 5, 19)
         target = probabilities(4, 19) if soft else target
@@ -582,7 +582,7 @@ class TestCompilers:
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-    @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow), "reference"])
     def test_one_graph_with_the_numbers_of_eager(self, impl, soft, reduction):
         torch._dynamo.reset()
         *operands, target = head_and_ids(6, 5, 19)

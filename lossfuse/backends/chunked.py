@@ -32,7 +32,7 @@ FEATURE_BLOCKS = 6
 # of a row, whose largest class is looked for where its largest logit was found; an operator that tells both takes ten times as long
 SEGMENT = 256
 # of distances from the maximum that are multiplied and summed at a time, for each thread
-SUMMED_BYTES = 1 << 20
+SUMMED_BYTES = 1 << 19
 
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
