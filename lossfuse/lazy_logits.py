@@ -48,6 +48,7 @@ class Finder(Protocol):
 
     report: LogitsReport
     options: LinearOptions
+    closed: bool
 
     def close(self) -> None:
         """Undo it."""
@@ -481,6 +482,7 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
     if lazy._made is None:
         source, name = lazy._source, _name(why)
         if source.made is None:
+            source.require_unchanged()
             report = source.forward.finder.report
             if not report.made[name] and not torch.compiler.is_compiling():
                 warnings.warn(
@@ -508,6 +510,9 @@ def _name(func: Any) -> str:
 def _writes(func: Any, kwargs: Any) -> bool:
     """Whether it writes to the memory of logits, or hands it to somebody who may."""
     name = _name(func)
+    schema = getattr(func, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
     in_place = (name.endswith("_") and not name.endswith("__")) or name in WRITE or getattr(func, "__name__", "") == "__set__"
     return in_place or kwargs.get("inplace") is True or len(_lazies_of(kwargs.get("out"))) > 0
 

@@ -174,9 +174,10 @@ def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
     with source.as_called():
         if source.weight is None:
             return _read_chunks(x, target, options, reads)
-        weight, bias = source.weight, source.bias
+        rows, weight, bias = x._rows, source.weight, source.bias
         if not x._of_head:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
+            # a view that was taken under no_grad requires grad all the same
+            rows, weight, bias = rows.detach(), weight.detach(), None if bias is None else bias.detach()
         weight = weight[: shaping.num_classes]
         if bias is not None:
             bias = bias[: shaping.num_classes]
@@ -186,7 +187,7 @@ def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
         call: Any = functional.linear_cross_entropy
         if reads is not None:
             call, options = statistics.linear_cross_entropy_stats, {**options, **reads}
-        made: Tensor | LossStats = call(x._rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options)
+        made: Tensor | LossStats = call(rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options)
         return made
 
 

@@ -102,8 +102,9 @@ def _normalised(kind: str) -> Callable[..., Any]:
             dtype = _stacklevel
         if not of_classes(x, dim) or x._shaping.kind != "logits" or (dtype is not None and not can_be(x, dtype)):
             return NotImplemented
-        # autocast computes them in float32
-        autocast = torch.is_autocast_enabled(x.device.type) and x._shaping.dtype.itemsize < 4
+        # autocast computes them in float32, but on a CPU
+        on = x._rows.device.type
+        autocast = on != "cpu" and torch.is_autocast_enabled(on) and x._shaping.dtype.itemsize < 4
         return x._but(shaping=replace(x._shaping, kind=kind, dtype=dtype or (torch.float32 if autocast else x._shaping.dtype)))
 
     return handler

@@ -1,5 +1,6 @@
 """Fusing the output head of a model, any model, and undoing it."""
 
+import copy
 from typing import Any
 
 import torch
@@ -125,6 +126,9 @@ class _HeadFinder:
         if head is None:
             return
         known = head.__dict__.get("forward")
+        if isinstance(known, LazyForward) and known.finder.closed:
+            # left in a copy
+            known = known.instance_forward
         if isinstance(known, LazyForward):
             # fused by way of another model that has it
             self.report = known.finder.report
@@ -138,6 +142,16 @@ class _HeadFinder:
         hooks = self.model._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is self]:
             del hooks[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_HeadFinder":
+        """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes, is not, and copies no model."""
+        other = _HeadFinder(self.model)
+        memo[id(self)] = other
+        if id(self.model) in memo:
+            other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        else:
+            other.closed = True
+        return other
 
     def release(self) -> None:
         forward = None if self.fused is None else self.fused.__dict__.get("forward")

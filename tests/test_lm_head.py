@@ -103,8 +103,7 @@ RECORDED = {
     "type_as": lambda z: z.type_as(ROW),
     "contiguous": lambda z: z.contiguous(),
     "clone": lambda z: z.clone(),
-    "shifted": lambda z: F.pad(z[..., :-1, :].contiguous(), (0, 0, 0, 0)) if False else torch.Tensor.contiguous(z[..., :, :]),
-    "classes cut": lambda z: z[..., : V - 3] if False else z[:, :, :V],
+    "sliced": lambda z: z[..., :, :][:, :, :V],
     "view": lambda z: z.view(-1, V),
     "view_as": lambda z: z.view_as(PROBABILITIES),
     "flatten": lambda z: z.flatten(0, 1),
@@ -186,7 +185,9 @@ def same(model, read, *, rtol=2e-5, atol=2e-6):
     for name, g in want_grads.items():
         assert (g is None) == (grads[name] is None), name
         if g is not None:
-            torch.testing.assert_close(grads[name], g, rtol=rtol, atol=atol * max(1.0, float(g.abs().max())), msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                grads[name], g, rtol=rtol, atol=atol * max(1.0, float(g.abs().max())), msg=lambda m, n=name: f"{n}: {m}"
+            )
     return report
 
 
@@ -208,10 +209,12 @@ def test_what_is_recorded_is_made_bit_for_bit(name):
     want = RECORDED[name](model(IDS))
     report = lossfuse.fuse_lm_head(model)
     lazy = RECORDED[name](model(IDS))
-    known = lazy.shape, lazy.dtype, lazy.device, lazy.requires_grad, lazy.stride(), lazy.is_contiguous(), lazy.dim(), len(lazy), lazy.numel()
-    assert known == (
-        want.shape, want.dtype, want.device, True, want.stride(), want.is_contiguous(), want.dim(), len(want), want.numel(),
-    )  # fmt: skip
+    for ask in ("shape", "dtype", "device", "requires_grad", "ndim", "is_leaf"):
+        assert getattr(lazy, ask) == getattr(want, ask)
+    for ask in ("size", "dim", "numel", "__len__", "stride", "is_contiguous", "storage_offset"):
+        # how rows that a mask takes lie follows from its values
+        if name != "rows by a mask" or ask in ("size", "dim", "numel", "__len__"):
+            assert getattr(lazy, ask)() == getattr(want, ask)()
     assert not report.made
     with pytest.warns(UserWarning, match=r"sin makes the logits of a fused head, shape \(2, 6\) times 37 classes") as warned:
         made = torch.sin(lazy)
@@ -243,13 +246,14 @@ def test_no_tensor_of_all_logits(head):
     """Forward and backward of training, watched operator by operator."""
     model = Tiny(head, cap=3.0)
     ids, target = (torch.randint(0, V, (64, 64)) for _ in range(2))
-    for options, few in ((lossfuse.LinearOptions(chunk_bytes=64 * 48 * 4), True), (None, False)):
-        lossfuse.fuse_lm_head(model, options=options)
+    for fuse in (False, True):
+        if fuse:
+            lossfuse.fuse_lm_head(model, options=lossfuse.LinearOptions(chunk_bytes=64 * 48 * 4))
         with Largest() as largest:
             ce(model(ids)[..., :-1, :].float(), target[:, 1:]).backward()
         logits = 64 * 63 * V * 4
-        assert (largest.bytes < logits) == few
-    assert lossfuse.fuse_lm_head(model).fused == {"cross_entropy": 2}
+        assert (largest.bytes < logits / 3) == fuse
+    assert lossfuse.fuse_lm_head(model).fused == {"cross_entropy": 1}
 
 
 # --- autograd
@@ -315,11 +319,6 @@ class AsItIs(Reversed):
         return z
 
 
-@torch.jit.ignore
-def nothing(z):
-    return z
-
-
 def hooked(z):
     z.register_hook(lambda g: 3 * g)
     return ce(z)
@@ -327,8 +326,8 @@ def hooked(z):
 
 def retained(z):
     z.retain_grad()
-    ce(z).backward()
-    return (z.grad**2).sum() + z.sum()
+    ce(z).backward(retain_graph=True)
+    return (z.grad.clone() * z).sum()
 
 
 def divided(z):
@@ -345,7 +344,8 @@ def assigned(z):
 
 def written_out(z):
     other = z * 2
-    torch.mul(z, 3.0, out=(out := z.detach().clone()))
+    out = z.detach().clone()
+    torch.mul(z.detach(), 3.0, out=out)
     return ce(z) + other.sum() + out.sum()
 
 
@@ -383,7 +383,7 @@ UNKNOWN = {
     "isnan": lambda z: ce(z) + torch.isnan(z).any(),
     "double": lambda z: ce(z.double()),
     "where": lambda z: ce(torch.where(ROW > 0, z, z * 0.5)),
-    "bernoulli of a teacher": lambda z: F.kl_div(z.log_softmax(-1), PROBABILITIES, reduction="sum"),
+    "distance to a teacher": lambda z: F.kl_div(z.log_softmax(-1), PROBABILITIES, reduction="sum"),
     "taught by itself": lambda z: F.cross_entropy(z.view(-1, V), (z * 0.5).softmax(-1).view(-1, V)),
     "scaled by a parameter": lambda z: ce(z * torch.ones((), requires_grad=True)),
     "not contiguous": lambda z: ce(z.transpose(0, 1).reshape(-1, V), TARGET.T),
@@ -428,8 +428,8 @@ def test_a_write_that_is_not_seen_raises():
     lossfuse.fuse_lm_head(model)
     z = model(IDS)
     other = z * 2
-    with pytest.warns(UserWarning, match="relu makes"):
-        F.relu(z, True)
+    with pytest.warns(UserWarning, match="flatten makes"):
+        z.flatten().detach().mul_(3)
     with pytest.raises(RuntimeError, match="what was made of others like them has been changed"):
         other + 1
 
@@ -444,7 +444,7 @@ def test_gradients_of_logits_that_a_loss_went_past():
     seen = []
     with pytest.warns(UserWarning, match="register_hook asks"):
         z.register_hook(seen.append)
-    loss.backward()
+    loss.backward(retain_graph=True)
     assert seen == []
     with pytest.warns(UserWarning, match="sum makes"):
         z.sum().backward()
@@ -532,22 +532,23 @@ def test_dtypes(dtype, head, upcast):
 @pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
 def test_autocast(head, double):
-    results = []
-    for fuse in (False, True):
+
+    def run(fuse, enabled):
         model = Tiny(head).double() if double else Tiny(head)
         report = lossfuse.fuse_lm_head(model) if fuse else None
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             z = model(IDS)
             loss, entropy = ce(z), (lambda lp: -(lp.exp() * lp).sum(-1))(z.log_softmax(-1))
         outside = ce(z)
         (loss + entropy.sum()).backward()
-        results.append((z.dtype, loss.dtype, entropy.dtype, outside.dtype, loss.detach(), entropy.detach(), model.lm_head.state_dict()))
-        grads = {name: p.grad for name, p in model.named_parameters()}
-        results[-1] += (grads,)
-    assert results[0][:4] == results[1][:4] and report.fused and not report.made
-    torch.testing.assert_close(results[1][4:6], results[0][4:6], rtol=2e-2, atol=2e-2, check_dtype=False)
-    for name, g in results[0][-1].items():
-        assert (results[1][-1][name].double() - g.double()).norm() <= 2e-2 * g.double().norm(), name
+        values = {"loss": loss.detach(), "entropy": entropy.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+        return (z.dtype, loss.dtype, entropy.dtype, outside.dtype), values, report
+
+    (dtypes, stock, _), (_, true, _), (got_dtypes, got, report) = run(False, True), run(False, False), run(True, True)
+    assert got_dtypes == dtypes and report.fused and not report.made
+    for name, t in true.items():
+        off, stock_off = ((values[name].double() - t.double()).norm() for values in (got, stock))
+        assert off <= 1.5 * stock_off + (1e-12 if double else 5e-3) * t.norm(), name
 
 
 def test_a_wide_bias_keeps_its_digits():
@@ -654,6 +655,19 @@ def test_copies_are_fused_and_their_own(how):
     assert type(other(IDS)) is torch.Tensor and type(model(IDS)) is not torch.Tensor
 
 
+def test_a_copy_of_the_head_alone():
+    """It is not fused and brings no model along; and may be fused as another's."""
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    head = copy.deepcopy(model.lm_head)
+    assert type(head(torch.zeros(1, D))) is torch.Tensor
+    other = Tiny()
+    other.lm_head = head
+    report = lossfuse.fuse_lm_head(other)
+    ce(other(IDS)).backward()
+    assert report.fused == {"cross_entropy": 1} and all(p.grad is None for p in model.parameters())
+
+
 def test_state_dict_goes_in_and_out():
     model, other = Tiny("tied"), Tiny("tied")
     lossfuse.fuse_lm_head(model)
@@ -720,7 +734,11 @@ def test_hooks_of_the_head():
 
 ERRORS = {
     "no module": (lambda: lossfuse.fuse_lm_head("model"), TypeError, "model is a str but must be a torch.nn.Module"),
-    "no head": (lambda: lossfuse.fuse_lm_head(nn.Linear(2, 3)), ValueError, "model is a Linear in which no output head was found.*pass head="),
+    "no head": (
+        lambda: lossfuse.fuse_lm_head(nn.Linear(2, 3)),
+        ValueError,
+        "model is a Linear in which no output head .*pass head=",
+    ),
     "no such name": (lambda: lossfuse.fuse_lm_head(Tiny(), head="lm_haed"), ValueError, "no module 'lm_haed'"),
     "head of another kind": (lambda: lossfuse.fuse_lm_head(Tiny(), head=3), TypeError, "head is a int but must be a module, or the name"),
     "options": (lambda: lossfuse.fuse_lm_head(Tiny(), options={}), TypeError, "options is a dict but must be a lossfuse.LinearOptions"),

@@ -100,15 +100,17 @@ FAMILIES = [
     Family("BertLMHeadModel", "nothing; a head of layers before the product", {"is_decoder": True, "hidden_dropout_prob": 0.0,
            "attention_probs_dropout_prob": 0.0}, rare=True),
     Family("DeepseekV3ForCausalLM", "nothing; experts", {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-           "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "head_dim": 8, "num_key_value_heads": 2, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
+           "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "head_dim": 8,
+           "num_key_value_heads": 2, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
            "first_k_dense_replace": 1}, rare=True),
     Family("FalconH1ForCausalLM", "times a scale by another name", {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4,
            "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_d_head": 8, "mamba_n_groups": 1}, rare=True),
-    Family("XGLMForCausalLM", "nothing; labels padded", {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 2, "dropout": 0.0,
-           "attention_dropout": 0.0}, rare=True),
+    Family("XGLMForCausalLM", "nothing; labels padded", {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 2,
+           "dropout": 0.0, "attention_dropout": 0.0}, rare=True),
     Family("CTRLLMHeadModel", "nothing; a bias in the head", {"dff": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, base=GPT, rare=True),
-    Family("InklingForCausalLM", "classes cut off", {"unpadded_vocab_size": V - 5, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1,
-           "swa_head_dim": 16, "d_rel": 4, "rel_extent": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, rare=True),
+    Family("InklingForCausalLM", "classes cut off", {"unpadded_vocab_size": V - 5, "swa_num_attention_heads": 2,
+           "swa_num_key_value_heads": 1, "swa_head_dim": 16, "d_rel": 4, "rel_extent": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 16}, rare=True),
     Family("T5ForConditionalGeneration", "hidden states scaled; its own loss", base=T5, seq2seq=True),
     Family("MT5ForConditionalGeneration", "its own loss, not tied", base=T5, seq2seq=True, rare=True),
     Family("BartForConditionalGeneration", "a buffer is added", base=SEQ2SEQ, seq2seq=True),
@@ -177,9 +179,8 @@ class NoLogits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.shape[-1:] in [(n,) for n in self.few] and t.numel() >= (B * (T - 1)) * t.shape[-1]:
-                if t.numel() // t.shape[-1] in (B * T, B * (T - 1)):
-                    self.made.append(str(func))
+            if isinstance(t, torch.Tensor) and t.dim() and t.shape[-1] in self.few and t.numel() // t.shape[-1] in (B * T, B * (T - 1)):
+                self.made.append(str(func))
         return result
 
 
