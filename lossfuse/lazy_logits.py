@@ -118,10 +118,10 @@ class Source:
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, t._version))
 
-    def require_unchanged(self) -> None:
+    def require_unchanged(self, *, calls_head: bool = True) -> None:
         require_unchanged(self.watched)
         # torch.func.functional_call puts others in their place for the time of a call
-        if any(mine is not now for mine, now in zip_longest(self.parameters, self.forward.head.parameters())):
+        if calls_head and any(mine is not now for mine, now in zip_longest(self.parameters, self.forward.head.parameters())):
             raise RuntimeError(STALE.format(what="a parameter of the head"))
 
     @contextmanager
@@ -523,7 +523,7 @@ IDENTITY = {T.__hash__}
 METADATA = {
     *(getattr(T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_meta", "is_nested")),
     *(getattr(T, name).__get__ for name in ("is_leaf", "grad_fn", "grad", "itemsize", "is_quantized", "is_cpu", "is_mps", "is_xpu")),
-    *(getattr(T, name).__get__ for name in ("requires_grad", "nbytes", "_version")),
+    *(getattr(T, name).__get__ for name in ("requires_grad", "nbytes", "_version", "_base")),
     *(getattr(T, name) for name in ("size", "dim", "numel", "nelement", "ndimension", "element_size", "get_device", "__len__")),
     *(T.is_floating_point, T.is_complex, torch.is_floating_point, torch.is_complex, torch.numel, *IDENTITY),
 }

@@ -168,7 +168,7 @@ def _torchs(x: LazyLogits, loss: Any) -> Any:
 def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:
     """The linear form of these rows, or of chunks of a head that is not linear."""
     source, shaping = x._source, x._shaping
-    source.require_unchanged()
+    source.require_unchanged(calls_head=source.weight is None)
     options = {**options, **shaping.options}
     source.read = source.read or (x._of_head and torch.is_grad_enabled())
     with source.as_called():

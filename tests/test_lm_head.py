@@ -826,3 +826,15 @@ def test_no_rows():
     lossfuse.fuse_lm_head(model)
     for head in ("linear with a bias", "LoRA"):
         assert same(Tiny(head), lambda z: ce(z[:0], TARGET[:0], reduction="sum")) is not None
+
+
+def test_memory_of_a_parameter_put_aside():
+    """As FSDP2 does after a head's forward: the loss has the weight it was given, and logits are not made of another."""
+    model = Tiny("linear")
+    lossfuse.fuse_lm_head(model)
+    z, stock = model(IDS), ce(Tiny("linear")(IDS))
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, D))
+    torch.testing.assert_close(ce(z), stock)
+    assert z._base is None
+    with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
+        torch.sin(z)
