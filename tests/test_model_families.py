@@ -260,7 +260,9 @@ def test_generation(family, fused):
 @pytest.mark.parametrize("family", ALL)
 def test_as_near_the_truth_in_bfloat16(family, fused):
     """The truth is the float32 model of the same rounded parameters; stock bfloat16 is off by its rounding, and we by no more."""
-    model = copy.deepcopy(built(family)).bfloat16()
+    built(family)
+    # a fresh one: RecurrentGemma keeps its last state, which cannot be copied
+    model = _built.__wrapped__(FAMILIES.index(family)).bfloat16()
     exact = copy.deepcopy(model).float()
     (true, true_grads), (stock, stock_grads) = step(exact, family), step(model, family)
     report = fused(model)
