@@ -6,24 +6,32 @@ and loss (scale, cap, cast, slice, reshape, add a bias) is recorded by ``lazy_re
 operations, bit for bit what they would have been. No model's code is known here.
 """
 
+import inspect
 import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .inputs import torch_func_active
 from .spec import LinearOptions
 
 STALE = (
-    "these logits were never made, and {what} has been changed in place since the forward that would have made them; read what you need"
-    " of them before that, or lossfuse.unfuse_lm_head(model)"
+    "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them"
+    " before that, or lossfuse.unfuse_lm_head(model)"
+)
+UNSEEN = (
+    "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that,"
+    " or lossfuse.unfuse_lm_head(model)"
 )
 
 
@@ -40,6 +48,10 @@ class Finder(Protocol):
 
     report: LogitsReport
     options: LinearOptions
+    closed: bool
+
+    def close(self) -> None:
+        """Undo it."""
 
     def finds(self, head: nn.Module) -> bool:
         """Whether it is this; if not, what it is is fused from now on."""
@@ -63,11 +75,12 @@ class LazyForward:
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = args[0] if args else kwargs.get("input")
-        plain = isinstance(hidden, Tensor) and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
-        if not (plain and self.head.training and torch.is_grad_enabled()) or torch.is_inference_mode_enabled():
+        hidden: Any = args[0] if args else kwargs.get("input")
+        # a DTensor's logits are one
+        plain = type(hidden) in (Tensor, nn.Parameter) and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
+        training = self.head.training and torch.is_grad_enabled() and not torch_func_active()
+        if not (plain and training) or torch.is_inference_mode_enabled() or hidden.is_inference():
             return self.original(*args, **kwargs)
-        assert isinstance(hidden, Tensor)
         if not self.finder.finds(self.head):
             # wrapped since, by an adapter
             return self.original(*args, **kwargs)
@@ -76,7 +89,7 @@ class LazyForward:
         if made is None:
             return self.original(*args, **kwargs)
         num_classes, dtype = made
-        return LazyLogits(source, Shaping(num_classes, dtype), hidden)
+        return lazy_logits(source, Shaping(num_classes, dtype), hidden, leaves=(hidden, *source.parameters))
 
 
 class Source:
@@ -89,20 +102,27 @@ class Source:
         self.linear = type(head) is nn.Linear and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
         self.weight: Tensor | None = cast(nn.Linear, head).weight if self.linear else None
         self.bias: Tensor | None = cast(nn.Linear, head).bias if self.linear else None
-        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, p._version) for p in head.parameters()]
+        # float64 is none of autocast's business
+        casts = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
+        self.autocast = torch.get_autocast_dtype(kind) if casts else None
+        self.parameters = tuple(head.parameters())
+        self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, p._version) for p in self.parameters]
         self.watch("the hidden states", hidden)
-        # the logits themselves, once somebody has needed them
+        # the logits themselves, once somebody has needed them, and when that was
         self.made: Tensor | None = None
+        self.made_version = 0
+        # whether a gradient goes past the logits
+        self.read = False
         self.lazies: list[weakref.ref[LazyLogits]] = []
 
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, t._version))
 
-    def require_unchanged(self) -> None:
-        for what, t, version in self.watched:
-            if t._version != version:
-                raise RuntimeError(STALE.format(what=what))
+    def require_unchanged(self, *, calls_head: bool = True) -> None:
+        require_unchanged(self.watched)
+        # torch.func.functional_call puts others in their place for the time of a call
+        if calls_head and any(mine is not now for mine, now in zip_longest(self.parameters, self.forward.head.parameters())):
+            raise RuntimeError(STALE.format(what="a parameter of the head"))
 
     @contextmanager
     def as_called(self) -> Iterator[None]:
@@ -116,27 +136,37 @@ class Source:
             return (
                 (len(self.weight), self.autocast or self.weight.dtype) if fits and self.weight.shape[1] == self.hidden.shape[-1] else None
             )
-        key = self.hidden.dtype, self.autocast, self.hidden.device
+        device = self.hidden.device
+        key = self.hidden.dtype, self.autocast, device, tuple(p.shape for p in self.parameters)
         if key not in self.forward.known:
             if self.hidden.numel() == 0:
                 return None
-            with torch.no_grad(), self.as_called(), torch.random.fork_rng([] if self.hidden.device.type == "cpu" else None):
+            devices = [] if device.type == "cpu" else [device]
+            with torch.no_grad(), self.as_called(), torch.random.fork_rng(devices, device_type=device.type):
                 row = self.forward.original(self.hidden.reshape(-1, self.hidden.shape[-1])[:1])
             if not (isinstance(row, Tensor) and row.dim() == 2 and len(row) == 1):
                 return None
             self.forward.known[key] = row.shape[1], row.dtype
         return self.forward.known[key]
 
+    def original(self) -> Tensor:
+        self.require_unchanged()
+        with torch.enable_grad(), self.as_called():
+            return self.forward.original(self.hidden)
+
     def make(self) -> Tensor:
         if self.made is None:
-            self.require_unchanged()
-            with torch.enable_grad(), self.as_called():
-                self.made = self.forward.original(self.hidden)
+            self.made = self.original()
+            self.made_version = self.made._version
+        elif self.made._version != self.made_version:
+            raise RuntimeError(STALE.format(what="what was made of others like them"))
         return self.made
 
-    @property
-    def requires_grad(self) -> bool:
-        return self.hidden.requires_grad or any(p.requires_grad for p in self.forward.head.parameters())
+
+def require_unchanged(watched: Iterable[tuple[str, Tensor, int]]) -> None:
+    for what, t, version in watched:
+        if t._version != version:
+            raise RuntimeError(STALE.format(what=what))
 
 
 @dataclass(frozen=True)
@@ -191,38 +221,57 @@ class LazyLogits(Tensor):
     _source: Source
     _shaping: Shaping
     _rows: Tensor
-    _expression: "_Expression"
     _class_dim: int
+    _leaves: tuple[Tensor, ...]
+    _expression: "_Expression"
+    _node: Any
     _made: Tensor | None
+    _made_version: int
 
     @staticmethod
-    def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int | None = None) -> "LazyLogits":
-        """``rows`` (..., D) are the hidden states of the rows there are; classes are last, or in ``class_dim``."""
+    def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int) -> "LazyLogits":
         lead = list(rows.shape[:-1])
-        class_dim = len(lead) if class_dim is None else class_dim
         lead.insert(class_dim, shaping.num_classes)
         self: LazyLogits = Tensor._make_wrapper_subclass(cls, lead, dtype=shaping.dtype, device=rows.device)
         self._source, self._shaping, self._rows, self._class_dim = source, shaping, rows, class_dim
-        self._expression, self._made = _Expression(), None
+        self._expression, self._made, self._node = _Expression(source, self), None, None
         source.lazies.append(weakref.ref(self))
         return self
 
     def __init__(self, *args: Any) -> None:
         pass
 
-    def _but(self, *, shaping: Shaping | None = None, rows: Tensor | None = None, class_dim: int | None = None) -> "LazyLogits":
-        return LazyLogits(
-            self._source,
-            self._shaping if shaping is None else shaping,
-            self._rows if rows is None else rows,
-            (None if self._classes_last else self._class_dim) if class_dim is None else class_dim,
-        )
+    def _but(
+        self,
+        *,
+        shaping: Shaping | None = None,
+        rows: Tensor | None = None,
+        class_dim: int | None = None,
+        leaves: tuple[Tensor, ...] | None = None,
+    ) -> "LazyLogits":
+        if class_dim is None and not self._classes_last:
+            class_dim = self._class_dim
+        leaves = self._leaves if leaves is None else leaves
+        return lazy_logits(self._source, shaping or self._shaping, self._rows if rows is None else rows, class_dim, leaves=leaves)
 
     @property
     def _classes_last(self) -> bool:
         return self._class_dim == self._rows.dim() - 1
 
+    @property
+    def _of_head(self) -> bool:
+        """Whether gradients go to the head and what it takes, or have been detached."""
+        return len(self._leaves) > 0 and self._leaves[0] is self._source.hidden
+
+    @property
+    def _intercepted(self) -> bool:
+        """Whether a function that autograd alone knows has been put between these and their logits."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn is not self._node
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if self._made is not None:
+            return repr(self._made)
         return f"LazyLogits({self._shaping.kind} of shape {tuple(self.size())}, dtype={self._shaping.dtype}, not made)"
 
     @classmethod
@@ -231,61 +280,201 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = _made_of(func, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        """Who comes here has not asked ``__torch_function__``; autograd, above, has recorded it."""
+        lazies = _lazies_of((args, kwargs))
+        with _above_autograd():
+            if func._schema.is_mutable:
+                _make_all(lazies, func)
+            values = {id(x): _made(x, func).detach() for x in lazies}
+        made_args, made_kwargs = tree_map(lambda x: values.get(id(x), x), (args, kwargs or {}))
+        result = func(*made_args, **made_kwargs)
+        return args[0] if func._schema.is_mutable and lazies and result is values.get(id(args[0])) else result
+
+
+def lazy_logits(source: Source, shaping: Shaping, rows: Tensor, class_dim: int | None = None, *, leaves: tuple[Tensor, ...]) -> LazyLogits:
+    """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``."""
+    with torch._C.DisableTorchFunctionSubclass():
+        made = _Unmade.apply(lambda: LazyLogits(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
+        made._node = made.grad_fn
+        made._leaves = () if made._node is None else leaves
+    return made
+
+
+@contextmanager
+def _above_autograd() -> Iterator[None]:
+    """Inside ``__torch_dispatch__``, where autograd is over, for what has a graph of its own."""
+    with ExitStack() as guards:
+        for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+            guards.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
+
+
+class _Unmade(torch.autograd.Function):
+    """What autograd knows of logits that are not made, for readers that do not ask ``__torch_function__``: somebody's autograd.Function."""
+
+    @staticmethod
+    def forward(ctx: Any, build: Callable[[], LazyLogits], *leaves: Tensor) -> LazyLogits:
+        made = build()
+        ctx.expression, ctx.leaves = made._expression, leaves
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits: Tensor) -> Any:
+        needs = ctx.needs_input_grad[1:]
+        value = ctx.expression.again()
+        wanted = [t for t, needed in zip(ctx.leaves, needs, strict=True) if needed]
+        grads = iter(torch.autograd.grad(value, wanted, dlogits, allow_unused=True))
+        return None, *(next(grads) if needed else None for needed in needs)
+
+
+class _Value(torch.autograd.Function):
+    """Lazy logits -> theirs, where autograd's way back must be the lazy ones'."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
+        return lazy._expression.value().detach()
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
+        return dlogits
 
 
 @torch.compiler.disable
 def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
-    if func in METADATA:
+    if func in METADATA and (args[0]._made is None or func in IDENTITY):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    lazies = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
-    handler = HANDLERS.get(func)
-    if handler is not None and all(x._source.made is None for x in lazies):
-        with torch._C.DisableTorchFunctionSubclass():
-            result = handler(*args, **kwargs)
+    if func in LAYOUT and args[0]._made is None:
+        like = args[0]._expression.like()
+        if like is not None:
+            return func(like, *args[1:], **kwargs)
+    if func in FACTORIES and isinstance(args[0], LazyLogits):
+        return func(torch.empty(0, dtype=args[0]._shaping.dtype, device=args[0]._rows.device), *args[1:], **kwargs)
+    lazies = _lazies_of((args, kwargs))
+    known = HANDLERS.get(func)
+    if known is not None and all(x._source.made is None and not x._intercepted for x in lazies):
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+        result: Any = NotImplemented
+        handler, takes = known
+        if _binds(takes, args, kwargs):
+            with torch._C.DisableTorchFunctionSubclass():
+                result = handler(*args, **kwargs)
         if result is not NotImplemented:
             if not isinstance(result, LazyLogits):
                 lazies[0]._source.forward.finder.report.fused[_name(func)] += 1
             elif all(result is not x for x in lazies):
-                _remember(result, func, args, kwargs)
+                result._expression.is_call(func, args, kwargs)
             return result
     if _writes(func, kwargs):
         # whatever else has been made of these logits was made of what they were
-        for source in {id(x._source): x._source for x in lazies}.values():
-            for ref in source.lazies:
-                other = ref()
-                if other is not None:
-                    _made(other, func)
-    args, kwargs = _made_of(func, (args, kwargs))
+        _make_all(lazies, func)
+    if func in WATCHES_GRADIENT and args[0]._source.read and args[0]._made is None:
+        return _watch_gradient(func, args, kwargs)
+    args, kwargs = tree_map(lambda x: _made(x, func) if isinstance(x, LazyLogits) else x, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
+    """The loss goes past logits that have been read; FSDP2 has a hook on every output of a model all the same."""
+    if func is not T.register_hook:
+        raise RuntimeError(UNSEEN.format(name=_name(func)))
+    report = args[0]._source.forward.finder.report
+    if not report.made["register_hook"]:
+        warnings.warn(UNSEEN.format(name="register_hook"), UserWarning, stacklevel=4)
+    # from now on whoever reads these passes the hook
+    args[0]._node = None
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _binds(takes: inspect.Signature, args: Any, kwargs: Any) -> bool:
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _lazies_of(arguments: Any) -> list[LazyLogits]:
+    return [x for x in tree_leaves(arguments) if isinstance(x, LazyLogits)]
+
+
+def _make_all(lazies: list[LazyLogits], why: Any) -> None:
+    for source in {id(x._source): x._source for x in lazies}.values():
+        for ref in source.lazies:
+            other = ref()
+            if other is not None:
+                _made(other, why)
 
 
 class _Expression:
     """How a tensor is made of the logits of a source: a call among whose arguments are expressions; none for the logits themselves."""
 
-    def __init__(self, func: Any = None, args: Any = (), kwargs: Any = None) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs or {}
+    def __init__(self, source: Source, lazy: LazyLogits) -> None:
+        self.source, self.lazy = source, weakref.ref(lazy)
+        self.num_classes, self.dtype = lazy._shaping.num_classes, lazy._shaping.dtype
+        self.func: Any = None
+        self.arguments: Any = ()
+        self.grad, self.autocast = True, source.autocast
+        self.watched: list[tuple[str, Tensor, int]] = []
 
-    def value(self, logits: Tensor) -> Tensor:
-        if self.func is None:
-            return logits
-        args, kwargs = tree_map(lambda x: x.value(logits) if isinstance(x, _Expression) else x, (self.args, self.kwargs))
-        made: Tensor = self.func(*args, **kwargs)
+    def is_call(self, func: Any, args: Any, kwargs: Any) -> None:
+        kind = self.source.hidden.device.type
+        self.func = func
+        self.arguments = tree_map(lambda x: x._expression if isinstance(x, LazyLogits) else x, (args, kwargs))
+        self.grad = torch.is_grad_enabled()
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        tensors = (t for t in tree_leaves(self.arguments) if isinstance(t, Tensor))
+        self.watched = [(f"an argument of {_name(func)}", t, t._version) for t in tensors]
+
+    def value(self, *, inner: bool = False) -> Tensor:
+        """``inner``, as an argument of a call that was recorded, it must be what it was then."""
+        lazy = self.lazy()
+        if lazy is not None and lazy._made is not None:
+            if inner and lazy._made._version != lazy._made_version:
+                raise RuntimeError(STALE.format(what="what was made of others like them"))
+            return lazy._made
+        made = self.source.make() if self.func is None else self._called(lambda x: x.value(inner=True))
+        if lazy is not None:
+            lazy._made, lazy._made_version = made, made._version
         return made
 
+    def again(self) -> Tensor:
+        """With a graph of its own: who has used what was made may have freed its."""
+        lazy = self.lazy()
+        if lazy is not None and lazy._made is not None and lazy._made._version != lazy._made_version:
+            return lazy._made
+        return self.source.original() if self.func is None else self._called(lambda x: x.again())
 
-def _remember(result: LazyLogits, func: Any, args: Any, kwargs: Any) -> None:
-    for t in tree_leaves((args, kwargs)):
-        if isinstance(t, Tensor) and not isinstance(t, LazyLogits):
-            result._source.watch(f"an argument of {_name(func)}", t)
-    args, kwargs = tree_map(lambda x: x._expression if isinstance(x, LazyLogits) else x, (args, kwargs))
-    result._expression = _Expression(func, args, kwargs)
+    def _called(self, value_of: Callable[["_Expression"], Tensor]) -> Tensor:
+        require_unchanged(self.watched)
+        args, kwargs = tree_map(lambda x: value_of(x) if isinstance(x, _Expression) else x, self.arguments)
+        kind = self.source.hidden.device.type
+        with torch.set_grad_enabled(self.grad), torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+            made: Tensor = self.func(*args, **kwargs)
+        return made
 
+    def like(self) -> Tensor | None:
+        """Its layout, without memory; None where that takes values."""
+        if self.func is None:
+            return torch.empty(*self.source.hidden.shape[:-1], self.num_classes, dtype=self.dtype, device="meta")
+        try:
+            args, kwargs = tree_map(self._like_of, self.arguments)
+            made: Tensor = self.func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):
+            return None
+        return made if made.device.type == "meta" else None
 
-def _made_of(func: Any, arguments: Any) -> Any:
-    return tree_map(lambda x: _made(x, func) if isinstance(x, LazyLogits) else x, arguments)
+    @staticmethod
+    def _like_of(x: Any) -> Any:
+        if isinstance(x, _Expression):
+            like = x.like()
+            if like is None:
+                raise NotImplementedError
+            return like
+        return torch.empty_like(x, device="meta") if isinstance(x, Tensor) and x.dim() else x
 
 
 def _made(lazy: LazyLogits, why: Any) -> Tensor:
@@ -293,6 +482,7 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
     if lazy._made is None:
         source, name = lazy._source, _name(why)
         if source.made is None:
+            source.require_unchanged()
             report = source.forward.finder.report
             if not report.made[name] and not torch.compiler.is_compiling():
                 warnings.warn(
@@ -302,47 +492,61 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
                     stacklevel=4,
                 )
             report.made[name] += 1
-        made = source.make()
-        with torch.enable_grad():
-            lazy._made = lazy._expression.value(made)
+        if lazy._intercepted:
+            value = _Value.apply(lazy)
+            lazy._made, lazy._made_version = value, value._version
+        else:
+            lazy._expression.value()
+    assert lazy._made is not None
     return lazy._made
 
 
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", str(func))
     # of an attribute
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
+    """Whether it writes to the memory of logits, or hands it to somebody who may."""
     name = _name(func)
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in (
-        "__setitem__",
-        "__iadd__",
-        "__isub__",
-        "__imul__",
-        "__itruediv__",
-    )
-    return in_place or name == "__set__" or isinstance(kwargs.get("out"), LazyLogits)
+    schema = getattr(func, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in WRITE or getattr(func, "__name__", "") == "__set__"
+    return in_place or kwargs.get("inplace") is True or len(_lazies_of(kwargs.get("out"))) > 0
 
 
 T = Tensor
 # what is known of logits that are not made
+IDENTITY = {T.__hash__}
 METADATA = {
     *(getattr(T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_meta", "is_nested")),
     *(getattr(T, name).__get__ for name in ("is_leaf", "grad_fn", "grad", "itemsize", "is_quantized", "is_cpu", "is_mps", "is_xpu")),
-    *(getattr(T, name) for name in ("size", "dim", "numel", "nelement", "ndimension", "element_size", "get_device", "__len__", "__hash__")),
-    *(getattr(T, name) for name in ("is_floating_point", "is_complex", "__repr__", "is_contiguous", "stride")),
-    *(torch.is_floating_point, torch.is_complex, torch.numel),
+    *(getattr(T, name).__get__ for name in ("requires_grad", "nbytes", "_version", "_base")),
+    *(getattr(T, name) for name in ("size", "dim", "numel", "nelement", "ndimension", "element_size", "get_device", "__len__")),
+    *(T.is_floating_point, T.is_complex, torch.is_floating_point, torch.is_complex, torch.numel, *IDENTITY),
 }
-# functions of torch -> what they do with logits that are not made: lazy ones again, a result, or NotImplemented
-HANDLERS: dict[Any, Callable[..., Any]] = {}
+# what follows from how they would be made
+LAYOUT = {T.stride, T.is_contiguous, T.storage_offset}
+# of whose first argument only dtype and device matter
+FACTORIES = {getattr(T, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")}
+WATCHES_GRADIENT = {T.register_hook, T.retain_grad, T.register_post_accumulate_grad_hook}
+# beside names that end with an underscore
+WRITE = {
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")),
+    *("__setitem__", "__array__", "__array_interface__", "__cuda_array_interface__", "__dlpack__", "data", "data_ptr", "numpy"),
+    *("storage", "untyped_storage", "_typed_storage"),
+}
+# functions of torch -> what they do with logits that are not made (lazy ones again, a result, or NotImplemented), and what that takes
+HANDLERS: dict[Any, tuple[Callable[..., Any], inspect.Signature]] = {}
 
 
 def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        takes = inspect.signature(handler)
         for function in functions:
-            HANDLERS[function] = handler
+            HANDLERS[function] = handler, takes
         return handler
 
     return register

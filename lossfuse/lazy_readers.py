@@ -35,7 +35,7 @@ def _cross_entropy(
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
     options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-    return _loss(input, target, options)
+    return _torchs(input, _loss(input, target, options))
 
 
 @handles(functional.cross_entropy, statistics.cross_entropy_stats)
@@ -73,7 +73,7 @@ def _nll_loss(
     if not isinstance(input, LazyLogits) or input._shaping.kind != "logp" or input._shaping.factor != 1.0 or target.is_floating_point():
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
-    return _loss(input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction})
+    return _torchs(input, _loss(input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}))
 
 
 @handles(T.gather, torch.gather)
@@ -123,7 +123,9 @@ def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.
     if shaping.kind == "logp":
         # a target that is spread evenly over all classes
         zeros = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
-        value = _loss(x, zeros, {"ignore_index": NO_ID, "reduction": "none", "label_smoothing": 1.0}) * -float(shaping.num_classes)
+        value = _read(x, zeros, {"ignore_index": NO_ID, "reduction": "none", "label_smoothing": 1.0}, None)
+        assert isinstance(value, Tensor)
+        value = value * -float(shaping.num_classes)
     else:
         read = _stats(x, entropy=True)
         assert read.entropy is not None
@@ -148,23 +150,35 @@ def _stats(x: LazyLogits, target: Tensor | None = None, *, entropy: bool = False
 
 def _loss(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None = None) -> Any:
     dims = x._rows.dim()
-    # classes are in dimension 1 of a loss's logits, or alone
-    if x._class_dim != min(dims - 1, 1) or not isinstance(target, Tensor):
+    # classes are in dimension 1 of a loss's logits, or alone; a teacher's logits are made
+    if x._class_dim != min(dims - 1, 1) or not isinstance(target, Tensor) or isinstance(target, LazyLogits):
         return NotImplemented
     if target.is_floating_point() and dims > 2:
         target = target.movedim(1, -1)
     return _read(x, target, options, reads)
 
 
+def _torchs(x: LazyLogits, loss: Any) -> Any:
+    """A loss of torch has the dtype of its logits, which autocast makes float32; ours is float32."""
+    if loss is NotImplemented or (torch.is_autocast_enabled(x._rows.device.type) and x._shaping.dtype.itemsize < 4):
+        return loss
+    return loss.to(x._shaping.dtype)
+
+
 def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:
     """The linear form of these rows, or of chunks of a head that is not linear."""
     source, shaping = x._source, x._shaping
-    source.require_unchanged()
+    source.require_unchanged(calls_head=source.weight is None)
     options = {**options, **shaping.options}
+    source.read = source.read or (x._of_head and torch.is_grad_enabled())
     with source.as_called():
         if source.weight is None:
             return _read_chunks(x, target, options, reads)
-        weight, bias = source.weight[: shaping.num_classes], source.bias
+        rows, weight, bias = x._rows, source.weight, source.bias
+        if not x._of_head:
+            # a view that was taken under no_grad requires grad all the same
+            rows, weight, bias = rows.detach(), weight.detach(), None if bias is None else bias.detach()
+        weight = weight[: shaping.num_classes]
         if bias is not None:
             bias = bias[: shaping.num_classes]
         if shaping.bias is not None:
@@ -173,7 +187,7 @@ def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
         call: Any = functional.linear_cross_entropy
         if reads is not None:
             call, options = statistics.linear_cross_entropy_stats, {**options, **reads}
-        made: Tensor | LossStats = call(x._rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options)
+        made: Tensor | LossStats = call(rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options)
         return made
 
 
@@ -187,7 +201,8 @@ def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: 
     t = target.reshape(-1, shaping.num_classes) if target.is_floating_point() else target.reshape(-1)
 
     def part(hidden: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        z = source.forward.original(hidden)[:, : shaping.num_classes]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x._of_head):
+            z = source.forward.original(hidden)[:, : shaping.num_classes]
         if shaping.bias is not None:
             z = z + shaping.bias / shaping.scale
         if reads is None:

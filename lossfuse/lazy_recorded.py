@@ -20,11 +20,6 @@ def _reshaped(x: LazyLogits, shaping: Shaping | None) -> Any:
     return NotImplemented if shaping is None else x._but(shaping=shaping)
 
 
-@handles(T.requires_grad.__get__)  # type: ignore[attr-defined]
-def _requires_grad(x: LazyLogits) -> bool:
-    return x._source.requires_grad and torch.is_grad_enabled()
-
-
 # --- elementwise
 
 
@@ -86,7 +81,13 @@ def _add(x: Any, other: Any, *, alpha: Any = 1) -> Any:
     fits = one_row and other.numel() == other.shape[-1] == x._shaping.num_classes and other.dim() <= x._rows.dim()
     if not fits or alpha != 1 or not x._classes_last or torch.promote_types(other.dtype, x._shaping.dtype) != x._shaping.dtype:
         return NotImplemented
-    return _reshaped(x, x._shaping.plus(other))
+    # it becomes a bias of the head, which must not cost it digits
+    operands = x._source.autocast or x._rows.dtype
+    shaping = x._shaping.plus(other)
+    if shaping is None or (x._source.weight is not None and torch.promote_types(other.dtype, operands) != operands):
+        return NotImplemented
+    x._source.watch("what was added to them", other)
+    return x._but(shaping=shaping, leaves=(*x._leaves, other))
 
 
 @handles(T.exp, torch.exp)
@@ -101,8 +102,9 @@ def _normalised(kind: str) -> Callable[..., Any]:
             dtype = _stacklevel
         if not of_classes(x, dim) or x._shaping.kind != "logits" or (dtype is not None and not can_be(x, dtype)):
             return NotImplemented
-        # autocast computes them in float32
-        autocast = torch.is_autocast_enabled(x.device.type) and x._shaping.dtype.itemsize < 4
+        # autocast computes them in float32, but on a CPU
+        on = x._rows.device.type
+        autocast = on != "cpu" and torch.is_autocast_enabled(on) and x._shaping.dtype.itemsize < 4
         return x._but(shaping=replace(x._shaping, kind=kind, dtype=dtype or (torch.float32 if autocast else x._shaping.dtype)))
 
     return handler
@@ -136,24 +138,30 @@ def _half(x: LazyLogits) -> Any:
     return _cast(x, torch.float16)
 
 
-@handles(T.to, T.type)
+@handles(T.type)
+def _type(x: LazyLogits, dtype: Any = None, non_blocking: bool = False) -> Any:
+    if dtype is None:
+        return torch.empty(0, dtype=x._shaping.dtype, device=x._rows.device).type()
+    return _cast(x, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
+
+
+@handles(T.to)
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     dtype, device = x._shaping.dtype, x._rows.device
+    copy = kwargs.get("copy", False) or sum(value is True for value in args) == 2
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.dtype):
             dtype = value
         elif isinstance(value, str | torch.device):
-            try:
-                device = torch.device(value)
-            except RuntimeError:
-                # a name of a type of tensors
-                return NotImplemented
+            device = torch.device(value)
         elif isinstance(value, Tensor):
             dtype, device = value.dtype, value.device
-        elif not isinstance(value, bool | torch.memory_format) and value is not None:
+        elif not isinstance(value, bool) and value is not None:
             return NotImplemented
     here = device.type == x._rows.device.type and device.index in (None, x._rows.device.index)
-    return _cast(x, dtype) if here else NotImplemented
+    if not here:
+        return NotImplemented
+    return x._but() if copy and dtype == x._shaping.dtype else _cast(x, dtype)
 
 
 @handles(T.type_as)
@@ -168,7 +176,7 @@ def _same(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
 
 @handles(T.detach, torch.detach)
 def _detach(x: LazyLogits) -> LazyLogits:
-    return x._but(rows=x._rows.detach())
+    return x._but(rows=x._rows.detach(), leaves=())
 
 
 # --- rows
@@ -222,7 +230,7 @@ def _getitem(x: LazyLogits, index: Any) -> Any:
     if not x._classes_last:
         return NotImplemented
     index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, LazyLogits | list) or i is None for i in index):
+    if any(isinstance(i, LazyLogits | list) or i is None or (isinstance(i, Tensor) and i.dtype == torch.uint8) for i in index):
         return NotImplemented
     taken = sum(i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else i is not Ellipsis for i in index)
     dots = [n for n, i in enumerate(index) if i is Ellipsis]

@@ -1,5 +1,6 @@
 """Fusing the output head of a model, any model, and undoing it."""
 
+import copy
 from typing import Any
 
 import torch
@@ -67,11 +68,12 @@ def fuse_lm_head(model: nn.Module, *, head: str | nn.Module | None = None, optio
 
 
 def unfuse_lm_head(model: nn.Module) -> None:
-    """Undo ``fuse_lm_head``; nothing of it is left. A model that is not fused stays as it is."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _HeadFinder):
-            hook.release()
-            del model._forward_pre_hooks[key]
+    """Undo ``fuse_lm_head``, of this model, one in it or one around it; nothing of it is left. Others stay as they are."""
+    for module in list(model.modules()):
+        forward = module.__dict__.get("forward")
+        finders = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HeadFinder)]
+        for finder in (*finders, *([forward.finder] if isinstance(forward, LazyForward) else [])):
+            finder.close()
 
 
 def _finder_of(model: nn.Module) -> "_HeadFinder | None":
@@ -83,7 +85,10 @@ def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Mo
     if isinstance(head, nn.Module):
         return head
     if head is not None:
-        return dict(model.named_modules()).get(head)
+        try:
+            return model.get_submodule(head)
+        except AttributeError:
+            return None
     ask: Any = getattr(model, "get_output_embeddings", None)
     found = ask() if callable(ask) else None
     if found is None:
@@ -100,9 +105,13 @@ class _HeadFinder:
         self.name: str | nn.Module | None = None
         self.options = LinearOptions()
         self.fused: nn.Module | None = None
+        self.closed = False
 
     def finds(self, head: nn.Module) -> bool:
         """Whether it is this; if not, what it is is fused from now on."""
+        if self.closed:
+            # somebody else's wrapper still calls what has been undone
+            return False
         if find_lm_head(self.model, self.name) is head:
             return True
         self(self.model, ())
@@ -111,18 +120,38 @@ class _HeadFinder:
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: Any) -> None:
         head = find_lm_head(self.model, self.name)
-        if head is self.fused:
+        if head is self.fused or self.closed:
             return
         self.release()
         if head is None:
             return
         known = head.__dict__.get("forward")
+        if isinstance(known, LazyForward) and known.finder.closed:
+            # left in a copy
+            known = known.instance_forward
         if isinstance(known, LazyForward):
             # fused by way of another model that has it
             self.report = known.finder.report
         else:
             head.forward = LazyForward(head, known, self)
         self.fused = head
+
+    def close(self) -> None:
+        self.closed = True
+        self.release()
+        hooks = self.model._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_HeadFinder":
+        """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes, is not, and copies no model."""
+        other = _HeadFinder(self.model)
+        memo[id(self)] = other
+        if id(self.model) in memo:
+            other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        else:
+            other.closed = True
+        return other
 
     def release(self) -> None:
         forward = None if self.fused is None else self.fused.__dict__.get("forward")

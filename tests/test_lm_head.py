@@ -1,0 +1,840 @@
+"""``fuse_lm_head`` on a small model in plain torch: everything that may be done with its logits is what it was, or raises."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lossfuse
+from allocations import Largest
+
+B, T, D, V = 2, 6, 8, 37
+SMALL = lossfuse.LinearOptions(chunk_bytes=2 * 48 * 4)
+
+
+class Lora(nn.Module):
+    """A wrapper with its own second path."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.a, self.b = nn.Linear(D, 2, bias=False), nn.Linear(2, V, bias=False)
+
+    def forward(self, x, *args, **kwargs):
+        return self.base(x, *args, **kwargs) + 2.0 * self.b(self.a(x))
+
+
+class OtherLinear(nn.Linear):
+    def forward(self, input):
+        return F.linear(input, self.weight * 1.5, self.bias)
+
+
+def parametrized():
+    return nn.utils.parametrizations.weight_norm(nn.Linear(D, V))
+
+
+HEADS = {
+    "linear": lambda: nn.Linear(D, V, bias=False),
+    "linear with a bias": lambda: nn.Linear(D, V),
+    "tied": lambda: nn.Linear(D, V, bias=False),
+    "Sequential": lambda: nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, V)),
+    "LoRA": lambda: Lora(nn.Linear(D, V)),
+    "subclass": lambda: OtherLinear(D, V),
+    "parametrized weight": parametrized,
+}
+
+
+class Tiny(nn.Module):
+    """As nanoGPT: embedding, something, head."""
+
+    def __init__(self, head="linear with a bias", cap=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.body = nn.Embedding(V, D), nn.Linear(D, D)
+        self.lm_head = HEADS[head]()
+        self.cap = cap
+        if head == "tied":
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        z = self.lm_head(torch.tanh(self.body(self.embedding(ids))) * 3)
+        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+
+
+IDS = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+TARGET = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(4))
+TARGET[0, :2] = -100
+VALID = TARGET.clamp(min=0)
+PROBABILITIES = torch.rand(B, T, V, generator=torch.Generator().manual_seed(5)).softmax(-1)
+CLASS_WEIGHT = torch.rand(V, generator=torch.Generator().manual_seed(6)) + 0.1
+ROW = torch.randn(V, generator=torch.Generator().manual_seed(7))
+MASK = TARGET != -100
+
+
+def ce(z, target=TARGET, **options):
+    return F.cross_entropy(z.reshape(-1, z.shape[-1]), target.reshape(-1), **options)
+
+
+# what is done to logits and recorded -> logits again
+RECORDED = {
+    "nothing": lambda z: z,
+    "mul": lambda z: z * 0.7,
+    "rmul": lambda z: 0.7 * z,
+    "mul of a 0-d tensor": lambda z: z * torch.tensor(0.7),
+    "named arguments": lambda z: torch.mul(input=z, other=0.7),
+    "div": lambda z: z / 1.7,
+    "neg": lambda z: -z,
+    "cap": lambda z: 2.0 * torch.tanh(z / 2.0),
+    "negative cap": lambda z: torch.tanh(z) * -2.0,
+    "scale, then cap": lambda z: 3.0 * torch.tanh(z * 0.5 / 3.0),
+    "cap, then scale": lambda z: (3.0 * torch.tanh(z / 3.0)) / 0.5,
+    "bias": lambda z: z + ROW,
+    "bias of three dimensions": lambda z: ROW[None, None] + z,
+    "scale, bias, cap": lambda z: 2.0 * torch.tanh((z * 0.5 + ROW) / 2.0),
+    "float": lambda z: z.float(),
+    "to": lambda z: z.to(torch.float32),
+    "to, a copy": lambda z: z.to(torch.float32, copy=True),
+    "type_as": lambda z: z.type_as(ROW),
+    "contiguous": lambda z: z.contiguous(),
+    "clone": lambda z: z.clone(),
+    "sliced": lambda z: z[..., :, :][:, :, :V],
+    "view": lambda z: z.view(-1, V),
+    "view_as": lambda z: z.view_as(PROBABILITIES),
+    "flatten": lambda z: z.flatten(0, 1),
+    "unsqueeze and squeeze": lambda z: z.unsqueeze(1).squeeze(1),
+    "rows by a mask": lambda z: z[torch.ones(B, T, dtype=torch.bool)],
+    "transposed twice": lambda z: z.transpose(1, 2).transpose(-1, 1),
+    "permute and movedim": lambda z: z.permute(0, 2, 1).movedim(1, -1),
+}
+# what is read -> a number
+READERS = {
+    "cross_entropy": lambda z: ce(z),
+    "sum": lambda z: ce(z, reduction="sum"),
+    "none": lambda z: (ce(z, reduction="none") * torch.linspace(-1, 1, B * T)).sum(),
+    "weighted": lambda z: ce(z, weight=CLASS_WEIGHT),
+    "weighted sum": lambda z: ce(z, weight=CLASS_WEIGHT, reduction="sum"),
+    "smoothed": lambda z: ce(z, label_smoothing=0.2),
+    "smoothed and weighted": lambda z: ce(z, label_smoothing=0.2, weight=CLASS_WEIGHT),
+    "ignore_index": lambda z: ce(z, TARGET.masked_fill(TARGET == -100, -1), ignore_index=-1),
+    "shifted": lambda z: ce(z[..., :-1, :].contiguous(), TARGET[:, 1:]),
+    "rows that count": lambda z: F.cross_entropy(z[MASK], TARGET[MASK]),
+    "classes last but one": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
+    "probabilities": lambda z: F.cross_entropy(z.reshape(-1, V), PROBABILITIES.reshape(-1, V)),
+    "probabilities of three dimensions": lambda z: F.cross_entropy(z.transpose(1, 2), PROBABILITIES.transpose(1, 2), label_smoothing=0.1),
+    "one row": lambda z: F.cross_entropy(z[1, 2], TARGET[1, 2]),
+    "module": lambda z: nn.CrossEntropyLoss(reduction="sum")(z.view(-1, V), TARGET.view(-1)),
+    "named arguments": lambda z: F.cross_entropy(input=z.view(-1, V), target=TARGET.view(-1)),
+    "ours": lambda z: lossfuse.cross_entropy(z.view(-1, V), TARGET.view(-1), softcap=4.0, logit_scale=0.9, lse_square_scale=1e-2),
+    "ours with a normalizer": lambda z: lossfuse.cross_entropy(z.view(-1, V), TARGET.view(-1), normalizer=5.0),
+    "our statistics": lambda z: (lambda s: s.loss + s.lse.mean() + s.entropy.sum())(
+        lossfuse.cross_entropy_stats(z.view(-1, V), TARGET.view(-1), reduction="none")._replace(loss=torch.zeros(()))
+    ),
+    "nll of log_softmax": lambda z: F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), TARGET.view(-1)),
+    "nll, weighted": lambda z: nn.NLLLoss(CLASS_WEIGHT)(nn.LogSoftmax(-1)(z.view(-1, V)), TARGET.view(-1)),
+    "log_softmax and gather": lambda z: z.log_softmax(-1).gather(-1, VALID.unsqueeze(-1)).squeeze(-1).sum(),
+    "gather": lambda z: torch.gather(z, -1, VALID.unsqueeze(-1)).sum(),
+    "probability of the target": lambda z: z.softmax(-1).gather(-1, VALID.unsqueeze(-1)).sum(),
+    "take_along_dim": lambda z: torch.take_along_dim(torch.log_softmax(input=z, dim=-1), VALID.unsqueeze(-1), dim=-1).sum(),
+    "selective log_softmax": lambda z: (z.gather(-1, VALID.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(z, dim=-1)).sum(),
+    "logsumexp, kept": lambda z: (z.logsumexp(-1, keepdim=True) ** 2).sum(),
+    "logsumexp, transposed": lambda z: (z.transpose(1, 2).logsumexp(1) ** 2).sum(),
+    "entropy of p and log p": lambda z: (lambda lp: -(lp.exp() * lp).sum(-1))(F.log_softmax(z, dim=-1)).sum(),
+    "entropy of p and logits": lambda z: (z.logsumexp(-1) - (z.softmax(-1) * z).sum(dim=-1)).sum(),
+    "LabelSmoother": lambda z: smoother(z),
+    "argmax": lambda z: ce(z) + (z.argmax(-1) == TARGET).sum() + z.view(-1, V).argmax(dim=1, keepdim=True).sum(),
+    "evenly spread": lambda z: F.log_softmax(z, -1).sum(-1, keepdim=True).sum(),
+}
+
+
+def smoother(z):
+    """transformers.trainer_pt_utils.LabelSmoother.__call__, its lines on logits."""
+    logits, labels = z[..., :-1, :].contiguous(), TARGET[..., 1:].contiguous()
+    log_probs = -nn.functional.log_softmax(logits, dim=-1)
+    labels = labels.unsqueeze(-1)
+    padding_mask = labels.eq(-100)
+    labels = torch.clamp(labels, min=0)
+    nll_loss = log_probs.gather(dim=-1, index=labels)
+    smoothed_loss = log_probs.sum(dim=-1, keepdim=True, dtype=torch.float32)
+    nll_loss.masked_fill_(padding_mask, 0.0)
+    smoothed_loss.masked_fill_(padding_mask, 0.0)
+    active = padding_mask.numel() - padding_mask.long().sum()
+    return 0.9 * nll_loss.sum() / active + 0.1 * smoothed_loss.sum() / (active * log_probs.shape[-1])
+
+
+def gradients(model, read, ids=IDS):
+    model.zero_grad(set_to_none=True)
+    loss = read(model(ids))
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def same(model, read, *, rtol=2e-5, atol=2e-6):
+    """Loss and every gradient, stock and fused; the fused model's report."""
+    lossfuse.unfuse_lm_head(model)
+    want, want_grads = gradients(model, read)
+    report = lossfuse.fuse_lm_head(model, options=SMALL)
+    got, grads = gradients(model, read)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+    for name, g in want_grads.items():
+        assert (g is None) == (grads[name] is None), name
+        if g is not None:
+            torch.testing.assert_close(
+                grads[name], g, rtol=rtol, atol=atol * max(1.0, float(g.abs().max())), msg=lambda m, n=name: f"{n}: {m}"
+            )
+    return report
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_reads_logits_is_fused_and_the_same(name):
+    report = same(Tiny(), READERS[name])
+    assert report.fused and not report.made
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_is_recorded_is_the_same(name):
+    report = same(Tiny(), lambda z: ce(RECORDED[name](z)))
+    assert report.fused == {"cross_entropy": 1} and not report.made
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_is_recorded_is_made_bit_for_bit(name):
+    model = Tiny()
+    want = RECORDED[name](model(IDS))
+    report = lossfuse.fuse_lm_head(model)
+    lazy = RECORDED[name](model(IDS))
+    for ask in ("shape", "dtype", "device", "requires_grad", "ndim", "is_leaf"):
+        assert getattr(lazy, ask) == getattr(want, ask)
+    for ask in ("size", "dim", "numel", "__len__", "stride", "is_contiguous", "storage_offset"):
+        # how rows that a mask takes lie follows from its values
+        if name != "rows by a mask" or ask in ("size", "dim", "numel", "__len__"):
+            assert getattr(lazy, ask)() == getattr(want, ask)()
+    assert not report.made
+    with pytest.warns(UserWarning, match=r"sin makes the logits of a fused head, shape \(2, 6\) times 37 classes") as warned:
+        made = torch.sin(lazy)
+    assert torch.equal(made, torch.sin(want)) and len(warned) == 1
+    assert report.made == {"sin": 1} and not report.fused
+    # the second time nobody is told, and nothing is made again
+    assert torch.equal(torch.sin(lazy), made) and report.made == {"sin": 1}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["cross_entropy", "smoothed and weighted", "probabilities", "our statistics", "log_softmax and gather"])
+def test_heads(head, name):
+    """Those that are not linear make a chunk of logits at a time, and again in the backward."""
+    report = same(Tiny(head, cap=3.0), READERS[name])
+    assert report.fused and not report.made
+
+
+def test_classes_are_cut():
+    model = Tiny()
+    target = TARGET.clamp(max=V - 4)
+    for head in ("linear with a bias", "LoRA"):
+        model = Tiny(head)
+        report = same(model, lambda z: ce(z[..., : V - 3].float(), target))
+        assert not report.made
+
+
+@pytest.mark.parametrize("head", ["linear", "LoRA"])
+def test_no_tensor_of_all_logits(head):
+    """Forward and backward of training, watched operator by operator."""
+    model = Tiny(head, cap=3.0)
+    ids, target = (torch.randint(0, V, (64, 64)) for _ in range(2))
+    for fuse in (False, True):
+        if fuse:
+            lossfuse.fuse_lm_head(model, options=lossfuse.LinearOptions(chunk_bytes=64 * 48 * 4))
+        with Largest() as largest:
+            ce(model(ids)[..., :-1, :].float(), target[:, 1:]).backward()
+        logits = 64 * 63 * V * 4
+        assert (largest.bytes < logits / 3) == fuse
+    assert lossfuse.fuse_lm_head(model).fused == {"cross_entropy": 1}
+
+
+# --- autograd
+
+
+def test_detached():
+    """No gradient, in whichever way it is cut."""
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    z = model(IDS)
+    assert z.requires_grad and not z.is_leaf and z.grad_fn is not None
+    assert not z.detach().requires_grad and not ce(z.detach()).requires_grad and not z.detach().logsumexp(-1).requires_grad
+    with torch.no_grad():
+        cut = z[:, :-1] * 2
+        assert not ce(z).requires_grad
+    assert not cut.requires_grad and not ce(cut, TARGET[:, 1:]).requires_grad
+    bias = torch.zeros(V, requires_grad=True)
+    ce(z.detach() + bias).backward()
+    assert bias.grad is not None and all(p.grad is None for p in model.parameters())
+    assert ce(z).requires_grad
+
+
+@pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
+def test_gradient_of_an_added_bias(head):
+    grads = []
+    for fuse in (False, True):
+        model, bias = Tiny(head), ROW.clone().requires_grad_()
+        if fuse:
+            report = lossfuse.fuse_lm_head(model)
+        ce(model(IDS) * 0.5 + bias).backward()
+        grads.append((bias.grad, model.body.weight.grad))
+    torch.testing.assert_close(grads[1], grads[0])
+    assert not report.made
+
+
+class Squares(torch.autograd.Function):
+    """A loss of somebody, which autograd calls without asking ``__torch_function__``."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return (z * z).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        (z,) = ctx.saved_tensors
+        return 2 * g * z
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class AsItIs(Reversed):
+    @staticmethod
+    def forward(ctx, z):
+        return z
+
+
+def hooked(z):
+    z.register_hook(lambda g: 3 * g)
+    return ce(z)
+
+
+def retained(z):
+    z.retain_grad()
+    ce(z).backward(retain_graph=True)
+    return (z.grad.clone() * z).sum()
+
+
+def divided(z):
+    twice = z * 2
+    view = twice[:, :-1]
+    twice.div_(3)
+    return (view**2).sum()
+
+
+def assigned(z):
+    scaled, z[:, 0, :3] = z * 2, 0.0
+    return ce(z) + ce(scaled)
+
+
+def written_out(z):
+    other = z * 2
+    out = z.detach().clone()
+    torch.mul(z.detach(), 3.0, out=out)
+    return ce(z) + other.sum() + out.sum()
+
+
+def through_data(z):
+    other = z.view(-1, V)
+    z.data.mul_(2.0)
+    return ce(other)
+
+
+UNKNOWN = {
+    "autograd.Function": Squares.apply,
+    "autograd.Function of a part, and a loss": lambda z: Squares.apply(z[:, :-1] * 3) + ce(z),
+    "a loss, and autograd.Function": lambda z: ce(z) + Squares.apply(2 * z),
+    "gradient reversed": lambda z: ce(Reversed.apply(z)),
+    "gradient reversed, same tensor": lambda z: ce(AsItIs.apply(z)),
+    "hook": hooked,
+    "retain_grad": retained,
+    "backward of logits": lambda z: torch.autograd.backward([z], [torch.ones(B, T, V)], retain_graph=True) or ce(z),
+    "div_ and an alias": divided,
+    "__setitem__": assigned,
+    "out": written_out,
+    "data": through_data,
+    "mul_": lambda z: ce(z.mul_(2)),
+    "/=": lambda z: ce(z.__itruediv__(2)),
+    "relu in place": lambda z: ce(F.relu(z, inplace=True)),
+    "clone is written to": lambda z: ce(z.clone().add_(1.0 * ROW)) + ce(z),
+    "copy is written to": lambda z: ce(z.to(torch.float32, copy=True).add_(1.0 * ROW)) + ce(z),
+    "cat": lambda z: ce(torch.cat([z, z])[:B]),
+    "stack": lambda z: ce(torch.stack([z, 2 * z])[1]),
+    "pad": lambda z: ce(F.pad(z, (0, 0, 0, 1))[:, :-1]),
+    "as_strided": lambda z: (lambda s: torch.as_strided(s, s.shape, s.stride()))(z[:, :-1]).square().sum(),
+    "unbind": lambda z: sum(ce(row, t) for row, t in zip(z.unbind(0), TARGET, strict=True)),
+    "iterated": lambda z: sum(ce(row, t) for row, t in zip(z, TARGET, strict=True)),
+    "vmap": lambda z: torch.vmap(lambda row: (row**2).sum())(z).sum(),
+    "isnan": lambda z: ce(z) + torch.isnan(z).any(),
+    "double": lambda z: ce(z.double()),
+    "where": lambda z: ce(torch.where(ROW > 0, z, z * 0.5)),
+    "distance to a teacher": lambda z: F.kl_div(z.log_softmax(-1), PROBABILITIES, reduction="sum"),
+    "taught by itself": lambda z: F.cross_entropy(z.view(-1, V), (z * 0.5).softmax(-1).view(-1, V)),
+    "scaled by a parameter": lambda z: ce(z * torch.ones((), requires_grad=True)),
+    "not contiguous": lambda z: ce(z.transpose(0, 1).reshape(-1, V), TARGET.T),
+    "max": lambda z: z.max(-1).values.sum(),
+    "classes from the second": lambda z: z[..., 1:].logsumexp(-1).sum(),
+    "None in an index": lambda z: ce(z[None, :, :]),
+    "a list as an index": lambda z: ce(z[[1, 0]], TARGET.flip(0)),
+}
+
+
+@pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+def test_what_is_unknown_makes_them_and_is_right(name, head):
+    report = same(Tiny(head), UNKNOWN[name])
+    assert report.made
+
+
+def test_operators_called_from_below():
+    """TorchScript and extensions of C++ do not ask ``__torch_function__`` either."""
+    model = Tiny()
+    want, want_grads = gradients(model, lambda z: torch.ops.aten.mul.Tensor(z, z).sum())
+    lossfuse.fuse_lm_head(model)
+
+    def below(z):
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.ops.aten.mul.Tensor(z, z).sum()
+
+    with pytest.warns(UserWarning, match="makes the logits"):
+        got, grads = gradients(model, below)
+    torch.testing.assert_close((got, grads), (want, want_grads))
+    with torch._C.DisableTorchFunctionSubclass(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        z = model(IDS)
+        with torch.no_grad():
+            assert z.add_(1.0) is z
+    assert torch.equal(z + 0.0, Tiny()(IDS) + 1.0)
+
+
+def test_a_write_that_is_not_seen_raises():
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    z = model(IDS)
+    other = z * 2
+    with pytest.warns(UserWarning, match="flatten makes"):
+        z.flatten().detach().mul_(3)
+    with pytest.raises(RuntimeError, match="what was made of others like them has been changed"):
+        other + 1
+
+
+def test_gradients_of_logits_that_a_loss_went_past():
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    z = model(IDS)
+    loss = ce(z)
+    with pytest.raises(RuntimeError, match="retain_grad asks for the gradient of logits that a loss has been read off"):
+        z.retain_grad()
+    seen = []
+    with pytest.warns(UserWarning, match="register_hook asks"):
+        z.register_hook(seen.append)
+    loss.backward(retain_graph=True)
+    assert seen == []
+    with pytest.warns(UserWarning, match="sum makes"):
+        z.sum().backward()
+    assert len(seen) == 1
+
+
+def test_a_second_backward_of_two_reads():
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    z = model(IDS)
+    (ce(z) + 0.1 * z.logsumexp(-1).square().mean()).backward()
+    got = model.lm_head.weight.grad
+    other = Tiny()
+    z = other(IDS)
+    (ce(z) + 0.1 * z.logsumexp(-1).square().mean()).backward()
+    torch.testing.assert_close(got, other.lm_head.weight.grad)
+
+
+STALE = {
+    "step": (lambda m, h: torch.optim.SGD(m.parameters(), 0.1).step(), "a parameter of the head has been changed"),
+    "hidden states": (lambda m, h: h[0].detach().add_(1.0), "the hidden states has been changed"),
+}
+
+
+@pytest.mark.parametrize("head", ["linear", "LoRA"])
+@pytest.mark.parametrize("name", STALE)
+@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+def test_stale_logits_raise(name, head):
+    model = Tiny(head)
+    change, message = STALE[name]
+    lossfuse.fuse_lm_head(model)
+    held = []
+    handle = model.lm_head.register_forward_pre_hook(lambda m, args: held.append(args[0]))
+    z = model(IDS)
+    handle.remove()
+    ce(z).backward()
+    change(model, held)
+    for read in (ce, torch.sin, lambda z: z.logsumexp(-1)):
+        with pytest.raises(RuntimeError, match=message):
+            read(z)
+
+
+def test_functional_call_is_the_parameters_it_was_given():
+    model = Tiny()
+    others = {name: p.detach() * 2 for name, p in model.named_parameters()}
+    want = torch.func.functional_call(model, others, (IDS,))
+    lossfuse.fuse_lm_head(model)
+    z = torch.func.functional_call(model, others, (IDS,))
+    with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
+        torch.sin(z)
+    want_grad = torch.func.grad(lambda p: ce(torch.func.functional_call(Tiny(), p, (IDS,))))(others)
+    got_grad = torch.func.grad(lambda p: ce(torch.func.functional_call(model, p, (IDS,))))(others)
+    torch.testing.assert_close(got_grad, want_grad)
+    assert want.shape == z.shape
+
+
+# --- dtypes
+
+
+@pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("upcast", [False, True], ids=["", "upcast"])
+def test_dtypes(dtype, head, upcast):
+    """Of logits and of losses as torch's; half precision nearer the truth than torch's."""
+    read = (lambda z: ce(z.float())) if upcast and dtype != torch.float64 else ce
+    exact = dtype == torch.float64
+    stock, model = Tiny(head).to(dtype), Tiny(head).to(dtype)
+    truth, true_grads = gradients(copy.deepcopy(stock).double(), ce)
+    want, want_grads = gradients(stock, read)
+    report = lossfuse.fuse_lm_head(model)
+    got, grads = gradients(model, read)
+    assert report.fused and not report.made
+    assert got.dtype == want.dtype and model(IDS).dtype == dtype
+    if exact:
+        torch.testing.assert_close((got, grads), (want, want_grads))
+        return
+    eps = torch.finfo(dtype).eps
+    assert abs(got.double() - truth) <= 1.1 * abs(want.double() - truth) + 4 * eps
+    for name, true in true_grads.items():
+        assert grads[name].dtype == dtype
+        off, stock_off = ((g.double() - true).norm() / true.norm() for g in (grads[name], want_grads[name]))
+        assert off <= 1.2 * stock_off + eps, name
+
+
+@pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+def test_autocast(head, double):
+
+    def run(fuse, enabled):
+        model = Tiny(head).double() if double else Tiny(head)
+        report = lossfuse.fuse_lm_head(model) if fuse else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            z = model(IDS)
+            loss, entropy = ce(z), (lambda lp: -(lp.exp() * lp).sum(-1))(z.log_softmax(-1))
+        outside = ce(z)
+        (loss + entropy.sum()).backward()
+        values = {"loss": loss.detach(), "entropy": entropy.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+        return (z.dtype, loss.dtype, entropy.dtype, outside.dtype), values, report
+
+    (dtypes, stock, _), (_, true, _), (got_dtypes, got, report) = run(False, True), run(False, False), run(True, True)
+    assert got_dtypes == dtypes and report.fused and not report.made
+    for name, t in true.items():
+        off, stock_off = ((values[name].double() - t.double()).norm() for values in (got, stock))
+        assert off <= 1.5 * stock_off + (1e-12 if double else 5e-3) * t.norm(), name
+
+
+def test_a_wide_bias_keeps_its_digits():
+    """Added to float32 logits of a bfloat16 head: as a bias of the head it would be rounded."""
+    prior = torch.randn(V) * 10
+    model = Tiny().bfloat16()
+    want = ce(model(IDS).float() + prior)
+    lossfuse.fuse_lm_head(model)
+    with pytest.warns(UserWarning, match="add makes"):
+        got = ce(model(IDS).float() + prior)
+    assert torch.equal(got, want)
+
+
+# --- the model around
+
+
+def snapshot(model):
+    return [
+        (name, {k: v for k, v in m.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")}, list(m._parameters))
+        for name, m in model.named_modules()
+    ]
+
+
+def test_undone_completely():
+    model = Tiny()
+    mine = model.lm_head.forward  # bound, not on the instance
+    before, keys = repr(snapshot(model)), list(model.state_dict())
+    report = lossfuse.fuse_lm_head(model)
+    assert lossfuse.fuse_lm_head(model) is report and len(model._forward_pre_hooks) == 1
+    assert list(model.state_dict()) == keys
+    lossfuse.unfuse_lm_head(model)
+    lossfuse.unfuse_lm_head(model)
+    assert repr(snapshot(model)) == before and model.lm_head.forward == mine
+    assert type(model(IDS)) is torch.Tensor
+
+
+def test_a_forward_of_the_instance_is_put_back():
+    model = Tiny()
+
+    def patched(x):
+        return F.linear(x, model.lm_head.weight * 2)
+
+    model.lm_head.forward = patched
+    report = same(model, ce)
+    assert report.fused == {"cross_entropy": 1}
+    lossfuse.unfuse_lm_head(model)
+    assert model.lm_head.forward is patched
+
+
+def test_undone_under_a_wrapper():
+    """As accelerate's hooks, which keep the forward they found."""
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda x: inner(x)
+    assert type(model(IDS)) is not torch.Tensor
+    lossfuse.unfuse_lm_head(model)
+    assert type(model(IDS)) is torch.Tensor
+
+
+def test_undone_from_inside_and_outside():
+    for undo in (0, 1):
+        model = Tiny()
+        outer = nn.Sequential(model)
+        lossfuse.fuse_lm_head(model)
+        report = lossfuse.fuse_lm_head(outer, head="0.lm_head")
+        ce(outer(IDS))
+        assert report.fused == {"cross_entropy": 1}
+        lossfuse.unfuse_lm_head((model, outer)[undo])
+        assert type(model.lm_head(torch.zeros(1, D))) is torch.Tensor
+
+
+def test_eval_no_grad_and_inference_are_the_models_own():
+    model = Tiny()
+    report = lossfuse.fuse_lm_head(model)
+    with torch.no_grad():
+        assert type(model(IDS)) is torch.Tensor
+    with torch.inference_mode():
+        assert type(model(IDS)) is torch.Tensor
+    assert type(model.eval()(IDS)) is torch.Tensor
+    assert type(model.train()(IDS)) is not torch.Tensor
+    assert not report.fused and not report.made
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_fused_and_their_own(how):
+    model = Tiny("tied")
+    report = lossfuse.fuse_lm_head(model, options=SMALL)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert other.lm_head.weight is other.embedding.weight and other.lm_head.weight is not model.lm_head.weight
+    loss = ce(other(IDS))
+    loss.backward()
+    assert model.lm_head.weight.grad is None and other.lm_head.weight.grad is not None
+    assert lossfuse.fuse_lm_head(other).fused == {"cross_entropy": 1} and not report.fused
+    lossfuse.unfuse_lm_head(other)
+    assert type(other(IDS)) is torch.Tensor and type(model(IDS)) is not torch.Tensor
+
+
+def test_a_copy_of_the_head_alone():
+    """It is not fused and brings no model along; and may be fused as another's."""
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    head = copy.deepcopy(model.lm_head)
+    assert type(head(torch.zeros(1, D))) is torch.Tensor
+    other = Tiny()
+    other.lm_head = head
+    report = lossfuse.fuse_lm_head(other)
+    ce(other(IDS)).backward()
+    assert report.fused == {"cross_entropy": 1} and all(p.grad is None for p in model.parameters())
+
+
+def test_state_dict_goes_in_and_out():
+    model, other = Tiny("tied"), Tiny("tied")
+    lossfuse.fuse_lm_head(model)
+    with torch.no_grad():
+        other.embedding.weight.add_(1.0)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(ce(model(IDS)), ce(other(IDS)))
+
+
+def test_a_head_that_is_replaced():
+    """A larger vocabulary, a wrapper: the head is asked for at every forward."""
+    model = Tiny()
+    report = lossfuse.fuse_lm_head(model)
+    first = model.lm_head
+    ce(model(IDS))
+    model.lm_head = Lora(first)
+    ce(model(IDS))
+    assert "forward" not in first.__dict__ and report.fused == {"cross_entropy": 2} and not report.made
+    model.lm_head = nn.Linear(D, V + 3)
+    assert model(IDS).shape == (B, T, V + 3) and not report.made
+
+
+def test_head_by_name_and_by_module():
+    class Two(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(D, V)
+            self.lm_head, self.second = None, nn.Sequential(nn.Identity(), nn.Linear(D, V))
+
+        def forward(self, ids):
+            x = self.body(self.embedding(ids))
+            return self.first(x), self.second[1](x)
+
+    for head in ("second.1", None):
+        model = Two()
+        lossfuse.fuse_lm_head(model, head=head or model.second[1])
+        one, two = model(IDS)
+        assert type(one) is torch.Tensor and type(two) is not torch.Tensor
+        # two of them: the second stays as it was
+        (ce(one) + ce(two)).backward()
+
+
+def test_two_heads_one_after_the_other():
+    """Two models of which each has a head, in one step."""
+    policy, value = Tiny(), Tiny("LoRA")
+    reports = [lossfuse.fuse_lm_head(m) for m in (policy, value)]
+    z, y = policy(IDS), value(IDS)
+    (ce(z) + ce(y)).backward()
+    with pytest.warns(UserWarning, match="cat makes") as warned:
+        torch.cat([z, y])
+    assert len(warned) == 2 and [r.made["cat"] for r in reports] == [1, 1]
+
+
+def test_hooks_of_the_head():
+    """Forward hooks see lazy logits and may change them; a hook of the backward needs their gradient, so they are made."""
+    model, seen = Tiny(), []
+    model.lm_head.register_forward_hook(lambda m, args, out: out * 0.5)
+    assert same(model, ce).fused == {"cross_entropy": 1}
+    model.lm_head.register_full_backward_hook(lambda m, din, dout: seen.append(dout[0].shape))
+    with pytest.warns(UserWarning, match="makes the logits"):
+        same(model, ce)
+    assert seen == [(B, T, V)] * 2
+
+
+ERRORS = {
+    "no module": (lambda: lossfuse.fuse_lm_head("model"), TypeError, "model is a str but must be a torch.nn.Module"),
+    "no head": (
+        lambda: lossfuse.fuse_lm_head(nn.Linear(2, 3)),
+        ValueError,
+        "model is a Linear in which no output head .*pass head=",
+    ),
+    "no such name": (lambda: lossfuse.fuse_lm_head(Tiny(), head="lm_haed"), ValueError, "no module 'lm_haed'"),
+    "head of another kind": (lambda: lossfuse.fuse_lm_head(Tiny(), head=3), TypeError, "head is a int but must be a module, or the name"),
+    "options": (lambda: lossfuse.fuse_lm_head(Tiny(), options={}), TypeError, "options is a dict but must be a lossfuse.LinearOptions"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
+@pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
+def test_gradient_checkpointing(head, reentrant):
+    """Of the body, and of head and loss together."""
+    model = Tiny(head)
+    want, want_grads = gradients(model, ce)
+    report = lossfuse.fuse_lm_head(model)
+    model.zero_grad()
+    x = checkpoint(lambda e: torch.tanh(model.body(e)) * 3, model.embedding(IDS), use_reentrant=reentrant)
+    loss = checkpoint(lambda h: ce(model.lm_head(h)), x, use_reentrant=reentrant)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), want)
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, want_grads)
+    assert report.fused and not report.made
+
+
+@pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
+def test_compiled(head):
+    """A cap between head and loss, where half a patch is silently wrong."""
+    torch.compiler.reset()
+    model = Tiny(head, cap=2.0)
+    want, want_grads = gradients(model, ce)
+    report = lossfuse.fuse_lm_head(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        loss = ce(compiled(IDS))
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), want)
+        torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, want_grads)
+    assert report.fused == {"cross_entropy": 2} and not report.made
+
+
+@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+def test_what_trainers_do_with_an_output():
+    model = Tiny()
+    want = model(IDS).detach()
+    lossfuse.fuse_lm_head(model)
+    z = model(IDS)
+    assert isinstance(z, torch.Tensor) and torch.is_tensor(z) and z.size(-1) == V and z.size() == want.size()
+    assert repr(z) == "LazyLogits(logits of shape (2, 6, 37), dtype=torch.float32, not made)" and z.type() == "torch.FloatTensor"
+    assert hash(z) == id(z) and z in {z: 1}
+    assert z.new_zeros(2, 3).shape == (2, 3) and z.new_tensor([1.0]).dtype == z.dtype
+    assert lossfuse.fuse_lm_head(model).made == {}
+    assert torch.equal(z.detach().cpu(), want) and (z.detach().numpy() == want.numpy()).all()
+    assert z.data_ptr() == z.untyped_storage().data_ptr() != 0 and hash(z) == id(z) and repr(z).startswith("tensor(")
+    for make in (
+        lambda z: z.detach().cpu(),
+        lambda z: torch.from_numpy(z.detach().numpy()),
+        lambda z: torch.tensor(z.tolist()),
+        lambda z: torch.load(saved(z)),
+        lambda z: pickle.loads(pickle.dumps(z.detach())),
+        lambda z: copy.deepcopy(z.detach()),
+        lambda z: torch.nn.parallel.scatter_gather.gather([z], "cpu") if torch.cuda.is_available() else torch.cat([z], 0),
+        lambda z: torch.from_dlpack(z.detach()),
+        lambda z: torch.stack(list(z)),
+        lambda z: z.flatten()[torch.arange(B * T * V)].view(B, T, V),
+    ):
+        made = make(model(IDS))
+        assert type(made) is torch.Tensor and torch.equal(made, want)
+
+
+def saved(z):
+    file = io.BytesIO()
+    torch.save(z, file)
+    file.seek(0)
+    return file
+
+
+def test_no_rows():
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    for head in ("linear with a bias", "LoRA"):
+        assert same(Tiny(head), lambda z: ce(z[:0], TARGET[:0], reduction="sum")) is not None
+
+
+def test_memory_of_a_parameter_put_aside():
+    """As FSDP2 does after a head's forward: the loss has the weight it was given, and logits are not made of another."""
+    model = Tiny("linear")
+    lossfuse.fuse_lm_head(model)
+    z, stock = model(IDS), ce(Tiny("linear")(IDS))
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, D))
+    torch.testing.assert_close(ce(z), stock)
+    assert z._base is None
+    with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
+        torch.sin(z)
