@@ -123,7 +123,9 @@ def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.
     if shaping.kind == "logp":
         # a target that is spread evenly over all classes
         zeros = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
-        value = _loss(x, zeros, {"ignore_index": NO_ID, "reduction": "none", "label_smoothing": 1.0}) * -float(shaping.num_classes)
+        value = _read(x, zeros, {"ignore_index": NO_ID, "reduction": "none", "label_smoothing": 1.0}, None)
+        assert isinstance(value, Tensor)
+        value = value * -float(shaping.num_classes)
     else:
         read = _stats(x, entropy=True)
         assert read.entropy is not None
