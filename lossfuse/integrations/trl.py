@@ -59,7 +59,8 @@ def chunked_log_probs(
     Raises:
         ValueError: for an output of another name, and as ``linear_cross_entropy_stats``.
 
-    Memory, rounding: as ``linear_cross_entropy_stats``.
+    Memory, rounding: as ``linear_cross_entropy_stats``; ``log_sum_sq_probs`` and ``mean_logits`` are differences of numbers of the size of a
+    log-sum-exp, and have its absolute error.
     """
     if not torch.is_autocast_enabled(hidden.device.type):
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
