@@ -67,8 +67,8 @@ def hf_run(model: Any, path: Any, *, fused: bool, **options: Any) -> Run:
     given = {name: options.pop(name) for name in ("compute_loss_func", "compute_metrics") if name in options}
     report = lossfuse.fuse_lm_head(model) if fused else None
     arguments = TrainingArguments(
-        output_dir=str(path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False, max_steps=STEPS,
-        per_device_train_batch_size=2, gradient_accumulation_steps=ACCUMULATION, logging_steps=1,
+        output_dir=str(path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+        max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=ACCUMULATION, logging_steps=1,
         learning_rate=0.1, optim="sgd", seed=5, **options,
     )  # fmt: skip
     data = examples(2 * ACCUMULATION * STEPS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lossfuse
 from closeness import assert_formula_close
-from lossfuse.integrations.trl import OUTPUTS, chunked_log_probs, fused_log_probs
+from lossfuse.integrations.trl import chunked_log_probs, fused_log_probs
 from tiny_models import VOCABULARY, gemma2, llama
 
 ALL = ("log_probs", "entropy", "is_top1", "log_sum_sq_probs", "mean_logits")
@@ -269,5 +269,3 @@ def test_trainers_log_and_learn_the_same(trl, tmp_path, name):
             assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     for got, want in zip(models[1].parameters(), models[0].parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-
-

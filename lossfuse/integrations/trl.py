@@ -59,8 +59,8 @@ def chunked_log_probs(
     Raises:
         ValueError: for an output of another name, and as ``linear_cross_entropy_stats``.
 
-    Memory, rounding: as ``linear_cross_entropy_stats``; ``log_sum_sq_probs`` and ``mean_logits`` are differences of numbers of the size of a
-    log-sum-exp, and have its absolute error.
+    Memory, rounding: as ``linear_cross_entropy_stats``; ``log_sum_sq_probs`` and ``mean_logits`` are differences of numbers of the size of
+    a log-sum-exp, and have its absolute error.
     """
     if not torch.is_autocast_enabled(hidden.device.type):
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
@@ -135,9 +135,9 @@ class _Function:
 
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         parts = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in chunks]
-        columns = zip(*parts, strict=True)
-        log_probs, *others = (None if column[0] is None else torch.cat(column) for column in columns)
-        return log_probs, *others
+        columns: Any = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = columns
+        return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
 
     def adapted(self, weight: Tensor) -> nn.Module | None:
         """The head that has this weight, if it is more than that."""
