@@ -6,7 +6,9 @@ and loss (scale, cap, cast, slice, reshape, add a bias) is recorded by ``lazy_re
 operations, bit for bit what they would have been. No model's code is known here.
 """
 
+import functools
 import math
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -25,6 +27,22 @@ STALE = (
     "these logits were never made, and {what} has been changed in place since the forward that would have made them; read what you need"
     " of them before that, or lossfuse.unfuse_lm_head(model)"
 )
+
+
+def outside_graphs(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.disable`` for those who compile: it imports Dynamo, and Triton with it."""
+    disabled: Callable[..., Any] | None = None
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return fn(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(fn)
+        return disabled(*args, **kwargs)
+
+    return call
 
 
 @dataclass
@@ -61,7 +79,7 @@ class LazyForward:
         made: Tensor = type(self.head).forward(self.head, *args, **kwargs)
         return made
 
-    @torch.compiler.disable
+    @outside_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden = args[0] if args else kwargs.get("input")
         plain = isinstance(hidden, Tensor) and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
@@ -235,7 +253,7 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
     if func in METADATA:
         with torch._C.DisableTorchFunctionSubclass():

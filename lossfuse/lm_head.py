@@ -7,7 +7,7 @@ from torch import nn
 
 # what is recorded and what is read registers itself
 from . import lazy_readers, lazy_recorded  # noqa: F401
-from .lazy_logits import LazyForward, LogitsReport
+from .lazy_logits import LazyForward, LogitsReport, outside_graphs
 from .spec import LinearOptions
 
 HEAD_NAMES = ("lm_head", "output", "embed_out", "head", "unembed")
@@ -108,7 +108,7 @@ class _HeadFinder:
         self(self.model, ())
         return False
 
-    @torch.compiler.disable
+    @outside_graphs
     def __call__(self, model: nn.Module, args: Any) -> None:
         head = find_lm_head(self.model, self.name)
         if head is self.fused:
