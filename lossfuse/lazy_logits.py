@@ -8,6 +8,7 @@ operations, bit for bit what they would have been. No model's code is known here
 
 import inspect
 import math
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -35,6 +36,18 @@ UNSEEN = (
 )
 
 
+_kept: set[Any] = set()
+
+
+def keep_outside_graphs(owner: Any, name: str) -> None:
+    """``torch.compiler.disable`` of a function by its place, for those who fuse a head: it imports Dynamo, and Triton with it."""
+    fn = getattr(owner, name)
+    if fn not in _kept:
+        fn = torch.compiler.disable(fn)
+        setattr(owner, name, fn)
+        _kept.add(fn)
+
+
 @dataclass
 class LogitsReport:
     """What became of the logits of a fused head: operations by name, and how often."""
@@ -60,6 +73,12 @@ class Finder(Protocol):
 class LazyForward:
     """What a fused head has in place of its ``forward``."""
 
+    def __new__(cls, *args: Any) -> "LazyForward":
+        # copies and unpickled ones come this way too
+        keep_outside_graphs(sys.modules[__name__], "_of_lazy")
+        keep_outside_graphs(cls, "__call__")
+        return super().__new__(cls)
+
     def __init__(self, head: nn.Module, instance_forward: Callable[..., Tensor] | None, finder: Finder) -> None:
         self.head = head
         self.instance_forward = instance_forward
@@ -73,7 +92,6 @@ class LazyForward:
         made: Tensor = type(self.head).forward(self.head, *args, **kwargs)
         return made
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden: Any = args[0] if args else kwargs.get("input")
         # a DTensor's logits are one
@@ -340,7 +358,6 @@ class _Value(torch.autograd.Function):
         return dlogits
 
 
-@torch.compiler.disable
 def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
     if func in METADATA and (args[0]._made is None or func in IDENTITY):
         with torch._C.DisableTorchFunctionSubclass():

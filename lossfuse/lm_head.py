@@ -3,12 +3,11 @@
 import copy
 from typing import Any
 
-import torch
 from torch import nn
 
 # what is recorded and what is read registers itself
 from . import lazy_readers, lazy_recorded  # noqa: F401
-from .lazy_logits import LazyForward, LogitsReport
+from .lazy_logits import LazyForward, LogitsReport, keep_outside_graphs
 from .spec import LinearOptions
 
 HEAD_NAMES = ("lm_head", "output", "embed_out", "head", "unembed")
@@ -99,6 +98,10 @@ def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Mo
 class _HeadFinder:
     """A forward hook of a model: sees to it that the head it has now is the one that is fused."""
 
+    def __new__(cls, *args: Any) -> "_HeadFinder":
+        keep_outside_graphs(cls, "__call__")
+        return super().__new__(cls)
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.report = LogitsReport()
@@ -117,7 +120,6 @@ class _HeadFinder:
         self(self.model, ())
         return False
 
-    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: Any) -> None:
         head = find_lm_head(self.model, self.name)
         if head is self.fused or self.closed:

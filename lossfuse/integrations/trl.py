@@ -1,0 +1,174 @@
+"""TRL 1.16 or newer: what its trainers read of a head, from ``lossfuse.linear_cross_entropy_stats``."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..lazy_logits import LogitsReport
+from ..linear import chunk_rows
+from ..lm_head import find_lm_head
+from ..spec import LinearOptions
+from ..statistics import LossStats, cross_entropy_stats, linear_cross_entropy_stats
+
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+LogProbs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def chunked_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_size: int | None = None,
+    final_logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: Sequence[str] = OUTPUTS,
+    *,
+    options: LinearOptions | None = None,
+) -> LogProbs:
+    """Per-token statistics of ``hidden @ weight.T`` as TRL's ``ChunkedLogProbFunction.apply`` returns them.
+
+    Equal to, with ``c`` the cap::
+
+        z = logit_scale * F.linear(hidden, weight, bias).float()
+        z = (z if c is None else c * torch.tanh(z / c)) / temperature
+        logp = z.log_softmax(-1)
+        log_probs = logp.gather(-1, targets[:, None])[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1)                 # these two have gradients, the others none;
+        log_sum_sq_probs = (2 * logp).logsumexp(-1)            # for WPO, at the price of a second pass,
+        mean_logits = z.mean(-1)
+        is_top1 = z.argmax(-1) == targets                      # what outputs does not name is None
+        return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
+
+    Args:
+        hidden: ``(N, D)``; weight ``(V, D)`` and bias ``(V)`` are cast to its dtype, or to that of autocast.
+        targets: ``(N)``, int64, each in ``[0, V)``.
+        chunk_size: not read. Chunks are of rows here, ``options`` says how many.
+        outputs: of "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+        options: of the linear form.
+
+    Returns:
+        float32 (float64 for float64), ``is_top1`` bool; all ``(N)``.
+
+    Raises:
+        ValueError: for an output of another name, and as ``linear_cross_entropy_stats``.
+
+    Memory, rounding: as ``linear_cross_entropy_stats``; ``log_sum_sq_probs`` and ``mean_logits`` are differences of numbers of the size of
+    a log-sum-exp, and have its absolute error.
+    """
+    if not torch.is_autocast_enabled(hidden.device.type):
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    stats = partial(linear_cross_entropy_stats, hidden, weight, targets, linear_bias=bias, options=options)
+    return _log_probs(stats, targets, temperature, final_logit_softcapping, logit_scale, outputs)
+
+
+@contextmanager
+def fused_log_probs(*models: nn.Module, options: LinearOptions | None = None) -> Iterator[LogitsReport]:
+    """TRL's fused head runs ``chunked_log_probs`` instead of its own function, within this context::
+
+        with fused_log_probs(trainer.model):
+            trainer.train()
+
+    Equal to TRL without it, up to rounding, but for heads that are more than a weight: TRL multiplies by ``lm_head.weight``, whatever is
+    wrapped around it. Such a head of one of ``models`` (LoRA, DoRA, any adapter of PEFT) is called here, a chunk of rows at a time and
+    again in the backward, so that the adapter counts and learns. Everybody else's heads, a reference model's, are what TRL takes them for.
+
+    Args:
+        models: those whose heads may be adapters, as TRL has them or wrapped by PEFT.
+        options: of the linear form.
+
+    Returns:
+        A report whose ``fused`` counts calls: "log_probs", and "log_probs of a head" for those that called one.
+
+    Raises:
+        ImportError: if TRL has no such function.
+    """
+    from trl.trainer import utils
+
+    theirs = getattr(utils, "_ChunkedLogProbFunction", None)
+    if theirs is None:
+        raise ImportError("trl.trainer.utils has no _ChunkedLogProbFunction; this adapter is for TRL 1.16 and its like")
+    ours = _Function(models, LinearOptions() if options is None else options)
+    utils._ChunkedLogProbFunction = ours
+    try:
+        yield ours.report
+    finally:
+        utils._ChunkedLogProbFunction = theirs
+
+
+class _Function:
+    """In the place of a class whose ``apply`` is called."""
+
+    def __init__(self, models: Sequence[nn.Module], options: LinearOptions) -> None:
+        self.models, self.options, self.report = models, options, LogitsReport()
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> LogProbs:
+        head = self.adapted(weight)
+        if head is None:
+            self.report.fused["log_probs"] += 1
+            return chunked_log_probs(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs, options=self.options
+            )
+        self.report.fused["log_probs of a head"] += 1
+        rows = chunk_rows(len(hidden), hidden.shape[1], len(weight), hidden.dtype, self.options, cpu=hidden.device.type == "cpu")
+
+        def of_chunk(h: Tensor, t: Tensor) -> LogProbs:
+            stats = partial(cross_entropy_stats, head(h), t)
+            return _log_probs(stats, t, temperature, final_logit_softcapping, logit_scale, outputs)
+
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        parts = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in chunks]
+        columns: Any = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = columns
+        return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
+
+    def adapted(self, weight: Tensor) -> nn.Module | None:
+        """The head that has this weight, if it is more than that."""
+        heads = (find_lm_head(model) for model in self.models)
+        return next((h for h in heads if h is not None and type(h) is not nn.Linear and getattr(h, "weight", None) is weight), None)
+
+
+def _log_probs(
+    stats: Callable[..., LossStats],
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: Sequence[str],
+) -> LogProbs:
+    unknown = set(outputs) - {"log_probs", *OUTPUTS}
+    if unknown:
+        raise ValueError(f"outputs names {sorted(unknown)} but may name log_probs, {', '.join(OUTPUTS)}")
+
+    def times(factor: float) -> dict[str, Any]:
+        """Of the logits: the temperature, which comes after the cap, is part of the cap and of the scale."""
+        factor = factor / temperature
+        return {"logit_scale": factor * logit_scale, "softcap": None if softcap is None else factor * softcap, "reduction": "none"}
+
+    # the loss of a target that is spread evenly over all classes is lse - mean(z)
+    spread = 1.0 if "mean_logits" in outputs else 0.0
+    read = stats(label_smoothing=spread, entropy="entropy" in outputs, argmax="is_top1" in outputs, **times(1.0))
+    mean_logits = (read.lse - read.loss).detach() if spread else None
+    log_sum_sq_probs = None
+    if "log_sum_sq_probs" in outputs:
+        with torch.no_grad():
+            log_sum_sq_probs = stats(entropy=False, argmax=False, **times(2.0)).lse - 2.0 * read.lse
+    is_top1 = None if read.argmax is None else read.argmax == targets
+    return read.target_logprob, read.entropy, log_sum_sq_probs, mean_logits, is_top1
