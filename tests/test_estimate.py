@@ -43,7 +43,7 @@ def plain_memory(nan_in_new_memory):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("shape", "method"), list(runnable()))
 def test_a_formula_is_what_the_allocator_counts(shape, method, dtype, mode):
     torch.compiler.reset()
@@ -54,6 +54,7 @@ def test_a_formula_is_what_the_allocator_counts(shape, method, dtype, mode):
     assert abs(need.bytes - peak) <= 0.05 * peak + ROWS, f"{need.bytes / 2**20:.2f} MiB by formula, {peak / 2**20:.2f} measured"
 
 
+@pytest.mark.slow
 def test_fp16_on_a_cpu():
     for shape in ("700x12345", "300x300x5000"):
         for mode in MODES:

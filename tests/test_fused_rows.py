@@ -101,9 +101,9 @@ def test_rows_of_any_width(force, device, way, v, dtype):
         (64, 16),  # slices exactly full
         (50, 64),  # one slice
         (1001, 512),  # 7 x 11 x 13: every row at another alignment
-        (1007, 256),
+        pytest.param(1007, 256, marks=pytest.mark.slow),
         (1013, 1024),  # one slice, or two by its alignment
-        (1024, 512),
+        pytest.param(1024, 512, marks=pytest.mark.slow),
     ],
 )
 def test_rows_cut_into_slices(force, device, v, width, dtype):
@@ -309,8 +309,10 @@ def over(x, dtype, gap=0):
     [(torch.bfloat16, {}), (torch.float16, {"label_smoothing": 0.1, "lse_square_scale": 1e-2, "logit_scale": 0.7})],
     ids=["bf16", "fp16, options"],
 )
-@pytest.mark.parametrize("gap", [0, 4, 3])
-@pytest.mark.parametrize(("way", "v"), [("whole", 203), (64, 203), (64, 256), (128, 1001), ("sweeps", 5000)])
+@pytest.mark.parametrize("gap", [0, pytest.param(4, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    ("way", "v"), [("whole", 203), (64, 203), (64, 256), (128, 1001), pytest.param("sweeps", 5000, marks=pytest.mark.slow)]
+)
 def test_a_narrower_gradient_over_the_logits(force, device, way, v, gap, options, dtype):
     """A row of it ends where other programs' logits have been; rows that start between 16-byte boundaries go another way."""
     force(way if gap % 4 == 0 else "whole")

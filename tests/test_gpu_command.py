@@ -98,6 +98,7 @@ FEW = [
 ]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_rows_a_log_and_a_summary(tmp_path, monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("a rehearsal is for where there is no GPU")

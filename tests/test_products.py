@@ -45,7 +45,7 @@ def inputs(dtype):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("rows", [5, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_as_near_as_the_dtype_of_the_operands(mixed, impl, dtype, rows, reduction, normalizer, factor):
     """Loss scalers and long batches leave the range of fp16, where gradients of logits must be for the products; the sums do not."""
     if impl == "triton":

@@ -307,7 +307,7 @@ def test_transforms():
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["numbers", "ids"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_opcheck(impl, listed):
     x = logits(device=DEVICE, shape=(4, 19))
     t = lists(DEVICE, 4, 19) if listed else torch.rand(4, 19).to(DEVICE)

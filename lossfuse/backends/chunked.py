@@ -31,6 +31,8 @@ TEMPORARY_SHARE = 25
 FEATURE_BLOCKS = 6
 # of a row, whose largest class is looked for where its largest logit was found; an operator that tells both takes ten times as long
 SEGMENT = 256
+# with fewer, a segment of each row is a good part of the block
+LEAST_SEGMENTS = 16
 # of distances from the maximum that are multiplied and summed at a time, for each thread
 SUMMED_BYTES = 1 << 19
 
@@ -375,8 +377,7 @@ def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """(B, V) -> the largest of each row and the first class that has it, each (B, 1)."""
     v = z.shape[1]
     whole = v // SEGMENT
-    # with few classes, a segment of each row is as large as the block
-    if whole < 16:
+    if whole < LEAST_SEGMENTS:
         return torch.max(z, -1, keepdim=True)
     tops = z[:, : whole * SEGMENT].unflatten(1, (whole, SEGMENT)).amax(-1)
     if v > whole * SEGMENT:
