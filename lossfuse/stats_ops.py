@@ -165,7 +165,7 @@ def _row_stats_grads_backward(ctx: Any, v_dlogits: Tensor | None, v_dtarget: Ten
 
     def values(x: Tensor, t: Tensor) -> list[Tensor]:
         made = reference.row_stats(x, t, class_weight, ctx.spec)
-        return [made[i] for i in given]  # type: ignore[misc]
+        return [t for i, t in enumerate(made[:4]) if i in given and t is not None]
 
     made = second_derivative(values, logits, target, [upstream[i] for i in given], (v_dlogits, v_dtarget))
     ddlogits, ddtarget, some = made
