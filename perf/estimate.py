@@ -3,7 +3,7 @@
 Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head, and S = (N + V) D 4, their sums in
 fp32; C rows of a chunk. Gradients that are returned count. Every seventh row is ignored, as in the cases. The tests hold the formulas of
 what runs on a CPU to 5 % of the allocator's own count there, and those that were measured on an H100 to 5 % of that; a star marks those
-that are read off the code and measured nowhere. Entropies on a CPU are counted for one thread; each other takes up to 512 KiB more.
+that are read off the code and measured nowhere. Entropies on a CPU are counted for one thread; each other takes up to 4 MiB more.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends.chunked import LEAST_SEGMENTS, SEGMENT, SUMMED_BYTES, block_rows
+from ..backends.chunked import LEAST_SEGMENTS, SEGMENT, block_rows, summed_rows
 from ..linear import chunk_rows, padded
 from ..linear_ops import ROUNDED_BYTES
 from ..products import block_classes
@@ -107,7 +107,7 @@ def _our_stats(s: Shape) -> int:
 def _beside_a_block(n: int, v: int, b: int, direct: bool) -> int:
     """On a CPU: distances from the maximum that entropies are sums of, and the segments in which the largest class is looked for."""
     rows = block_rows(n, v, b, 4, True, 0 if direct else 1)
-    return max(1, min(rows, SUMMED_BYTES // (4 * v))) * 4 * v + rows * SEGMENT * 12 * (v >= LEAST_SEGMENTS * SEGMENT)
+    return min(rows, summed_rows(n, v, 4)) * 4 * v + rows * SEGMENT * 12 * (v >= LEAST_SEGMENTS * SEGMENT)
 
 
 def _linear(s: Shape) -> int:
@@ -211,7 +211,7 @@ FORMULAS = [
     Formula("lossfuse", "logits", "E b; CPU: and a block", _ours, True, False),
     Formula("lossfuse in place", "logits", "numbers per row; CPU: and a block", _ours_in_place, True, False),
     Formula("lossfuse reference", "logits", "21 E; half: 25 E", lambda s: s.e * (21 if s.b == 4 else 25), True, False),
-    Formula("lossfuse stats", "logits", "E b; CPU: and a block and 512 KiB a thread", _our_stats, True, False),
+    Formula("lossfuse stats", "logits", "E b; CPU: and a block and 2 %", _our_stats, True, False),
     Formula("lossfuse stats lean", "logits", "E b; CPU: and a block", _ours, True, False),
     Formula("F.cross_entropy + stats", "logits", "4 E b; no gradient: 3 E b", _stats_apart, True, False),
     *(
@@ -227,7 +227,7 @@ FORMULAS = [
     Formula(
         "lossfuse linear stats",
         "head",
-        "as lossfuse linear; CPU: and 512 KiB a thread",
+        "as lossfuse linear; CPU: and 2 %",
         lambda s: _our_linear(s, LinearOptions(), stats=True),
         True,
         False,

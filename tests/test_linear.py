@@ -6,11 +6,10 @@ import torch.nn.functional as F
 
 import lossfuse
 import program
-from allocations import Largest
+from allocations import Largest, least_peak
 from closeness import assert_formula_close, assert_loss_close, assert_product_close
 from lossfuse import LinearOptions, functional, linear, products
 from lossfuse.backends import chunked
-from lossfuse.perf.protocol import Step, peak_extra_bytes
 from lossfuse.spec import LossSpec
 from options import COMBINATIONS, EVERYTHING, OPTIONS, options_of, upstream
 from rows import class_weight, head_and_ids, probabilities
@@ -458,8 +457,7 @@ class TestMemory:
             loss = lossfuse.linear_cross_entropy(hidden, weight, target, reduction=reduction, options=options)
             return torch.autograd.grad(loss.sum(), [hidden, weight])
 
-        call()
-        peak = peak_extra_bytes(Step(call), hidden.device)
+        peak = least_peak(call, hidden.device)
         if peak is None:
             pytest.skip("no /proc to ask")
         sums = (n + v) * d * 4

@@ -9,11 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 import lossfuse
 import program
-from allocations import Largest
+from allocations import Largest, least_peak
 from closeness import assert_formula_close, assert_product_close, assert_statistics_close
 from lossfuse import LinearOptions, linear, linear_ops, linear_stats_ops, ops
 from lossfuse.backends import chunked
-from lossfuse.perf.protocol import Step, peak_extra_bytes
 from lossfuse.row_stats import Upstream, Wants
 from lossfuse.spec import LossSpec
 from options import DIFFERENTIABLE, EVERYTHING, OPTIONS, THRIFTY_COMBINATIONS, differentiated, options_of, upstreams
@@ -525,8 +524,7 @@ class TestMemory:
                 loss = f()
                 return torch.autograd.grad(loss.sum(), [hidden, weight])
 
-            call()
-            return peak_extra_bytes(Step(call), hidden.device)
+            return least_peak(call, hidden.device)
 
         given = {"reduction": reduction, "options": options}
         without = peak(lambda: lossfuse.linear_cross_entropy(hidden, weight, target, **given))

@@ -33,8 +33,9 @@ FEATURE_BLOCKS = 6
 SEGMENT = 256
 # with fewer, a segment of each row is a good part of the block
 LEAST_SEGMENTS = 16
-# of distances from the maximum that are multiplied and summed at a time, for each thread
-SUMMED_BYTES = 1 << 19
+# of distances from the maximum that are multiplied and summed at a time: by all threads 2 % of the logits, and within these for each
+SUMMED_BYTES = (1 << 19, 4 << 20)
+SUMMED_SHARE = 50
 
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
@@ -130,6 +131,8 @@ def _rows(
     count = threads_for(n * v, logits.element_size(), dtype.itemsize, temporaries) if on_cpu else 1
     block = block_rows(n, v, logits.element_size(), dtype.itemsize, on_cpu, temporaries, count)
 
+    summed = summed_rows(n, v, dtype.itemsize, count)
+
     def part(rows: slice) -> tuple[Tensor, ...]:
         x, t, dx, dt = (None if a is None else a[rows] for a in (logits, target, dlogits, dtarget))
         u = None if up is None else up.of(rows)
@@ -137,7 +140,7 @@ def _rows(
         columns = (
             _soft_rows(x, t, weight, u, spec, dx, dt, dtype, block, wants)
             if soft
-            else _id_rows(x, t[:, None], weight, u, spec, dx, dtype, block, wants)
+            else _id_rows(x, t[:, None], weight, u, spec, dx, dtype, block, summed, wants)
         )
         return tuple(column[:, 0] for column in columns)
 
@@ -170,6 +173,12 @@ def block_rows(n: int, v: int, itemsize: int, work_itemsize: int, cpu: bool, tem
     return max(1, min(n, size // (v * work_itemsize)))
 
 
+def summed_rows(n: int, v: int, work_itemsize: int, count: int = 1) -> int:
+    """The rows of (N, V) logits whose distances from the maximum are summed at a time, in each of ``count`` threads."""
+    least, most = SUMMED_BYTES
+    return max(1, min(most, max(least, n * v * work_itemsize // (SUMMED_SHARE * count))) // (v * work_itemsize))
+
+
 def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, logits, a block to work in): rows of ``dlogits`` if they have the dtype, otherwise scratch, copied there after the work."""
     n, v = logits.shape
@@ -192,9 +201,10 @@ def _id_rows(
     dlogits: Tensor | None,
     dtype: torch.dtype,
     block: int,
+    summed: int,
     wants: Wants | None,
 ) -> list[Tensor]:
-    """(N, 1) losses and statistics against (N, 1) class ids."""
+    """(N, 1) losses and statistics against (N, 1) class ids; entropies of ``summed`` rows at a time."""
     n, v = logits.shape
     ignored = target == spec.ignore_index
     valid = ~ignored & (target >= 0) & (target < v)
@@ -209,7 +219,7 @@ def _id_rows(
     # of the negative log-likelihood; a target outside [0, V) makes its row NaN
     dnll = torch.where(valid, dloss * kept if up.target_logprob is None else dloss * kept - up.target_logprob, torch.nan)
     spreads = _spreads(up, wants)
-    some = block if up.entropy is not None else max(1, min(block, SUMMED_BYTES // (v * dtype.itemsize)))
+    some = block if up.entropy is not None else min(block, summed)
     distances = torch.empty(min(some, n) if spreads else 0, v, dtype=dtype, device=logits.device)
 
     row_max, margin, others, shortfall, spread = torch.empty(5, n, 1, dtype=dtype, device=logits.device)
