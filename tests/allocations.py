@@ -7,7 +7,7 @@ from lossfuse.perf.protocol import Step, peak_extra_bytes
 
 
 def least_peak(call, device):
-    """The peak of a call's memory, the least of three: what earlier tests left to be freed or used again is part of one; None if unknown."""
+    """The peak of a call's memory, the least of three, for what earlier tests left to be freed is part of one; None if unknown."""
     call()
     peaks = [peak_extra_bytes(Step(call), device) for _ in range(3)]
     return None if None in peaks else min(peaks)
