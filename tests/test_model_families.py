@@ -275,3 +275,17 @@ def test_as_near_the_truth_in_bfloat16(family, fused):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.equal(got.logits + 0.0, stock.logits)
+
+
+def test_a_saved_model_is_the_stock_model(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "stock")
+    lossfuse.fuse_lm_head(model)
+    model.save_pretrained(tmp_path / "fused")
+    written = [sorted((f.name, f.read_bytes()) for f in (tmp_path / name).iterdir()) for name in ("stock", "fused")]
+    assert written[0] == written[1]
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "fused")
+    assert "forward" not in again.lm_head.__dict__ and torch.equal(again.lm_head.weight, model.lm_head.weight)
