@@ -44,6 +44,24 @@ class Upstream(NamedTuple):
         return self.loss is not None and all(t is None for t in self[1:])
 
 
+class ShardRows(NamedTuple):
+    """What a shard's classes say of N rows: everything is about the shard's own maximum, so that shards can be merged.
+
+    None for what the loss does not need. Rows that are ignored, or whose target is bad, may hold anything.
+    """
+
+    row_max: Tensor  # (N,) of the logits as the loss sees them; without a finite one, -inf or the lowest number
+    log_sum: Tensor  # (N,) log of the sum of exp(z - row_max), which keeps its digits near 0 where the target is the largest; then -inf
+    target_logit: Tensor | None  # (N,) against ids, of the class where the shard holds it, otherwise 0
+    target_weight: Tensor | None  # (N,) against ids with class weights, as target_logit
+    mass: Tensor | None  # (N,) against probabilities, the sum of q = class weight * smoothed target
+    shortfall: Tensor | None  # (N,) sum of q * (row_max - z); against ids, for smoothing, with the class weight for q
+    given_mass: Tensor | None  # (N,) the two sums for the probabilities as given, for their log-probability
+    given_shortfall: Tensor | None
+    mean_shortfall: Tensor | None  # (N,) of row_max - z over the shard's own softmax, for the entropy
+    argmax: Tensor | None  # (N,) int64, the first of the shard's classes with row_max, counted from its own first
+
+
 def no_class(spec: LossSpec) -> int:
     """The argmax of a row that has none: neither an id nor what a target may be."""
     return -2 if spec.ignore_index == -1 else -1
