@@ -23,6 +23,9 @@ class LossSpec:
     - for probabilities ``t``: ``sum(w * ((1 - e) * t + e / C) * (lse - z)) + lse_square_scale * lse**2``.
 
     An ignored row is 0. A class whose logit is -inf and whose factor in the sum is 0 is left out of the sum.
+
+    With ``group`` the row is cut: the logits at hand are those of the classes from ``first_class`` on, of ``num_classes`` in all, and the
+    ranks of the group hold the others.
     """
 
     ignore_index: int = -100
@@ -30,6 +33,9 @@ class LossSpec:
     softcap: float | None = None
     logit_scale: float | None = None
     lse_square_scale: float = 0.0
+    first_class: int | None = None
+    num_classes: int | None = None
+    group: str | None = None  # the name torch.distributed knows it by
 
     def __post_init__(self) -> None:
         if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
