@@ -2,7 +2,7 @@
 
 A process takes seconds to start, most of them for importing torch, so a test hands over all its cases at once::
 
-    def a_case(name):                      # of a module, not a closure; runs on every rank, in a process group of its own
+    def a_case(name):                      # of a module, not a closure; runs on every rank
         assert dist.get_world_size() == 2
         return LAYOUTS[name]()             # what pickle takes
 
@@ -13,7 +13,6 @@ A case that raises on any rank fails alone: the next has new groups. What failed
 at the end. A rank that waits for another longer than ``patience`` fails too. ``on_ranks`` runs one function once and raises what it raised.
 """
 
-import contextlib
 import faulthandler
 import importlib.util
 import multiprocessing
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -138,25 +137,21 @@ def _rank(
     torch.utils.deterministic.fill_uninitialized_memory = True
     function = _found(*source)
     for at, args in enumerate(calls):
-        with _group(rank, n, f"{store}{at}"):
-            torch.manual_seed(0)
-            # the group goes afterwards: ranks that wait for this one fail later than it
-            try:
-                outcome = Outcome(function(*args))
-                dist.barrier()
-            except BaseException as error:
-                outcome = Outcome(error=error)
+        if not dist.is_initialized():
+            patience = timedelta(seconds=PATIENCE)
+            dist.init_process_group("gloo", init_method=f"file://{store}{at}", rank=rank, world_size=n, timeout=patience)
+        torch.manual_seed(0)
+        try:
+            outcome = Outcome(function(*args))
+            # with a rank that fails all do, so that all make new groups
+            dist.barrier()
+        except BaseException as error:
+            outcome = Outcome(error=error)
+            dist.destroy_process_group()
         send.send_bytes(pickle.dumps(outcome))
-    send.close()
-
-
-@contextlib.contextmanager
-def _group(rank: int, n: int, store: str) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n, timeout=timedelta(seconds=PATIENCE))
-    try:
-        yield
-    finally:
+    if dist.is_initialized():
         dist.destroy_process_group()
+    send.close()
 
 
 def _found(path: str, module: str, name: str) -> Callable[..., Any]:
