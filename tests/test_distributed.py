@@ -132,11 +132,6 @@ def every_option(case):
 GRID = list(itertools.product(FORMS, (False, True)))
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_every_option(n):
-    cases_on_ranks(n, every_option, [(form, soft, tuple(SINGLE)) for form, soft in GRID], timeout=120.0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_every_pair_of_options(n):
@@ -497,13 +492,19 @@ ON_TWO = (
 ON_FOUR = (shards_that_are_none, many_classes, subgroups)
 
 
-def one_of_these(name):
-    globals()[name]()
+def one_of_these(case):
+    if isinstance(case, str):
+        globals()[case]()
+    else:
+        every_option(case)
 
 
-@pytest.mark.parametrize(("n", "functions"), [(2, ON_TWO), (4, ON_FOUR)], ids=["2", "4"])
-def test_cases(n, functions):
-    cases_on_ranks(n, one_of_these, [f.__name__ for f in functions], timeout=120.0)
+@pytest.mark.parametrize(
+    ("n", "combinations", "functions"), [(2, tuple(SINGLE), ON_TWO), (4, ((), EVERYTHING, (*EVERYTHING, "none")), ON_FOUR)], ids=["2", "4"]
+)
+def test_on_ranks(n, combinations, functions):
+    cases = [(form, soft, combinations) for form, soft in GRID]
+    cases_on_ranks(n, one_of_these, [*cases, *(f.__name__ for f in functions)], timeout=200.0)
 
 
 @pytest.mark.slow
