@@ -207,11 +207,10 @@ def log_softmax(
         return torch.log_softmax(input, dim)
     if backend == "reference":
         return reference.log_softmax(input, dim)
-    # the last of no dimensions is one, as torch has it
-    moved = input.movedim(dim, -1) if input.dim() else input[None]
-    v = moved.shape[-1]
+    moved = input.movedim(dim, -1)
+    v = moved.shape[-1] if moved.dim() else 1
     logp, _ = family_ops.log_softmax(moved.reshape(moved.numel() // v if v else 0, v))
-    return logp.reshape(moved.shape).movedim(-1, dim) if input.dim() else logp.reshape(())
+    return logp.reshape(moved.shape).movedim(-1, dim)
 
 
 def nll_loss(

@@ -195,6 +195,8 @@ def test_nearly_nothing(place, shape):
     got = lossfuse.log_softmax(ours, dim, impl=place.impl)
     same(got, F.log_softmax(x, dim))
     same(torch.autograd.grad(got.sum(), x)[0], torch.zeros(shape))
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        lossfuse.log_softmax(ours, 7, impl=place.impl)
     for reduction in ("none", "mean", "sum"):
         got = lossfuse.binary_cross_entropy(ours, ours.detach(), reduction=reduction, impl=place.impl)
         same(got, F.binary_cross_entropy(x, x.detach(), reduction=reduction))
