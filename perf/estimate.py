@@ -240,7 +240,7 @@ LABELS = [
     _of_labels(_TORCHS, "2 E b; CPU: 8 E", _labels, dense=True),
     _of_labels(f"{_TORCHS}(x.float())", "8 E; half: 16 E", _upcast_labels, dense=True),
     _of_labels(f"scatter + {_TORCHS}", "3 E b; CPU: 8 E and E b", lambda s: _labels(s) + s.e * s.b),
-    _of_labels("torch.compile", "E b; no backward: 0", lambda s: s.e * s.b * s.step, dense=True),
+    _of_labels("torch.compile", "E b; no gradient: 0", lambda s: s.e * s.b * (s.mode != "no_grad"), dense=True),
     _of_labels("lossfuse", "E b; CPU: and a block", lambda s: _our_labels(s, False), dense=True),
     _of_labels("lossfuse in place", "numbers per block", lambda s: _our_labels(s, False, True), dense=True),
     _of_labels("lossfuse ids", "E b; CPU: and a block", lambda s: _our_labels(s, True)),

@@ -60,8 +60,9 @@ def test_a_row_for_every_mode_and_method(case, names, dtype):
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_labels_have_methods_of_their_own(dtype):
-    got = measured("40x500p3", dtype, MODES, *by_name("labels", *LABELS))
-    assert set(got) == {(mode, name) for mode in MODES for name in LABELS}
+    modes = MODES[::2]
+    got = measured("40x500p3", dtype, modes, *by_name("labels", *LABELS))
+    assert set(got) == {(mode, name) for mode in modes for name in LABELS}
     for (mode, name), row in got.items():
         assert row["status"] == "ok" and row["op"] == "labels" and row["d"] == 3, row
         assert row["ms_p50"] > 0 and row["ideal_ms"] > 0 and row["copy_gbps"] > 0
@@ -71,7 +72,7 @@ def test_labels_have_methods_of_their_own(dtype):
     if dtype == "bf16":
         # torch's loses the sure labels, which are most of them
         assert got["no_grad", TORCH_LABELS]["loss_error"] > 0.05
-    assert not measured("40x500p3", "fp16", MODES, *by_name("labels", *LABELS))
+    assert not measured("40x500p3", "fp16", modes, *by_name("labels", *LABELS))
 
 
 WRONG_LABELS = {
