@@ -14,7 +14,8 @@ from .spec import VocabShard
 
 def shard_options(shard: VocabShard | None) -> tuple[int, int, str] | tuple[()]:
     """As ``LossSpec`` takes them, after the others."""
-    return shard.options if isinstance(shard, VocabShard) else ()
+    # what is no shard is refused with the tensors
+    return shard.options if shard is not None and isinstance(shard, VocabShard) else ()
 
 
 # --- what every rank holds alike
@@ -54,6 +55,8 @@ def local_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard | None
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard | None]:
     """DTensors -> the tensors of this rank and which classes they are; others as they are."""
+    if type(input) is type(target) is Tensor and weight is None:
+        return input, target, weight, shard
     if not _is_dtensor(input):
         _refuse_dtensors("input is a plain tensor", target=target, weight=weight)
         return input, target, weight, shard

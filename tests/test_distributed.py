@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ import program
 from closeness import assert_formula_close, assert_gradient_close, assert_product_close, assert_statistics_close
 from lossfuse import LinearOptions, VocabShard
 from options import COMBINATIONS, EVERYTHING, OPTIONS, differentiated, options_of, upstream, upstreams
+from programs import programs
 from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
 
 SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
+DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
 FORMS = ("logits", "inplace", "statistics", "head", "head statistics")
 # three chunks of rows
 CHUNKS = LinearOptions(chunk_bytes=2 * 32 * 4)
@@ -485,9 +488,17 @@ def by_modules():
     torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(x.double(), ids, label_smoothing=0.1))
 
 
+def programs_of_the_document():
+    found = programs(DOCUMENT)
+    assert len(found) >= 4
+    for each in found:
+        each.run()
+
+
 ON_TWO = (
     errors, shards_that_are_none, many_classes, hard_rows, shapes, same_on_every_rank_and_every_time, in_place_contract, partial_hidden,
     the_reference, dtensors, other_dtypes_of_heads, by_modules, compiled, kernels,
+    programs_of_the_document,
 )  # fmt: skip
 ON_FOUR = (shards_that_are_none, many_classes, subgroups)
 
