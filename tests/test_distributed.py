@@ -279,6 +279,25 @@ def hard_rows():
     assert none_at_all.detach() == 0.0 and torch.autograd.grad(none_at_all, local)[0].shape == local.shape
 
 
+def groups_of_one_and_no_rows():
+    """Where what is gathered lies as it was sent, with integers among floats at any offset."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    alone = VocabShard(0, 37, groups[dist.get_rank()])
+    x, _ = logits_and_ids(4, 37)
+    for n, weighted in itertools.product((0, 1, 3, 4), (False, True)):
+        weight = class_weight(37) if weighted else None
+        for target in (torch.arange(n), torch.softmax(x[:n].detach(), 1)):
+            given = {"reduction": "none", "label_smoothing": 0.1}
+            got = lossfuse.cross_entropy_stats(x[:n], target, weight, shard=alone, **given)
+            want = lossfuse.cross_entropy_stats(x[:n], target, weight, **given)
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g, w)
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    for weight in (None, class_weight(37)):
+        none = lossfuse.cross_entropy_stats(mine(x, classes)[:0], torch.arange(0), weight, reduction="sum", shard=shard)
+        assert none.loss == 0.0 and none.argmax.shape == (0,)
+
+
 def shapes():
     """One row, and classes that are not last."""
     classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
@@ -523,8 +542,8 @@ def programs_of_the_document():
 
 
 ON_TWO = (
-    errors, shards_that_are_none, many_classes, hard_rows, shapes, same_on_every_rank_and_every_time, in_place_contract, partial_hidden,
-    the_reference, dtensors, other_dtypes_of_heads, by_modules, compiled, kernels, where_nobody_looks,
+    errors, shards_that_are_none, many_classes, hard_rows, groups_of_one_and_no_rows, shapes, same_on_every_rank_and_every_time,
+    in_place_contract, partial_hidden, the_reference, dtensors, other_dtypes_of_heads, by_modules, compiled, kernels, where_nobody_looks,
     programs_of_the_document,
 )  # fmt: skip
 ON_FOUR = (shards_that_are_none, many_classes, subgroups)
