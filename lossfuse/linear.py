@@ -15,7 +15,7 @@ from torch import Tensor
 from .inputs import without_autocast
 from .products import Weight, mixes, product
 from .row_stats import RowStats, Upstream, Wants, no_class
-from .sharded import even_classes
+from .sharded import even_classes, gather
 from .spec import LinearOptions, LossSpec
 
 # elements on which a row of logits starts, so that every access to it is wide and cuBLAS likes its stride
@@ -290,8 +290,9 @@ def _logits(
 
 def _gradient_over(z: Tensor, operand_dtype: torch.dtype) -> Tensor:
     """(C, V) for the gradient over the logits: a row of it in the first bytes of the row it takes the place of, if it is narrower."""
-    if z.dtype == operand_dtype:
-        return z
+    # a shard without classes has no bytes to share
+    if z.dtype == operand_dtype or z.shape[1] == 0:
+        return z.to(operand_dtype)
     rows, v = z.shape
     wide = z.as_strided((rows, z.stride(0)), (z.stride(0), 1)).view(operand_dtype)
     return wide[:, :v]
@@ -306,7 +307,12 @@ def _unit(upstream: Upstream, class_weight: Tensor | None, spec: LossSpec) -> Te
     # a mean over no row is divided by 0, and an ignored row's factor may be anything
     largest = [None if t is None else torch.where(t.isfinite(), t.abs(), 0.0).amax() for t in upstream]
     if class_weight is not None and largest[0] is not None:
-        largest[0] = largest[0] * class_weight.to(largest[0].dtype).abs().amax()
+        # a shard may have no classes
+        heaviest = torch.nn.functional.pad(class_weight.to(largest[0].dtype).abs(), (0, 1)).amax()
+        if spec.group is not None:
+            # a row's factor is the weight of its target, wherever that is
+            heaviest = gather(heaviest[None], spec.group).amax()
+        largest[0] = largest[0] * heaviest
     most = torch.stack([t for t in largest if t is not None]).sum() * abs(spec.logit_scale or 1.0)
     return torch.where(most > 0.0, most, 1.0) / 256.0
 

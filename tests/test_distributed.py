@@ -11,7 +11,7 @@ import torch.distributed as dist
 import lossfuse
 import program
 from closeness import assert_formula_close, assert_gradient_close, assert_product_close, assert_statistics_close
-from lossfuse import LinearOptions, VocabShard, sharded, targets
+from lossfuse import LinearOptions, VocabShard, linear, sharded, targets
 from options import COMBINATIONS, EVERYTHING, OPTIONS, differentiated, options_of, upstream, upstreams
 from programs import programs
 from ranks import cases_on_ranks
@@ -513,6 +513,24 @@ def other_dtypes_of_heads():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def weights_of_other_ranks_in_float16():
+    """As on a GPU, where gradients of float16 logits have a unit: a target's weight may be out of proportion to all of another rank."""
+    weight = torch.ones(37)
+    weight[20:] = 1e4
+    hidden, head, _, ids = head_and_ids(64, 24, 37, torch.float16)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, head)]
+    theirs = torch.autograd.grad(program.linear_cross_entropy(*wide, ids, None, weight.double()), wide)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "mixes", lambda device: True)
+        for cuts in (TWO, ((37, 37), (0, 37))):
+            classes = my_slice(cuts)
+            leaves = [hidden, mine(head, classes, 0)]
+            loss = lossfuse.linear_cross_entropy(*leaves, ids, weight=weight, shard=VocabShard(classes.start, 37))
+            slopes = torch.autograd.grad(loss, leaves)
+            for g, t in zip(slopes, (theirs[0], theirs[1][classes]), strict=True):
+                assert float((g.double() - t).norm()) <= 2e-3 * float(t.norm())
+
+
 def subgroups():
     """A shard of a group that is not all ranks: two pairs that know nothing of one another."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -543,7 +561,8 @@ def programs_of_the_document():
 
 ON_TWO = (
     errors, shards_that_are_none, many_classes, hard_rows, groups_of_one_and_no_rows, shapes, same_on_every_rank_and_every_time,
-    in_place_contract, partial_hidden, the_reference, dtensors, other_dtypes_of_heads, by_modules, compiled, kernels, where_nobody_looks,
+    in_place_contract, partial_hidden, the_reference, dtensors, other_dtypes_of_heads,
+    weights_of_other_ranks_in_float16, by_modules, compiled, kernels, where_nobody_looks,
     programs_of_the_document,
 )  # fmt: skip
 ON_FOUR = (shards_that_are_none, many_classes, subgroups)
