@@ -171,9 +171,10 @@ def _header(target: Tensor, v: int, spec: LossSpec, looked_at: bool) -> Tensor:
     none = torch.full((2,), -1, device=target.device)
     if target.is_floating_point() or len(target) == 0:
         return torch.cat([place, none[:1], none])
-    # odd factors, all of them different, so that neither an exchange of two rows nor another id goes unseen
+    # odd factors, all of them different, so that neither an exchange of two rows nor another id goes unseen; powers, since of a line
+    # of factors two exchanges cancel where they are as far apart
     first, step = 0x9E3779B97F4A7C15 >> 3 | 1, 0x85EBCA77C2B2AE3D >> 30 & ~1
-    factors = torch.arange(first, first + step * len(target), step, device=target.device)[: len(target)]
+    factors = torch.arange(first, first + step * len(target), step, device=target.device)[: len(target)].pow_(5)
     total = (target * factors).sum(0, keepdim=True)
     if not looked_at:
         return torch.cat([place, total, none])

@@ -174,6 +174,10 @@ def errors():
     other[0] = (ids[0] + 1) % 37
     agreed(ValueError, "target differs between the ranks", lossfuse.cross_entropy, local, other if rank else ids, shard=shard)
     agreed(ValueError, "target differs", lossfuse.cross_entropy, local, ids.flip(0) if rank else ids, shard=shard)
+    # alike in their sum, and in their sum with rows counted
+    for mine_of, other in (((1, 2, 2, 1), (2, 1, 1, 2)), ((3, 7, 3), (4, 5, 4))):
+        given = torch.tensor(other if rank else mine_of)
+        agreed(ValueError, "target differs", lossfuse.cross_entropy, local[: len(given)], given, shard=shard)
     for stats in (lossfuse.cross_entropy_stats, lossfuse.cross_entropy):
         with_gap = VocabShard(0 if rank == 0 else 21, 38)
         agreed(ValueError, "hold the classes [0, 20), [21, 38); expected each of [0, 38) once", stats, local, ids, shard=with_gap)
