@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .inputs import torch_func_active
-from .sharded import gather
-from .spec import VocabShard
+from .inputs import Targets, torch_func_active
+from .sharded import gather, look_together
+from .spec import LossSpec, VocabShard
 
 
 def shard_options(shard: VocabShard | None) -> tuple[int, int, str] | tuple[()]:
@@ -157,9 +157,12 @@ def _local(name: str, t: Any, like: Any, class_dim: int | None, cut: int | None)
 # --- whole tensors, for the reference
 
 
-def whole_logits(input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor | None]:
+def whole_logits(
+    input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard, rows: Targets, spec: LossSpec
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors of all ranks, made on every rank."""
     _refuse_transforms()
+    look_together(rows.target, rows.classes_at_hand, spec)
     class_dim = 0 if input.dim() == 1 else 1
     soft = target.is_floating_point()
     return (
@@ -170,12 +173,20 @@ def whole_logits(input: Tensor, target: Tensor, weight: Tensor | None, shard: Vo
 
 
 def whole_head(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, shard: VocabShard
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    shard: VocabShard,
+    rows: Targets,
+    spec: LossSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """As ``whole_logits``, of a head."""
     _refuse_transforms()
     if shard.hidden_grad != "reduced":
         raise ValueError(f"hidden_grad is {shard.hidden_grad!r} but the reference makes whole gradients; expected 'reduced'")
+    look_together(rows.target, rows.classes_at_hand, spec)
     return (
         input,
         _Whole.apply(linear_weight, 0, shard),
@@ -211,7 +222,7 @@ class _Whole(torch.autograd.Function):
         if [start for (start, _), _ in ordered] != ends[:-1] or ends[-1] != shard.num_classes:
             raise ValueError(f"shard: the ranks hold (start, classes) {places}; expected each of [0, {shard.num_classes}) once")
         whole = torch.cat([part[:size] for (_, size), part in ordered])
-        return whole.reshape(-1, *rest).movedim(0, dim)
+        return whole.reshape(shard.num_classes, *rest).movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

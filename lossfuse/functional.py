@@ -121,8 +121,9 @@ def cross_entropy(
     backend = pick(impl, rows)
     if shard is not None and backend == "reference":
         return cross_entropy(
-            *whole_logits(input, target, weight, shard), ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, impl=backend,
+            *whole_logits(input, target, weight, shard, rows, spec), ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale,
+            normalizer=normalizer, impl=backend,
         )  # fmt: skip
     divisor = denominator(rows, spec, reduction, normalizer)
     wanted = inplace and torch.is_grad_enabled() and input.requires_grad
@@ -223,7 +224,7 @@ def linear_cross_entropy(
         )  # fmt: skip
     rows, divisor = head.rows, head.divisor
     if shard is not None and head.backend == "reference":
-        operands = whole_head(input, linear_weight, linear_bias, target, weight, shard)
+        operands = whole_head(input, linear_weight, linear_bias, target, weight, shard, head.rows, spec)
         return linear_cross_entropy(
             *operands[:2], operands[3], linear_bias=operands[2], weight=operands[4], reduction=reduction, ignore_index=ignore_index,
             label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale,

@@ -15,7 +15,9 @@ from .autograd import is_plain, multiply
 from .linear import Gradients, Head, Needs
 from .ops import N_OPTIONS, OPTIONS, UPSTREAM, backend_of, checked_spec, library, new_loss
 from .row_stats import Upstream, Wants
-from .spec import LinearOptions, loss_spec
+from .sharded import look_together
+from .spec import LinearOptions, LossSpec, loss_spec
+from .targets import values_are_at_hand
 
 SPENT = (
     "a second backward needs the gradients of linear_cross_entropy again, but the first has handed them over; pass"
@@ -47,11 +49,19 @@ def split(options: tuple[Any, ...]) -> tuple[LinearOptions, tuple[Any, ...]]:
     return LinearOptions(*options[:N_CHUNKS]), options[N_CHUNKS:]
 
 
+def checked_head_spec(weight: Tensor, target: Tensor, loss_options: tuple[Any, ...]) -> LossSpec:
+    spec = checked_spec(len(weight), target, loss_options)
+    # all rows at once, where that is free or asked for: a chunk knows neither which rows it is of nor how many chunks other ranks make
+    if spec.group is not None and values_are_at_hand(target):
+        look_together(target, len(weight), spec)
+    return spec
+
+
 def _row_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, buffer: Tensor | None, *options: Any
 ) -> Tensor:
     chunks, loss_options = split(options)
-    spec = checked_spec(len(weight), target, loss_options)
+    spec = checked_head_spec(weight, target, loss_options)
     return linear.row_loss(Head(hidden, weight, bias), target, class_weight, spec, chunks, backend_of(loss_options))
 
 
@@ -91,7 +101,7 @@ def _total(
 ) -> tuple[Tensor, ...]:
     needs = Needs(*options[:4])
     chunks, loss_options = split(options[4:])
-    spec = checked_spec(len(weight), target, loss_options)
+    spec = checked_head_spec(weight, target, loss_options)
     arguments = Head(hidden, weight, bias), target, class_weight, dloss_of(hidden, divisor)
     loss, grads = linear.row_loss_and_grads(*arguments, needs, spec, chunks, backend_of(loss_options))
     total = loss.sum() if divisor is None else loss.sum() / divisor

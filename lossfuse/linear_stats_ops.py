@@ -11,8 +11,21 @@ from torch import Tensor
 
 from . import linear
 from .linear import Head, Needs
-from .linear_ops import CHUNKS, GRADS, HEAD, N_CHUNKS, NEEDS, as_tensors, dloss_of, handed_over, made_again, new_grads, split
-from .ops import N_OPTIONS, OPTIONS, STATS, WANTS, backend_of, checked_spec, library
+from .linear_ops import (
+    CHUNKS,
+    GRADS,
+    HEAD,
+    N_CHUNKS,
+    NEEDS,
+    as_tensors,
+    checked_head_spec,
+    dloss_of,
+    handed_over,
+    made_again,
+    new_grads,
+    split,
+)
+from .ops import N_OPTIONS, OPTIONS, STATS, WANTS, backend_of, library
 from .row_stats import Upstream, Wants
 from .stats_ops import as_tensors as stats_as_tensors
 from .stats_ops import new_stats, without_gradient
@@ -31,7 +44,7 @@ def _row_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, buffer: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     wants, (chunks, loss_options) = Wants(*rest[:2]), split(rest[2:])
-    spec = checked_spec(len(weight), target, loss_options)
+    spec = checked_head_spec(weight, target, loss_options)
     made = linear.row_stats(Head(hidden, weight, bias), target, class_weight, wants, spec, chunks, backend_of(loss_options))
     return stats_as_tensors(made)[:-1]
 
@@ -53,7 +66,7 @@ def _total(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     needs, wants, (chunks, loss_options) = Needs(*rest[:4]), Wants(*rest[4:6]), split(rest[6:])
-    spec = checked_spec(len(weight), target, loss_options)
+    spec = checked_head_spec(weight, target, loss_options)
     upstream = Upstream(dloss_of(hidden, divisor))
     made, grads = linear.row_stats_and_grads(
         Head(hidden, weight, bias), target, class_weight, upstream, needs, wants, spec, chunks, backend_of(loss_options)

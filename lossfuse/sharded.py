@@ -122,6 +122,15 @@ class Sharded:
         return whole._replace(log_sum=torch.where(agreed, whole.log_sum, torch.nan)), weight_sums.sum()
 
 
+def look_together(target: Tensor, v: int, spec: LossSpec) -> None:
+    """Raise, on every rank alike, what the ranks find where they compare themselves, before anything is computed."""
+    assert spec.group is not None
+    looked_at = values_are_at_hand(target)
+    if debugging():
+        _require_same_rows(len(target), target, spec.group)
+    _agree(gather(_header(target, v, spec, looked_at), spec.group), spec, looked_at=True)
+
+
 def process_group(name: str) -> Any:
     """By the name a VocabShard keeps of it."""
     from torch.distributed import distributed_c10d

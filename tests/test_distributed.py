@@ -193,6 +193,27 @@ def errors():
     hidden, head, _, ids = head_and_ids(6, 5, 37)
     call, local_head = lossfuse.linear_cross_entropy, mine(head, classes, 0)
     agreed(IndexError, "on rank 1", call, hidden, local_head, ids.clamp(max=36) + 37 * rank, shard=shard)
+    # a row of the call, not of its chunk, or of the rows that are left
+    late = torch.where(ids == -100, -100, 0)
+    late[0], late[5] = -100, 37
+    for how in (CHUNKS, LinearOptions(drop_ignored=True)):
+        for form in (call, lossfuse.linear_cross_entropy_stats):
+            agreed(IndexError, "target of row 5 is 37", form, hidden, local_head, late, shard=shard, options=how)
+    fewer = torch.full((6,), -100) if rank else ids
+    agreed(ValueError, "target differs", call, hidden, local_head, fewer, shard=shard, options=LinearOptions(drop_ignored=True))
+    # 256 and 300 rows in chunks of 128
+    n = 300 if rank else 256
+    many, zeros, some = torch.ones(n, 5), torch.zeros(n, dtype=torch.int64), LinearOptions(chunk_bytes=128 * 32 * 4)
+    with lossfuse.debug_targets():
+        agreed(ValueError, "have [256, 300] rows", call, many, local_head, zeros, shard=shard, options=some)
+    # the reference, which auto is for a weight that has a gradient
+    x_ids = logits_and_ids(6, 37)[1]
+    for given in ({"impl": "reference"}, {"weight": torch.ones(37, requires_grad=True)}):
+        agreed(IndexError, "target of row 3 is 37 on rank 1", lossfuse.cross_entropy, local, bad if rank else x_ids, shard=shard, **given)
+        agreed(ValueError, "target differs", lossfuse.cross_entropy_stats, local, x_ids.flip(0) if rank else x_ids, shard=shard, **given)
+        agreed(
+            IndexError, "row 5 is 37 on rank 1", call, hidden, local_head, late.clamp(max=36) + rank * (late == 37), shard=shard, **given
+        )
     assert "must be a lossfuse.VocabShard" in raised(TypeError, call, hidden, local_head, ids, shard=(0, 37))
     assert "with shard it must be (C, D)" in raised(ValueError, call, hidden, local_head[:, None], ids[:, None], shard=shard)
     said = raised(ValueError, lossfuse.cross_entropy, local, ids, torch.ones(5), shard=shard)
@@ -378,6 +399,8 @@ def the_reference():
     wide = x.detach().double().requires_grad_()
     (theirs,) = second_derivative_of(torch.nn.functional.cross_entropy(wide, ids), wide)
     assert_formula_close(ours, theirs[:, classes])
+    none = lossfuse.cross_entropy(local[:0], ids[:0], reduction="sum", shard=shard, impl="reference")
+    assert none == 0.0 and not torch.autograd.grad(none, local)[0].any()
     # which auto is for a weight that has a gradient, of its classes or of all
     for whole in (False, True):
         weight = class_weight(37).requires_grad_()
