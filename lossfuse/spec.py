@@ -169,6 +169,8 @@ class VocabShard:
                 raise TypeError(f"{name} is {value!r} but must be an int")
         if self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes} but must be positive")
+        if self.num_classes >= 2**31:
+            raise ValueError(f"num_classes is {self.num_classes} but must be less than 2**31")
         if not 0 <= self.start <= self.num_classes:
             raise ValueError(f"start is {self.start} but must lie in [0, {self.num_classes}], as there are {self.num_classes} classes")
         if self.hidden_grad not in ("reduced", "partial"):

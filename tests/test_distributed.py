@@ -239,6 +239,7 @@ def shards_that_are_none():
         (0, 0, ValueError),
         (1.0, 5, TypeError),
         (0, True, TypeError),
+        (0, 2**31, ValueError),
     ):
         raised(expected, VocabShard, start, num_classes)
     assert "hidden_grad" in raised(ValueError, VocabShard, 0, 5, hidden_grad="some")
