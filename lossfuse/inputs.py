@@ -120,7 +120,7 @@ def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
     if num_classes == 0 and shard is None:
         raise ValueError(f"input has shape {_shape(input)}: dimension {class_dim} holds the classes and must not be empty")
     batch_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    _check_target(target, input.device, input.shape, batch_shape, ignore_index)
+    _check_target(target, input.device, input.shape, batch_shape, ignore_index, shard is not None)
     if weight is not None:
         _check_weight(weight, input, num_classes, shard)
     return Rows(_target_rows(target, class_dim, batch_shape), weight, batch_shape, _rows(input, class_dim, batch_shape), shard=shard)
@@ -142,7 +142,7 @@ def flatten_head(
     require_tensor("target", target)
     num_classes, width = linear_weight.shape
     batch_shape = input.shape[:-1]
-    _check_target(target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index)
+    _check_target(target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index, shard is not None)
     if weight is not None:
         _check_weight(weight, input, num_classes, shard)
     hidden = input if input.dim() == 2 else input.reshape(batch_shape.numel(), width)
@@ -234,11 +234,14 @@ def _rows(t: Tensor, class_dim: int, batch_shape: torch.Size) -> Tensor:
     return t.movedim(class_dim, -1).reshape(batch_shape.numel(), t.shape[class_dim])
 
 
-def _check_target(target: Tensor, device: torch.device, logits_shape: tuple[int, ...], batch_shape: torch.Size, ignore_index: int) -> None:
+def _check_target(
+    target: Tensor, device: torch.device, logits_shape: tuple[int, ...], batch_shape: torch.Size, ignore_index: int, cut: bool
+) -> None:
     if target.device != device:
         raise ValueError(f"target is on {target.device} but input is on {device}")
     shape, of_logits = tuple(target.shape), tuple(logits_shape)
-    if shape == of_logits:
+    # of a row cut to one class (1,) may be its id, which is (1,) on the ranks with more of them
+    if shape == of_logits and not (cut and shape == (1,) and not target.is_floating_point()):
         if not target.is_floating_point():
             raise TypeError(
                 f"target has the shape of the logits, {shape}, so it holds class probabilities and must be floating point,"
