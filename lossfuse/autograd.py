@@ -212,8 +212,8 @@ def writing(logits: Tensor, owner: Owner) -> Iterator[Tensor]:
     torch.autograd.graph.increment_version(logits)
     try:
         yield dlogits
-    except IndexError:
-        # a bad target, found before anything is written
+    except (IndexError, ValueError):
+        # a bad target, or ranks that disagree, found before anything is written
         raise
     except BaseException:
         owner.mark()

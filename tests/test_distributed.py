@@ -383,6 +383,11 @@ def in_place_contract():
         assert where
     with pytest.raises(ValueError, match="leaf"):
         lossfuse.cross_entropy(mine(x, classes), ids, inplace=True, shard=shard)
+    # what is raised before anything is written leaves the logits as they were
+    local = mine(x, classes) * 1.0
+    with pytest.raises(ValueError, match="target differs"):
+        lossfuse.cross_entropy(local, ids.flip(0) if dist.get_rank() else ids, inplace=True, shard=shard)
+    assert torch.equal(local, x[:, classes])
 
 
 def partial_hidden():
