@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import ops
 from .inputs import Targets, torch_func_active
-from .sharded import gather, look_together
+from .sharded import gather, look_together, process_group
 from .spec import LossSpec, VocabShard
 
 
@@ -184,11 +184,9 @@ def whole_head(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """As ``whole_logits``, of a head."""
     _refuse_transforms()
-    if shard.hidden_grad != "reduced":
-        raise ValueError(f"hidden_grad is {shard.hidden_grad!r} but the reference makes whole gradients; expected 'reduced'")
     look_together(rows.target, rows.classes_at_hand, spec)
     return (
-        input,
+        input if shard.hidden_grad == "reduced" else _Addend.apply(input, shard),
         _Whole.apply(linear_weight, 0, shard),
         None if linear_bias is None else _Whole.apply(linear_bias, 0, shard),
         _Whole.apply(target, target.dim() - 1, shard) if target.is_floating_point() else target,
@@ -204,6 +202,19 @@ def _refuse_transforms() -> None:
 def _whole_weight(weight: Tensor | None, shard: VocabShard) -> Tensor | None:
     made: Tensor | None = weight if weight is None or len(weight) == shard.num_classes else _Whole.apply(weight, 0, shard)
     return made
+
+
+class _Addend(torch.autograd.Function):
+    """Hidden states whose gradient, whole on every rank, is to be summed over the ranks all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, shard: VocabShard) -> Tensor:
+        ctx.ranks = process_group(shard.group_name).size()
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.ranks, None
 
 
 class _Whole(torch.autograd.Function):

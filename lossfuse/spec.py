@@ -178,6 +178,10 @@ class VocabShard:
         # a string, for what is compiled
         object.__setattr__(self, "group_name", _group(self.group).group_name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VocabShard":
+        # a group is not copied, and a copy of a module has the same ranks
+        return self
+
     @classmethod
     def even(cls, num_classes: int, group: Any = None, hidden_grad: str = "reduced") -> "VocabShard":
         """The shard of this rank where classes are cut as ``torch.chunk`` and DTensor's ``Shard`` cut them: equal but for the last."""
