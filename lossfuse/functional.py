@@ -92,9 +92,10 @@ def cross_entropy(
     memory of ``input``. Layouts that are copied to rows keep their values; the copy is consumed. ValueError for a leaf that requires
     grad, a view of one, and logits whose elements share memory. Unseen: readers that bypass ``__torch_function__``, such as TorchScript.
 
-    Shards: the forward gathers 3 to 5 numbers a row from every rank in one collective, the backward needs none; with ``weight`` one number
-    more for "mean". Losses have the same bits on every rank. A second derivative raises but with ``impl="reference"``, which makes the
-    logits whole on every rank, as does a gradient for ``weight``.
+    Shards: the forward gathers 3 to 5 numbers a row from every rank in one collective, the backward needs none (but a second one, where
+    the forward formed the gradient, the same again); with ``weight`` one number more for "mean". Losses have the same bits on every rank.
+    A second derivative raises but with ``impl="reference"``, which makes the logits whole on every rank, as does a gradient for
+    ``weight``.
 
     Rounding: float32 from load to store (float64 for float64). The row maximum and the log-sum are kept apart, so that an offset common
     to a row cancels exactly; the target's ``p - 1`` is formed before rounding and keeps its digits however confident the model is.
