@@ -23,7 +23,7 @@ from .mistakes import Mistake
 if TYPE_CHECKING:
     from rich.table import Table
 
-# bytes of a number of a row: statistics are float32 whatever the logits are
+# bytes of a float32, which statistics are whatever the logits are
 NUMBER = 4
 
 ASSUMPTIONS = (
@@ -155,12 +155,12 @@ class Loss:
     def step(self) -> bool:
         return self.mode == "forward+backward"
 
-    def row_numbers(self, statistics: bool) -> int:
-        """Numbers that a rank says of a row."""
+    def row_bytes(self, statistics: bool) -> int:
+        """Of what a rank says of a row: numbers in float32, and a class in int64."""
         spec = LossSpec(label_smoothing=0.1 if self.smoothing else 0.0)
         wants = Wants(statistics and self.entropy, statistics and self.argmax)
         said = nothing(0, torch.empty(0), self.probabilities, self.class_weights, spec, wants, statistics)
-        return sum(numbers is not None for numbers in said)
+        return sum(numbers.element_size() for numbers in said if numbers is not None)
 
 
 @dataclass(frozen=True)
@@ -302,8 +302,8 @@ def _chunks(loss: Loss, layout: Layout) -> list[int]:
 
 
 def _rows_payload(loss: Loss, rows: int, statistics: bool) -> int:
-    # and a header, with a sum of class weights
-    return (HEADER_INTS + 1 + loss.row_numbers(statistics) * rows) * NUMBER
+    # and a header in int64, and a sum of class weights
+    return 8 * HEADER_INTS + NUMBER * loss.class_weights + loss.row_bytes(statistics) * rows
 
 
 def _way(name: str, by: str, loss: Loss, layout: Layout, calls: list[Collective], held: list[Held]) -> Way:
@@ -406,10 +406,11 @@ def main(
     console = Console()
     found = [Layout.parse(text) for text in layouts]
     for case in [named(name, torch.device("cuda")) for name in cases]:
+        if case.op == "labels":
+            raise Mistake(f"{case.name} has labels, but --layout is for classes: of NxV logits or an NxDxV head")
         for dtype in dtypes:
             loss = Loss(case.n, case.v, case.d, dtype, **losses)
-            size = " x ".join(f"{x:,}" for x in (case.n, case.d, case.v) if x)
-            title = f"{case.name}: {size} in {dtype} for each data-parallel rank, {loss.mode}; peak, calls and bytes sent of one rank"
+            title = f"{case.name}: {case.size} in {dtype} for each data-parallel rank, {loss.mode}; peak, calls and bytes sent of one rank"
             console.print(_summary(title, loss, found, fits_gib, links))
             if len(found) == 1:
                 way = ours(loss, found[0])

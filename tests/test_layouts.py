@@ -107,36 +107,36 @@ def predicted(loss, layout):
     return calls
 
 
-def taken(loss, n, group, weight_of=lambda head: head):
-    """A step of what the loss describes: leaves and a function of them."""
+# what puts nothing more on the wire
+FREE = {"softcap": 30.0, "logit_scale": 0.7, "lse_square_scale": 1e-4}
+
+
+def call_of(loss, n, group=None, **free):
+    """What the loss describes, on this rank: a function of the head's weight, and that weight; None for logits."""
     world = 1 if group is None else group.size()
-    shard = None if world == 1 else VocabShard.even(V, group, hidden_grad=loss.hidden_grad)
-    mine = slice(0, V) if shard is None else slice(shard.start, shard.start + -(-V // world))
+    shard = None if world == 1 else VocabShard.even(loss.v, group, hidden_grad=loss.hidden_grad)
+    mine = slice(0, loss.v) if shard is None else slice(shard.start, shard.start + -(-loss.v // world))
     dtype, grads = DTYPES[loss.dtype], loss.mode != "no_grad"
-    hidden, head, _, ids = head_and_ids(n, D, V, dtype, ignored=0.0)
-    target = probabilities(n, V)[:, mine].detach().contiguous() if loss.probabilities else ids
+    hidden, head, _, ids = head_and_ids(n, D, loss.v, dtype, ignored=0.0)
+    target = probabilities(n, loss.v)[:, mine].detach().contiguous() if loss.probabilities else ids
     options = {
-        "weight": class_weight(V) if loss.class_weights else None, "reduction": loss.reduction, "shard": shard, "impl": "torch",
-        "label_smoothing": 0.1 * loss.smoothing, "normalizer": 7.5 if loss.normalizer else None,
+        "weight": class_weight(loss.v) if loss.class_weights else None, "reduction": loss.reduction, "shard": shard, "impl": "torch",
+        "label_smoothing": 0.1 * loss.smoothing, "normalizer": 7.5 if loss.normalizer else None, **free,
     }  # fmt: skip
     if loss.statistics:
         options |= {"entropy": loss.entropy, "argmax": loss.argmax}
     if loss.d is None:
-        logits = logits_and_ids(n, V, dtype)[0].detach()[:, mine].contiguous().requires_grad_(grads)
-        call = lossfuse.cross_entropy_stats if loss.statistics else lossfuse.cross_entropy
-        return lambda: call(logits, target, **options)
+        logits = logits_and_ids(n, loss.v, dtype)[0].detach()[:, mine].contiguous().requires_grad_(grads)
+        of_logits = lossfuse.cross_entropy_stats if loss.statistics else lossfuse.cross_entropy
+        return lambda weight: of_logits(logits, target, **options), None
     hidden.requires_grad_(grads)
-    weight = weight_of(head.detach()[mine].contiguous().requires_grad_(grads))
-    call = lossfuse.linear_cross_entropy_stats if loss.statistics else lossfuse.linear_cross_entropy
-
-    def of_the_head(weight=weight):
-        return call(hidden, weight, target, options=loss.options, **options)
-
-    return of_the_head
+    of_head = lossfuse.linear_cross_entropy_stats if loss.statistics else lossfuse.linear_cross_entropy
+    weight = head.detach()[mine].contiguous().requires_grad_(grads)
+    return lambda weight: of_head(hidden, weight, target, options=loss.options, **options), weight
 
 
-def run(loss, call):
-    made = call()
+def run(loss, call, *arguments):
+    made = call(*arguments)
     value = made.loss if loss.statistics else made
     if loss.step:
         value.sum().backward()
@@ -144,13 +144,14 @@ def run(loss, call):
 
 def count_one(name):
     loss, ranks = CASES[name], dist.get_world_size()
-    call = taken(loss, N, dist.group.WORLD)
-    with counting() as (calls, elements):
-        run(loss, call)
-    want = predicted(loss, Layout(tp=ranks))
-    assert calls == want, f"counted {calls}, by formula {want}"
-    # nothing of the size of a row of a shard, let alone of the logits
-    assert max(elements) < V // ranks
+    for free in ({}, FREE):
+        call, weight = call_of(loss, N, dist.group.WORLD, **free)
+        with counting() as (calls, elements):
+            run(loss, call, weight)
+        want = predicted(loss, Layout(tp=ranks))
+        assert calls == want, f"counted {calls}, by formula {want}"
+        # nothing of the size of a row of a shard, let alone of the logits
+        assert max(elements) < V // ranks
 
 
 class Head(torch.nn.Module):
@@ -168,13 +169,13 @@ def count_sharded(case):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     name, layout = case
-    loss = SHARDED[name]
+    # classes that must be padded, alike on every rank of tensor parallelism
+    loss = replace(SHARDED[name], v=V - (layout.tp == 1))
     sizes = (layout.dp, layout.sharding, layout.tp)
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "fsdp", "tp"))
-    call = taken(loss, N // layout.sp + N % layout.sp, mesh["tp"].get_group() if layout.tp > 1 else None)
-    weight = call.__defaults__[0].detach().float()
+    call, weight = call_of(loss, -(-N // layout.sp), mesh["tp"].get_group())
     head = fully_shard(
-        Head(weight),
+        Head(weight.detach().float()),
         mesh=mesh["dp", "fsdp"] if layout.dp > 1 else mesh["fsdp"],
         mp_policy=MixedPrecisionPolicy(param_dtype=DTYPES[loss.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False),
         reshard_after_forward=loss.reshard,
@@ -182,7 +183,7 @@ def count_sharded(case):
     # which gloo has, and an average not
     head.set_force_sum_reduction_for_comms(True)
     with counting() as (calls, _):
-        run(loss, lambda: head(call))
+        run(loss, head, call)
     want = predicted(loss, layout)
     assert calls == want, f"counted {calls}, by formula {want}"
 
@@ -273,8 +274,8 @@ def test_alternatives():
     ways = {way.name: way for way in (ours(LLAMA, Layout(tp=8)), *others(LLAMA, Layout(tp=8)))}
     assert ways["gathered whole"].sent("logits") == 7 * 8192 * 128256 // 8 * 2
     assert ways["Megatron"].sent("numbers of rows") == 3 * 2 * 7 * 8192 * 4 // 8
-    # four chunks, each with a header of six numbers
-    assert ways["lossfuse"].sent("numbers of rows") == 7 * 4 * (3 * 8192 + 6 * 2)
+    # two chunks, each with a header of four int64
+    assert ways["lossfuse"].sent("numbers of rows") == 7 * (3 * 4 * 8192 + 2 * 4 * 8)
     assert [way.name for way in others(replace(LLAMA, statistics=True), Layout(tp=8))] == ["gathered whole"]
 
 
@@ -307,6 +308,8 @@ def test_the_command(capsys, monkeypatch):
 def test_mistakes(arguments, sentence, capsys):
     assert main(["estimate", "head-llama3", "--layout", *arguments]) == 2
     assert sentence in " ".join(capsys.readouterr().err.split())
+    assert main(["estimate", "16x1000p3", "--layout", "tp=8"]) == 2
+    assert "16x1000p3 has labels" in capsys.readouterr().err
 
 
 def test_a_mistake_of_a_function():
