@@ -19,6 +19,7 @@ from ..shards import nothing
 from ..spec import LinearOptions, LossSpec
 from .cases import DTYPES, named
 from .mistakes import Mistake
+from .shown import digits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,8 @@ ASSUMPTIONS = (
     "sp cuts the N tokens of a data-parallel rank: each has ceil(N / sp) of them, and nothing of the loss is sent over sp; the one number"
     " of a global mean (normalizer) is the trainer's.",
     "No row is left out: with drop_ignored ignored rows are neither computed nor sent.",
-    "A gradient comes to the loss alone; probabilities and the bias have none, hidden states and weight both do.",
+    "Of NxV logits the loss alone is counted, of an NxDxV head what surrounds it too. A gradient comes to the loss alone;"
+    " probabilities and the bias have none, hidden states and weight both do.",
     "fsdp shards the head over fsdp x sp ranks in a unit of its own (FSDP2): one all-gather before the loss, in the dtype of the operands,"
     " and one more in the backward with --reshard; one reduce-scatter in the backward, in float32, of classes padded to a multiple of the"
     " ranks; its shard is float32. Chunks of the loss add up before that.",
@@ -245,9 +247,9 @@ class Way:
         return sum(c.sent for c in self.collectives if not whats or c.what in whats)
 
 
-ROWS, CLASS_WEIGHTS, HIDDEN_STATES, HIDDEN_GRADIENT, WHOLE_LOGITS = (
-    "numbers of rows", "sum of class weights", "hidden states", "hidden gradient", "logits",
-)  # fmt: skip
+# what goes over the wire
+ROWS, CLASS_WEIGHTS, WHOLE_LOGITS = "numbers of rows", "sum of class weights", "logits"
+HIDDEN_STATES, HIDDEN_GRADIENT = "hidden states", "hidden gradient"
 HEAD_WEIGHT, HEAD_GRADIENT = "weight", "weight gradient"
 
 
@@ -431,6 +433,9 @@ def _summary(title: str, loss: Loss, layouts: Sequence[Layout], fits_gib: float 
     from rich.table import Table
 
     table = Table("ranks", "way", "peak", "calls", "rows", "hidden", "weight", title=escape(title), title_justify="left")
+    # narrow terminals fold layouts rather than names
+    table.columns[0].overflow, table.columns[1].no_wrap = "fold", True
+    table.columns[1].min_width = len("gathered whole")
     for column in table.columns[2:]:
         column.justify = "right"
     if links is not None:
@@ -485,5 +490,5 @@ def shown(size: int) -> str:
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         # half of a unit is said in it
         if size >= scale / 2:
-            return f"{size / scale:.2f} {unit}"
+            return f"{digits(size / scale)} {unit}"
     return f"{size} B" if size else "0"
