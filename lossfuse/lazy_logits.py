@@ -11,9 +11,9 @@ import math
 import sys
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Protocol, cast
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from .inputs import torch_func_active
+from .sharded_heads import Shard, Shards, has_other_groups, is_plain_linear, modules_told, shards, told_by, unsharded
 from .spec import LinearOptions
 
 STALE = (
@@ -59,6 +61,7 @@ class LogitsReport:
 class Finder(Protocol):
     """Who knows which head a model has."""
 
+    model: nn.Module
     report: LogitsReport
     options: LinearOptions
     closed: bool
@@ -85,6 +88,7 @@ class LazyForward:
         self.finder = finder
         # classes and dtype of the logits of a head that must be asked, by what decides them
         self.known: dict[Any, tuple[int, torch.dtype]] = {}
+        self.shards = Shards()
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.instance_forward is not None:
@@ -102,6 +106,9 @@ class LazyForward:
         if not self.finder.finds(self.head):
             # wrapped since, by an adapter
             return self.original(*args, **kwargs)
+        if has_other_groups(self.head):
+            # a module must not be entered for the loss: its group would reduce gradients of which half are missing
+            return self.original(*args, **kwargs)
         source = Source(self, hidden)
         made = source.shape_of_logits()
         if made is None:
@@ -117,7 +124,7 @@ class Source:
         self.forward = forward
         self.hidden = hidden
         head, kind = forward.head, hidden.device.type
-        self.linear = type(head) is nn.Linear and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
+        self.linear = is_plain_linear(head) and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
         self.weight: Tensor | None = cast(nn.Linear, head).weight if self.linear else None
         self.bias: Tensor | None = cast(nn.Linear, head).bias if self.linear else None
         # float64 is none of autocast's business
@@ -126,6 +133,12 @@ class Source:
         self.parameters = tuple(head.parameters())
         self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, p._version) for p in self.parameters]
         self.watch("the hidden states", hidden)
+        self.shapes = [p.shape for p in self.parameters]
+        self.shards: list[Shard] = []
+        self.watch_shards(forward.shards(self.parameters, forward.finder.model))
+        # who waits for a backward to begin, and what has been read, whose backward that is
+        self.begins: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
+        self.results: list[weakref.ref[Tensor]] = []
         # the logits themselves, once somebody has needed them, and when that was
         self.made: Tensor | None = None
         self.made_version = 0
@@ -135,6 +148,33 @@ class Source:
 
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, t._version))
+
+    def watch_shards(self, found: list[Shard]) -> None:
+        """What an optimizer's step changes where the head's own parameters are copies."""
+        self.shards += found
+        for shard in found:
+            self.watch("a parameter of the head", shard.sharded)
+
+    def present(self) -> AbstractContextManager[None]:
+        return unsharded(self.shards, self.parameters, self.shapes)
+
+    def tell(self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()) -> RemovableHandle:
+        """``hook`` is called when a backward of anything made or read of these logits begins."""
+        handle = RemovableHandle(self.begins)
+        self.begins[handle.id] = hook
+        self.watch_shards(shards(tuple(p for p in self.parameters if all(p is not s.parameter for s in self.shards)), modules))
+        results = [ref() for ref in self.results]
+        for t in results:
+            if t is not None:
+                t.register_hook(hook)
+        return handle
+
+    def is_read(self, result: Any) -> None:
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.requires_grad:
+                self.results.append(weakref.ref(t))
+                for hook in self.begins.values():
+                    t.register_hook(hook)
 
     def require_unchanged(self, *, calls_head: bool = True) -> None:
         require_unchanged(self.watched)
@@ -176,6 +216,7 @@ class Source:
         if self.made is None:
             self.made = self.original()
             self.made_version = self.made._version
+            self.is_read(self.made)
         elif self.made._version != self.made_version:
             raise RuntimeError(STALE.format(what="what was made of others like them"))
         return self.made
@@ -245,6 +286,7 @@ class LazyLogits(Tensor):
     _node: Any
     _made: Tensor | None
     _made_version: int
+    _unwrapped: "LazyLogits | None"
 
     @staticmethod
     def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int) -> "LazyLogits":
@@ -252,7 +294,7 @@ class LazyLogits(Tensor):
         lead.insert(class_dim, shaping.num_classes)
         self: LazyLogits = Tensor._make_wrapper_subclass(cls, lead, dtype=shaping.dtype, device=rows.device)
         self._source, self._shaping, self._rows, self._class_dim = source, shaping, rows, class_dim
-        self._expression, self._made, self._node = _Expression(source, self), None, None
+        self._expression, self._made, self._node, self._unwrapped = _Expression(source, self), None, None, None
         source.lazies.append(weakref.ref(self))
         return self
 
@@ -334,15 +376,23 @@ class _Unmade(torch.autograd.Function):
     def forward(ctx: Any, build: Callable[[], LazyLogits], *leaves: Tensor) -> LazyLogits:
         made = build()
         ctx.expression, ctx.leaves = made._expression, leaves
+        # a wrapper that passes on what an unused output has not got
+        ctx.set_materialize_grads(False)
         return made
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogits: Tensor) -> Any:
+    def backward(ctx: Any, dlogits: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[1:]
-        value = ctx.expression.again()
-        wanted = [t for t, needed in zip(ctx.leaves, needs, strict=True) if needed]
-        grads = iter(torch.autograd.grad(value, wanted, dlogits, allow_unused=True))
+        if dlogits is None:
+            return None, *(None for _ in needs)
+        source: Source = ctx.expression.source
+        for hook in source.begins.values():
+            hook(dlogits)
+        with source.present():
+            value = ctx.expression.again()
+            wanted = [t for t, needed in zip(ctx.leaves, needs, strict=True) if needed]
+            grads = iter(torch.autograd.grad(value, wanted, dlogits, allow_unused=True))
         return None, *(next(grads) if needed else None for needed in needs)
 
 
@@ -368,6 +418,12 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
             return func(like, *args[1:], **kwargs)
     if func in FACTORIES and isinstance(args[0], LazyLogits):
         return func(torch.empty(0, dtype=args[0]._shaping.dtype, device=args[0]._rows.device), *args[1:], **kwargs)
+    if func is T.register_hook and args[0]._made is None:
+        hook = kwargs["hook"] if "hook" in kwargs else args[1]
+        modules = modules_told(hook)
+        if modules is not None:
+            return args[0]._source.tell(hook, modules)
+    args, kwargs = tree_map(lambda x: _past_wrapper(x) if isinstance(x, LazyLogits) else x, (args, kwargs))
     lazies = _lazies_of((args, kwargs))
     known = HANDLERS.get(func)
     if known is not None and all(x._source.made is None and not x._intercepted for x in lazies):
@@ -381,6 +437,7 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         if result is not NotImplemented:
             if not isinstance(result, LazyLogits):
                 lazies[0]._source.forward.finder.report.fused[_name(func)] += 1
+                lazies[0]._source.is_read(result)
             elif all(result is not x for x in lazies):
                 result._expression.is_call(func, args, kwargs)
             return result
@@ -391,6 +448,26 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         return _watch_gradient(func, args, kwargs)
     args, kwargs = tree_map(lambda x: _made(x, func) if isinstance(x, LazyLogits) else x, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _past_wrapper(lazy: LazyLogits) -> LazyLogits:
+    """The same logits before DDP put its function around them, which is told of their backward instead."""
+    with torch._C.DisableTorchFunctionSubclass():
+        node: Any = lazy.grad_fn if lazy._made is None and lazy._node is None else None
+    tell = told_by(node)
+    if tell is None:
+        return lazy
+    if lazy._unwrapped is None:
+        # a clone of what it was given
+        inner = lazy._expression.arguments[0][0]
+        leaves = next((n.leaves for n, _ in node.next_functions if getattr(n, "expression", None) is inner), None)
+        if leaves is None:
+            return lazy
+        with torch.enable_grad():
+            lazy._unwrapped = lazy._but(leaves=leaves)
+        lazy._unwrapped._expression.is_call(T.clone, (inner,), {})
+        lazy._source.tell(tell)
+    return lazy._unwrapped
 
 
 def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
@@ -499,22 +576,23 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
     """What the model would have had here."""
     if lazy._made is None:
         source, name = lazy._source, _name(why)
-        if source.made is None:
-            source.require_unchanged()
-            report = source.forward.finder.report
-            if not report.made[name] and not torch.compiler.is_compiling():
-                warnings.warn(
-                    f"{name} makes the logits of a fused head, shape {tuple(source.hidden.shape[:-1])} times"
-                    f" {lazy._shaping.num_classes} classes; what is fused is said by lossfuse.fuse_lm_head",
-                    UserWarning,
-                    stacklevel=4,
-                )
-            report.made[name] += 1
-        if lazy._intercepted:
-            value = _Value.apply(lazy)
-            lazy._made, lazy._made_version = value, value._version
-        else:
-            lazy._expression.value()
+        with source.present():
+            if source.made is None:
+                source.require_unchanged()
+                report = source.forward.finder.report
+                if not report.made[name] and not torch.compiler.is_compiling():
+                    warnings.warn(
+                        f"{name} makes the logits of a fused head, shape {tuple(source.hidden.shape[:-1])} times"
+                        f" {lazy._shaping.num_classes} classes; what is fused is said by lossfuse.fuse_lm_head",
+                        UserWarning,
+                        stacklevel=5,
+                    )
+                report.made[name] += 1
+            if lazy._intercepted:
+                value = _Value.apply(lazy)
+                lazy._made, lazy._made_version = value, value._version
+            else:
+                lazy._expression.value()
     assert lazy._made is not None
     return lazy._made
 

@@ -168,10 +168,10 @@ def _torchs(x: LazyLogits, loss: Any) -> Any:
 def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:
     """The linear form of these rows, or of chunks of a head that is not linear."""
     source, shaping = x._source, x._shaping
-    source.require_unchanged(calls_head=source.weight is None)
     options = {**options, **shaping.options}
-    source.read = source.read or (x._of_head and torch.is_grad_enabled())
-    with source.as_called():
+    with source.present(), source.as_called():
+        source.require_unchanged(calls_head=source.weight is None)
+        source.read = source.read or (x._of_head and torch.is_grad_enabled())
         if source.weight is None:
             return _read_chunks(x, target, options, reads)
         rows, weight, bias = x._rows, source.weight, source.bias

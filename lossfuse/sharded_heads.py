@@ -1,0 +1,125 @@
+"""Heads whose parameters others move: FSDP2 frees them when the head's forward is over, and wrappers wait for a backward to begin.
+
+FSDP2 and DDP learn that a backward begins from hooks and functions they put on what a forward returns. No gradient comes by way of logits
+that are not made, so what is read off them has to tell. What is known of FSDP2 here beyond its ``unshard()`` and ``reshard()`` is which
+group holds a parameter, and the sharded parameter an optimizer writes to; of DDP, the name of its function.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+ABSENT = (
+    "these logits were never made, and what they are made of, a parameter of the head of shape {shape}, holds no values any more; whoever"
+    " partitions parameters has let go of it after the head's forward. FSDP2 (fully_shard) is asked for it again; for others call"
+    " lossfuse.unfuse_lm_head(model)"
+)
+
+
+class Shard(NamedTuple):
+    """A parameter of a head in one of FSDP2's groups."""
+
+    parameter: Tensor  # as the head's forward sees it
+    sharded: Tensor  # as the optimizer does
+    module: Any  # that unshards the group
+
+
+def _fsdp(name: str) -> Any:
+    """A class of it, if anybody has imported it; an empty tuple is nobody's class."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), name, ())
+
+
+def is_fsdp2(module: Any) -> bool:
+    return isinstance(module, _fsdp("FSDPModule"))
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Also under another name, as FSDP2 gives it."""
+    return type(head) is nn.Linear or (is_fsdp2(head) and isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward)
+
+
+def has_other_groups(head: nn.Module) -> bool:
+    """Whether calling the head's forward runs somebody's collectives: FSDP2's of modules in it, or those of FSDP1."""
+    return any(
+        (module is not head and is_fsdp2(module)) or isinstance(module, _fsdp("FullyShardedDataParallel")) for module in head.modules()
+    )
+
+
+class Shards:
+    """Finds the shards of a head's parameters, and remembers where they were."""
+
+    def __init__(self) -> None:
+        self.found: list[Shard] = []
+        self.of: tuple[weakref.ref[Tensor], ...] = ()
+
+    def __call__(self, parameters: tuple[Tensor, ...], model: nn.Module) -> list[Shard]:
+        if not _fsdp("FSDPModule"):
+            return []
+        if len(self.of) != len(parameters) or any(ref() is not p for ref, p in zip(self.of, parameters, strict=True)):
+            self.found = shards(parameters, model.modules())
+            self.of = tuple(weakref.ref(p) for p in parameters)
+        return self.found
+
+    def __reduce__(self) -> Any:
+        return Shards, ()
+
+
+def shards(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Shard]:
+    found: dict[int, Shard] = {}
+    for module in modules:
+        if not is_fsdp2(module):
+            continue
+        state = module._get_fsdp_state()
+        # one group, until torch 2.11
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for entry in (entry for group in groups if group is not None for entry in group.fsdp_params):
+            for p in parameters:
+                if getattr(entry, "_unsharded_param", None) is p:
+                    found.setdefault(id(p), Shard(p, entry.sharded_param, module))
+    return list(found.values())
+
+
+@contextmanager
+def unsharded(found: list[Shard], parameters: Iterable[Tensor], shapes: Iterable[Any]) -> Iterator[None]:
+    """With the values of these parameters, wherever they have gone since the forward; as it was before, afterwards."""
+    with ExitStack() as after:
+        for shard in found:
+            # one call may have brought the next ones back too
+            if _is_absent(shard.parameter):
+                shard.module.unshard()
+                after.callback(shard.module.reshard)
+        for p, shape in zip(parameters, shapes, strict=True):
+            if p.shape != shape or _is_absent(p):
+                raise RuntimeError(ABSENT.format(shape=tuple(shape)))
+        yield
+
+
+def _is_absent(p: Tensor) -> bool:
+    return type(p) in (Tensor, nn.Parameter) and p.numel() > 0 and p.device.type != "meta" and p.untyped_storage().nbytes() == 0
+
+
+def modules_told(hook: Any) -> tuple[nn.Module, ...] | None:
+    """Of a hook for a tensor's gradient that only asks when the backward of these begins; None for any other."""
+    if isinstance(hook, partial):
+        # FSDP1's
+        told = getattr(hook.func, "__name__", "") == "_pre_backward_hook" and hook.func.__module__.startswith("torch.distributed.fsdp.")
+        return () if told else None
+    owner = getattr(hook, "__self__", None)
+    told = getattr(hook, "__name__", "") == "_pre_backward" and type(owner).__module__.startswith("torch.distributed.")
+    return tuple(getattr(owner, "_modules", ())) if told else None
+
+
+def told_by(node: Any) -> Callable[[Any], None] | None:
+    """Of DDP's function around outputs, which passes gradients on and asks when the backward begins; None for any other."""
+    if type(node).__name__ != "_DDPSinkBackward":
+        return None
+
+    def tell(dloss: Any) -> None:
+        node._forward_cls.backward(node, dloss)
+
+    return tell
