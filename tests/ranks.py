@@ -84,13 +84,13 @@ def _outcome(result: Any, error: BaseException | None, when: float, trace: str) 
 def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], timeout: float) -> list[list[Outcome]]:
     """By call, by rank."""
     spawn = multiprocessing.get_context("spawn")
-    deadline = time.monotonic() + timeout
+    deadline = time.time() + timeout
     got: list[list[Outcome]] = [[] for _ in range(n)]
     source = sys.modules[function.__module__].__file__, function.__module__, function.__qualname__
     with tempfile.TemporaryDirectory() as folder:
         pipes = [spawn.Pipe(duplex=False) for _ in range(n)]
         ranks = [
-            spawn.Process(target=_rank, args=(rank, n, f"{folder}/store", source, calls, timeout, send), daemon=True)
+            spawn.Process(target=_rank, args=(rank, n, f"{folder}/store", source, calls, deadline, send), daemon=True)
             for rank, (_, send) in enumerate(pipes)
         ]
         try:
@@ -101,7 +101,7 @@ def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], tim
                 send.close()
             heard: dict[Any, int] = {receive: rank for rank, (receive, _) in enumerate(pipes)}
             while heard:
-                ready = wait(list(heard), max(0.0, deadline - time.monotonic()))
+                ready = wait(list(heard), max(0.0, deadline - time.time()))
                 if not ready:
                     at = ", ".join(f"rank {r} in call {len(got[r])}: {calls[len(got[r])]}" for r in sorted(heard.values()))
                     raise AssertionError(f"no word in {timeout} s from {at}; their stacks are on stderr")
@@ -128,9 +128,10 @@ def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], tim
 
 
 def _rank(
-    rank: int, n: int, store: str, source: tuple[str, str, str], calls: list[tuple[Any, ...]], timeout: float, send: Connection
+    rank: int, n: int, store: str, source: tuple[str, str, str], calls: list[tuple[Any, ...]], deadline: float, send: Connection
 ) -> None:
-    faulthandler.dump_traceback_later(timeout - 3.0, exit=True)
+    # before the parent gives up
+    faulthandler.dump_traceback_later(max(1.0, deadline - time.time() - 2.0), exit=True)
     # a host's name need not resolve
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
