@@ -5,7 +5,7 @@ from .functional import cross_entropy, linear_cross_entropy
 from .lazy_logits import LogitsReport
 from .lm_head import fuse_lm_head, unfuse_lm_head
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss
-from .spec import LinearOptions
+from .spec import LinearOptions, VocabShard
 from .statistics import LossStats, cross_entropy_stats, linear_cross_entropy_stats
 from .targets import debug_targets
 
@@ -20,6 +20,7 @@ __all__ = [
     "LogitsReport",
     "LossStats",
     "NLLLoss",
+    "VocabShard",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",

@@ -48,12 +48,19 @@ def _save_row_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _row_grads_backward(ctx: Any, v_dlogits: Tensor | None, v_dtarget: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, target, class_weight, dloss = ctx.saved_tensors
+    refuse_second_derivative(ctx.spec)
 
     def values(x: Tensor, t: Tensor) -> list[Tensor]:
         return [reference.row_loss(x, t, class_weight, ctx.spec)]
 
     ddlogits, ddtarget, (ddloss,) = second_derivative(values, logits, target, [dloss], (v_dlogits, v_dtarget))
     return ddlogits, ddtarget, None, None, ddloss, None, None, *NO_OPTIONS_GRAD
+
+
+def refuse_second_derivative(spec: LossSpec) -> None:
+    """Where rows are cut: the reference makes them whole, but outside an operator."""
+    if spec.group is not None:
+        raise RuntimeError("with shard there is no second derivative (create_graph=True) but with impl='reference'")
 
 
 def second_derivative(
@@ -153,7 +160,7 @@ def _gradients_again(
 ) -> tuple[Tensor, Tensor]:
     # a forward that forms a gradient keeps no statistics; the blocks of the torch backend make their own
     stats = dloss.new_empty(0, len(logits))
-    if options[-1] == "triton":
+    if options[-1] == "triton" or options[-2] is not None:
         with torch.no_grad():
             _, stats = ops.row_loss(logits, target, class_weight, *options)
     grads: tuple[Tensor, Tensor] = ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *options)

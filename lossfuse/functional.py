@@ -10,9 +10,10 @@ from . import linear_ops, ops, reference
 from .autograd import ReducedLoss, RowLoss
 from .consumed import Owner, may_consume
 from .dispatch import forms_gradient_in_forward, known_in_forward, makes_graph, pick, wanted_of_head, writes_in_place
+from .distributed import local_head, local_logits, shard_options, shared, whole_head, whole_logits
 from .inputs import HeadRows, autocast_operands, check_head, check_normalizer, flatten, flatten_head, main_grad_of
 from .reduce import denominator, reduce_rows
-from .spec import LinearOptions, LossSpec, loss_spec, resolve_reduction
+from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, resolve_reduction
 from .targets import require_ids_in_range
 
 
@@ -31,6 +32,7 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Cross entropy of logits against class ids or class probabilities, without a tensor of probabilities.
@@ -102,29 +104,35 @@ def cross_entropy(
     if has_torch_function_unary(input):
         made: Tensor = handle_torch_function(
             cross_entropy, (input,), input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, softcap=softcap,
-            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, inplace=inplace, impl=impl,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, inplace=inplace, shard=shard, impl=impl,
         )  # fmt: skip
         return made
+    input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
-    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-    rows = flatten(input, target, weight, ignore_index)
+    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard))
+    rows = flatten(input, target, weight, ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
     backend = pick(impl, rows)
+    if shard is not None and backend == "reference":
+        return cross_entropy(
+            *whole_logits(input, target, weight, shard), ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, impl=backend,
+        )  # fmt: skip
     divisor = denominator(rows, spec, reduction, normalizer)
     wanted = inplace and torch.is_grad_enabled() and input.requires_grad
     consume = wanted and writes_in_place(backend) and may_consume(input, rows)
     owner = Owner(input, rows) if consume else None
     if forms_gradient_in_forward(backend, rows, reduction, divisor, consume):
-        loss: Tensor = ReducedLoss.apply(rows.logits, rows.target, rows.class_weight, divisor, spec, backend, owner)
+        loss: Tensor = ReducedLoss.apply(rows.logits, rows.target, rows.weight_at_hand, divisor, spec, backend, owner)
         return loss
     if backend == "reference":
         if not rows.soft:
             require_ids_in_range(rows.target, rows.num_classes, ignore_index)
         loss = reference.row_loss(rows.logits, rows.target, rows.class_weight, spec)
     elif makes_graph(rows):
-        loss = RowLoss.apply(rows.logits, rows.target, rows.class_weight, spec, backend, owner)
+        loss = RowLoss.apply(rows.logits, rows.target, rows.weight_at_hand, spec, backend, owner)
     else:
-        loss, _ = ops.row_loss(rows.logits, rows.target, rows.class_weight, *ops.options(spec, backend))
+        loss, _ = ops.row_loss(rows.logits, rows.target, rows.weight_at_hand, *ops.options(spec, backend))
     return reduce_rows(loss, rows, reduction, divisor)
 
 
@@ -142,6 +150,7 @@ def linear_cross_entropy(
     logit_scale: float | None = None,
     lse_square_scale: float = 0.0,
     normalizer: float | Tensor | None = None,
+    shard: VocabShard | None = None,
     options: LinearOptions | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -193,14 +202,22 @@ def linear_cross_entropy(
     """
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
-    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-    head = head_call(input, linear_weight, linear_bias, target, weight, reduction, spec, normalizer, options, impl)
+    input, linear_weight, linear_bias, target, weight, shard = local_head(input, linear_weight, linear_bias, target, weight, shard)
+    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard))
+    head = head_call(input, linear_weight, linear_bias, target, weight, reduction, spec, normalizer, shard, options, impl)
     if isinstance(head, Tensor):
         return cross_entropy(
             head, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, impl=impl,
         )  # fmt: skip
     rows, divisor = head.rows, head.divisor
+    if shard is not None and head.backend == "reference":
+        operands = whole_head(input, linear_weight, linear_bias, target, weight, shard)
+        return linear_cross_entropy(
+            *operands[:2], operands[3], linear_bias=operands[2], weight=operands[4], reduction=reduction, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale,
+            normalizer=normalizer, options=options, impl=head.backend,
+        )  # fmt: skip
     if head.backend == "reference":
         loss: Tensor = reference.linear_row_loss(*head.operands, spec)
         return reduce_rows(loss, rows, reduction, divisor)
@@ -225,7 +242,8 @@ class HeadCall(NamedTuple):
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
         rows = self.rows
-        return rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.class_weight
+        hidden = rows.input if rows.shard is None else shared(rows.input, rows.shard)
+        return hidden, rows.linear_weight, rows.linear_bias, rows.target, rows.weight_at_hand
 
 
 def head_call(
@@ -237,6 +255,7 @@ def head_call(
     reduction: str,
     spec: LossSpec,
     normalizer: float | Tensor | None,
+    shard: VocabShard | None,
     options: LinearOptions | None,
     impl: str,
 ) -> HeadCall | Tensor:
@@ -247,8 +266,10 @@ def head_call(
     parameter = linear_weight
     input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
+        if shard is not None:
+            raise ValueError(f"linear_weight has shape {tuple(linear_weight.shape)} but with shard it must be (C, D)")
         return _logits_of_many(input, linear_weight, linear_bias, options, impl)
-    rows = flatten_head(input, linear_weight, linear_bias, target, weight, spec.ignore_index)
+    rows = flatten_head(input, linear_weight, linear_bias, target, weight, spec.ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
     for name in ("logits_dtype", "acc_dtype"):
         options.dtype(name, input.dtype)
@@ -258,7 +279,7 @@ def head_call(
     if backend == "reference":
         if main_grad is not None:
             raise ValueError("options.main_grad needs another implementation than the reference, which this call must take")
-        if not rows.soft:
+        if not rows.soft and shard is None:
             require_ids_in_range(rows.target, rows.num_classes, spec.ignore_index)
     needs = wanted_of_head(rows)
     forms_gradients = reduction != "none" and any(needs) and known_in_forward(rows, divisor)

@@ -2,12 +2,12 @@
 
 import contextlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .spec import require_finite
+from .spec import VocabShard, require_finite
 
 LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -18,13 +18,32 @@ class Targets:
     """What N rows are held against, wherever their logits come from."""
 
     target: Tensor  # (N,) int64 class ids, or (N, V) probabilities
-    class_weight: Tensor | None  # (V,)
+    class_weight: Tensor | None  # (V,), or of all classes
     batch_shape: torch.Size  # of the loss with reduction="none"
+    shard: VocabShard | None = field(default=None, kw_only=True)  # if these V classes are not all
 
     @property
     def weights(self) -> dict[str, Tensor | None]:
         """By the names of their arguments, what only the reference differentiates."""
         return {"weight": self.class_weight}
+
+    @property
+    def classes_at_hand(self) -> int:
+        """V."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Of all ranks."""
+        return self.classes_at_hand if self.shard is None else self.shard.num_classes
+
+    @property
+    def weight_at_hand(self) -> Tensor | None:
+        """(V,): the weights of the classes at hand."""
+        weight, shard = self.class_weight, self.shard
+        if weight is None or shard is None or len(weight) == self.classes_at_hand:
+            return weight
+        return weight[shard.start : shard.start + self.classes_at_hand]
 
     @property
     def soft(self) -> bool:
@@ -43,7 +62,7 @@ class Rows(Targets):
         return self.input
 
     @property
-    def num_classes(self) -> int:
+    def classes_at_hand(self) -> int:
         return self.input.shape[-1]
 
     @property
@@ -61,7 +80,7 @@ class HeadRows(Targets):
     linear_bias: Tensor | None  # (V,)
 
     @property
-    def num_classes(self) -> int:
+    def classes_at_hand(self) -> int:
         return self.linear_weight.shape[0]
 
     @property
@@ -86,7 +105,7 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__} but must be a Tensor")
 
 
-def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Rows:
+def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, shard: VocabShard | None = None) -> Rows:
     """(C), (N, C) or (N, C, d1, ..., dK) logits with ids or probabilities -> rows; raises before anything is computed."""
     require_tensor("input", input)
     require_tensor("target", target)
@@ -96,32 +115,46 @@ def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
         raise ValueError("input has shape () but logits must be (C), (N, C) or (N, C, d1, ..., dK)")
     class_dim = 0 if input.dim() == 1 else 1
     num_classes = input.shape[class_dim]
-    if num_classes == 0:
+    _require_shard(shard)
+    if num_classes == 0 and shard is None:
         raise ValueError(f"input has shape {_shape(input)}: dimension {class_dim} holds the classes and must not be empty")
     batch_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     _check_target(target, input.device, input.shape, batch_shape, ignore_index)
     if weight is not None:
-        _check_weight(weight, input, num_classes)
-    return Rows(_target_rows(target, class_dim), weight, batch_shape, _rows(input, class_dim))
+        _check_weight(weight, input, num_classes, shard)
+    return Rows(_target_rows(target, class_dim, batch_shape), weight, batch_shape, _rows(input, class_dim, batch_shape), shard=shard)
 
 
 def flatten_head(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, ignore_index: int
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    shard: VocabShard | None = None,
 ) -> HeadRows:
     """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> rows; raises before anything is computed."""
-    check_head(input, linear_weight, linear_bias)
+    _require_shard(shard)
+    check_head(input, linear_weight, linear_bias, empty=shard is not None)
     require_tensor("target", target)
     num_classes, width = linear_weight.shape
     batch_shape = input.shape[:-1]
     _check_target(target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index)
     if weight is not None:
-        _check_weight(weight, input, num_classes)
+        _check_weight(weight, input, num_classes, shard)
     hidden = input if input.dim() == 2 else input.reshape(batch_shape.numel(), width)
-    return HeadRows(_target_rows(target, target.dim() - 1), weight, batch_shape, hidden, linear_weight, linear_bias)
+    ids = _target_rows(target, target.dim() - 1, batch_shape)
+    return HeadRows(ids, weight, batch_shape, hidden, linear_weight, linear_bias, shard=shard)
 
 
-def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """That a product of the three is one; a weight (V, d1, ..., dK, D) has a bias (V, d1, ..., dK)."""
+def _require_shard(shard: object) -> None:
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"shard is a {type(shard).__name__} but must be a lossfuse.VocabShard")
+
+
+def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, empty: bool = False) -> None:
+    """That a product of the three is one; a weight (V, d1, ..., dK, D) has a bias (V, d1, ..., dK), and with ``empty`` V may be 0."""
     named = [("input", input), ("linear_weight", linear_weight)]
     named += [] if linear_bias is None else [("linear_bias", linear_bias)]
     for name, t in named:
@@ -138,7 +171,7 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None)
         raise ValueError(f"linear_weight has shape {_shape(linear_weight)} but must be (C, D) or (C, d1, ..., dK, D)")
     if linear_weight.shape[-1] != input.shape[-1]:
         raise ValueError(f"linear_weight has shape {_shape(linear_weight)} but input has shape {_shape(input)}; the last sizes must agree")
-    if linear_weight.shape[:-1].numel() == 0:
+    if linear_weight.shape[:-1].numel() == 0 and not empty:
         raise ValueError(f"linear_weight has shape {_shape(linear_weight)}: there must be a class")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         raise ValueError(
@@ -183,21 +216,20 @@ def without_autocast(t: Tensor) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _target_rows(target: Tensor, class_dim: int) -> Tensor:
+def _target_rows(target: Tensor, class_dim: int, batch_shape: torch.Size) -> Tensor:
     """(N,) int64 ids, or (N, C) probabilities whose classes lie in ``class_dim``."""
     if target.is_floating_point():
-        return _rows(target, class_dim)
+        return _rows(target, class_dim, batch_shape)
     # asked first: torch takes longer to find that it has nothing to do
     ids = target if target.dim() == 1 else target.reshape(-1)
     return ids if ids.dtype == torch.int64 else ids.to(torch.int64)
 
 
-def _rows(t: Tensor, class_dim: int) -> Tensor:
+def _rows(t: Tensor, class_dim: int, batch_shape: torch.Size) -> Tensor:
     """(N, C) from a tensor whose classes lie in ``class_dim``; copies only when the other dimensions cannot be one stride."""
     if t.dim() == 2:
         return t
-    n = t.numel() // t.shape[class_dim]
-    return t.movedim(class_dim, -1).reshape(n, t.shape[class_dim])
+    return t.movedim(class_dim, -1).reshape(batch_shape.numel(), t.shape[class_dim])
 
 
 def _check_target(target: Tensor, device: torch.device, logits_shape: tuple[int, ...], batch_shape: torch.Size, ignore_index: int) -> None:
@@ -225,12 +257,13 @@ def _check_target(target: Tensor, device: torch.device, logits_shape: tuple[int,
         raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8")
 
 
-def _check_weight(weight: Tensor, input: Tensor, num_classes: int) -> None:
+def _check_weight(weight: Tensor, input: Tensor, num_classes: int, shard: VocabShard | None) -> None:
     require_tensor("weight", weight)
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight has dtype {weight.dtype} but class weights must be floating point")
-    if tuple(weight.shape) != (num_classes,):
-        raise ValueError(f"weight has shape {_shape(weight)} but input has {num_classes} classes; expected ({num_classes},)")
+    if tuple(weight.shape) != (num_classes,) and (shard is None or tuple(weight.shape) != (shard.num_classes,)):
+        of_all = "" if shard is None else f" or, of all classes, ({shard.num_classes},)"
+        raise ValueError(f"weight has shape {_shape(weight)} but input has {num_classes} classes; expected ({num_classes},){of_all}")
     if weight.device != input.device:
         raise ValueError(f"weight is on {weight.device} but input is on {input.device}")
 

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .inputs import torch_func_active
-from .sharded_heads import Shard, Shards, has_other_groups, is_plain_linear, modules_told, shards, told_by, unsharded
 from .spec import LinearOptions
+from .wrappers import Lenders, Lent, has_other_groups, held, is_plain_linear, lent, modules_told, told_by
 
 STALE = (
     "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them"
@@ -88,7 +88,7 @@ class LazyForward:
         self.finder = finder
         # classes and dtype of the logits of a head that must be asked, by what decides them
         self.known: dict[Any, tuple[int, torch.dtype]] = {}
-        self.shards = Shards()
+        self.lenders = Lenders()
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.instance_forward is not None:
@@ -134,8 +134,8 @@ class Source:
         self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, p._version) for p in self.parameters]
         self.watch("the hidden states", hidden)
         self.shapes = [p.shape for p in self.parameters]
-        self.shards: list[Shard] = []
-        self.watch_shards(forward.shards(self.parameters, forward.finder.model))
+        self.lent: list[Lent] = []
+        self.watch_lent(forward.lenders(self.parameters, forward.finder.model))
         # who waits for a backward to begin, and what has been read, whose backward that is
         self.begins: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
         self.results: list[weakref.ref[Tensor]] = []
@@ -149,20 +149,20 @@ class Source:
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, t._version))
 
-    def watch_shards(self, found: list[Shard]) -> None:
+    def watch_lent(self, found: list[Lent]) -> None:
         """What an optimizer's step changes where the head's own parameters are copies."""
-        self.shards += found
-        for shard in found:
-            self.watch("a parameter of the head", shard.sharded)
+        self.lent += found
+        for one in found:
+            self.watch("a parameter of the head", one.sharded)
 
     def present(self) -> AbstractContextManager[None]:
-        return unsharded(self.shards, self.parameters, self.shapes)
+        return held(self.lent, self.parameters, self.shapes)
 
     def tell(self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()) -> RemovableHandle:
         """``hook`` is called when a backward of anything made or read of these logits begins."""
         handle = RemovableHandle(self.begins)
         self.begins[handle.id] = hook
-        self.watch_shards(shards(tuple(p for p in self.parameters if all(p is not s.parameter for s in self.shards)), modules))
+        self.watch_lent(lent(tuple(p for p in self.parameters if all(p is not one.parameter for one in self.lent)), modules))
         results = [ref() for ref in self.results]
         for t in results:
             if t is not None:

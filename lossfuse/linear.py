@@ -15,6 +15,7 @@ from torch import Tensor
 from .inputs import without_autocast
 from .products import Weight, mixes, product
 from .row_stats import RowStats, Upstream, Wants, no_class
+from .sharded import even_classes
 from .spec import LinearOptions, LossSpec
 
 # elements on which a row of logits starts, so that every access to it is wide and cuBLAS likes its stride
@@ -265,7 +266,8 @@ def _logits(
     dtype = _operand_dtype(head, options)
     # a product with a gradient of 0 would keep the NaN that an ignored row may hold
     masks = not (dropped or target.is_floating_point())
-    step = chunk_rows(n, d, v, hidden.dtype, options, cpu=hidden.device.type == "cpu")
+    # every rank takes as many chunks, however many classes are its own
+    step = chunk_rows(n, d, v if spec.group is None else even_classes(spec), hidden.dtype, options, cpu=hidden.device.type == "cpu")
     room = torch.empty(min(step, n), padded(v), dtype=options.dtype("logits_dtype", hidden.dtype), device=hidden.device)
     copies = None
     if masks or dtype != hidden.dtype:

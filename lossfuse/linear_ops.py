@@ -13,7 +13,7 @@ from torch import Tensor
 from . import linear
 from .autograd import is_plain, multiply
 from .linear import Gradients, Head, Needs
-from .ops import OPTIONS, UPSTREAM, backend, checked_spec, library, new_loss
+from .ops import N_OPTIONS, OPTIONS, UPSTREAM, backend_of, checked_spec, library, new_loss
 from .row_stats import Upstream, Wants
 from .spec import LinearOptions, loss_spec
 
@@ -27,7 +27,7 @@ HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class
 CHUNKS = "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored, bool allow_retain_graph"
 NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_target"
 GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dtarget"
-N_CHUNKS, N_OPTIONS = 5, 6
+N_CHUNKS = 5
 
 library.define(f"linear_row_loss({HEAD}, Tensor? main_grad_buffer, {CHUNKS}, {OPTIONS}) -> Tensor")
 library.define(f"linear_grads({HEAD}, {UPSTREAM}, {NEEDS}, {CHUNKS}, {OPTIONS}) -> ({GRADS})")
@@ -52,7 +52,7 @@ def _row_loss(
 ) -> Tensor:
     chunks, loss_options = split(options)
     spec = checked_spec(len(weight), target, loss_options)
-    return linear.row_loss(Head(hidden, weight, bias), target, class_weight, spec, chunks, backend(loss_options[-1]))
+    return linear.row_loss(Head(hidden, weight, bias), target, class_weight, spec, chunks, backend_of(loss_options))
 
 
 def _row_loss_shapes(hidden: Tensor, *rest: Any) -> Tensor:
@@ -64,7 +64,7 @@ def _grads(
 ) -> tuple[Tensor, ...]:
     upstream, needs, (chunks, loss_options) = Upstream(*rest[:4]), Needs(*rest[4:8]), split(rest[8:])
     arguments = Head(hidden, weight, bias), target, class_weight
-    how = loss_spec(*loss_options[:-1]), chunks, backend(loss_options[-1])
+    how = loss_spec(*loss_options[:-1]), chunks, backend_of(loss_options)
     if upstream.only_loss and upstream.loss is not None:
         _, grads = linear.row_loss_and_grads(*arguments, upstream.loss, needs, *how)
     else:
@@ -93,7 +93,7 @@ def _total(
     chunks, loss_options = split(options[4:])
     spec = checked_spec(len(weight), target, loss_options)
     arguments = Head(hidden, weight, bias), target, class_weight, dloss_of(hidden, divisor)
-    loss, grads = linear.row_loss_and_grads(*arguments, needs, spec, chunks, backend(loss_options[-1]))
+    loss, grads = linear.row_loss_and_grads(*arguments, needs, spec, chunks, backend_of(loss_options))
     total = loss.sum() if divisor is None else loss.sum() / divisor
     return total, *as_tensors(grads, hidden)
 

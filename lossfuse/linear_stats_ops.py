@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import linear
 from .linear import Head, Needs
-from .linear_ops import CHUNKS, GRADS, HEAD, N_CHUNKS, N_OPTIONS, NEEDS, as_tensors, dloss_of, handed_over, made_again, new_grads, split
-from .ops import OPTIONS, STATS, WANTS, backend, checked_spec, library
+from .linear_ops import CHUNKS, GRADS, HEAD, N_CHUNKS, NEEDS, as_tensors, dloss_of, handed_over, made_again, new_grads, split
+from .ops import N_OPTIONS, OPTIONS, STATS, WANTS, backend_of, checked_spec, library
 from .row_stats import Upstream, Wants
 from .stats_ops import as_tensors as stats_as_tensors
 from .stats_ops import new_stats, without_gradient
@@ -32,7 +32,7 @@ def _row_stats(
 ) -> tuple[Tensor, ...]:
     wants, (chunks, loss_options) = Wants(*rest[:2]), split(rest[2:])
     spec = checked_spec(len(weight), target, loss_options)
-    made = linear.row_stats(Head(hidden, weight, bias), target, class_weight, wants, spec, chunks, backend(loss_options[-1]))
+    made = linear.row_stats(Head(hidden, weight, bias), target, class_weight, wants, spec, chunks, backend_of(loss_options))
     return stats_as_tensors(made)[:-1]
 
 
@@ -56,7 +56,7 @@ def _total(
     spec = checked_spec(len(weight), target, loss_options)
     upstream = Upstream(dloss_of(hidden, divisor))
     made, grads = linear.row_stats_and_grads(
-        Head(hidden, weight, bias), target, class_weight, upstream, needs, wants, spec, chunks, backend(loss_options[-1])
+        Head(hidden, weight, bias), target, class_weight, upstream, needs, wants, spec, chunks, backend_of(loss_options)
     )
     loss, *stats, _ = stats_as_tensors(made)
     total = loss.sum() if divisor is None else loss.sum() / divisor

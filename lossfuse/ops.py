@@ -11,18 +11,25 @@ gradient over the logits.
 import functools
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .row_stats import Upstream
+from .sharded import Sharded, all_sum_over
+from .shards import KEPT_ROWS
 from .spec import LossSpec, loss_spec
 from .targets import require_ids_in_range
 
 _BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked"}
-OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale, str impl"
+# where rows are cut by classes
+_SHARD_BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked_shards"}
+OPTIONS = (
+    "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale,"
+    " int? first_class, int? num_classes, str? group, str impl"
+)
+N_OPTIONS = 9
 WANTS = "bool entropy, bool argmax"
 STATS = "Tensor lse, Tensor target_logprob, Tensor entropy, Tensor argmax"
 UPSTREAM = "Tensor? dloss, Tensor? dlse, Tensor? dlogprob, Tensor? dentropy"
@@ -47,11 +54,15 @@ library.define(
     f" {OPTIONS}) -> Tensor dtarget"
 )
 library.define("multiply_(Tensor(a!) t, Tensor factor, str impl) -> ()")
+library.define("all_sum(Tensor t, str group) -> Tensor")
 
 
 def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
     """A spec and a backend's name as the schemas take them."""
-    return (spec.ignore_index, spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale, impl)
+    return (
+        spec.ignore_index, spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale,
+        spec.first_class, spec.num_classes, spec.group, impl,
+    )  # fmt: skip
 
 
 def _keys(*names: str) -> int:
@@ -88,13 +99,21 @@ def _entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[...,
 
 
 @functools.cache
-def backend(impl: str) -> ModuleType:
-    return importlib.import_module(_BACKENDS[impl], __package__)
+def backend(impl: str, cut: bool = False) -> Any:
+    """The functions of an implementation, for whole rows or for rows that are cut among the ranks of a group."""
+    module = importlib.import_module((_SHARD_BACKENDS if cut else _BACKENDS)[impl], __package__)
+    return Sharded(module) if cut else module
+
+
+def backend_of(options: tuple[Any, ...]) -> Any:
+    """As ``options`` name it."""
+    return backend(options[-1], options[-2] is not None)
 
 
 def checked_spec(num_classes: int, target: Tensor, options: tuple[Any, ...]) -> LossSpec:
     spec = loss_spec(*options[:-1])
-    if not target.is_floating_point():
+    # where rows are cut, ranks look together
+    if spec.group is None and not target.is_floating_point():
         require_ids_in_range(target, num_classes, spec.ignore_index)
     return spec
 
@@ -114,13 +133,13 @@ def new_loss(logits: Tensor) -> Tensor:
 
 def _row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     spec = checked_spec(logits.shape[1], target, options)
-    loss, stats = backend(options[-1]).row_loss(logits, target, class_weight, spec)
+    loss, stats = backend_of(options).row_loss(logits, target, class_weight, spec)
     return loss, stats
 
 
 def _row_loss_shapes(logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     loss = new_loss(logits)
-    n_stats = 0 if options[-1] == "torch" else 3 if target.is_floating_point() else 2
+    n_stats = KEPT_ROWS if options[-2] else 0 if options[-1] == "torch" else 3 if target.is_floating_point() else 2
     return loss, loss.new_empty(n_stats, logits.shape[0])
 
 
@@ -135,7 +154,7 @@ def _row_grads(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
-    backend(options[-1]).row_grads(
+    backend_of(options).row_grads(
         logits,
         target,
         class_weight,
@@ -166,7 +185,7 @@ def _row_loss_and_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = checked_spec(logits.shape[1], target, options)
     dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
-    loss: Tensor = backend(options[-1]).row_loss_and_grads(
+    loss: Tensor = backend_of(options).row_loss_and_grads(
         logits, target, class_weight, dloss, spec, dlogits if need_dlogits else None, dtarget if need_dtarget else None
     )
     return loss, dlogits, dtarget
@@ -183,7 +202,7 @@ def _row_loss_and_grads_(
 ) -> tuple[Tensor, Tensor]:
     spec = checked_spec(logits.shape[1], target, options)
     dtarget = new_grad(target, need_dtarget)
-    loss: Tensor = backend(options[-1]).row_loss_and_grads(
+    loss: Tensor = backend_of(options).row_loss_and_grads(
         logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
     )
     return loss, dtarget
@@ -200,7 +219,7 @@ def _row_grads_(
 ) -> Tensor:
     dtarget = new_grad(target, need_dtarget)
     spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
-    backend(options[-1]).row_grads(logits, target, class_weight, stats, Upstream(dloss), spec, logits, wanted)
+    backend_of(options).row_grads(logits, target, class_weight, stats, Upstream(dloss), spec, logits, wanted)
     return dtarget
 
 
@@ -218,6 +237,10 @@ def _multiply_shapes_(t: Tensor, factor: Tensor, impl: str) -> None:
     return None
 
 
+def _all_sum_shapes(t: Tensor, group: str) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 for _name, _impl, _shapes in (
     ("row_loss", _row_loss, _row_loss_shapes),
     ("row_grads", _row_grads, _row_grads_shapes),
@@ -225,6 +248,7 @@ for _name, _impl, _shapes in (
     ("row_loss_and_grads_", _row_loss_and_grads_, _row_loss_and_grads_shapes_),
     ("row_grads_", _row_grads_, _row_grads_shapes_),
     ("multiply_", _multiply_, _multiply_shapes_),
+    ("all_sum", all_sum_over, _all_sum_shapes),
 ):
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
@@ -235,3 +259,4 @@ row_loss_and_grads = _entry("row_loss_and_grads", _row_loss_and_grads, 4)
 row_loss_and_grads_ = _entry("row_loss_and_grads_", _row_loss_and_grads_, 4)
 row_grads_ = _entry("row_grads_", _row_grads_, 5)
 multiply_ = _entry("multiply_", _multiply_, 2)
+all_sum = torch.ops.lossfuse.all_sum.default

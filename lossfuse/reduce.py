@@ -1,8 +1,10 @@
 """none | mean | sum, and what a mean is divided by. The only file that knows ``reduction``."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .inputs import HeadRows, Rows, Targets
 from .spec import LossSpec
 
@@ -32,8 +34,15 @@ def divisor_of(
     if rows.soft:
         return torch.full((), target.shape[0], dtype=dtype, device=target.device)
     valid = target != ignore_index
-    if rows.class_weight is None:
+    if rows.class_weight is None or rows.weight_at_hand is None:
         return valid.sum(dtype=dtype)
+    if rows.shard is not None:
+        # each rank for its own classes, since it may have no other weights
+        weights = F.pad(rows.weight_at_hand.to(dtype), (0, 1))
+        y = target - rows.shard.start
+        here = valid & (y >= 0) & (y < rows.classes_at_hand)
+        total: Tensor = ops.all_sum(weights[torch.where(here, y, -1)].sum(), rows.shard.group_name)
+        return total
     # ignored rows may hold any id; clamp before it becomes an address
     weights = rows.class_weight.to(dtype)[target.clamp(0, num_classes - 1)]
     return torch.where(valid, weights, 0.0).sum()

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -136,6 +136,67 @@ class LinearOptions:
         if chosen not in (None, wide) and chosen != operands:
             raise ValueError(f"{name} is {chosen} but input has dtype {operands}; expected {wide} or None")
         return chosen or wide
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which classes the logits, or the head, of this rank are: from ``start`` on, of ``num_classes``, the others being with other ranks.
+
+    All ranks of ``group`` call the same function with the same rows and targets (class ids in ``[0, num_classes)``, or this shard's
+    columns of probabilities), each with its own classes. Shards may be of any sizes, also empty; together they are all classes once.
+
+    Args:
+        start: the first class of this rank.
+        num_classes: of all ranks together.
+        group: a process group of torch.distributed; None for all ranks.
+        hidden_grad: of ``input`` in the linear forms. "reduced", summed over the group in the backward, is right for hidden states that
+            every rank holds alike; "partial" leaves each rank its own part, for those who sum it themselves (sequence parallelism).
+
+    Raises:
+        TypeError, ValueError: naming the argument; also where torch.distributed is not initialized, or this rank is not in the group.
+    """
+
+    start: int
+    num_classes: int
+    group: Any = None
+    hidden_grad: str = "reduced"
+    group_name: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("start", "num_classes"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r} but must be an int")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes is {self.num_classes} but must be positive")
+        if not 0 <= self.start <= self.num_classes:
+            raise ValueError(f"start is {self.start} but must lie in [0, {self.num_classes}], as there are {self.num_classes} classes")
+        if self.hidden_grad not in ("reduced", "partial"):
+            raise ValueError(f"hidden_grad is {self.hidden_grad!r} but must be 'reduced' or 'partial'")
+        # a string, for what is compiled
+        object.__setattr__(self, "group_name", _group(self.group).group_name)
+
+    @classmethod
+    def even(cls, num_classes: int, group: Any = None, hidden_grad: str = "reduced") -> "VocabShard":
+        """The shard of this rank where classes are cut as ``torch.chunk`` and DTensor's ``Shard`` cut them: equal but for the last."""
+        of = _group(group)
+        return cls(min(of.rank() * -(-num_classes // of.size()), num_classes), num_classes, group, hidden_grad)
+
+    @property
+    def options(self) -> tuple[int, int, str]:
+        """As ``LossSpec`` takes them."""
+        return self.start, self.num_classes, self.group_name
+
+
+def _group(group: Any) -> Any:
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("a VocabShard needs torch.distributed; call torch.distributed.init_process_group first")
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group is a {type(group).__name__} but must be a process group that this rank is in")
+    return group
 
 
 def resolve_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:

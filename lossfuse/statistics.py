@@ -9,11 +9,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import linear_stats_ops, ops, reference, stats_ops
 from .dispatch import forms_gradient_in_forward, pick
+from .distributed import local_head, local_logits, shard_options, whole_head, whole_logits
 from .functional import head_call
 from .inputs import Targets, check_normalizer, flatten
 from .reduce import denominator, reduce_rows
 from .row_stats import Wants
-from .spec import LinearOptions, LossSpec, loss_spec, resolve_reduction
+from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, resolve_reduction
 from .targets import require_ids_in_range
 
 
@@ -45,6 +46,7 @@ def cross_entropy_stats(
     normalizer: float | Tensor | None = None,
     entropy: bool = True,
     argmax: bool = True,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> LossStats:
     """``cross_entropy`` and what is read off the same logits, in one pass over them.
@@ -95,25 +97,32 @@ def cross_entropy_stats(
         made: LossStats = handle_torch_function(
             cross_entropy_stats, (input,), input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
             softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy,
-            argmax=argmax, impl=impl,
+            argmax=argmax, shard=shard, impl=impl,
         )  # fmt: skip
         return made
+    input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
-    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-    rows = flatten(input, target, weight, ignore_index)
+    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard))
+    rows = flatten(input, target, weight, ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
     backend = pick(impl, rows)
+    if shard is not None and backend == "reference":
+        return cross_entropy_stats(
+            *whole_logits(input, target, weight, shard), ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy,
+            argmax=argmax, impl=backend,
+        )  # fmt: skip
     divisor = denominator(rows, spec, reduction, normalizer)
     wants = wanted(entropy, argmax)
     if forms_gradient_in_forward(backend, rows, reduction, divisor, consume=False):
-        total, *stats = stats_ops.ReducedStats.apply(rows.logits, rows.target, rows.class_weight, divisor, wants, spec, backend)
+        total, *stats = stats_ops.ReducedStats.apply(rows.logits, rows.target, rows.weight_at_hand, divisor, wants, spec, backend)
         return loss_stats(total, stats, rows, spec, reduction, divisor, wants)
     if backend == "reference":
         if not rows.soft:
             require_ids_in_range(rows.target, rows.num_classes, ignore_index)
         loss, *stats, _ = stats_ops.as_tensors(reference.row_stats(rows.logits, rows.target, rows.class_weight, spec))
     else:
-        loss, *stats, _ = stats_ops.row_stats(rows.logits, rows.target, rows.class_weight, *wants, *ops.options(spec, backend))
+        loss, *stats, _ = stats_ops.row_stats(rows.logits, rows.target, rows.weight_at_hand, *wants, *ops.options(spec, backend))
     return loss_stats(reduce_rows(loss, rows, reduction, divisor), stats, rows, spec, reduction, divisor, wants)
 
 
@@ -133,6 +142,7 @@ def linear_cross_entropy_stats(
     normalizer: float | Tensor | None = None,
     entropy: bool = True,
     argmax: bool = True,
+    shard: VocabShard | None = None,
     options: LinearOptions | None = None,
     impl: str = "auto",
 ) -> LossStats:
@@ -164,13 +174,21 @@ def linear_cross_entropy_stats(
     """
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
-    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    input, linear_weight, linear_bias, target, weight, shard = local_head(input, linear_weight, linear_bias, target, weight, shard)
+    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard))
     wants = wanted(entropy, argmax)
-    head = head_call(input, linear_weight, linear_bias, target, weight, reduction, spec, normalizer, options, impl)
+    head = head_call(input, linear_weight, linear_bias, target, weight, reduction, spec, normalizer, shard, options, impl)
     if isinstance(head, Tensor):
         return cross_entropy_stats(
             head, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy, argmax=argmax, impl=impl,
+        )  # fmt: skip
+    if shard is not None and head.backend == "reference":
+        operands = whole_head(input, linear_weight, linear_bias, target, weight, shard)
+        return linear_cross_entropy_stats(
+            *operands[:2], operands[3], linear_bias=operands[2], weight=operands[4], reduction=reduction, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale,
+            normalizer=normalizer, entropy=entropy, argmax=argmax, options=options, impl=head.backend,
         )  # fmt: skip
     if head.forms_gradients and head.backend != "reference":
         made = linear_stats_ops.linear_stats_total(*head.operands, head.divisor, head.main_grad, *head.needs, *wants, *head.settings)

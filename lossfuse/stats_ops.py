@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import NO_OPTIONS_GRAD, is_plain, multiply, second_derivative
-from .ops import OPTIONS, STATS, UPSTREAM, WANTS, backend, checked_spec, library, new_grad, new_loss, options
+from .autograd import NO_OPTIONS_GRAD, is_plain, multiply, refuse_second_derivative, second_derivative
+from .ops import OPTIONS, STATS, UPSTREAM, WANTS, backend_of, checked_spec, library, new_grad, new_loss, options
 from .row_stats import RowStats, Upstream, Wants
+from .shards import KEPT_ROWS
 from .spec import LossSpec, loss_spec
 
 _LOGITS = "Tensor logits, Tensor target, Tensor? class_weight"
@@ -53,8 +54,8 @@ def without_gradient(has_entropy: bool, entropy: Tensor, argmax: Tensor) -> tupl
     return (argmax,) if has_entropy else (entropy, argmax)
 
 
-def _kept(logits: Tensor, target: Tensor, wants: Wants, impl: str) -> Tensor:
-    n_kept = 0 if impl == "torch" else (4 if target.is_floating_point() else 2) + wants.entropy
+def _kept(logits: Tensor, target: Tensor, wants: Wants, group: str | None, impl: str) -> Tensor:
+    n_kept = KEPT_ROWS if group else 0 if impl == "torch" else (4 if target.is_floating_point() else 2) + wants.entropy
     return new_loss(logits).new_empty(n_kept, len(logits))
 
 
@@ -62,7 +63,7 @@ def _row_stats(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, entropy: bool, argmax: bool, *options: Any
 ) -> tuple[Tensor, ...]:
     spec = checked_spec(logits.shape[1], target, options)
-    made = backend(options[-1]).row_stats(logits, target, class_weight, spec, Wants(entropy, argmax), None, None, None)
+    made = backend_of(options).row_stats(logits, target, class_weight, spec, Wants(entropy, argmax), None, None, None)
     return as_tensors(made)
 
 
@@ -70,13 +71,13 @@ def _row_stats_shapes(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, entropy: bool, argmax: bool, *options: Any
 ) -> tuple[Tensor, ...]:
     wants = Wants(entropy, argmax)
-    return *new_stats(logits, wants), _kept(logits, target, wants, options[-1])
+    return *new_stats(logits, wants), _kept(logits, target, wants, *options[-2:])
 
 
 def _row_stats_grads(logits: Tensor, target: Tensor, class_weight: Tensor | None, kept: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     upstream, (need_dlogits, need_dtarget), options = Upstream(*rest[:4]), rest[4:6], rest[6:]
     dlogits, dtarget = new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
-    backend(options[-1]).row_grads(
+    backend_of(options).row_grads(
         logits,
         target,
         class_weight,
@@ -108,7 +109,7 @@ def _row_stats_and_grads(
     spec = checked_spec(logits.shape[1], target, options)
     dlogits, dtarget = new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
     wanted = dlogits if need_dlogits else None, dtarget if need_dtarget else None
-    made = backend(options[-1]).row_stats(logits, target, class_weight, spec, Wants(entropy, argmax), Upstream(dloss), *wanted)
+    made = backend_of(options).row_stats(logits, target, class_weight, spec, Wants(entropy, argmax), Upstream(dloss), *wanted)
     return *as_tensors(made), dlogits, dtarget
 
 
@@ -161,6 +162,7 @@ def _save_row_stats_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 def _row_stats_grads_backward(ctx: Any, v_dlogits: Tensor | None, v_dtarget: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, target, class_weight, *upstream = ctx.saved_tensors
+    refuse_second_derivative(ctx.spec)
     given = [i for i, t in enumerate(upstream) if t is not None]
 
     def values(x: Tensor, t: Tensor) -> list[Tensor]:

@@ -9,7 +9,8 @@ confident the model is. Only a CPU is asked for values.
 import ctypes
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -122,34 +123,40 @@ def _rows(
         if grad is not None:
             prefer_huge_pages(grad)
     n, v = logits.shape
-    on_cpu = logits.device.type == "cpu"
     soft = target.is_floating_point()
     temporaries = FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0
     temporaries += dlogits is None or dlogits.dtype != dtype
     # distances of a whole block where they end in its gradient, of a few rows where they are summed and forgotten
     temporaries += up is not None and up.entropy is not None
-    count = threads_for(n * v, logits.element_size(), dtype.itemsize, temporaries) if on_cpu else 1
-    block = block_rows(n, v, logits.element_size(), dtype.itemsize, on_cpu, temporaries, count)
 
-    summed = summed_rows(n, v, dtype.itemsize, count)
-
-    def part(rows: slice) -> tuple[Tensor, ...]:
+    def part(rows: slice, block: int, count: int) -> tuple[Tensor, ...]:
         x, t, dx, dt = (None if a is None else a[rows] for a in (logits, target, dlogits, dtarget))
         u = None if up is None else up.of(rows)
         assert x is not None and t is not None
         columns = (
             _soft_rows(x, t, weight, u, spec, dx, dt, dtype, block, wants)
             if soft
-            else _id_rows(x, t[:, None], weight, u, spec, dx, dtype, block, summed, wants)
+            else _id_rows(x, t[:, None], weight, u, spec, dx, dtype, block, summed_rows(n, v, dtype.itemsize, count), wants)
         )
         return tuple(column[:, 0] for column in columns)
 
+    parts = in_parts(logits, dtype, temporaries, part)
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+T = TypeVar("T")
+
+
+def in_parts(logits: Tensor, dtype: torch.dtype, temporaries: int, part: Callable[[slice, int, int], T]) -> list[T]:
+    """``part(rows, rows of a block, threads)`` for all rows, by as many threads as have enough to do."""
+    (n, v), on_cpu = logits.shape, logits.device.type == "cpu"
+    count = threads_for(n * v, logits.element_size(), dtype.itemsize, temporaries) if on_cpu else 1
+    block = block_rows(n, v, logits.element_size(), dtype.itemsize, on_cpu, temporaries, count)
     if count == 1:
-        return part(slice(0, n))
+        return [part(slice(0, n), block, count)]
     # several parts for each thread, whole blocks, for when one of them is held up
     length = max(block, -(-n // (4 * count * block)) * block)
-    parts = threads.run([functools.partial(part, slice(i, i + length)) for i in range(0, n, length)], count)
-    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+    return threads.run([functools.partial(part, slice(i, i + length), block, count) for i in range(0, n, length)], count)
 
 
 def _spreads(up: Upstream | None, wants: Wants | None) -> bool:
@@ -229,9 +236,9 @@ def _id_rows(
         if _nowhere(valid[rows]):
             continue
         y_b, margin_b, others_b = y[rows], margin[rows], others[rows]
-        z, slope = _shaped(x, spec, p)
+        z, slope = shaped(x, spec, p)
         if wants_top:
-            row_max[rows], top[rows] = _largest(z)
+            row_max[rows], top[rows] = largest(z)
         else:
             torch.amax(z, -1, keepdim=True, out=row_max[rows])
         if spreads:
@@ -240,13 +247,13 @@ def _id_rows(
                 part, at = slice(i, i + some), slice(rows.start + i, min(rows.start + i + some, rows.stop))
                 d = torch.sub(z[part], row_max[at], out=distances[: at.stop - at.start])
                 if smooth:
-                    torch.sum(_times(-d, weight), -1, keepdim=True, out=shortfall[at])
-                moments, spread[at] = _moments(torch.exp(d, out=p[part]), d)
+                    torch.sum(times(-d, weight), -1, keepdim=True, out=shortfall[at])
+                moments, spread[at] = moments_of(torch.exp(d, out=p[part]), d)
         else:
             torch.sub(z, row_max[rows], out=p)
             torch.gather(p, 1, y_b, out=margin_b)
             if smooth:
-                torch.sum(_times(-p, weight), -1, keepdim=True, out=shortfall[rows])
+                torch.sum(times(-p, weight), -1, keepdim=True, out=shortfall[rows])
             p.exp_()
         e_y = margin_b.exp()
         if up.entropy is not None:
@@ -282,7 +289,7 @@ def _id_rows(
             p.mul_(slope)
 
     if dlogits is not None:
-        _zero_rows(dlogits, ignored)
+        zero_rows(dlogits, ignored)
     e_y = margin.exp()
     log_sum = _log_sum(others, e_y)
     loss = (log_sum - margin) * kept
@@ -317,14 +324,14 @@ def _soft_rows(
     loss, all_lse, target_logprob, entropy = (torch.empty(n, 1, dtype=dtype, device=logits.device) for _ in range(4))
     all_top = torch.empty(n, 1, dtype=torch.int64, device=logits.device)
     for rows, x, p in _blocks(logits, dlogits, dtype, block):
-        z, slope = _shaped(x, spec, p)
-        row_max, top = _largest(z)
+        z, slope = shaped(x, spec, p)
+        row_max, top = largest(z)
         d = z - row_max
         t = target[rows].to(dtype)
         q = t
         if spec.label_smoothing:
             q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / v
-        q = _times(q, weight)
+        q = times(q, weight)
         if wants is not None:
             # before classes are left out by their weights, which are the loss's alone
             torch.sum(torch.where((t == 0.0) & (d == -torch.inf), 0.0, t * d), -1, keepdim=True, out=target_logprob[rows])
@@ -334,7 +341,7 @@ def _soft_rows(
         torch.exp(d, out=p)
         p.masked_fill_(out, 0.0)
         if _spreads(up, wants):
-            moments, spread = _moments(p, d.clone())
+            moments, spread = moments_of(p, d.clone())
         p.scatter_(1, top, 0.0)
         others = p.sum(-1, keepdim=True)
         mass = q.sum(-1, keepdim=True)
@@ -373,7 +380,7 @@ def _soft_rows(
                 p.mul_(slope)
         if dtarget is not None:
             nll = log_sum - d
-            dt = _times(nll, weight).mul((1.0 - spec.label_smoothing) * dloss_b).masked_fill_(out, 0.0)
+            dt = times(nll, weight).mul((1.0 - spec.label_smoothing) * dloss_b).masked_fill_(out, 0.0)
             if dlogprob_b is not None:
                 nll.masked_fill_(out, torch.inf)
                 dt -= torch.where((t == 0.0) & (nll == torch.inf), 0.0, nll * dlogprob_b)
@@ -383,7 +390,7 @@ def _soft_rows(
     return [loss, all_lse, target_logprob, *([entropy] if wants.entropy else []), *([all_top] if wants.argmax else [])]
 
 
-def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
+def largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """(B, V) -> the largest of each row and the first class that has it, each (B, 1)."""
     v = z.shape[1]
     whole = v // SEGMENT
@@ -399,7 +406,7 @@ def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
     return largest, start + at
 
 
-def _moments(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+def moments_of(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """e * d, in ``d``, and its sums (B, 1); nothing for a logit of -inf, whose exponential is 0."""
     sums = d.mul_(e).sum(-1, keepdim=True)
     if d.device.type != "cpu" or sums.isnan().any():
@@ -407,7 +414,7 @@ def _moments(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return d, sums
 
 
-def _shaped(x: Tensor, spec: LossSpec, scratch: Tensor) -> tuple[Tensor, Tensor | float | None]:
+def shaped(x: Tensor, spec: LossSpec, scratch: Tensor) -> tuple[Tensor, Tensor | float | None]:
     """The logits the loss sees and their derivative (None for 1); in ``scratch`` if ``x`` is not in its dtype, and maybe ``x`` itself."""
     z = x if x.dtype == scratch.dtype else scratch.copy_(x)
     slope: Tensor | float | None = None
@@ -427,7 +434,7 @@ def _log_sum(others: Tensor, e_y: Tensor) -> Tensor:
     return torch.log1p(others + (e_y - 1.0))
 
 
-def _times(x: Tensor, weight: Tensor | None) -> Tensor:
+def times(x: Tensor, weight: Tensor | None) -> Tensor:
     """x * weight, where a weight of 0 takes a class out even if x is infinite."""
     return x if weight is None else (x * weight).masked_fill_((weight == 0.0) & x.isinf(), 0.0)
 
@@ -437,7 +444,7 @@ def _nowhere(mask: Tensor) -> bool:
     return mask.device.type == "cpu" and not mask.any()
 
 
-def _zero_rows(dlogits: Tensor, ignored: Tensor) -> None:
+def zero_rows(dlogits: Tensor, ignored: Tensor) -> None:
     """Not by a factor of 0: ignored rows may hold NaN."""
     if ignored.device.type == "cpu":
         dlogits.index_fill_(0, ignored[:, 0].nonzero()[:, 0], 0.0)

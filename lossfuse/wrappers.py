@@ -21,8 +21,8 @@ ABSENT = (
 )
 
 
-class Shard(NamedTuple):
-    """A parameter of a head in one of FSDP2's groups."""
+class Lent(NamedTuple):
+    """A parameter that one of FSDP2's groups lends to a head."""
 
     parameter: Tensor  # as the head's forward sees it
     sharded: Tensor  # as the optimizer does
@@ -50,27 +50,27 @@ def has_other_groups(head: nn.Module) -> bool:
     )
 
 
-class Shards:
-    """Finds the shards of a head's parameters, and remembers where they were."""
+class Lenders:
+    """Finds who lends a head its parameters, and remembers."""
 
     def __init__(self) -> None:
-        self.found: list[Shard] = []
+        self.found: list[Lent] = []
         self.of: tuple[weakref.ref[Tensor], ...] = ()
 
-    def __call__(self, parameters: tuple[Tensor, ...], model: nn.Module) -> list[Shard]:
+    def __call__(self, parameters: tuple[Tensor, ...], model: nn.Module) -> list[Lent]:
         if not _fsdp("FSDPModule"):
             return []
         if len(self.of) != len(parameters) or any(ref() is not p for ref, p in zip(self.of, parameters, strict=True)):
-            self.found = shards(parameters, model.modules())
+            self.found = lent(parameters, model.modules())
             self.of = tuple(weakref.ref(p) for p in parameters)
         return self.found
 
     def __reduce__(self) -> Any:
-        return Shards, ()
+        return Lenders, ()
 
 
-def shards(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Shard]:
-    found: dict[int, Shard] = {}
+def lent(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Lent]:
+    found: dict[int, Lent] = {}
     for module in modules:
         if not is_fsdp2(module):
             continue
@@ -80,19 +80,19 @@ def shards(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Shard
         for entry in (entry for group in groups if group is not None for entry in group.fsdp_params):
             for p in parameters:
                 if getattr(entry, "_unsharded_param", None) is p:
-                    found.setdefault(id(p), Shard(p, entry.sharded_param, module))
+                    found.setdefault(id(p), Lent(p, entry.sharded_param, module))
     return list(found.values())
 
 
 @contextmanager
-def unsharded(found: list[Shard], parameters: Iterable[Tensor], shapes: Iterable[Any]) -> Iterator[None]:
+def held(found: list[Lent], parameters: Iterable[Tensor], shapes: Iterable[Any]) -> Iterator[None]:
     """With the values of these parameters, wherever they have gone since the forward; as it was before, afterwards."""
     with ExitStack() as after:
-        for shard in found:
+        for one in found:
             # one call may have brought the next ones back too
-            if _is_absent(shard.parameter):
-                shard.module.unshard()
-                after.callback(shard.module.reshard)
+            if _is_absent(one.parameter):
+                one.module.unshard()
+                after.callback(one.module.reshard)
         for p, shape in zip(parameters, shapes, strict=True):
             if p.shape != shape or _is_absent(p):
                 raise RuntimeError(ABSENT.format(shape=tuple(shape)))
