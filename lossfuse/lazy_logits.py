@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .inputs import torch_func_active
 from .spec import LinearOptions
-from .wrappers import Lenders, Lent, has_other_groups, held, is_plain_linear, lent, modules_told, told_by
+from .wrappers import Lenders, Lent, held, is_plain_linear, lent, modules_told, must_not_be_entered, told_by
 
 STALE = (
     "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them"
@@ -106,8 +106,8 @@ class LazyForward:
         if not self.finder.finds(self.head):
             # wrapped since, by an adapter
             return self.original(*args, **kwargs)
-        if has_other_groups(self.head):
-            # a module must not be entered for the loss: its group would reduce gradients of which half are missing
+        if must_not_be_entered(self.head):
+            # a group would reduce gradients of which half are missing
             return self.original(*args, **kwargs)
         source = Source(self, hidden)
         made = source.shape_of_logits()

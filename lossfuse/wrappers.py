@@ -43,11 +43,10 @@ def is_plain_linear(head: nn.Module) -> bool:
     return type(head) is nn.Linear or (is_fsdp2(head) and isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward)
 
 
-def has_other_groups(head: nn.Module) -> bool:
-    """Whether calling the head's forward runs somebody's collectives: FSDP2's of modules in it, or those of FSDP1."""
-    return any(
-        (module is not head and is_fsdp2(module)) or isinstance(module, _fsdp("FullyShardedDataParallel")) for module in head.modules()
-    )
+def must_not_be_entered(head: nn.Module) -> bool:
+    """Whether the head's forward, called for the loss, runs hooks or lacks parameters of FSDP2's groups in it, FSDP1 or DeepSpeed's ZeRO-3."""
+    inside = any((m is not head and is_fsdp2(m)) or isinstance(m, _fsdp("FullyShardedDataParallel")) for m in head.modules())
+    return inside or any(hasattr(p, "ds_id") for p in head.parameters())
 
 
 class Lenders:

@@ -201,3 +201,238 @@ def test_layouts():
 @pytest.mark.slow
 def test_layouts_of_four_ranks():
     cases_on_ranks(4, in_layout, CASES, timeout=300)
+
+
+# --- what else is done with a sharded head
+
+
+class Lora(nn.Module):
+    """A head that is not linear."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a, self.b = base, nn.Linear(D, 2, bias=False), nn.Linear(2, V, bias=False)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def one_step(run, model, loss_of, batch):
+    loss = loss_of(run, batch)
+    loss.backward()
+    return loss.detach(), {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same_as_stock(layout, loss_of, *, model=None, fused=None, made=None):
+    """One step in a layout, and in one process on the whole batch."""
+    model = model or Tiny()
+    plain = copy.deepcopy(model)
+    (batch,) = batches(1, dist.get_world_size())
+    want_loss, want = one_step(plain, plain, loss_of, batch)
+    report = lossfuse.fuse_lm_head(model, options=OPTIONS)
+    run, _ = layout(model)
+    loss, got = one_step(run, model, loss_of, mine(batch))
+    dist.all_reduce(loss)
+    assert_loss_close(loss / dist.get_world_size(), want_loss)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert_product_close(got[name], want[name])
+    assert report.fused == (fused or {}) and report.made == (made or {}), report
+    return run, model, report
+
+
+HEAD_ALONE = fsdp2(*BLOCKS, "lm_head")
+GROUP = fsdp2(*BLOCKS, ("norm", "lm_head"))
+
+
+def two_reads(run, b):
+    z = run(b[0])
+    entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+    return ce(z, b[1]) + 0.1 * entropy.mean()
+
+
+def made(run, b):
+    return ce(torch.sin(run(b[0])), b[1])
+
+
+def made_and_read(run, b):
+    z = run(b[0])
+    return ce(z, b[1]) + torch.sin(z).mean()
+
+
+class Doubled(torch.autograd.Function):
+    """Does not ask what it is given."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z * 2.0
+
+    @staticmethod
+    def backward(ctx, dz):
+        return dz * 2.0
+
+
+def unasked(run, b):
+    return ce(Doubled.apply(run(b[0])), b[1])
+
+
+def with_a_head_that_is_not_linear():
+    model = Tiny()
+    model.lm_head = Lora(model.lm_head)
+    return model
+
+
+def mixed_precision(layout):
+    """As near to the truth as the stock model in the same layout."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    def loss_of(run, b):
+        return ce(run(b[0]).float(), b[1])
+
+    (batch,) = batches(1, dist.get_world_size())
+    truth = Tiny().double()
+    want_loss, want = one_step(truth, truth, loss_of, batch)
+    errors = []
+    for fused in (False, True):
+        model = Tiny()
+        report = lossfuse.fuse_lm_head(model, options=OPTIONS) if fused else None
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        run, _ = layout(mp_policy=policy)(model)
+        loss, got = one_step(run, model, loss_of, mine(batch))
+        dist.all_reduce(loss)
+        assert report is None or (report.fused == {"cross_entropy": 1} and not report.made)
+        distance = {name: (got[name] - want[name]).norm() / want[name].norm() for name in want}
+        of_all = torch.stack(list(distance.values())).square().mean().sqrt()
+        errors.append([abs(float(loss) / dist.get_world_size() - float(want_loss)), float(of_all), float(distance["lm_head.weight"])])
+    stock, ours = errors
+    for theirs, mine_ in zip(stock, ours, strict=True):
+        assert mine_ <= 1.1 * theirs + 1e-4, (ours, stock)
+    return ours, stock
+
+
+def stale():
+    """A weight that a step has changed is not gathered again for logits of before."""
+    model = Tiny()
+    run, _ = HEAD_ALONE(model)
+    lossfuse.fuse_lm_head(model)
+    (batch,) = batches(1, dist.get_world_size())
+    optimizer = torch.optim.AdamW(model.parameters())
+    z = run(mine(batch)[0])
+    ce(z, mine(batch)[1]).backward()
+    z.argmax(-1)
+    optimizer.step()
+    for read in (lambda: z.argmax(-1), lambda: ce(z, mine(batch)[1]), lambda: torch.sin(z)):
+        with pytest.raises(RuntimeError, match="a parameter of the head has been changed since the forward"):
+            read()
+
+
+def an_older_fsdp():
+    """Its head is called for its logits, and its root's is fused."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    reports = []
+    for whole_head in (True, False):
+        model = Tiny()
+        (batch,) = batches(1, dist.get_world_size())
+        plain = copy.deepcopy(model)
+        want, _ = one_step(plain, plain, LOSSES["outside"], batch)
+        reports.append(lossfuse.fuse_lm_head(model, options=OPTIONS))
+        if not whole_head:
+            model.lm_head = FullyShardedDataParallel(model.lm_head, use_orig_params=True, device_id=torch.device("cpu"))
+        run = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        loss = ce(run(mine(batch)[0]), mine(batch)[1])
+        loss.backward()
+        run.clip_grad_norm_(1e9)
+        with FullyShardedDataParallel.summon_full_params(run, with_grads=True):
+            got = {name.replace("_fsdp_wrapped_module.", ""): p.grad for name, p in run.named_parameters()}
+            for name, p in plain.named_parameters():
+                assert_product_close(got[name], p.grad)
+        total = loss.detach()
+        dist.all_reduce(total)
+        assert_loss_close(total / dist.get_world_size(), want)
+    assert [r.fused["cross_entropy"] for r in reports] == [1, 0] and not reports[0].made, reports
+
+
+def a_parameter_that_is_gone():
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    (batch,) = batches(1, 1)
+    z = model(batch[0])
+    model.lm_head.weight.data = torch.empty(0)
+    with pytest.raises(RuntimeError, match=r"a parameter of the head of shape \(151, 16\), holds no values any more"):
+        ce(z, batch[1])
+
+
+def a_llama(**options):
+    """Of transformers, whose blocks and head are sharded; it makes its loss itself."""
+    from torch.distributed.fsdp import fully_shard
+
+    from tiny_models import llama
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = llama(**options)
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, labels=ids).loss
+
+    def layout(model):
+        for block in model.model.model.layers:
+            fully_shard(block)
+        head = [] if options.get("tie_word_embeddings") else [model.model.lm_head]
+        fully_shard([model.model.model.norm, *head])
+        return fully_shard(model) or model, None
+
+    wrapper = Logits().train()
+    wrapper.get_output_embeddings = wrapper.model.get_output_embeddings
+    same_as_stock(layout, lambda run, b: run(b[0]), model=wrapper, fused={"cross_entropy": 1})
+
+
+OTHERS = {
+    "two reads": lambda: same_as_stock(HEAD_ALONE, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None,
+    "two reads of a group": lambda: same_as_stock(GROUP, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None,
+    "made": lambda: same_as_stock(HEAD_ALONE, made, made={"sin": 1}) and None,
+    "made of a group": lambda: same_as_stock(GROUP, made, made={"sin": 1}) and None,
+    "made of a root": lambda: same_as_stock(fsdp2(), made, made={"sin": 1}) and None,
+    "made and read": lambda: same_as_stock(GROUP, made_and_read, fused={"cross_entropy": 1}, made={"sin": 1}) and None,
+    "made under DDP": lambda: same_as_stock(ddp(find_unused_parameters=True), made, made={"sin": 1}) and None,
+    "made and read under DDP": lambda: (
+        same_as_stock(ddp(find_unused_parameters=True), made_and_read, fused={"cross_entropy": 1}, made={"sin": 1}) and None
+    ),
+    "unasked": lambda: same_as_stock(GROUP, unasked, made={"flatten": 1}) and None,
+    "not linear, in root": lambda: (
+        same_as_stock(fsdp2(*BLOCKS), LOSSES["outside"], model=with_a_head_that_is_not_linear(), fused={"cross_entropy": 1}) and None
+    ),
+    "not linear, a group": lambda: (
+        same_as_stock(HEAD_ALONE, LOSSES["outside"], model=with_a_head_that_is_not_linear(), fused={"cross_entropy": 1}) and None
+    ),
+    "not linear, with norm": lambda: (
+        same_as_stock(GROUP, LOSSES["outside"], model=with_a_head_that_is_not_linear(), fused={"cross_entropy": 1}) and None
+    ),
+    "not linear, groups in it": lambda: (
+        same_as_stock(fsdp2("lm_head.base"), LOSSES["outside"], model=with_a_head_that_is_not_linear()) and None
+    ),
+    "bfloat16": lambda: mixed_precision(lambda **o: fsdp2(*BLOCKS, "lm_head", **o)),
+    "bfloat16, norm and head": lambda: mixed_precision(lambda **o: fsdp2(*BLOCKS, ("norm", "lm_head"), **o)),
+    "stale": stale,
+    "FSDP1": an_older_fsdp,
+    "gone": a_parameter_that_is_gone,
+    "llama": a_llama,
+    "llama, tied": lambda: a_llama(tie_word_embeddings=True),
+}
+
+
+def another(name):
+    # what makes logits says so once
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return OTHERS[name]()
+
+
+def test_other_uses():
+    cases_on_ranks(2, another, list(OTHERS))
