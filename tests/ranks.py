@@ -147,7 +147,11 @@ def _rank(
                 dist.barrier()
             except BaseException as error:
                 outcome = Outcome(error=error)
-        send.send_bytes(pickle.dumps(outcome))
+        try:
+            said = pickle.dumps(outcome)
+        except Exception as error:
+            said = pickle.dumps(Outcome(error=error))
+        send.send_bytes(said)
     send.close()
 
 

@@ -437,3 +437,64 @@ def another(name):
 
 def test_other_uses():
     cases_on_ranks(2, another, list(OTHERS))
+
+
+# --- tensor parallelism: every rank has all rows and some of the classes
+
+
+def colwise(**options):
+    def wrapped(model):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallelize_module(model, mesh, {"lm_head": ColwiseParallel(**options)})
+        return model, None
+
+    return wrapped
+
+
+def same_of_classes(layout, loss_of, *, model=None, first=True, fused=None, made=None):
+    """One step of the whole batch on every rank, and in one process."""
+    model = model or Tiny(bias=True)
+    plain = copy.deepcopy(model)
+    (batch,) = batches(1, 1)
+    want_loss, want = one_step(plain, plain, loss_of, batch)
+    report = lossfuse.fuse_lm_head(model, options=OPTIONS) if first else None
+    run, _ = layout(model)
+    report = report or lossfuse.fuse_lm_head(model, options=OPTIONS)
+    with Largest() as largest:
+        loss, got = one_step(run, model, loss_of, batch)
+    assert_loss_close(whole(loss), want_loss)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert_product_close(got[name], want[name])
+    if fused is not None:
+        assert report.fused == fused and report.made == (made or {}), report
+        assert made or largest.bytes < B * T * V * 4 / dist.get_world_size(), largest.bytes
+    return report
+
+
+PARALLEL = {
+    "to replicas": lambda: same_of_classes(colwise(output_layouts=_placement("Replicate")), LOSSES["outside"]),
+    "to replicas, none": lambda: same_of_classes(colwise(output_layouts=_placement("Replicate")), LOSSES["none"]),
+    "to replicas, a cap": lambda: same_of_classes(
+        colwise(output_layouts=_placement("Replicate")), LOSSES["inside"], model=Tiny(bias=True, cap=3.0), first=False
+    ),
+}
+
+
+def _placement(name, *args):
+    import torch.distributed.tensor
+
+    return getattr(torch.distributed.tensor, name)(*args)
+
+
+def parallel(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PARALLEL[name]()
+
+
+def test_tensor_parallel():
+    cases_on_ranks(2, parallel, list(PARALLEL))
