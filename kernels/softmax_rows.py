@@ -6,6 +6,9 @@ probabilities the mass of the target. Loss and statistics take one program per r
 
 Where asked, the same pass gives what a row says beside its loss: lse, log-probability of the target, entropy, argmax.
 
+The rows may be cut: a shard has V classes, from first_class on, of num_classes. Its first pass leaves what is merged with the other
+shards' in place of a loss, and its gradient takes merged statistics.
+
 N rows, V classes. A target outside [0, V) that is not ignore_index makes its row NaN; nothing outside a row is read for it.
 """
 
@@ -41,8 +44,8 @@ from .tile_math import (
     target_slope,
 )
 
-# compiled once for all values: rows differ from batch to batch
-CHANGING = ["N", "ignore_index"]
+# compiled once for all values: rows differ from batch to batch, shards from rank to rank
+CHANGING = ["N", "ignore_index", "first_class", "num_classes"]
 
 # a product fused into the subtraction of a rounded maximum leaves the rounding error of the product: a loss of -1e-6 where it is 0
 UNFUSED = {"enable_fp_fusion": False}
@@ -88,14 +91,26 @@ def weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing):
 
 
 @triton.jit
-def mass_tile(t, class_weight_ptr, offs_v, mask_v, V, smoothing):
+def mass_tile(t, class_weight_ptr, offs_v, mask_v, num_classes, smoothing):
     """(BLOCK_V,) fp32 class_weight * smoothed target probability, 0 outside mask_v."""
     q = t
     if smoothing is not None:
-        q = q * (1.0 - smoothing) + tl.where(mask_v, smoothing / V, 0.0)
+        q = q * (1.0 - smoothing) + tl.where(mask_v, smoothing / num_classes, 0.0)
     if class_weight_ptr is not None:
         q = q * tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0)
     return q
+
+
+@triton.jit
+def class_at_hand(y, ignore_index, V, first_class, num_classes):
+    """(target id from the first class at hand, whether it is a class of the row, whether it is one at hand)."""
+    if first_class is None:
+        readable = (y >= 0) & (y < V) & (y != ignore_index)
+        return y, readable, readable
+    else:
+        readable = (y >= 0) & (y < num_classes) & (y != ignore_index)
+        y = y - first_class
+        return y, readable, readable & (y >= 0) & (y < V)
 
 
 @triton.jit
@@ -109,16 +124,19 @@ def row_loss_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N,) int64
     class_weight_ptr,  # (V,) fp32, or None
-    loss_ptr,  # (N,) fp32, output
+    loss_ptr,  # (N,) fp32, output, or None
     lse_ptr,  # (N,) fp32, output, or None
     logprob_ptr,  # (N,) fp32, output, or None: of the target
     entropy_ptr,  # (N,) fp32, output, or None
     argmax_ptr,  # (N,) int64, output, or None
     stats_ptr,  # (2, N) fp32, output: row maximum, log-sum; with entropy (3, N), its mean shortfall
+    shard_ptr,  # (3, N) fp32, output, or None: logit of the target and its weight, 0 where it is not at hand; with smoothing, shortfall
     stride_logits_n,
     N,
     V,
     ignore_index,
+    first_class,  # or None
+    num_classes,  # or None
     scale,  # or None
     softcap,  # or None
     smoothing,  # or None
@@ -130,7 +148,7 @@ def row_loss_kernel(
     row_ptr = logits_ptr + row * stride_logits_n
     y = tl.load(target_ptr + row).to(tl.int64)
     ignored = y == ignore_index
-    readable = (y >= 0) & (y < V) & (y != ignore_index)
+    y, readable, at_hand = class_at_hand(y, ignore_index, V, first_class, num_classes)
 
     top, ties, rest = lse_start(BLOCK_V)
     mass = tl.zeros([BLOCK_V], tl.float32)
@@ -156,13 +174,20 @@ def row_loss_kernel(
     row_mass, row_shortfall = 0.0, 0.0
     if smoothing is not None:
         row_mass, row_shortfall = shortfall_finish(mass, shortfall, top, row_max)
-    z_y = shaped(target_logit(row_ptr, y, readable), scale, softcap)
-    w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
-    loss = id_loss(z_y, w_y, row_max, log_sum, row_mass, row_shortfall, V, smoothing, lse_square_scale)
+    z_y = shaped(target_logit(row_ptr, y, at_hand), scale, softcap)
+    w_y = target_weight(class_weight_ptr, y, at_hand) if class_weight_ptr is not None else None
 
-    tl.store(loss_ptr + row, unless_unread(loss, ignored, readable))
+    if loss_ptr is not None:
+        loss = id_loss(z_y, w_y, row_max, log_sum, row_mass, row_shortfall, V, smoothing, lse_square_scale)
+        tl.store(loss_ptr + row, unless_unread(loss, ignored, readable))
     tl.store(stats_ptr + row, row_max)
     tl.store(stats_ptr + N + row, log_sum)
+    if shard_ptr is not None:
+        tl.store(shard_ptr + row, z_y)
+        if class_weight_ptr is not None:
+            tl.store(shard_ptr + N + row, w_y)
+        if smoothing is not None:
+            tl.store(shard_ptr + 2 * N + row, row_shortfall)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, unless_unread(row_max + log_sum, ignored, readable))
     if logprob_ptr is not None:
@@ -170,6 +195,9 @@ def row_loss_kernel(
     if entropy_ptr is not None:
         mean_shortfall = spread_finish(spread, top, ties, rest, row_max, log_sum)
         tl.store(entropy_ptr + row, unless_unread(log_sum + mean_shortfall, ignored, readable))
+        if shard_ptr is not None:
+            # without a finite logit it has no part in the row's
+            mean_shortfall = tl.where(log_sum == -float("inf"), 0.0, mean_shortfall)
         tl.store(stats_ptr + 2 * N + row, tl.where(readable, mean_shortfall, 0.0))
     if argmax_ptr is not None:
         no_class = tl.where(ignore_index == -1, -2, -1)
@@ -182,7 +210,7 @@ def row_grads_kernel(
     target_ptr,  # (N,) int64
     class_weight_ptr,  # (V,) fp32, or None
     class_weight_sum_ptr,  # () fp32, or None
-    stats_ptr,  # as row_loss_kernel left it
+    stats_ptr,  # as row_loss_kernel left it; of a shard (5, N), merged, then weight of the target and sum of the class weights
     dloss_ptr,  # (N,) fp32, or None; stride 0 when it is one number
     dlse_ptr,  # (N,) fp32, or None
     dlogprob_ptr,  # (N,) fp32, or None
@@ -194,6 +222,8 @@ def row_grads_kernel(
     N,
     V,
     ignore_index,
+    first_class,  # or None
+    num_classes,  # or None
     scale,  # or None
     softcap,  # or None
     smoothing,  # or None
@@ -206,17 +236,26 @@ def row_grads_kernel(
     row_ptr = logits_ptr + row * stride_logits_n
     y = tl.load(target_ptr + row).to(tl.int64)
     ignored = y == ignore_index
-    readable = (y >= 0) & (y < V) & (y != ignore_index)
+    y, readable, at_hand = class_at_hand(y, ignore_index, V, first_class, num_classes)
     row_max = tl.load(stats_ptr + row)
     log_sum = tl.load(stats_ptr + N + row)
 
     # all but the entropy has a slope of the same form
-    w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
+    if class_weight_ptr is None:
+        w_y = None
+    elif first_class is None:
+        w_y = target_weight(class_weight_ptr, y, readable)
+    else:
+        w_y = tl.load(stats_ptr + 3 * N + row)
     kept, flat, off = 0.0, 0.0, 0.0
     if dloss_ptr is not None:
-        w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
+        if first_class is None:
+            w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
+        else:
+            w_sum = tl.load(stats_ptr + 4 * N + row)
         dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
-        kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale)
+        smoothed = V if num_classes is None else num_classes
+        kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, smoothed, smoothing, lse_square_scale)
         kept, flat, off = kept * dloss, flat * dloss, off * dloss
     if dlse_ptr is not None:
         flat = flat + tl.load(dlse_ptr + row)
@@ -234,7 +273,7 @@ def row_grads_kernel(
         w = tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0) if smoothing is not None and class_weight_ptr is not None else None
         x = tl.load(row_ptr + offs_v, mask=only_if(readable, mask_v), other=0.0).to(tl.float32)
         # in place the target's logit is lost once its block is stored: it is read with its block, and no warp stores before all have read
-        here = readable & (y >= start) & (y < start + BLOCK_V)
+        here = at_hand & (y >= start) & (y < start + BLOCK_V)
         z_y = shaped(target_logit(row_ptr, y, here), scale, softcap)
         tl.debug_barrier()
         below = shaped(x, scale, softcap) - row_max
@@ -254,16 +293,18 @@ def soft_row_loss_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N, V) any float dtype, probabilities
     class_weight_ptr,  # (V,) fp32, or None
-    loss_ptr,  # (N,) fp32, output
+    loss_ptr,  # (N,) fp32, output, or None
     lse_ptr,  # (N,) fp32, output, or None
     logprob_ptr,  # (N,) fp32, output, or None: of the target, on average over its probabilities as given
     entropy_ptr,  # (N,) fp32, output, or None
     argmax_ptr,  # (N,) int64, output, or None
     stats_ptr,  # (3, N) fp32, output: row maximum, log-sum, mass; with logprob (4, N), sum of target; with entropy (5, N), mean shortfall
+    shard_ptr,  # (2, N) fp32, output, or None: shortfall; with logprob, that of the target as given
     stride_logits_n,
     stride_target_n,
     N,
     V,
+    num_classes,  # or None
     scale,  # or None
     softcap,  # or None
     smoothing,  # or None
@@ -288,7 +329,7 @@ def soft_row_loss_kernel(
         mask_v = offs_v < V
         z = logits_tile(row_ptr, offs_v, mask_v, scale, softcap)
         t = tl.load(target_row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-        q = mass_tile(t, class_weight_ptr, offs_v, mask_v, V, smoothing)
+        q = mass_tile(t, class_weight_ptr, offs_v, mask_v, V if num_classes is None else num_classes, smoothing)
         if entropy_ptr is not None:
             spread = spread_update(spread, top, ties, rest, z)
         top_before = top
@@ -301,23 +342,31 @@ def soft_row_loss_kernel(
 
     row_max, log_sum = lse_finish(top, ties, rest)
     row_mass, row_shortfall = shortfall_finish(mass, shortfall, top, row_max)
-    loss = row_mass * log_sum + row_shortfall
-    if lse_square_scale is not None:
-        loss = loss + lse_square(row_max, log_sum, lse_square_scale)
 
-    tl.store(loss_ptr + row, loss)
+    if loss_ptr is not None:
+        loss = row_mass * log_sum + row_shortfall
+        if lse_square_scale is not None:
+            loss = loss + lse_square(row_max, log_sum, lse_square_scale)
+        tl.store(loss_ptr + row, loss)
     tl.store(stats_ptr + row, row_max)
     tl.store(stats_ptr + N + row, log_sum)
     tl.store(stats_ptr + 2 * N + row, row_mass)
+    if shard_ptr is not None:
+        tl.store(shard_ptr + row, row_shortfall)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, row_max + log_sum)
     if logprob_ptr is not None:
         row_given_mass, row_given_shortfall = shortfall_finish(given_mass, given_shortfall, top, row_max)
         tl.store(logprob_ptr + row, -(row_given_mass * log_sum + row_given_shortfall))
         tl.store(stats_ptr + 3 * N + row, row_given_mass)
+        if shard_ptr is not None:
+            tl.store(shard_ptr + N + row, row_given_shortfall)
     if entropy_ptr is not None:
         mean_shortfall = spread_finish(spread, top, ties, rest, row_max, log_sum)
         tl.store(entropy_ptr + row, log_sum + mean_shortfall)
+        if shard_ptr is not None:
+            # without a finite logit it has no part in the row's
+            mean_shortfall = tl.where(log_sum == -float("inf"), 0.0, mean_shortfall)
         tl.store(stats_ptr + 4 * N + row, mean_shortfall)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + row, first_finish(first, top, row_max).to(tl.int64))
@@ -328,7 +377,7 @@ def soft_row_grads_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N, V) any float dtype, probabilities
     class_weight_ptr,  # (V,) fp32, or None
-    stats_ptr,  # as soft_row_loss_kernel left it
+    stats_ptr,  # as soft_row_loss_kernel left it; of a shard, merged
     dloss_ptr,  # (N,) fp32, or None; stride 0 when it is one number
     dlse_ptr,  # (N,) fp32, or None
     dlogprob_ptr,  # (N,) fp32, or None
@@ -342,6 +391,7 @@ def soft_row_grads_kernel(
     stride_dloss,
     N,
     V,
+    num_classes,  # or None
     scale,  # or None
     softcap,  # or None
     smoothing,  # or None
@@ -377,7 +427,7 @@ def soft_row_grads_kernel(
             tl.debug_barrier()
         below = shaped(x, scale, softcap) - row_max
         logp = below - log_sum
-        q = mass_tile(t, class_weight_ptr, offs_v, mask_v, V, smoothing)
+        q = mass_tile(t, class_weight_ptr, offs_v, mask_v, V if num_classes is None else num_classes, smoothing)
         if dlogits_ptr is not None:
             p = tl.exp(logp)
             dz = tl.zeros([BLOCK_V], tl.float32)
@@ -426,7 +476,7 @@ def row_loss(
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     stats = torch.empty(3 if target.is_floating_point() else 2, n, dtype=torch.float32, device=logits.device)
     options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
-    _fill(logits, target, class_weight, (loss, None, None, None, None, stats), ignore_index, options)
+    _fill(logits, target, class_weight, (loss, None, None, None, None, stats, None), ignore_index, options)
     return loss, stats
 
 
@@ -455,8 +505,41 @@ def row_stats(
     kept = (4 if target.is_floating_point() else 2) + entropy
     stats = torch.empty(kept, n, dtype=torch.float32, device=logits.device)
     options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
-    _fill(logits, target, class_weight, (loss, lse, logprob, row_entropy, row_argmax, stats), ignore_index, options)
+    _fill(logits, target, class_weight, (loss, lse, logprob, row_entropy, row_argmax, stats, None), ignore_index, options)
     return loss, lse, logprob, row_entropy, row_argmax, stats
+
+
+def shard_rows(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    first_class: int,
+    num_classes: int,
+    given: bool,
+    entropy: bool,
+    argmax: bool,
+    ignore_index: int,
+    scale: float | None,
+    softcap: float | None,
+    smoothing: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(N, V) logits of a shard -> what the kernels leave of its rows: statistics, numbers of the shard, and the argmax.
+
+    Against ids (3, N) and (3, N), against probabilities (5, N) and (2, N); what is not wanted or not needed is not filled.
+    """
+    n = len(logits)
+    soft = target.is_floating_point()
+    stats = torch.empty(5 if soft else 3, n, dtype=torch.float32, device=logits.device)
+    shard = torch.empty(2 if soft else 3, n, dtype=torch.float32, device=logits.device)
+    row_argmax = torch.empty(n, dtype=torch.int64, device=logits.device) if argmax else None
+    # among the shard's classes alone; what is merged comes with them
+    logprob = torch.empty(n, dtype=torch.float32, device=logits.device) if soft and given else None
+    row_entropy = torch.empty(n, dtype=torch.float32, device=logits.device) if entropy else None
+    options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": None}
+    outputs = (None, None, logprob, row_entropy, row_argmax, stats, shard)
+    _fill(logits, target, class_weight, outputs, ignore_index, options, first_class, num_classes)
+    return stats, shard, row_argmax
 
 
 def _fill(
@@ -466,6 +549,8 @@ def _fill(
     outputs: tuple[Tensor | None, ...],
     ignore_index: int,
     options: _Options,
+    first_class: int | None = None,
+    num_classes: int | None = None,
 ) -> None:
     """``outputs`` as the kernels take them."""
     n, v = logits.shape
@@ -475,12 +560,12 @@ def _fill(
     with on_device_of(logits):
         if target.is_floating_point():
             soft_row_loss_kernel[(n,)](
-                logits, target, class_weight, *outputs, logits.stride(0), target.stride(0), n, v,
+                logits, target, class_weight, *outputs, logits.stride(0), target.stride(0), n, v, num_classes,
                 **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
         else:
             row_loss_kernel[(n,)](
-                logits, target, class_weight, *outputs, logits.stride(0), n, v, ignore_index,
+                logits, target, class_weight, *outputs, logits.stride(0), n, v, ignore_index, first_class, num_classes,
                 **options, BLOCK_V=config.block_v, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
 
@@ -502,11 +587,13 @@ def row_grads(
     dlse: Tensor | None = None,
     dlogprob: Tensor | None = None,
     dentropy: Tensor | None = None,
+    first_class: int | None = None,
+    num_classes: int | None = None,
 ) -> None:
     """Fill ``dlogits`` (and, for probabilities, ``dtarget``): (N, V) with unit last stride, or None where no gradient is wanted.
 
     ``dlogits`` may be ``logits``, or a narrower tensor over the first bytes of each row of them. ``dlogprob`` and ``dentropy`` take the
-    statistics of ``row_stats``.
+    statistics of ``row_stats``, and a shard merged ones: (5, N), as the kernels state them.
     """
     n, v = logits.shape
     if n == 0 or (dlogits is None and dtarget is None):
@@ -527,15 +614,17 @@ def row_grads(
             soft_row_grads_kernel[grid](
                 logits, target, class_weight, stats, *upstream, dlogits, dtarget,
                 logits.stride(0), target.stride(0),
-                0 if dlogits is None else dlogits.stride(0), 0 if dtarget is None else dtarget.stride(0), stride_dloss, n, v,
+                0 if dlogits is None else dlogits.stride(0), 0 if dtarget is None else dtarget.stride(0), stride_dloss, n, v, num_classes,
                 **options, BLOCK_V=config.block_v, WHOLE_ROW=whole_row, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
         else:
             assert dlogits is not None
-            class_weight_sum = None if class_weight is None or smoothing is None else class_weight.sum()
+            # of a shard it comes with the statistics
+            summed = None if smoothing is None or first_class is not None else class_weight
+            class_weight_sum = None if summed is None else summed.sum()
             row_grads_kernel[grid](
                 logits, target, class_weight, class_weight_sum, stats, *upstream, dlogits,
-                logits.stride(0), dlogits.stride(0), stride_dloss, n, v, ignore_index,
+                logits.stride(0), dlogits.stride(0), stride_dloss, n, v, ignore_index, first_class, num_classes,
                 **options, BLOCK_V=config.block_v, WHOLE_ROW=whole_row, num_warps=config.num_warps, **UNFUSED,
             )  # fmt: skip
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .sharded import process_group
+from .sharded import gather
 from .spec import VocabShard
 
 
@@ -189,19 +189,11 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, dim: int, shard: VocabShard) -> Tensor:
-        import torch.distributed as dist
-
         ctx.dim, ctx.shard, ctx.size = dim, shard, t.shape[dim]
-        group = process_group(shard.group_name)
-        mine = torch.tensor([shard.start, t.shape[dim]], device=t.device)
-        held = mine.new_empty(group.size(), 2)
-        dist.all_gather_into_tensor(held, mine, group=group)
-        places = held.tolist()
+        places = gather(torch.tensor([shard.start, t.shape[dim]], device=t.device), shard.group_name).tolist()
         length = max(size for _, size in places)
         padded = torch.nn.functional.pad(t.movedim(dim, 0).flatten(1), (0, 0, 0, length - t.shape[dim])).contiguous()
-        everyones = padded.new_empty(group.size(), *padded.shape)
-        dist.all_gather_into_tensor(everyones, padded, group=group)
-        ordered = sorted(zip(places, everyones, strict=True), key=lambda at: at[0])
+        ordered = sorted(zip(places, gather(padded, shard.group_name), strict=True), key=lambda at: at[0])
         ends = [0, *(start + size for (start, size), _ in ordered)]
         if [start for (start, _), _ in ordered] != ends[:-1] or ends[-1] != shard.num_classes:
             raise ValueError(f"shard: the ranks hold (start, classes) {places}; expected each of [0, {shard.num_classes}) once")

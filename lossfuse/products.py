@@ -18,7 +18,7 @@ def mixes(device: torch.device) -> bool:
 
 def block_classes(v: int, d: int, dtype: torch.dtype, wide: torch.dtype) -> int:
     """The classes of a weight (V, D) that are converted to ``wide`` at a time: all where nothing is."""
-    return v if dtype == wide else max(1, min(v, BLOCK_BYTES // (max(d, 1) * wide.itemsize)))
+    return max(1, v) if dtype == wide else max(1, min(v, BLOCK_BYTES // (max(d, 1) * wide.itemsize)))
 
 
 class Weight:
@@ -34,7 +34,8 @@ class Weight:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(classes, their rows); the rows are good until the next."""
-        for start in range(0, len(self._weight), self._step):
+        # a weight without classes is one block too, whose products are 0
+        for start in range(0, max(1, len(self._weight)), self._step):
             classes = slice(start, min(start + self._step, len(self._weight)))
             block = self._weight[classes]
             yield classes, block if self._room is None else self._room[: len(block)].copy_(block)

@@ -96,7 +96,7 @@ class Sharded:
         )
         if rows.argmax is not None:
             rows = rows._replace(argmax=rows.argmax + spec.first_class)
-        gathered = _gather(_packed(rows, _header(target, v, class_weight, spec, like)), spec.group)
+        gathered = gather(_packed(rows, _header(target, v, class_weight, spec, like)), spec.group)
         shards, ints, weight_sums = _unpacked(gathered, rows, n)
         agreed = _agree(ints, spec, soft, looked_at=values_are_at_hand(target))
         weight_sum = weight_sums.sum()
@@ -120,14 +120,16 @@ def even_classes(spec: LossSpec) -> int:
     return -(-spec.num_classes // process_group(spec.group).size())
 
 
-def _gather(mine: Tensor, group: str) -> Tensor:
-    """(K,) -> (P, K) from all ranks."""
+def gather(mine: Tensor, group: str) -> Tensor:
+    """(K, ...) -> (P, K, ...) from all ranks."""
     import torch.distributed as dist
 
     of = process_group(group)
-    everyones = mine.new_empty(of.size() * len(mine))
-    dist.all_gather_into_tensor(everyones, mine, group=of)
-    return everyones.view(of.size(), len(mine))
+    everyones = mine.new_empty(of.size(), *mine.shape)
+    # torch 2.13 has a new name for it
+    one_for_all = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    one_for_all(everyones.flatten(0, 1), mine, group=of)
+    return everyones
 
 
 def all_sum_over(t: Tensor, group: str) -> Tensor:

@@ -51,6 +51,21 @@ def assert_gradient_close(got: Tensor, want: Tensor, *, terms: Tensor | float = 
         )
 
 
+def gradient_terms(x: Tensor, target: Tensor, w: Tensor | None, options: dict, upstream: list[Tensor]) -> Tensor:
+    """(N, V) size of the numbers a class's gradient is a difference of: probabilities and masses, times what comes from above."""
+    v = x.shape[1]
+    z = x * options.get("logit_scale", 1.0)
+    if "softcap" in options:
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    p = torch.softmax(z, 1)
+    t = target.double() if target.is_floating_point() else torch.arange(v, device=x.device) == target[:, None]
+    row = sum(value.abs().double() for value in upstream)
+    row = row * (1.0 + 2 * options.get("lse_square_scale", 0.0) * torch.logsumexp(z, 1).abs())
+    mass = p + t + options.get("label_smoothing", 0.0) / v
+    apart = 1.0 + torch.where(p == 0.0, 0.0, (z.amax(1, keepdim=True) - z))
+    return row[:, None] * (mass if w is None else mass * (1.0 + w.double())) * apart
+
+
 def assert_product_close(got: Tensor, want: Tensor) -> None:
     """A gradient that is a sum over rows or classes: each entry relative to itself, and to the largest beside it for what cancels."""
     want = want.double().to(got.device)

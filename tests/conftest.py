@@ -57,6 +57,12 @@ def thrifty_place(request: pytest.FixtureRequest) -> Place:
     return request.param
 
 
+@pytest.fixture(params=[_thrifty(p) for p in PLACES if p.impl != "reference"], ids=str)
+def thrifty_fast_place(request: pytest.FixtureRequest) -> Place:
+    """``fast_place``, but in the interpreter only if slow tests are asked for."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def nan_in_new_memory() -> Iterator[None]:
     """torch.empty holds NaN in tests: a result that is not written shows."""

@@ -37,6 +37,10 @@ SOFTMAX = ("scale", "softcap", "smoothing", "lse_square_scale")
 OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX)}
 # what rows give beside their loss, and gradients of it
 STATISTICS = ("lse_ptr", "logprob_ptr", "entropy_ptr", "argmax_ptr", "dlse_ptr", "dlogprob_ptr", "dentropy_ptr")
+# what a shard's first pass takes and leaves in place of losses, and what its gradient takes
+SHARD = ("first_class", "num_classes")
+SHARD_SETS = {"shard": (), "shard, every option": ("class_weight_ptr", *SOFTMAX, *STATISTICS)}
+SHARD_ABSENT = ("loss_ptr", "lse_ptr", "lse_square_scale")
 # a tile of the product is all of a program's registers, so each of its options counts
 TILE_OPTION_SETS = {"plain": (), "bias": ("bias_ptr",), "softcap": ("softcap",), "every option": ("bias_ptr", "scale", "softcap")}
 # and of its statistics: entropy and largest class, where they leave the fewest registers and where all is computed
@@ -44,7 +48,7 @@ TILE_STATISTICS = ("shortfalls_ptr", "firsts_ptr")
 TILE_OPTION_SETS |= {f"{name}, statistics": (*TILE_OPTION_SETS[name], *TILE_STATISTICS) for name in ("bias", "every option")}
 ROW_STATISTICS = (*TILE_STATISTICS, "lse_ptr", "target_logprob_ptr", "entropy_ptr", "argmax_ptr")
 MERGE_OPTION_SETS = OPTION_SETS | {"every option, statistics": (*OPTION_SETS["every option"], *ROW_STATISTICS)}
-OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr", *ROW_STATISTICS, *STATISTICS)
+OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr", *ROW_STATISTICS, *STATISTICS, *SHARD, "shard_ptr")
 SIGMOID_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
 LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr")
 # what is a multiple of 16 where rows are wide
@@ -90,6 +94,13 @@ def sweeps(dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
                 yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v})
         for kernel in (softmax_rows.row_grads_kernel, softmax_rows.soft_row_grads_kernel):
             yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower})
+    for options, given in SHARD_SETS.items():
+        if not narrower:
+            for kernel in (softmax_rows.row_loss_kernel, softmax_rows.soft_row_loss_kernel):
+                constants = {"BLOCK_V": blocks.block_v, **dict.fromkeys(SHARD_ABSENT)}
+                yield options, (*given, *SHARD, "shard_ptr"), Launch(kernel, blocks.num_warps, constants)
+        for kernel in (softmax_rows.row_grads_kernel, softmax_rows.soft_row_grads_kernel):
+            yield options, (*given, *SHARD), Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower})
 
 
 def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:

@@ -2,7 +2,7 @@
 
 A process takes seconds to start, most of them for importing torch, so a test hands over all its cases at once::
 
-    def a_case(name):                      # of a module, not a closure; runs on every rank, in a process group of its own
+    def a_case(name):                      # of a module, not a closure; runs on every rank
         assert dist.get_world_size() == 2
         return LAYOUTS[name]()             # what pickle takes
 
@@ -13,7 +13,6 @@ A case that raises on any rank fails alone: the next has new groups. What failed
 at the end. A rank that waits for another longer than ``patience`` fails too. ``on_ranks`` runs one function once and raises what it raised.
 """
 
-import contextlib
 import faulthandler
 import importlib.util
 import multiprocessing
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -84,13 +83,13 @@ def _outcome(result: Any, error: BaseException | None, when: float, trace: str) 
 def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], timeout: float) -> list[list[Outcome]]:
     """By call, by rank."""
     spawn = multiprocessing.get_context("spawn")
-    deadline = time.time() + timeout
+    deadline = time.monotonic() + timeout
     got: list[list[Outcome]] = [[] for _ in range(n)]
     source = sys.modules[function.__module__].__file__, function.__module__, function.__qualname__
     with tempfile.TemporaryDirectory() as folder:
         pipes = [spawn.Pipe(duplex=False) for _ in range(n)]
         ranks = [
-            spawn.Process(target=_rank, args=(rank, n, f"{folder}/store", source, calls, deadline, send), daemon=True)
+            spawn.Process(target=_rank, args=(rank, n, f"{folder}/store", source, calls, timeout, send), daemon=True)
             for rank, (_, send) in enumerate(pipes)
         ]
         try:
@@ -101,7 +100,7 @@ def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], tim
                 send.close()
             heard: dict[Any, int] = {receive: rank for rank, (receive, _) in enumerate(pipes)}
             while heard:
-                ready = wait(list(heard), max(0.0, deadline - time.time()))
+                ready = wait(list(heard), max(0.0, deadline - time.monotonic()))
                 if not ready:
                     at = ", ".join(f"rank {r} in call {len(got[r])}: {calls[len(got[r])]}" for r in sorted(heard.values()))
                     raise AssertionError(f"no word in {timeout} s from {at}; their stacks are on stderr")
@@ -128,10 +127,9 @@ def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], tim
 
 
 def _rank(
-    rank: int, n: int, store: str, source: tuple[str, str, str], calls: list[tuple[Any, ...]], deadline: float, send: Connection
+    rank: int, n: int, store: str, source: tuple[str, str, str], calls: list[tuple[Any, ...]], timeout: float, send: Connection
 ) -> None:
-    # before the parent gives up
-    faulthandler.dump_traceback_later(max(1.0, deadline - time.time() - 2.0), exit=True)
+    faulthandler.dump_traceback_later(timeout - 3.0, exit=True)
     # a host's name need not resolve
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -139,29 +137,25 @@ def _rank(
     torch.utils.deterministic.fill_uninitialized_memory = True
     function = _found(*source)
     for at, args in enumerate(calls):
-        with _group(rank, n, f"{store}{at}"):
-            torch.manual_seed(0)
-            # the group goes afterwards: ranks that wait for this one fail later than it
-            try:
-                outcome = Outcome(function(*args))
-                dist.barrier()
-            except BaseException as error:
-                outcome = Outcome(error=error)
+        if not dist.is_initialized():
+            patience = timedelta(seconds=PATIENCE)
+            dist.init_process_group("gloo", init_method=f"file://{store}{at}", rank=rank, world_size=n, timeout=patience)
+        torch.manual_seed(0)
+        try:
+            outcome = Outcome(function(*args))
+            # with a rank that fails all do, so that all make new groups
+            dist.barrier()
+        except BaseException as error:
+            outcome = Outcome(error=error)
+            dist.destroy_process_group()
         try:
             said = pickle.dumps(outcome)
         except Exception as error:
             said = pickle.dumps(Outcome(error=error))
         send.send_bytes(said)
-    send.close()
-
-
-@contextlib.contextmanager
-def _group(rank: int, n: int, store: str) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n, timeout=timedelta(seconds=PATIENCE))
-    try:
-        yield
-    finally:
+    if dist.is_initialized():
         dist.destroy_process_group()
+    send.close()
 
 
 def _found(path: str, module: str, name: str) -> Callable[..., Any]:

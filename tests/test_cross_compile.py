@@ -49,7 +49,7 @@ def test_kernels_compile_without_spills(target, dtype):
         assert row["spills"] == 0, row
         if row["kernel"] in SWEEPS | SIGMOID:
             # statistics of probabilities with every option hold nine numbers a class: one program of 256 threads a multiprocessor
-            crowded = row["kernel"] == "soft_row_loss_kernel" and row["options"] == "statistics"
+            crowded = row["kernel"] == "soft_row_loss_kernel" and row["options"] in ("statistics", "shard, every option")
             assert row["registers"] <= (144 if crowded else 128), row
         if row["kernel"] == "tile_stats_kernel":
             assert row["tma"] > 0 and row["mma"] > 0, row

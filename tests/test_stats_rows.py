@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from closeness import assert_formula_close, assert_gradient_close
+from closeness import assert_formula_close, assert_gradient_close, gradient_terms
 from options import EVERYTHING, OPTIONS, options_of
 from rows import logits_and_ids, probabilities
 
@@ -109,21 +109,6 @@ def case(soft, n, v, device, dtype=torch.float32, ignored=0.25):
     return x, (probabilities(n, v, torch.float32, device).detach() if soft else target)
 
 
-def sizes(x, target, w, options, upstream):
-    """(N, V) size of the numbers a class's gradient is a difference of: probabilities and masses, times what comes from above."""
-    v = x.shape[1]
-    z = x * options.get("logit_scale", 1.0)
-    if "softcap" in options:
-        z = options["softcap"] * torch.tanh(z / options["softcap"])
-    p = torch.softmax(z, 1)
-    t = target.double() if target.is_floating_point() else torch.arange(v, device=x.device) == target[:, None]
-    row = sum(value.abs().double() for value in upstream.values())
-    row = row * (1.0 + 2 * options.get("lse_square_scale", 0.0) * torch.logsumexp(z, 1).abs())
-    mass = p + t + options.get("label_smoothing", 0.0) / v
-    apart = 1.0 + torch.where(p == 0.0, 0.0, (z.amax(1, keepdim=True) - z))
-    return row[:, None] * (mass if w is None else mass * (1.0 + w.double())) * apart
-
-
 def check(x, target, w=None, options=None, ignore_index=-100, names=NAMES):
     """Values, and gradients of ``names`` at once; returns the values."""
     options = options or {}
@@ -141,7 +126,7 @@ def check(x, target, w=None, options=None, ignore_index=-100, names=NAMES):
     wanted = torch.autograd.grad(total, leaves, allow_unused=True)
     unread = torch.zeros(len(x), dtype=torch.bool, device=x.device) if soft else got["lse"].isnan() & (target != ignore_index)
     want_dx = torch.where(unread[:, None], NAN, wanted[0])
-    terms = sizes(x.double(), target, w, options, upstream)
+    terms = gradient_terms(x.double(), target, w, options, list(upstream.values()))
     assert_gradient_close(dx, want_dx, terms=terms)
     if soft:
         row = sum(value.abs() for value in upstream.values()).double()[:, None]

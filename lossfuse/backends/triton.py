@@ -6,27 +6,33 @@ import torch
 from torch import Tensor
 
 from ..kernels import fused_rows, linear_rows, sigmoid_rows, softmax_rows
-from ..row_stats import RowStats, Upstream, Wants
+from ..row_stats import RowStats, ShardRows, Upstream, Wants
 from ..spec import LossSpec
 
 
-class _Options(TypedDict):
+class _RowOptions(TypedDict):
     ignore_index: int
     scale: float | None
     softcap: float | None
     smoothing: float | None
+
+
+class _Options(_RowOptions):
     lse_square_scale: float | None
 
 
-def _options(spec: LossSpec) -> _Options:
+def _row_options(spec: LossSpec) -> _RowOptions:
     """What is not asked for is None, so that no code is made for it."""
     return {
         "ignore_index": spec.ignore_index,
         "scale": spec.logit_scale,
         "softcap": spec.softcap,
         "smoothing": spec.label_smoothing or None,
-        "lse_square_scale": spec.lse_square_scale or None,
     }
+
+
+def _options(spec: LossSpec) -> _Options:
+    return {**_row_options(spec), "lse_square_scale": spec.lse_square_scale or None}
 
 
 def _has_unit_stride(t: Tensor) -> bool:
@@ -70,7 +76,7 @@ def row_grads(
     dlse, dlogprob, dentropy = (None if t is None else t.contiguous() for t in upstream[1:])
     softmax_rows.row_grads(
         x, t, weight, kept, upstream.loss, dlogits=room, dtarget=dtarget, dlse=dlse, dlogprob=dlogprob, dentropy=dentropy,
-        **_options(spec),
+        first_class=spec.first_class, num_classes=spec.num_classes, **_options(spec),
     )  # fmt: skip
     if dlogits is not None and room is not None and room is not dlogits:
         dlogits.copy_(room)
@@ -119,6 +125,47 @@ def row_stats(
     else:
         row_grads(logits, target, class_weight, made.kept, upstream, spec, dlogits, dtarget)
     return made
+
+
+def shard_rows(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants, given: bool) -> ShardRows:
+    """What a shard's rows are merged by; ``given`` asks for the sums of the probabilities as given."""
+    assert spec.first_class is not None and spec.num_classes is not None
+    stats, shard, argmax = softmax_rows.shard_rows(
+        *_operands(logits, target, class_weight), first_class=spec.first_class, num_classes=spec.num_classes, given=given,
+        **wants._asdict(), **_row_options(spec),
+    )  # fmt: skip
+    soft = target.is_floating_point()
+    return ShardRows(
+        row_max=stats[0],
+        log_sum=stats[1],
+        target_logit=None if soft else shard[0],
+        target_weight=None if soft or class_weight is None else shard[1],
+        mass=stats[2] if soft else None,
+        shortfall=shard[0] if soft else shard[2] if spec.label_smoothing else None,
+        given_mass=stats[3] if soft and given else None,
+        given_shortfall=shard[1] if soft and given else None,
+        mean_shortfall=stats[-1] if wants.entropy else None,
+        argmax=argmax,
+    )
+
+
+def shard_grads(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    kept: Tensor,
+    upstream: Upstream,
+    spec: LossSpec,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+) -> None:
+    """As ``row_grads``, of a shard's classes.
+
+    ``kept`` are five numbers of each row, (5, N), merged: its maximum, log-sum, mean shortfall, weight of the target and sum of all class
+    weights; against probabilities maximum, log-sum, mass, mass as given, mean shortfall.
+    """
+    assert spec.first_class is not None and spec.num_classes is not None
+    row_grads(logits, target, class_weight, kept, upstream, spec, dlogits, dtarget)
 
 
 def head_row_loss(
