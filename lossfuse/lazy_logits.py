@@ -21,9 +21,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from .cut_heads import Cut, as_replicas, cut_of, is_cut, is_dtensor, local_arguments, localised, redistributed, replicas
 from .inputs import torch_func_active
 from .spec import LinearOptions
 from .wrappers import Lenders, Lent, held, is_plain_linear, lent, modules_told, must_not_be_entered, told_by
@@ -98,8 +99,8 @@ class LazyForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden: Any = args[0] if args else kwargs.get("input")
-        # a DTensor's logits are one
-        plain = type(hidden) in (Tensor, nn.Parameter) and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
+        plain = type(hidden) in (Tensor, nn.Parameter) or is_dtensor(hidden)
+        plain = plain and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
         training = self.head.training and torch.is_grad_enabled() and not torch_func_active()
         if not (plain and training) or torch.is_inference_mode_enabled() or hidden.is_inference():
             return self.original(*args, **kwargs)
@@ -109,22 +110,30 @@ class LazyForward:
         if must_not_be_entered(self.head):
             # a group would reduce gradients of which half are missing
             return self.original(*args, **kwargs)
-        source = Source(self, hidden)
+        cut = None
+        if is_dtensor(hidden) or is_cut(self.head):
+            cut = cut_of(self.head, hidden, self.instance_forward, self.head.__dict__.get("forward") is not self)
+            if cut is None:
+                return self.original(*args, **kwargs)
+        source = Source(self, hidden, cut)
         made = source.shape_of_logits()
         if made is None:
             return self.original(*args, **kwargs)
-        num_classes, dtype = made
-        return lazy_logits(source, Shaping(num_classes, dtype), hidden, leaves=(hidden, *source.parameters))
+        rows, placements = (hidden, None) if cut is None else (cut.rows, cut.placements)
+        shaping = Shaping(*made, placements=placements)
+        return lazy_logits(source, shaping, rows, leaves=(hidden, *source.parameters))
 
 
 class Source:
     """One call of a head that has not been made: what it takes, as it was then."""
 
-    def __init__(self, forward: LazyForward, hidden: Tensor) -> None:
+    def __init__(self, forward: LazyForward, hidden: Tensor, cut: Cut | None = None) -> None:
         self.forward = forward
         self.hidden = hidden
+        self.cut = cut
         head, kind = forward.head, hidden.device.type
-        self.linear = is_plain_linear(head) and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
+        plain = is_plain_linear(head) and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
+        self.linear = plain or cut is not None
         self.weight: Tensor | None = cast(nn.Linear, head).weight if self.linear else None
         self.bias: Tensor | None = cast(nn.Linear, head).bias if self.linear else None
         # float64 is none of autocast's business
@@ -242,6 +251,8 @@ class Shaping:
     cap: float | None = None
     kind: str = "logits"
     factor: float = 1.0
+    # where the model would have a DTensor
+    placements: tuple[Any, ...] | None = None
 
     def times(self, c: float) -> "Shaping | None":
         if c == 0.0 or not math.isfinite(c):
@@ -351,10 +362,58 @@ class LazyLogits(Tensor):
         return args[0] if func._schema.is_mutable and lazies and result is values.get(id(args[0])) else result
 
 
+class PlacedLogits(LazyLogits):
+    """Lazy logits in place of a DTensor; of what a DTensor can, what tensor parallelism does to the output of a head."""
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        return self._shaping.placements or ()
+
+    @property
+    def device_mesh(self) -> Any:
+        return self._cut.mesh
+
+    @property
+    def _cut(self) -> Cut:
+        assert self._source.cut is not None
+        return self._source.cut
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, *, async_op: bool = False, **options: Any) -> Any:
+        placed = None if placements is None else tuple(placements)
+        known = device_mesh in (None, self._cut.mesh) and placed is not None and not options and self._made is None
+        whole = known and all(p.is_replicate() for p in placed or ())
+        if whole or (known and self._classes_last and tuple(self._positive(p) for p in placed or ()) == self.placements):
+            placed = placed if whole else self.placements
+            made = self._but(shaping=replace(self._shaping, placements=placed))
+            made._expression.is_call(redistributed, (self, placed), {})
+            return made
+        value: Any = _made(self, type(self).redistribute)
+        return value.redistribute(device_mesh, placements, async_op=async_op, **options)
+
+    def _positive(self, placement: Any) -> Any:
+        dim = getattr(placement, "dim", None)
+        return type(placement)(dim % self._rows.dim()) if dim is not None and placement.is_shard() else placement
+
+    def to_local(self, *, grad_placements: Any = None) -> Any:
+        if self._made is None and grad_placements is None and all(p.is_replicate() for p in self.placements):
+            made = self._but(shaping=replace(self._shaping, placements=None))
+            made._expression.is_call(localised, (self,), {})
+            return made
+        value: Any = _made(self, type(self).to_local)
+        return value.to_local(grad_placements=grad_placements)
+
+    def full_tensor(self, *, grad_placements: Any = None) -> Any:
+        if grad_placements is None:
+            return self.redistribute(placements=replicas(self._cut.mesh)).to_local()
+        value: Any = _made(self, type(self).full_tensor)
+        return value.full_tensor(grad_placements=grad_placements)
+
+
 def lazy_logits(source: Source, shaping: Shaping, rows: Tensor, class_dim: int | None = None, *, leaves: tuple[Tensor, ...]) -> LazyLogits:
     """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``."""
     with torch._C.DisableTorchFunctionSubclass():
-        made = _Unmade.apply(lambda: LazyLogits(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
+        kind = LazyLogits if shaping.placements is None else PlacedLogits
+        made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
         made._node = made.grad_fn
         made._leaves = () if made._node is None else leaves
     return made
@@ -426,6 +485,13 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
     args, kwargs = tree_map(lambda x: _past_wrapper(x) if isinstance(x, LazyLogits) else x, (args, kwargs))
     lazies = _lazies_of((args, kwargs))
     known = HANDLERS.get(func)
+    placed = next((x for x in lazies if isinstance(x, PlacedLogits)), None)
+    given = args, kwargs
+    if known is not None and placed is not None:
+        leaves, tree = tree_flatten(given)
+        local = local_arguments(placed.device_mesh, leaves)
+        known = None if local is None else known
+        args, kwargs = given if local is None else tree_unflatten(local, tree)
     if known is not None and all(x._source.made is None and not x._intercepted for x in lazies):
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
@@ -437,10 +503,14 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         if result is not NotImplemented:
             if not isinstance(result, LazyLogits):
                 lazies[0]._source.forward.finder.report.fused[_name(func)] += 1
+                if placed is not None:
+                    mesh = placed.device_mesh
+                    result = tree_map(lambda t: as_replicas(t, mesh) if isinstance(t, Tensor) else t, result)
                 lazies[0]._source.is_read(result)
             elif all(result is not x for x in lazies):
-                result._expression.is_call(func, args, kwargs)
+                result._expression.is_call(func, *given)
             return result
+    args, kwargs = given
     if _writes(func, kwargs):
         # whatever else has been made of these logits was made of what they were
         _make_all(lazies, func)

@@ -178,17 +178,31 @@ def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
         if not x._of_head:
             # a view that was taken under no_grad requires grad all the same
             rows, weight, bias = rows.detach(), weight.detach(), None if bias is None else bias.detach()
-        weight = weight[: shaping.num_classes]
-        if bias is not None:
-            bias = bias[: shaping.num_classes]
-        if shaping.bias is not None:
-            bias = shaping.bias / shaping.scale if bias is None else bias + shaping.bias / shaping.scale
+        kept, added = slice(0, shaping.num_classes), shaping.bias
+        if source.cut is not None:
+            weight, bias, added, target, kept = _of_this_rank(x, weight, bias, target, options)
+        weight, bias = weight[kept], None if bias is None else bias[kept]
+        if added is not None:
+            bias = added / shaping.scale if bias is None else bias + added / shaping.scale
             bias = bias.to(weight.dtype)
         call: Any = functional.linear_cross_entropy
         if reads is not None:
             call, options = statistics.linear_cross_entropy_stats, {**options, **reads}
         made: Tensor | LossStats = call(rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options)
         return made
+
+
+def _of_this_rank(x: LazyLogits, weight: Any, bias: Any, target: Tensor, options: dict[str, Any]) -> Any:
+    """Head, added bias, target and which classes are kept, where each rank has some of the classes; says so in ``options``."""
+    cut = x._source.cut
+    assert cut is not None
+    kept, shard = cut.shard(x._shaping.num_classes, len(weight))
+    mine = slice(shard.start, shard.start + kept.stop)
+    options["shard"] = shard
+    added = None if x._shaping.bias is None else x._shaping.bias[mine]
+    if target.is_floating_point():
+        target = target[..., mine]
+    return weight.to_local(), None if bias is None else bias.to_local(), added, target, kept
 
 
 def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:

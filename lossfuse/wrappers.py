@@ -44,7 +44,7 @@ def is_plain_linear(head: nn.Module) -> bool:
 
 
 def must_not_be_entered(head: nn.Module) -> bool:
-    """Whether the head's forward, called for the loss, runs hooks or lacks parameters of FSDP2's groups in it, FSDP1 or DeepSpeed's ZeRO-3."""
+    """Whether a call of the head for the loss alone runs hooks of FSDP2's groups in it or of FSDP1, or lacks what ZeRO-3 has put aside."""
     inside = any((m is not head and is_fsdp2(m)) or isinstance(m, _fsdp("FullyShardedDataParallel")) for m in head.modules())
     return inside or any(hasattr(p, "ds_id") for p in head.parameters())
 

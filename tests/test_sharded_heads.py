@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import warnings
 
 import pytest
@@ -192,15 +193,6 @@ def in_layout(case):
 
 CASES = [(name, how) for name in LAYOUTS for how in LOSSES]
 SHORT = [c for c in CASES if c[1] == "outside"] + [(n, "inside") for n in LAYOUTS if n.startswith(("FSDP2, norm and head", "DDP, unused"))]
-
-
-def test_layouts():
-    cases_on_ranks(2, in_layout, SHORT)
-
-
-@pytest.mark.slow
-def test_layouts_of_four_ranks():
-    cases_on_ranks(4, in_layout, CASES, timeout=300)
 
 
 # --- what else is done with a sharded head
@@ -428,17 +420,6 @@ OTHERS = {
 }
 
 
-def another(name):
-    # what makes logits says so once
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return OTHERS[name]()
-
-
-def test_other_uses():
-    cases_on_ranks(2, another, list(OTHERS))
-
-
 # --- tensor parallelism: every rank has all rows and some of the classes
 
 
@@ -454,8 +435,9 @@ def colwise(**options):
     return wrapped
 
 
-def same_of_classes(layout, loss_of, *, model=None, first=True, fused=None, made=None):
-    """One step of the whole batch on every rank, and in one process."""
+def same_of_classes(layout, loss_of, *, model=None, first=True, fused=None, made=None, allowed=B * T * V):
+    """One step of the whole batch on every rank, and in one process; without ``allowed`` numbers on a rank, as a share of logits has."""
+    allowed = math.inf if made or not fused else allowed
     model = model or Tiny(bias=True)
     plain = copy.deepcopy(model)
     (batch,) = batches(1, 1)
@@ -469,19 +451,116 @@ def same_of_classes(layout, loss_of, *, model=None, first=True, fused=None, made
     assert got.keys() == want.keys()
     for name in want:
         assert_product_close(got[name], want[name])
-    if fused is not None:
-        assert report.fused == fused and report.made == (made or {}), report
-        assert made or largest.bytes < B * T * V * 4 / dist.get_world_size(), largest.bytes
+    assert report.fused == (fused or {}) and report.made == (made or {}), report
+    assert largest.bytes < allowed * 4 / dist.get_world_size(), largest.bytes
     return report
 
 
+def to_replicas(model):
+    return colwise(output_layouts=_placement("Replicate"))(model)
+
+
+def as_dtensor(model):
+    return colwise(output_layouts=_placement("Shard", -1), use_local_output=False)(model)
+
+
+def cut_locally(model):
+    return colwise(output_layouts=_placement("Shard", -1))(model)
+
+
+def replicated(t, like):
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(t, like.device_mesh, [_placement("Replicate")], run_check=False) if hasattr(like, "device_mesh") else t
+
+
+def options_and_probabilities(run, b):
+    """Rows of other kinds, classes cut off, a bias added: what has to be cut as the classes are."""
+    z = run(b[0])[..., : V - 5] + torch.linspace(-1, 1, V)[: V - 5]
+    p = torch.linspace(0, 3, z.numel()).view(z.shape).sin().softmax(-1)
+    w = torch.linspace(0.5, 1.5, V - 5)
+    ids = b[1].clamp(max=V - 6)
+    weighted = ce(z, ids, weight=w, label_smoothing=0.1)
+    return weighted + F.cross_entropy(z.flatten(0, 1), p.flatten(0, 1)) + 0.1 * (z.logsumexp(-1) ** 2).mean()
+
+
+def read_as_dtensor(run, b):
+    z = run(b[0])
+    if not hasattr(z, "placements"):
+        return ce(z, b[1]) + (z.argmax(-1) == b[1]).float().mean()
+    assert z.placements == (_placement("Shard", 2),) and z.shape == (*b[0].shape, V)
+    targets = replicated(b[1], z)
+    right = z.redistribute(placements=[_placement("Replicate")]).to_local().argmax(-1) == b[1]
+    return ce(z, targets).full_tensor() + right.float().mean()
+
+
+def under_loss_parallel(run, b):
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    z = run(b[0])
+    with loss_parallel() if hasattr(z, "placements") else contextlib.nullcontext():
+        return ce(z, replicated(b[1], z))
+
+
+def of_local_classes(run, b):
+    z = run(b[0])
+    cut = z.shape[-1] < V
+    return lossfuse.cross_entropy(z.flatten(0, 1), b[1].flatten(), shard=lossfuse.VocabShard.even(V) if cut else None)
+
+
+def made_of_a_dtensor(run, b):
+    z = run(b[0])
+    z = z.full_tensor() if hasattr(z, "full_tensor") else z
+    return ce(torch.sin(z), b[1])
+
+
+def a_parallel_llama(first):
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    from tiny_models import llama
+
+    def layout(model):
+        apply_tensor_parallelism(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        return model, None
+
+    def loss_of(run, b):
+        return run(input_ids=b[0], labels=b[1]).loss
+
+    model = llama(vocab_size=312, num_attention_heads=4, num_key_value_heads=4).train()
+    # around a head that was fused before its classes were cut, the head's own logits
+    return same_of_classes(layout, loss_of, model=model, first=first, fused={} if first else ONE, allowed=B * T * 312)
+
+
+ONE = {"cross_entropy": 1}
 PARALLEL = {
-    "to replicas": lambda: same_of_classes(colwise(output_layouts=_placement("Replicate")), LOSSES["outside"]),
-    "to replicas, none": lambda: same_of_classes(colwise(output_layouts=_placement("Replicate")), LOSSES["none"]),
-    "to replicas, a cap": lambda: same_of_classes(
-        colwise(output_layouts=_placement("Replicate")), LOSSES["inside"], model=Tiny(bias=True, cap=3.0), first=False
+    "to replicas": lambda: same_of_classes(to_replicas, LOSSES["outside"], fused=ONE),
+    "to replicas, none": lambda: same_of_classes(to_replicas, LOSSES["none"], fused=ONE),
+    "to replicas, a cap": lambda: same_of_classes(to_replicas, LOSSES["inside"], model=Tiny(bias=True, cap=3.0), first=False, fused=ONE),
+    "no bias": lambda: same_of_classes(to_replicas, LOSSES["inside"], model=Tiny(), fused=ONE),
+    "two reads": lambda: same_of_classes(to_replicas, two_reads, fused={"cross_entropy": 1, "sum": 1}),
+    "options": lambda: same_of_classes(
+        to_replicas, options_and_probabilities, fused={"cross_entropy": 2, "logsumexp": 1}, allowed=math.inf
     ),
+    "made": lambda: same_of_classes(to_replicas, made, fused={}, made={"sin": 1}),
+    "made and read": lambda: same_of_classes(to_replicas, made_and_read, fused=ONE, made={"sin": 1}),
+    "a DTensor": lambda: same_of_classes(as_dtensor, read_as_dtensor, fused={"cross_entropy": 1, "argmax": 1}),
+    "a DTensor, made": lambda: same_of_classes(as_dtensor, made_of_a_dtensor, fused={}, made={"sin": 1}),
+    "loss_parallel": lambda: same_of_classes(as_dtensor, under_loss_parallel, fused=ONE),
+    "local classes": lambda: same_of_classes(cut_locally, of_local_classes, fused={}, made={"to_local": 1}),
+    "a head that is not linear": lambda: same_of_classes(to_replicas_inside, LOSSES["outside"], model=with_a_head_that_is_not_linear()),
+    "transformers": lambda: a_parallel_llama(first=False),
+    "transformers, fused before": lambda: a_parallel_llama(first=True),
 }
+
+
+def to_replicas_inside(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model.lm_head, mesh, {"base": ColwiseParallel(output_layouts=_placement("Replicate"))})
+    return model, None
 
 
 def _placement(name, *args):
@@ -490,11 +569,26 @@ def _placement(name, *args):
     return getattr(torch.distributed.tensor, name)(*args)
 
 
-def parallel(name):
+# --- all of it
+
+
+def a_case(case):
+    of, name, *how = case
+    if of == "layout":
+        return in_layout((name, *how))
+    # what makes logits says so once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PARALLEL[name]()
+        return {"use": OTHERS, "classes cut": PARALLEL}[of][name]()
 
 
-def test_tensor_parallel():
-    cases_on_ranks(2, parallel, list(PARALLEL))
+EVERY_OTHER = [("use", name) for name in OTHERS] + [("classes cut", name) for name in PARALLEL]
+
+
+def test_two_ranks():
+    cases_on_ranks(2, a_case, [("layout", *case) for case in SHORT] + EVERY_OTHER, timeout=150)
+
+
+@pytest.mark.slow
+def test_four_ranks():
+    cases_on_ranks(4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER, timeout=400)
