@@ -142,7 +142,9 @@ class Source:
         self.parameters = tuple(head.parameters())
         self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, p._version) for p in self.parameters]
         self.watch("the hidden states", hidden)
-        self.shapes = [p.shape for p in self.parameters]
+        # FSDP1 puts views in place of parameters
+        operands = [t for t in (*self.parameters, self.weight, self.bias) if t is not None]
+        self.needed = [(t, t.shape) for t in operands]
         self.lent: list[Lent] = []
         self.watch_lent(forward.lenders(self.parameters, forward.finder.model))
         # who waits for a backward to begin, and what has been read, whose backward that is
@@ -165,7 +167,7 @@ class Source:
             self.watch("a parameter of the head", one.sharded)
 
     def present(self) -> AbstractContextManager[None]:
-        return held(self.lent, self.parameters, self.shapes)
+        return held(self.lent, self.needed)
 
     def tell(self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()) -> RemovableHandle:
         """``hook`` is called when a backward of anything made or read of these logits begins."""
@@ -541,7 +543,7 @@ def _past_wrapper(lazy: LazyLogits) -> LazyLogits:
 
 
 def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
-    """The loss goes past logits that have been read; FSDP2 has a hook on every output of a model all the same."""
+    """The loss goes past logits that have been read; DeepSpeed has a hook on every output of a model all the same."""
     if func is not T.register_hook:
         raise RuntimeError(UNSEEN.format(name=_name(func)))
     report = args[0]._source.forward.finder.report

@@ -84,22 +84,24 @@ def lent(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Lent]:
 
 
 @contextmanager
-def held(found: list[Lent], parameters: Iterable[Tensor], shapes: Iterable[Any]) -> Iterator[None]:
-    """With the values of these parameters, wherever they have gone since the forward; as it was before, afterwards."""
+def held(found: list[Lent], needed: Iterable[tuple[Tensor, Any]]) -> Iterator[None]:
+    """With the values of what a head needs, of these shapes, wherever they have gone since the forward; as it was before, afterwards."""
     with ExitStack() as after:
         for one in found:
             # one call may have brought the next ones back too
             if _is_absent(one.parameter):
                 one.module.unshard()
                 after.callback(one.module.reshard)
-        for p, shape in zip(parameters, shapes, strict=True):
+        for p, shape in needed:
             if p.shape != shape or _is_absent(p):
                 raise RuntimeError(ABSENT.format(shape=tuple(shape)))
         yield
 
 
 def _is_absent(p: Tensor) -> bool:
-    return type(p) in (Tensor, nn.Parameter) and p.numel() > 0 and p.device.type != "meta" and p.untyped_storage().nbytes() == 0
+    # of a DTensor, what this rank has of it
+    t: Tensor = getattr(p, "_local_tensor", p)
+    return type(t) in (Tensor, nn.Parameter) and t.numel() > 0 and t.device.type != "meta" and t.untyped_storage().nbytes() == 0
 
 
 def modules_told(hook: Any) -> tuple[nn.Module, ...] | None:

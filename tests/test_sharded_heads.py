@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import math
+import os
+import sys
 import warnings
 
 import pytest
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import lossfuse
 from allocations import Largest
 from closeness import assert_loss_close, assert_product_close
-from ranks import cases_on_ranks
+from ranks import cases_on_ranks, on_ranks
 
 B, T, D, V = 2, 48, 16, 151
 OPTIONS = lossfuse.LinearOptions(chunk_bytes=40 * 160 * 4)
@@ -337,8 +339,12 @@ def an_older_fsdp():
         if not whole_head:
             model.lm_head = FullyShardedDataParallel(model.lm_head, use_orig_params=True, device_id=torch.device("cpu"))
         run = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-        loss = ce(run(mine(batch)[0]), mine(batch)[1])
+        z = run(mine(batch)[0])
+        loss = ce(z, mine(batch)[1])
         loss.backward()
+        if whole_head:
+            with pytest.raises(RuntimeError, match="holds no values any more"):
+                z.argmax(-1)
         run.clip_grad_norm_(1e9)
         with FullyShardedDataParallel.summon_full_params(run, with_grads=True):
             got = {name.replace("_fsdp_wrapped_module.", ""): p.grad for name, p in run.named_parameters()}
@@ -571,6 +577,92 @@ def _placement(name, *args):
     return getattr(torch.distributed.tensor, name)(*args)
 
 
+# --- four ranks in two dimensions
+
+
+def two_dimensions(*groups):
+    """Classes cut over pairs of ranks, parameters sharded over the other pairs."""
+
+    def wrapped(model):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+        parallelize_module(model, mesh["classes"], {"lm_head": ColwiseParallel(output_layouts=_placement("Replicate"))})
+        for group in groups:
+            modules = [model.get_submodule(name) for name in group]
+            fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        return model, None
+
+    return wrapped
+
+
+def hybrid(model):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    return fsdp2(*BLOCKS, "lm_head", root={"mesh": mesh}, mesh=mesh)(model)
+
+
+SQUARE = {
+    "hybrid": lambda: same_as_stock(hybrid, LOSSES["outside"], fused=ONE) and None,
+    "both, root": lambda: same_of_classes(two_dimensions(), LOSSES["outside"], fused=ONE, allowed=math.inf),
+    "both, head": lambda: same_of_classes(two_dimensions(("lm_head",)), LOSSES["outside"], fused=ONE, allowed=math.inf),
+    "both, head, none": lambda: same_of_classes(two_dimensions(("lm_head",)), LOSSES["none"], fused=ONE, allowed=math.inf),
+    "both, norm and head": lambda: same_of_classes(
+        two_dimensions(("norm", "lm_head")), LOSSES["inside"], first=False, fused=ONE, allowed=math.inf
+    ),
+    "both, made": lambda: same_of_classes(two_dimensions(("norm", "lm_head")), made, made={"sin": 1}),
+}
+
+
+# --- DeepSpeed
+
+
+def under_deepspeed(stage):
+    """Its engine asks for the gradient of logits that a model returns; of stage 3 the head is called for its logits."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    # compiles for minutes
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.init_distributed("gloo")
+    (batch,) = batches(1, size)
+    plain, model = Tiny(), Tiny()
+    want_loss, want = one_step(plain, plain, LOSSES["inside"], batch)
+    report = lossfuse.fuse_lm_head(model, options=OPTIONS)
+    config = {
+        "train_micro_batch_size_per_gpu": B,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), config=config)
+    for loss_of in (LOSSES["inside"], LOSSES["outside"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = loss_of(engine, mine(batch))
+            engine.backward(loss)
+        if loss_of is LOSSES["inside"]:
+            for name, p in engine.module.named_parameters():
+                assert_product_close(safe_get_full_grad(p), want[name])
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            assert_loss_close(total / size, want_loss)
+        engine.step()
+    assert (report.fused, report.made) == (({}, {}) if stage == 3 else ({"cross_entropy": 1}, {"register_hook": 1})), report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed(stage):
+    pytest.importorskip("deepspeed")
+    on_ranks(2, under_deepspeed, stage, timeout=150)
+
+
 # --- all of it
 
 
@@ -581,7 +673,7 @@ def a_case(case):
     # what makes logits says so once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {"use": OTHERS, "classes cut": PARALLEL}[of][name]()
+        return {"use": OTHERS, "classes cut": PARALLEL, "square": SQUARE}[of][name]()
 
 
 EVERY_OTHER = [("use", name) for name in OTHERS] + [("classes cut", name) for name in PARALLEL]
@@ -593,4 +685,4 @@ def test_two_ranks():
 
 @pytest.mark.slow
 def test_four_ranks():
-    cases_on_ranks(4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER, timeout=400)
+    cases_on_ranks(4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER + [("square", name) for name in SQUARE], timeout=500)
