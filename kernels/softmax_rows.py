@@ -9,7 +9,8 @@ Where asked, the same pass gives what a row says beside its loss: lse, log-proba
 The rows may be cut: a shard has V classes, from first_class on, of num_classes. Its first pass leaves what is merged with the other
 shards' in place of a loss, and its gradient takes merged statistics.
 
-N rows, V classes. A target outside [0, V) that is not ignore_index makes its row NaN; nothing outside a row is read for it.
+N rows, V classes. A target outside [0, V), of a shard outside [0, num_classes), that is not ignore_index makes its row NaN; nothing outside
+a row is read for it.
 """
 
 from typing import TypedDict

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .inputs import torch_func_active
 from .sharded import gather
 from .spec import VocabShard
 
 
 def shard_options(shard: VocabShard | None) -> tuple[int, int, str] | tuple[()]:
     """As ``LossSpec`` takes them, after the others."""
-    return shard.options if isinstance(shard, VocabShard) else ()
+    # what is no shard is refused with the tensors
+    return shard.options if shard is not None and isinstance(shard, VocabShard) else ()
 
 
 # --- what every rank holds alike
@@ -53,6 +55,8 @@ def local_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard | None
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard | None]:
     """DTensors -> the tensors of this rank and which classes they are; others as they are."""
+    if type(input) is type(target) is Tensor and weight is None:
+        return input, target, weight, shard
     if not _is_dtensor(input):
         _refuse_dtensors("input is a plain tensor", target=target, weight=weight)
         return input, target, weight, shard
@@ -155,6 +159,7 @@ def _local(name: str, t: Any, like: Any, class_dim: int | None, cut: int | None)
 
 def whole_logits(input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors of all ranks, made on every rank."""
+    _refuse_transforms()
     class_dim = 0 if input.dim() == 1 else 1
     soft = target.is_floating_point()
     return (
@@ -168,6 +173,7 @@ def whole_head(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, shard: VocabShard
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """As ``whole_logits``, of a head."""
+    _refuse_transforms()
     if shard.hidden_grad != "reduced":
         raise ValueError(f"hidden_grad is {shard.hidden_grad!r} but the reference makes whole gradients; expected 'reduced'")
     return (
@@ -177,6 +183,11 @@ def whole_head(
         _Whole.apply(target, target.dim() - 1, shard) if target.is_floating_point() else target,
         _whole_weight(weight, shard),
     )
+
+
+def _refuse_transforms() -> None:
+    if torch_func_active() or torch.autograd.forward_ad._current_level >= 0:
+        raise ValueError("shard is given but torch.func transforms and forward-mode derivatives know no ranks; pass whole logits")
 
 
 def _whole_weight(weight: Tensor | None, shard: VocabShard) -> Tensor | None:
@@ -192,14 +203,15 @@ class _Whole(torch.autograd.Function):
         ctx.dim, ctx.shard, ctx.size = dim, shard, t.shape[dim]
         places = gather(torch.tensor([shard.start, t.shape[dim]], device=t.device), shard.group_name).tolist()
         length = max(size for _, size in places)
-        padded = torch.nn.functional.pad(t.movedim(dim, 0).flatten(1), (0, 0, 0, length - t.shape[dim])).contiguous()
+        rest = t.shape[:dim] + t.shape[dim + 1 :]
+        lines = t.movedim(dim, 0).reshape(t.shape[dim], rest.numel())
+        padded = torch.nn.functional.pad(lines, (0, 0, 0, length - len(lines))).contiguous()
         ordered = sorted(zip(places, gather(padded, shard.group_name), strict=True), key=lambda at: at[0])
         ends = [0, *(start + size for (start, size), _ in ordered)]
         if [start for (start, _), _ in ordered] != ends[:-1] or ends[-1] != shard.num_classes:
             raise ValueError(f"shard: the ranks hold (start, classes) {places}; expected each of [0, {shard.num_classes}) once")
         whole = torch.cat([part[:size] for (_, size), part in ordered])
-        rest = t.shape[:dim] + t.shape[dim + 1 :]
-        return whole.unflatten(1, rest).movedim(0, dim) if rest else whole[:, 0]
+        return whole.reshape(-1, *rest).movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

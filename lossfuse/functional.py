@@ -66,6 +66,8 @@ def cross_entropy(
             ``input`` (nothing synchronises) or on the CPU.
         inplace: consume the logits: their memory receives the gradient, in the forward for "mean" and "sum", in the backward for "none",
             for float16 and where a backward needs more than one number. See below.
+        shard: which classes these are, where the ranks of a group of torch.distributed have a slice of the logits each; see ``VocabShard``.
+            A DTensor placed ``Shard`` on its classes needs none. ``weight`` is that of these classes or of all, ``num_classes``.
         impl: "triton" (CUDA, ROCm, XPU; the CPU in Triton's interpreter), "torch" (blocks of rows, any device), "reference" (eager),
             or "auto". A name is obeyed or raises.
 
@@ -78,7 +80,7 @@ def cross_entropy(
         TypeError, ValueError: naming the argument, what came and what was expected.
         IndexError: on the CPU, for a target outside ``[0, C)``. Elsewhere, and where a tensor has no values to look at (compilers,
             ``torch.func``), the loss and gradient of its row are NaN, nothing is read out of bounds and nothing synchronises; see
-            ``debug_targets``.
+            ``debug_targets``. With ``shard`` all ranks raise what one of them finds.
 
     Autograd: gradients for ``input`` and probabilities, any number of times; the derivative of a gradient, forward mode, ``torch.func``
     transforms and a gradient for ``weight`` go through the eager reference and take its memory.
@@ -89,6 +91,10 @@ def cross_entropy(
     ``saved_tensors_hooks`` are active (checkpointing) or the reference computes; and, with a warning, where another tensor shares the
     memory of ``input``. Layouts that are copied to rows keep their values; the copy is consumed. ValueError for a leaf that requires
     grad, a view of one, and logits whose elements share memory. Unseen: readers that bypass ``__torch_function__``, such as TorchScript.
+
+    Shards: the forward gathers 3 to 5 numbers a row from every rank in one collective, the backward needs none; with ``weight`` one number
+    more for "mean". Losses have the same bits on every rank. A second derivative raises but with ``impl="reference"``, which makes the
+    logits whole on every rank, as does a gradient for ``weight``.
 
     Rounding: float32 from load to store (float64 for float64). The row maximum and the log-sum are kept apart, so that an offset common
     to a row cancels exactly; the target's ``p - 1`` is formed before rounding and keeps its digits however confident the model is.
@@ -172,6 +178,8 @@ def linear_cross_entropy(
         linear_bias: ``(C)``, or ``(C, d1, ..., dK)``, in the dtype of ``linear_weight``.
         weight: ``(C)``: the weight of each class.
         reduction, label_smoothing, softcap, logit_scale, lse_square_scale, normalizer, impl: as in ``cross_entropy``.
+        shard: which classes ``linear_weight`` and ``linear_bias`` are, where the ranks of a group have some each and all the same
+            ``input``; see ``VocabShard``. None for DTensors, a weight placed ``Shard(0)`` and an ``input`` placed ``Replicate``.
         ignore_index: the id of positions that count for nothing, whatever their hidden states hold. None is -100, as in torch.
         options: chunks, dtypes, what is kept; see ``LinearOptions``. The chunk's size follows from ``lossfuse.linear.chunk_rows``.
 
@@ -188,6 +196,9 @@ def linear_cross_entropy(
     ``options.allow_retain_graph``. For "none" the backward makes the logits again (8 N D C). A second derivative raises; forward mode,
     ``torch.func`` transforms and a gradient for ``weight`` go through the reference, which makes the logits whole, as does
     ``impl="reference"``.
+
+    Shards: one gather as in ``cross_entropy`` for each chunk of rows, again where logits are made again; and the gradient of ``input``,
+    summed over the group in the backward unless ``shard.hidden_grad`` is "partial".
 
     Rounding: logits in float32 (see ``LinearOptions``); their gradient is rounded to the operands' dtype for the products, but on a CPU,
     where products are in float32; gradients are summed in float32 over all chunks, multiplied and rounded once. The loss is

@@ -115,7 +115,8 @@ def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
         raise ValueError("input has shape () but logits must be (C), (N, C) or (N, C, d1, ..., dK)")
     class_dim = 0 if input.dim() == 1 else 1
     num_classes = input.shape[class_dim]
-    _require_shard(shard)
+    if shard is not None:
+        _require_shard(shard)
     if num_classes == 0 and shard is None:
         raise ValueError(f"input has shape {_shape(input)}: dimension {class_dim} holds the classes and must not be empty")
     batch_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
@@ -135,7 +136,8 @@ def flatten_head(
     shard: VocabShard | None = None,
 ) -> HeadRows:
     """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> rows; raises before anything is computed."""
-    _require_shard(shard)
+    if shard is not None:
+        _require_shard(shard)
     check_head(input, linear_weight, linear_bias, empty=shard is not None)
     require_tensor("target", target)
     num_classes, width = linear_weight.shape
@@ -149,7 +151,7 @@ def flatten_head(
 
 
 def _require_shard(shard: object) -> None:
-    if shard is not None and not isinstance(shard, VocabShard):
+    if not isinstance(shard, VocabShard):
         raise TypeError(f"shard is a {type(shard).__name__} but must be a lossfuse.VocabShard")
 
 

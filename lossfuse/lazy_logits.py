@@ -530,7 +530,9 @@ def _past_wrapper(lazy: LazyLogits) -> LazyLogits:
     if tell is None:
         return lazy
     if lazy._unwrapped is None:
-        # a clone of what it was given
+        if lazy._expression.func is not T.clone:
+            return lazy
+        # of what it was given
         inner = lazy._expression.arguments[0][0]
         leaves = next((n.leaves for n, _ in node.next_functions if getattr(n, "expression", None) is inner), None)
         if leaves is None:

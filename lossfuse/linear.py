@@ -313,7 +313,8 @@ def _unit(upstream: Upstream, class_weight: Tensor | None, spec: LossSpec) -> Te
 
 def _kept(target: Tensor, spec: LossSpec, options: LinearOptions) -> Tensor | None:
     """The rows that count, where the others are to be left out; None for all."""
-    drop = options.drop_ignored if options.drop_ignored is not None else target.device.type == "cpu"
+    # ranks whose targets differ, which is an error, must be as many rows to one another until they find it
+    drop = options.drop_ignored if options.drop_ignored is not None else target.device.type == "cpu" and spec.group is None
     if not drop or target.is_floating_point():
         return None
     kept = target != spec.ignore_index

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import family, functional
-from .spec import LinearOptions, LossSpec, resolve_reduction
+from .spec import LinearOptions, LossSpec, VocabShard, resolve_reduction
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -25,6 +25,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         logit_scale: float | None = None,
         lse_square_scale: float = 0.0,
         inplace: bool = False,
+        shard: VocabShard | None = None,
         impl: str = "auto",
     ) -> None:
         reduction = resolve_reduction(reduction, size_average, reduce)
@@ -34,6 +35,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.logit_scale = logit_scale
         self.lse_square_scale = lse_square_scale
         self.inplace = inplace
+        self.shard = shard
         self.impl = impl
 
     def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
@@ -49,6 +51,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             lse_square_scale=self.lse_square_scale,
             normalizer=normalizer,
             inplace=self.inplace,
+            shard=self.shard,
             impl=self.impl,
         )
 

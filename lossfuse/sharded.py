@@ -15,7 +15,7 @@ from torch import Tensor
 from .row_stats import RowStats, ShardRows, Upstream, Wants
 from .shards import merge, nothing, row_stats
 from .spec import LossSpec
-from .targets import values_are_at_hand
+from .targets import debugging, values_are_at_hand
 
 # of a shard: its first class, its classes, sum of the targets, row of the first bad target (or -1), that target; then its weights' sum
 HEADER_INTS = 5
@@ -89,6 +89,8 @@ class Sharded:
         assert spec.first_class is not None and spec.num_classes is not None and spec.group is not None
         (n, v), soft = logits.shape, target.is_floating_point()
         like = torch.empty(0, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device)
+        if debugging():
+            _require_same_rows(n, like, spec.group)
         rows = (
             self.backend.shard_rows(logits, target, class_weight, spec, wants, given)
             if logits.numel()
@@ -139,6 +141,13 @@ def all_sum_over(t: Tensor, group: str) -> Tensor:
     total = t.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=process_group(group))
     return total
+
+
+def _require_same_rows(n: int, like: Tensor, group: str) -> None:
+    """What a gather of different sizes would make of it is a crash or a wait without end."""
+    counts = gather(torch.tensor([n], device=like.device), group)[:, 0].tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"the ranks of shard.group have {counts} rows; each takes the same rows, with its own classes of them")
 
 
 def _header(target: Tensor, v: int, class_weight: Tensor | None, spec: LossSpec, like: Tensor) -> Tensor:

@@ -40,11 +40,13 @@ def merge(shards: ShardRows, weight_sums: Tensor) -> ShardRows:
 
     ``argmax`` is counted from the first class of the row; ``weight_sums`` (P,) are the class weights of each shard, summed.
     """
-    row_max = shards.row_max.amax(0)
-    below = row_max - shards.row_max
+    # a shard without a finite logit is below all others, whatever stands for its maximum
+    tops = torch.where(shards.log_sum == -torch.inf, -torch.inf, shards.row_max)
+    row_max = tops.amax(0)
+    below = torch.where(row_max == -torch.inf, 0.0, row_max - tops)
     log_masses = shards.log_sum - below
     # one shard's own maximum is the row's, and what it has beyond that may be next to nothing
-    first = shards.row_max.argmax(0, keepdim=True)
+    first = tops.argmax(0, keepdim=True)
     others = log_masses.exp().scatter(0, first, 0.0).sum(0)
     log_sum = torch.log1p(others + torch.expm1(shards.log_sum.gather(0, first)[0]))
 

@@ -101,7 +101,7 @@ class LinearOptions:
         acc_dtype: what gradients are summed in, and kept in until the backward multiplies and rounds them once: float32, which is None
             (float64 for float64), or bfloat16 for bfloat16 operands, which rounds them once for each chunk.
         drop_ignored: leave rows with ``ignore_index`` out of the products. None does where looking is free, on the CPU; True
-            synchronises elsewhere.
+            synchronises elsewhere. With ``shard`` None does not, and True takes it that all ranks have the same targets.
         allow_retain_graph: keep the gradients for a second backward, at the price of another copy of them in each.
         main_grad: add the gradient of the weight to ``linear_weight.main_grad``, in float32 and without rounding, and leave its
             ``grad`` alone.

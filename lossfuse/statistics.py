@@ -70,7 +70,7 @@ def cross_entropy_stats(
 
     Args:
         entropy, argmax: whether to compute them. False leaves None in their place, and no trace in memory or time.
-        input, target, weight, reduction and the others: as in ``cross_entropy``. A temperature is ``logit_scale=1 / temperature``.
+        input, target, weight, reduction, shard and the others: as in ``cross_entropy``. A temperature is ``logit_scale=1 / temperature``.
 
     Returns:
         ``LossStats``. ``loss`` and ``z_loss`` as ``cross_entropy`` returns its loss; the statistics of rows have the shape of the ids

@@ -18,7 +18,8 @@ def debug_targets() -> Iterator[None]:
     """Within it, targets are checked on every device, at the price of one synchronisation a call.
 
     On the CPU they always are. On other devices a target outside ``[0, C)`` that is not ``ignore_index`` otherwise gives a NaN loss and
-    gradient for its row, without synchronising.
+    gradient for its row, without synchronising. With ``shard`` ranks look together, so that all of them raise what one of them finds;
+    within this they also compare how many rows they have, so enter it on all ranks or none.
 
     Raises:
         IndexError: inside, naming the first bad row.
@@ -43,6 +44,11 @@ def require_ids_in_range(target: Tensor, num_classes: int, ignore_index: int) ->
             f"target of row {at[0]} is {int(target[at])} but input has {num_classes} classes;"
             f" expected an id in [0, {num_classes}) or ignore_index={ignore_index}"
         )
+
+
+def debugging() -> bool:
+    """Whether ``debug_targets`` is active."""
+    return _debug.get() and not torch.compiler.is_compiling()
 
 
 def values_are_at_hand(t: Tensor) -> bool:

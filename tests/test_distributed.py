@@ -1,7 +1,8 @@
-"""Losses whose classes are cut among ranks, against the torch program on whole rows in fp64; gloo, two and four ranks, started once each."""
+"""Losses whose classes are cut among ranks, against the torch program on whole rows in fp64: gloo, two and four ranks."""
 
 import contextlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ import lossfuse
 import program
 from closeness import assert_formula_close, assert_gradient_close, assert_product_close, assert_statistics_close
 from lossfuse import LinearOptions, VocabShard
-from options import COMBINATIONS, DIFFERENTIABLE, EVERYTHING, OPTIONS, differentiated, options_of, upstream, upstreams
+from options import COMBINATIONS, EVERYTHING, OPTIONS, differentiated, options_of, upstream, upstreams
+from programs import programs
 from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
 
 SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
+DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
 FORMS = ("logits", "inplace", "statistics", "head", "head statistics")
 # three chunks of rows
 CHUNKS = LinearOptions(chunk_bytes=2 * 32 * 4)
@@ -132,12 +135,394 @@ def every_option(case):
 GRID = list(itertools.product(FORMS, (False, True)))
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_every_option(n):
-    cases_on_ranks(n, every_option, [(form, soft, tuple(SINGLE)) for form, soft in GRID], timeout=120.0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_every_pair_of_options(n):
     cases_on_ranks(n, every_option, [(form, soft, tuple(COMBINATIONS)) for form, soft in GRID], timeout=500.0)
+
+
+# --- what is not a grid: (name, of a function here) on two ranks or four
+
+
+def raised(expected, call, *args, **options):
+    """The message of the error that a call must raise."""
+    with pytest.raises(expected) as caught:
+        call(*args, **options)
+    return str(caught.value)
+
+
+def errors():
+    rank = dist.get_rank()
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    x, ids = logits_and_ids(6, 37)
+    local = mine(x, classes)
+
+    def agreed(expected, sentence, call=lossfuse.cross_entropy, *args, **options):
+        said = raised(expected, call, *args, **options)
+        assert sentence in said, said
+        # every rank says the same
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, said)
+        assert len(set(everyones)) == 1
+
+    bad = ids.clone()
+    bad[3] = 37
+    agreed(IndexError, "target of row 3 is 37 on rank 0", lossfuse.cross_entropy, local, bad, shard=shard)
+    # found by one rank alone
+    agreed(IndexError, "target of row 3 is 37 on rank 1", lossfuse.cross_entropy, local, bad if rank else ids, shard=shard)
+    other = ids.clone()
+    other[0] = (ids[0] + 1) % 37
+    agreed(ValueError, "target differs between the ranks", lossfuse.cross_entropy, local, other if rank else ids, shard=shard)
+    agreed(ValueError, "target differs", lossfuse.cross_entropy, local, ids.flip(0) if rank else ids, shard=shard)
+    for stats in (lossfuse.cross_entropy_stats, lossfuse.cross_entropy):
+        with_gap = VocabShard(0 if rank == 0 else 21, 38)
+        agreed(ValueError, "hold the classes [0, 20), [21, 38); expected each of [0, 38) once", stats, local, ids, shard=with_gap)
+    overlapping = VocabShard(0 if rank == 0 else 19, 36)
+    agreed(ValueError, "[0, 20), [19, 36)", lossfuse.cross_entropy, local, ids.clamp(max=35), shard=overlapping)
+    agreed(ValueError, "expected each of [0, 40) once", lossfuse.cross_entropy, local, ids, shard=VocabShard(classes.start, 40))
+    with lossfuse.debug_targets():
+        few = 6 - rank
+        agreed(ValueError, "have [6, 5] rows", lossfuse.cross_entropy, local[:few], ids[:few], shard=shard)
+    # nothing was left half done
+    check_logits("logits", TWO, False, ())
+
+    hidden, head, _, ids = head_and_ids(6, 5, 37)
+    call, local_head = lossfuse.linear_cross_entropy, mine(head, classes, 0)
+    agreed(IndexError, "on rank 1", call, hidden, local_head, ids.clamp(max=36) + 37 * rank, shard=shard)
+    assert "must be a lossfuse.VocabShard" in raised(TypeError, call, hidden, local_head, ids, shard=(0, 37))
+    assert "with shard it must be (C, D)" in raised(ValueError, call, hidden, local_head[:, None], ids[:, None], shard=shard)
+    said = raised(ValueError, lossfuse.cross_entropy, local, ids, torch.ones(5), shard=shard)
+    assert f"expected ({classes.stop - classes.start},) or, of all classes, (37,)" in said
+    made = lossfuse.cross_entropy(local, ids, shard=shard)
+    assert "no second derivative" in raised(RuntimeError, second_derivative_of, made, local)
+    assert "hidden_grad is 'partial'" in raised(
+        ValueError, call, hidden, local_head, ids, shard=VocabShard(classes.start, 37, hidden_grad="partial"), impl="reference"
+    )
+    with pytest.raises(ValueError, match="know no ranks"):
+        torch.func.grad(lambda t: lossfuse.cross_entropy(t, ids, shard=shard))(local.detach())
+
+
+def second_derivative_of(loss, leaf):
+    (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    return torch.autograd.grad(slope.square().sum(), leaf)
+
+
+def shards_that_are_none():
+    for start, num_classes, expected in (
+        (-1, 5, ValueError),
+        (6, 5, ValueError),
+        (0, 0, ValueError),
+        (1.0, 5, TypeError),
+        (0, True, TypeError),
+    ):
+        raised(expected, VocabShard, start, num_classes)
+    assert "hidden_grad" in raised(ValueError, VocabShard, 0, 5, hidden_grad="some")
+    assert "group is a str" in raised(TypeError, VocabShard, 0, 5, "world")
+    # as torch.chunk cuts
+    for v in (37, 5, 4, 1, 1031):
+        cut = torch.arange(v).chunk(dist.get_world_size())
+        mine_of = cut[dist.get_rank()] if dist.get_rank() < len(cut) else torch.arange(0)
+        shard = VocabShard.even(v)
+        assert shard.num_classes == v and (shard.start == int(mine_of[0]) if len(mine_of) else shard.start == v)
+
+
+def many_classes():
+    """1031 classes of which no rank has as many as another, real dtypes, entries relative to themselves."""
+    cuts = tuple((int(c[0]), int(c[-1]) + 1) for c in torch.arange(1031).chunk(dist.get_world_size()))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for form, soft in itertools.product(("logits", "inplace"), (False,)):
+            for names in ((), ("none",), ("z-loss", "softcap", "weight")):
+                check_logits(form, cuts, soft, names, dtype=dtype, n=70, compare=assert_gradient_close)
+    x, ids = logits_and_ids(40, 1031, torch.float64)
+    classes = my_slice(cuts)
+    local = mine(x, classes)
+    got = lossfuse.cross_entropy(local, ids, shard=VocabShard.even(1031), label_smoothing=0.1)
+    want = program.cross_entropy(x, ids, label_smoothing=0.1)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(got, local)[0], torch.autograd.grad(want, x)[0][:, classes], rtol=1e-10, atol=1e-14)
+
+
+def hard_rows():
+    """What goes wrong elsewhere: -inf shards, offsets, confident rows on either rank, NaN in ignored rows, no row that counts."""
+    cuts, v = TWO, 37
+    classes, shard = my_slice(cuts), VocabShard(my_slice(TWO).start, 37)
+    x, ids = (t.detach().clone() for t in logits_and_ids(8, v, ignored=0.0))
+    ids = torch.tensor([3, 30, 3, 30, 3, 30, -100, 5])
+    x[0, 20:] = -torch.inf
+    x[1, :20] = -torch.inf
+    x[2] += 2.0**20
+    x[3] -= 2.0**20
+    x[2:4] = x[2:4].round()
+    x[4, 3] = 40.0
+    x[5, 30] = 60.0
+    x[6] = torch.nan
+    x[7, ::2] = -torch.inf
+    wide = x.double().requires_grad_()
+    cleaned = torch.where((ids == -100)[:, None], 0.0, wide)
+    others = torch.where(torch.arange(v) == ids[:, None], -torch.inf, cleaned).logsumexp(1)
+    # the log of the other classes' share of a confident row, where a difference of numbers of size 1 has no digits
+    want = torch.nn.functional.softplus(others - cleaned.gather(1, ids.clamp(0)[:, None])[:, 0], threshold=1e9).where(ids != -100, 0.0)
+    for form in (lossfuse.cross_entropy, lossfuse.cross_entropy_stats):
+        local = mine(x.requires_grad_(), classes)
+        got = form(local, ids, reduction="none", shard=shard)
+        got = got if isinstance(got, torch.Tensor) else got.loss
+        assert ((got.double() - want).abs() <= 1e-5 * want.abs() + 1e-45).all(), (got, want)
+        (slope,) = torch.autograd.grad(got.sum(), local)
+        (wide_slope,) = torch.autograd.grad(want.sum(), wide, retain_graph=True)
+        assert_gradient_close(slope, wide_slope[:, classes])
+    nobody = torch.full((8,), -100)
+    local = mine(x, classes)
+    loss = lossfuse.cross_entropy(local, nobody, shard=shard)
+    assert loss.isnan() and not torch.autograd.grad(loss, local)[0].any()
+    assert lossfuse.cross_entropy(local, nobody, shard=shard, normalizer=4).detach() == 0.0
+    none_at_all = lossfuse.cross_entropy(local[:0], nobody[:0], reduction="sum", shard=shard)
+    assert none_at_all.detach() == 0.0 and torch.autograd.grad(none_at_all, local)[0].shape == local.shape
+
+
+def shapes():
+    """One row, and classes that are not last."""
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    g = torch.Generator().manual_seed(3)
+    for lead, trail in (((), ()), ((2,), (3,)), ((2,), (3, 2))):
+        x = torch.randn(*lead, 37, *trail, generator=g).requires_grad_()
+        ids = torch.randint(37, (*lead, *trail), generator=g)
+        soft = torch.softmax(torch.randn(x.shape, generator=g), len(lead))
+        for target in (ids, soft):
+            local = mine(x, classes, len(lead))
+            local_target = target if target is ids else mine(target, classes, len(lead))
+            for reduction in ("mean", "none"):
+                got = lossfuse.cross_entropy(local, local_target, reduction=reduction, shard=shard)
+                want = torch.nn.functional.cross_entropy(x.double(), target if target is ids else target.double(), reduction=reduction)
+                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+                ours, theirs = torch.autograd.grad(got.sum(), local)[0], torch.autograd.grad(want.sum(), x)[0]
+                assert_formula_close(ours, theirs.movedim(len(lead), 0)[classes].movedim(0, len(lead)))
+
+
+def same_on_every_rank_and_every_time():
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    x, ids = logits_and_ids(50, 37)
+    weight, options = options_of(EVERYTHING, 37, "cpu")
+
+    def once():
+        local = mine(x, classes)
+        made = lossfuse.cross_entropy_stats(local, ids, weight, shard=shard, **options)
+        return [t.detach() for t in made] + [torch.autograd.grad(made.loss, local)[0]]
+
+    first, again = once(), once()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, first[:-1])
+    assert all(torch.equal(a, b) for a, b in zip(*everyones, strict=True))
+
+
+def in_place_contract():
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    x, ids = logits_and_ids(6, 37)
+    for reduction in ("mean", "none"):
+        local = mine(x, classes) * 1.0
+        saved = (local * local).sum()
+        where = local.data_ptr()
+        loss = lossfuse.cross_entropy(local, ids, reduction=reduction, inplace=True, shard=shard)
+        slopes = []
+        local.register_hook(lambda g, slopes=slopes: slopes.append(g)) if reduction == "none" else None
+        loss.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="inplace=True|consumed"):
+            loss.sum().backward()
+        with pytest.raises(RuntimeError):
+            saved.backward()
+        assert where
+    with pytest.raises(ValueError, match="leaf"):
+        lossfuse.cross_entropy(mine(x, classes), ids, inplace=True, shard=shard)
+
+
+def partial_hidden():
+    for names in ((), ("none",), EVERYTHING):
+        for form in ("head", "head statistics"):
+            check_head(form, TWO, False, names, hidden_grad="partial")
+
+
+def the_reference():
+    for soft in (False, True):
+        for names in ((), ("none",), EVERYTHING):
+            for form in ("logits", "statistics", "head", "head statistics"):
+                check(form, TWO, soft, names, impl="reference")
+            check("logits", TWO, soft, names, impl="reference", whole_weight=False)
+    # twice differentiable, across ranks
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    x, ids = logits_and_ids(6, 37)
+    local = mine(x, classes)
+    (ours,) = second_derivative_of(lossfuse.cross_entropy(local, ids, shard=shard, impl="reference"), local)
+    wide = x.detach().double().requires_grad_()
+    (theirs,) = second_derivative_of(torch.nn.functional.cross_entropy(wide, ids), wide)
+    assert_formula_close(ours, theirs[:, classes])
+    # which auto is for a weight that has a gradient, of its classes or of all
+    for whole in (False, True):
+        weight = class_weight(37).requires_grad_()
+        given = weight if whole else mine(weight, classes)
+        loss = lossfuse.cross_entropy(local, ids, given, shard=shard)
+        wide_weight = weight.detach().double().requires_grad_()
+        logp = wide.detach().log_softmax(1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
+        kept = wide_weight[ids.clamp(min=0)] * (ids >= 0)
+        (theirs,) = torch.autograd.grad(-(kept * logp).sum() / kept.sum(), wide_weight)
+        assert_formula_close(torch.autograd.grad(loss, given)[0], theirs if whole else theirs[classes])
+
+
+def kernels():
+    """Ours, in the interpreter."""
+    for soft in (False, True):
+        for form, names in (("logits", EVERYTHING), ("inplace", ()), ("statistics", ("none", "weight")), ("head", ("smoothing",))):
+            check(form, TWO, soft, names, impl="triton", n=3)
+
+
+def compiled_by_inductor():
+    compiled("inductor")
+
+
+def compiled(backend="aot_eager"):
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    x, ids = logits_and_ids(6, 37)
+    hidden, head, _, head_ids = head_and_ids(6, 5, 37)
+    weight = class_weight(37)
+
+    def of_logits(t):
+        return lossfuse.cross_entropy(t, ids, weight, shard=shard, label_smoothing=0.1, lse_square_scale=0.01)
+
+    def of_head(h, w):
+        made = lossfuse.linear_cross_entropy_stats(h, w, head_ids, reduction="none", shard=shard)
+        return lossfuse.linear_cross_entropy(h, w, head_ids, shard=shard) + (made.loss + made.entropy).sum()
+
+    for fn, leaves in ((of_logits, [mine(x, classes)]), (of_head, [hidden, mine(head, classes, 0)])):
+        want = fn(*leaves)
+        got = torch.compile(fn, fullgraph=True, backend=backend)(*leaves)
+        torch.testing.assert_close(got, want)
+        for g, w in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+            torch.testing.assert_close(g, w)
+
+
+def dtensors():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, ids = logits_and_ids(6, 37)
+    weight, options = options_of(EVERYTHING, 37, "cpu")
+    wide = x.detach().double().requires_grad_()
+    for call, placements in itertools.product((lossfuse.cross_entropy, lossfuse.cross_entropy_stats), ([Shard(1)], [Replicate()])):
+        for target in (ids, distribute_tensor(ids, mesh, [Replicate()])):
+            for given in (weight, distribute_tensor(weight, mesh, [Replicate()])):
+                leaf = distribute_tensor(x.detach(), mesh, placements).requires_grad_()
+                got = call(leaf, target, given, **options)
+                got = got if isinstance(got, torch.Tensor) else got.loss
+                want = program.cross_entropy(wide, ids, weight.double(), **options)
+                assert type(got) is torch.Tensor
+                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+                (slope,) = torch.autograd.grad(got, leaf)
+                assert isinstance(slope, DTensor) and list(slope.placements) == placements
+                assert_formula_close(slope.full_tensor(), torch.autograd.grad(want, wide)[0])
+    soft = probabilities(6, 37).detach()
+    cut = distribute_tensor(x.detach(), mesh, [Shard(1)])
+    got = lossfuse.cross_entropy(cut, distribute_tensor(soft, mesh, [Shard(1)]))
+    torch.testing.assert_close(got.double(), torch.nn.functional.cross_entropy(wide, soft.double()), rtol=1e-5, atol=1e-6)
+    assert "expected Shard(1)" in raised(ValueError, lossfuse.cross_entropy, distribute_tensor(x.detach(), mesh, [Shard(0)]), ids)
+    partial = DTensor.from_local(x.detach(), mesh, [Partial()])
+    assert "Partial" in raised(ValueError, lossfuse.cross_entropy, partial, ids)
+    assert "knows its shard" in raised(ValueError, lossfuse.cross_entropy, cut, ids, shard=VocabShard.even(37))
+    assert "target is a DTensor" in raised(ValueError, lossfuse.cross_entropy, x, distribute_tensor(ids, mesh, [Replicate()]))
+
+    hidden, head, bias, ids = head_and_ids(6, 5, 37)
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, head, bias)]
+    for placements in ([Shard(0)], [Replicate()]):
+        h = distribute_tensor(hidden.detach(), mesh, [Replicate()]).requires_grad_()
+        w, b = (distribute_tensor(t.detach(), mesh, placements).requires_grad_() for t in (head, bias))
+        got = lossfuse.linear_cross_entropy(h, w, ids, linear_bias=b, label_smoothing=0.1)
+        want = program.linear_cross_entropy(leaves[0], leaves[1], ids, leaves[2], label_smoothing=0.1)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+        for g, t in zip(torch.autograd.grad(got, [h, w, b]), torch.autograd.grad(want, leaves), strict=True):
+            assert_product_close(g.full_tensor(), t)
+    assert "unshard the weight first" in raised(ValueError, lossfuse.linear_cross_entropy, hidden, w, ids)
+    rows, classes = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in (hidden, head))
+    assert "expected Replicate on its mesh" in raised(ValueError, lossfuse.linear_cross_entropy, rows, classes, ids)
+
+
+def other_dtypes_of_heads():
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        hidden, head, bias, ids = head_and_ids(64, 24, 37, dtype)
+        classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+        leaves = [hidden, mine(head, classes, 0), mine(bias, classes)]
+        got = lossfuse.linear_cross_entropy(*leaves[:2], ids, linear_bias=leaves[2], shard=shard)
+        wide = [t.detach().double().requires_grad_() for t in (hidden, head, bias)]
+        want = program.linear_cross_entropy(wide[0], wide[1], ids, wide[2])
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+        slopes = torch.autograd.grad(got, leaves)
+        theirs = torch.autograd.grad(want, wide)
+        worst = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12
+        for g, t in zip(slopes, (theirs[0], theirs[1][classes], theirs[2][classes]), strict=True):
+            assert g.dtype == dtype
+            assert float((g.double() - t).norm() / t.norm()) < worst
+    # autocast, whose operands are rounded first
+    hidden, head, bias, ids = head_and_ids(64, 24, 37)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = lossfuse.linear_cross_entropy(hidden, mine(head, classes, 0), ids, shard=shard)
+    want = lossfuse.linear_cross_entropy(hidden.bfloat16(), head.bfloat16(), ids)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def subgroups():
+    """A shard of a group that is not all ranks: two pairs that know nothing of one another."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = pairs[dist.get_rank() // 2]
+    x, ids = logits_and_ids(6, 37, seed=dist.get_rank() // 2)
+    shard = VocabShard.even(37, pair)
+    classes = slice(shard.start, min(shard.start + 19, 37))
+    local = mine(x, classes)
+    got = lossfuse.cross_entropy(local, ids, shard=shard)
+    want = torch.nn.functional.cross_entropy(x.double(), ids)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    assert_formula_close(torch.autograd.grad(got, local)[0], torch.autograd.grad(want, x)[0][:, classes])
+
+
+def by_modules():
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    x, ids = logits_and_ids(6, 37)
+    loss = lossfuse.CrossEntropyLoss(label_smoothing=0.1, shard=shard)(mine(x, classes), ids)
+    torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(x.double(), ids, label_smoothing=0.1))
+
+
+def programs_of_the_document():
+    found = programs(DOCUMENT)
+    assert len(found) >= 4
+    for each in found:
+        each.run()
+
+
+ON_TWO = (
+    errors, shards_that_are_none, many_classes, hard_rows, shapes, same_on_every_rank_and_every_time, in_place_contract, partial_hidden,
+    the_reference, dtensors, other_dtypes_of_heads, by_modules, compiled, kernels,
+    programs_of_the_document,
+)  # fmt: skip
+ON_FOUR = (shards_that_are_none, many_classes, subgroups)
+
+
+def one_of_these(case):
+    if isinstance(case, str):
+        globals()[case]()
+    else:
+        every_option(case)
+
+
+@pytest.mark.parametrize(
+    ("n", "combinations", "functions"), [(2, tuple(SINGLE), ON_TWO), (4, ((), EVERYTHING, (*EVERYTHING, "none")), ON_FOUR)], ids=["2", "4"]
+)
+def test_on_ranks(n, combinations, functions):
+    cases = [(form, soft, combinations) for form, soft in GRID]
+    cases_on_ranks(n, one_of_these, [*cases, *(f.__name__ for f in functions)], timeout=200.0)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    cases_on_ranks(2, one_of_these, ["compiled_by_inductor"], timeout=200.0)
+
+
+def test_a_shard_needs_a_group():
+    with pytest.raises(ValueError, match="init_process_group"):
+        VocabShard(0, 5)

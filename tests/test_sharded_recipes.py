@@ -1,4 +1,4 @@
-"""Every program of docs/distributed.md runs on two ranks, and notices when nothing is fused."""
+"""Every program of docs/sharded_models.md runs on two ranks, and notices when nothing is fused."""
 
 import os
 import warnings
@@ -11,7 +11,7 @@ import lossfuse
 from programs import programs
 from ranks import cases_on_ranks
 
-PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
+PAGE = Path(__file__).parent.parent / "docs" / "sharded_models.md"
 HEADINGS = ["DDP", "FSDP2", "Tensor parallelism", "Sequence and context parallelism"]
 
 
