@@ -369,7 +369,8 @@ class PlacedLogits(LazyLogits):
 
     @property
     def placements(self) -> tuple[Any, ...]:
-        return self._shaping.placements or ()
+        placed = self._shaping.placements or ()
+        return tuple(p if p.is_replicate() else type(p)(self._class_dim) for p in placed)
 
     @property
     def device_mesh(self) -> Any:
@@ -384,7 +385,7 @@ class PlacedLogits(LazyLogits):
         placed = None if placements is None else tuple(placements)
         known = device_mesh in (None, self._cut.mesh) and placed is not None and not options and self._made is None
         whole = known and all(p.is_replicate() for p in placed or ())
-        if whole or (known and self._classes_last and tuple(self._positive(p) for p in placed or ()) == self.placements):
+        if whole or (known and self._is_placed(placed or ())):
             placed = placed if whole else self.placements
             made = self._but(shaping=replace(self._shaping, placements=placed))
             made._expression.is_call(redistributed, (self, placed), {})
@@ -392,9 +393,11 @@ class PlacedLogits(LazyLogits):
         value: Any = _made(self, type(self).redistribute)
         return value.redistribute(device_mesh, placements, async_op=async_op, **options)
 
-    def _positive(self, placement: Any) -> Any:
-        dim = getattr(placement, "dim", None)
-        return type(placement)(dim % self._rows.dim()) if dim is not None and placement.is_shard() else placement
+    def _is_placed(self, placements: tuple[Any, ...]) -> bool:
+        dims = self._rows.dim()
+        pairs = zip(placements, self.placements, strict=False)
+        same = (p == mine or (type(p) is type(mine) and p.is_shard() and p.dim % dims == mine.dim) for p, mine in pairs)
+        return len(placements) == len(self.placements) and all(same)
 
     def to_local(self, *, grad_placements: Any = None) -> Any:
         if self._made is None and grad_placements is None and all(p.is_replicate() for p in self.placements):

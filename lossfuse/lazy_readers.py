@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import functional, statistics
+from .distributed import shared
 from .inputs import Targets
 from .lazy_logits import LazyLogits, Shaping, T, can_be, handles, of_classes
 from .linear import chunk_rows
@@ -153,6 +154,9 @@ def _loss(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
     # classes are in dimension 1 of a loss's logits, or alone; a teacher's logits are made
     if x._class_dim != min(dims - 1, 1) or not isinstance(target, Tensor) or isinstance(target, LazyLogits):
         return NotImplemented
+    weight = options.get("weight")
+    if x._source.cut is not None and isinstance(weight, Tensor) and weight.requires_grad:
+        return NotImplemented
     if target.is_floating_point() and dims > 2:
         target = target.movedim(1, -1)
     return _read(x, target, options, reads)
@@ -199,9 +203,11 @@ def _of_this_rank(x: LazyLogits, weight: Any, bias: Any, target: Tensor, options
     kept, shard = cut.shard(x._shaping.num_classes, len(weight))
     mine = slice(shard.start, shard.start + kept.stop)
     options["shard"] = shard
-    added = None if x._shaping.bias is None else x._shaping.bias[mine]
+    # whole on every rank, and every rank makes a part of their gradient
+    reduced = replace(shard, hidden_grad="reduced")
+    added = None if x._shaping.bias is None else shared(x._shaping.bias, reduced)[mine]
     if target.is_floating_point():
-        target = target[..., mine]
+        target = shared(target, reduced)[..., mine]
     return weight.to_local(), None if bias is None else bias.to_local(), added, target, kept
 
 

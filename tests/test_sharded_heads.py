@@ -258,6 +258,20 @@ def made_and_read(run, b):
     return ce(z, b[1]) + torch.sin(z).mean()
 
 
+def one_rank_counts(run, b):
+    """The others have nothing but padding."""
+    targets, ranks = b[1].clone(), dist.get_world_size()
+    first = B if len(targets) > B or dist.get_rank() == 0 else 0
+    targets[first:] = -100
+    return ce(run(b[0]), targets, reduction="sum") / 50 * (1 if len(targets) > B else ranks)
+
+
+def with_a_frozen_head():
+    model = Tiny()
+    model.lm_head.weight.requires_grad_(False)
+    return model
+
+
 class Doubled(torch.autograd.Function):
     """Does not ask what it is given."""
 
@@ -393,6 +407,8 @@ def a_llama(**options):
 
 
 OTHERS = {
+    "computed again": lambda: same_as_stock(HEAD_ALONE, LOSSES["inside"], model=Checkpointed(), fused={"cross_entropy": 1}) and None,
+    "computed again, a group": lambda: same_as_stock(GROUP, LOSSES["inside"], model=Checkpointed(), fused={"cross_entropy": 1}) and None,
     "two reads": lambda: same_as_stock(HEAD_ALONE, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None,
     "two reads of a group": lambda: same_as_stock(GROUP, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None,
     "made": lambda: same_as_stock(HEAD_ALONE, made, made={"sin": 1}) and None,
@@ -403,6 +419,8 @@ OTHERS = {
     "made and read under DDP": lambda: (
         same_as_stock(ddp(find_unused_parameters=True), made_and_read, fused={"cross_entropy": 1}, made={"sin": 1}) and None
     ),
+    "one rank counts": lambda: same_as_stock(GROUP, one_rank_counts, fused={"cross_entropy": 1}) and None,
+    "frozen": lambda: same_as_stock(HEAD_ALONE, LOSSES["outside"], model=with_a_frozen_head(), fused={"cross_entropy": 1}) and None,
     "unasked": lambda: same_as_stock(GROUP, unasked, made={"flatten": 1}) and None,
     "not linear, in root": lambda: (
         same_as_stock(fsdp2(*BLOCKS), LOSSES["outside"], model=with_a_head_that_is_not_linear(), fused={"cross_entropy": 1}) and None
@@ -490,11 +508,44 @@ def options_and_probabilities(run, b):
     return weighted + F.cross_entropy(z.flatten(0, 1), p.flatten(0, 1)) + 0.1 * (z.logsumexp(-1) ** 2).mean()
 
 
+class Calibrated(nn.Module):
+    """Learns what is added to logits, and class probabilities."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Tiny()
+        self.lm_head = self.model.lm_head
+        self.added, self.prior = nn.Parameter(torch.linspace(-1, 1, V)), nn.Parameter(torch.linspace(1, -1, V))
+
+    def forward(self, ids):
+        z = self.model(ids) + self.added
+        return F.cross_entropy(z.flatten(0, 1), self.prior.softmax(0).expand(z.flatten(0, 1).shape))
+
+
+def in_calibrated(layout):
+    def wrapped(model):
+        layout(model.model)
+        return model, None
+
+    return wrapped
+
+
+class Checkpointed(Tiny):
+    """Head and loss are computed again in the backward."""
+
+    def forward(self, ids, targets):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return None, checkpoint(lambda x: ce(self.lm_head(self.norm(x)), targets), x, use_reentrant=False)
+
+
 def read_as_dtensor(run, b):
     z = run(b[0])
     if not hasattr(z, "placements"):
         return ce(z, b[1]) + (z.argmax(-1) == b[1]).float().mean()
     assert z.placements == (_placement("Shard", 2),) and z.shape == (*b[0].shape, V)
+    assert z.flatten(0, 1).placements == (_placement("Shard", 1),)
     targets = replicated(b[1], z)
     right = z.redistribute(placements=[_placement("Replicate")]).to_local().argmax(-1) == b[1]
     return ce(z, targets).full_tensor() + right.float().mean()
@@ -550,6 +601,10 @@ PARALLEL = {
     "options": lambda: same_of_classes(
         to_replicas, options_and_probabilities, fused={"cross_entropy": 2, "logsumexp": 1}, allowed=math.inf
     ),
+    "gradients of what is whole": lambda: same_of_classes(
+        in_calibrated(to_replicas), lambda run, b: run(b[0]), model=Calibrated(), fused=ONE, allowed=math.inf
+    ),
+    "frozen": lambda: same_of_classes(to_replicas, LOSSES["outside"], model=with_a_frozen_head(), fused=ONE),
     "made": lambda: same_of_classes(to_replicas, made, fused={}, made={"sin": 1}),
     "made and read": lambda: same_of_classes(to_replicas, made_and_read, fused=ONE, made={"sin": 1}),
     "a DTensor": lambda: same_of_classes(as_dtensor, read_as_dtensor, fused={"cross_entropy": 1, "argmax": 1}),
