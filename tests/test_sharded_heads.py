@@ -673,6 +673,21 @@ SQUARE = {
 }
 
 
+# --- compiled
+
+
+def compiled(layout):
+    return lambda model: (torch.compile(layout(model)[0], backend="aot_eager"), None)
+
+
+COMPILED = {
+    "FSDP2, head": lambda: same_as_stock(compiled(HEAD_ALONE), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE) and None,
+    "FSDP2, norm and head": lambda: same_as_stock(compiled(GROUP), LOSSES["outside"], model=Tiny(cap=3.0), fused=ONE) and None,
+    "DDP": lambda: same_as_stock(compiled(ddp()), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE) and None,
+    "classes cut": lambda: same_of_classes(compiled(to_replicas), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE, allowed=math.inf),
+}
+
+
 # --- DeepSpeed
 
 
@@ -728,7 +743,7 @@ def a_case(case):
     # what makes logits says so once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {"use": OTHERS, "classes cut": PARALLEL, "square": SQUARE}[of][name]()
+        return {"use": OTHERS, "classes cut": PARALLEL, "square": SQUARE, "compiled": COMPILED}[of][name]()
 
 
 EVERY_OTHER = [("use", name) for name in OTHERS] + [("classes cut", name) for name in PARALLEL]
@@ -740,4 +755,5 @@ def test_two_ranks():
 
 @pytest.mark.slow
 def test_four_ranks():
-    cases_on_ranks(4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER + [("square", name) for name in SQUARE], timeout=500)
+    more = [("square", name) for name in SQUARE] + [("compiled", name) for name in COMPILED]
+    cases_on_ranks(4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER + more, timeout=500)
