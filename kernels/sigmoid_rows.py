@@ -1,5 +1,7 @@
 """Rows of logits, each label a yes or no of its own -> binary cross entropy and its gradient, in one read and one write.
 
+Or of the probabilities of labels, which are another formula in the same loop.
+
 Nothing of a row is needed by another element of it, so one kernel does loss, gradient, or both, and the gradient may take the place of the
 logits. Targets are a tensor like the logits, or the ids of the labels that are 1: each program looks for those of its block, so that the
 tensor of zeros and ones they stand for never exists. Sums leave a number per block, added up in a fixed order by whoever called.
@@ -13,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import LaunchConfig, on_device_of, row_blocks
-from .tile_math import label_loss, label_slope, label_target_slope, sigmoid_parts
+from .tile_math import (
+    label_loss,
+    label_slope,
+    label_target_slope,
+    probability_loss,
+    probability_slope,
+    probability_target_slope,
+    sigmoid_parts,
+)
 
 # ids looked at in one go
 MOST_IDS = 256
@@ -74,6 +84,7 @@ def sigmoid_rows_kernel(
     ignore_index,
     BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PROBABILITIES: tl.constexpr,  # in place of logits; without pos_weight and ids
 ):
     """One row and block per program."""
     blocks = tl.cdiv(V, BLOCK_V)
@@ -92,9 +103,10 @@ def sigmoid_rows_kernel(
     )
     weight = row_tile(weight_ptr, row, stride_weight_n, stride_weight_v, offs_v, mask_v) if weight_ptr is not None else None
 
-    below, above, tail = sigmoid_parts(x)
+    if not PROBABILITIES:
+        below, above, tail = sigmoid_parts(x)
     if loss_ptr is not None or sums_ptr is not None:
-        loss = label_loss(x, t, pos_weight, tail)
+        loss = probability_loss(x, t) if PROBABILITIES else label_loss(x, t, pos_weight, tail)
         if weight is not None:
             loss = loss * weight
         if loss_ptr is not None:
@@ -106,10 +118,10 @@ def sigmoid_rows_kernel(
         if weight is not None:
             dloss = dloss * weight
         if dlogits_ptr is not None:
-            dx = label_slope(t, pos_weight, below, above) * dloss
+            dx = (probability_slope(x, t) if PROBABILITIES else label_slope(t, pos_weight, below, above)) * dloss
             tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
         if dtarget_ptr is not None:
-            dt = label_target_slope(x, pos_weight, tail) * dloss
+            dt = (probability_target_slope(x) if PROBABILITIES else label_target_slope(x, pos_weight, tail)) * dloss
             tl.store(dtarget_ptr + row * V + offs_v, dt.to(dtarget_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -136,11 +148,12 @@ def sigmoid_rows(
     dloss: Tensor | None,
     dlogits: Tensor | None,
     dtarget: Tensor | None,
+    probabilities: bool = False,
 ) -> None:
     """Fill what is given: ``loss`` (N, V), or (N, 1) with the sums of rows; ``dlogits`` and ``dtarget`` (N, V), which take ``dloss``.
 
     (N, V) logits, targets and gradients have unit last stride, ``weight``, ``pos_weight`` and ``dloss`` (N, V) one of 0 or 1; ids (N, P)
-    are contiguous, as are ``loss`` and ``dtarget``. ``dlogits`` may be ``logits``.
+    are contiguous, as are ``loss`` and ``dtarget``. ``dlogits`` may be ``logits``, which are no logits with ``probabilities``.
     """
     n, v = logits.shape
     if n == 0 or v == 0:
@@ -160,7 +173,8 @@ def sigmoid_rows(
             logits, target if ids is None else None, ids, weight, pos_weight, dloss, loss if elementwise else None, sums, dlogits, dtarget,
             logits.stride(0), 0 if ids is not None else target.stride(0), *_of_rows(weight), *_of_rows(pos_weight), *_of_rows(dloss),
             0 if dlogits is None else dlogits.stride(0), v, most, ignore_index,
-            BLOCK_V=config.block_v, BLOCK_P=min(MOST_IDS, max(16, 1 << (most - 1).bit_length())), num_warps=config.num_warps,
+            BLOCK_V=config.block_v, BLOCK_P=min(MOST_IDS, max(16, 1 << (most - 1).bit_length())), PROBABILITIES=probabilities,
+            num_warps=config.num_warps,
         )  # fmt: skip
     if loss is not None and sums is not None and sums is not loss:
         torch.sum(sums, 1, keepdim=True, out=loss)

@@ -338,3 +338,40 @@ def label_target_slope(x, pos_weight, tail):
         return -x
     else:
         return pos_weight * (tl.maximum(-x, 0.0) + tail) - (tl.maximum(x, 0.0) + tail)
+
+
+# torch's: how low a logarithm of a probability may be, and what the slope is divided by, at least
+LOWEST_LOG = tl.constexpr(-100.0)
+LEAST_SPREAD = tl.constexpr(1e-12)
+
+
+@triton.jit
+def clamped_logs(x):
+    """(log(x), log(1 - x)), not below -100; each accurate relative to itself, where it is near 0 too."""
+    return tl.maximum(tl.log(x), LOWEST_LOG), tl.maximum(log1p_from_minus_one(-x), LOWEST_LOG)
+
+
+@triton.jit
+def if_probability(x, number):
+    """NaN for what is no probability, so that nobody has to look."""
+    return tl.where((x >= 0.0) & (x <= 1.0), number, float("nan"))
+
+
+@triton.jit
+def probability_loss(x, t):
+    """-t * log(x) - (1 - t) * log(1 - x), the logarithms clamped."""
+    log_yes, log_no = clamped_logs(x)
+    return if_probability(x, -(t * log_yes + (1.0 - t) * log_no))
+
+
+@triton.jit
+def probability_slope(x, t):
+    """d (probability_loss) / dx, as torch bounds it."""
+    return if_probability(x, (x - t) / tl.maximum(x * (1.0 - x), LEAST_SPREAD))
+
+
+@triton.jit
+def probability_target_slope(x):
+    """d (probability_loss) / dt."""
+    log_yes, log_no = clamped_logs(x)
+    return if_probability(x, log_no - log_yes)

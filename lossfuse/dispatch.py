@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,19 +17,34 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def pick(impl: str, rows: Rows | HeadRows) -> str:
     """The implementation for these rows: triton, torch or reference."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r} but must be one of 'auto', 'triton', 'torch', 'reference'")
+    _require_known(impl)
     if impl == "reference":
         return impl
-    beyond = _beyond_the_fast_paths(rows)
+    beyond = _beyond_the_fast_paths(rows.weights, *rows.operands, rows.target)
     if impl == "auto":
         # the interpreter is for those who ask for it by name
-        compiled = rows.input.device.type in TRITON_DEVICES and not _triton_obstacle(rows)
+        compiled = rows.input.device.type in TRITON_DEVICES and not _triton_obstacle(rows.input, rows.target)
         return "reference" if beyond else "triton" if compiled else "torch"
-    obstacle = beyond or (_triton_obstacle(rows) if impl == "triton" else None)
+    _require_none(impl, beyond or (_triton_obstacle(rows.input, rows.target) if impl == "triton" else None))
+    return impl
+
+
+def pick_or_torch(impl: str, input: Tensor, target: Tensor | None = None, weight: Tensor | None = None) -> str:
+    """The implementation where torch's own operators, which differentiate whatever they are given, are one: torch unless named."""
+    _require_known(impl)
+    if impl == "triton":
+        _require_none(impl, _beyond_the_fast_paths({"weight": weight}, input, target) or _triton_obstacle(input, target))
+    return "torch" if impl == "auto" else impl
+
+
+def _require_known(impl: str) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r} but must be one of 'auto', 'triton', 'torch', 'reference'")
+
+
+def _require_none(impl: str, obstacle: str | None) -> None:
     if obstacle:
         raise ValueError(f"impl={impl!r} cannot run here: {obstacle}; impl='auto' picks one that can")
-    return impl
 
 
 def forms_gradient_in_forward(backend: str, rows: Rows, reduction: str, divisor: Tensor | None, consume: bool) -> bool:
@@ -75,15 +91,14 @@ def writes_in_place(backend: str) -> bool:
     return backend != "reference" and not torch.compiler.is_compiling() and not _saved_tensors_hooks_active()
 
 
-def _beyond_the_fast_paths(rows: Rows | HeadRows) -> str | None:
+def _beyond_the_fast_paths(weights: Mapping[str, Tensor | None], *operands: Tensor | None) -> str | None:
     """Why only the reference, which is made of torch's own operators, can differentiate this call."""
-    for name, weight in rows.weights.items():
+    for name, weight in weights.items():
         if weight is not None and weight.requires_grad and torch.is_grad_enabled():
             return f"{name} requires grad, and its gradient is only in the reference"
     if torch_func_active():
         return "a torch.func transform is active"
-    tensors = (*rows.operands, rows.target, *rows.weights.values())
-    if _tangents_possible() and any(t is not None and _has_tangent(t) for t in tensors):
+    if _tangents_possible() and any(t is not None and _has_tangent(t) for t in (*operands, *weights.values())):
         return "an argument carries a forward-mode tangent"
     return None
 
@@ -105,11 +120,11 @@ def _saved_tensors_hooks_active() -> bool:
     return top is not None and top(True) is not None
 
 
-def _triton_obstacle(rows: Rows | HeadRows) -> str | None:
-    device = rows.input.device.type
-    if rows.input.dtype == torch.float64:
+def _triton_obstacle(input: Tensor, target: Tensor | None) -> str | None:
+    device = input.device.type
+    if input.dtype == torch.float64:
         return "the kernels compute in float32 and input is float64"
-    if rows.soft and rows.target.dtype == torch.float64:
+    if target is not None and target.dtype == torch.float64:
         return "the kernels compute in float32 and target is float64"
     if device not in TRITON_DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         hint = " (for Triton's interpreter set TRITON_INTERPRET=1 before the first import)" if device == "cpu" else ""

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference, sigmoid_ops
+from . import family_ops, reference, sigmoid_ops
 from .consumed import Owner, may_consume
-from .dispatch import IMPLS, forms_gradient_in_forward, makes_graph, pick, writes_in_place
+from .dispatch import forms_gradient_in_forward, makes_graph, pick, pick_or_torch, writes_in_place
 from .inputs import LOGIT_DTYPES, flatten, require_tensor
 from .reduce import denominator, reduce_rows
 from .sigmoid_inputs import check_broadcast, check_labels, flatten_labels
@@ -117,17 +117,23 @@ def binary_cross_entropy(
         weight: factor of each loss, broadcast to the shape of ``input``.
         size_average, reduce: deprecated by torch, in favour of ``reduction``.
         reduction: "none", "mean" or "sum".
-        impl: "torch" is torch's own operator, in float32 for half precision; "reference" is eager; "auto" is "torch", or "reference" where
-            ``weight`` requires grad. There is no Triton kernel for probabilities.
+        impl: "torch" is torch's own operator, in float32 for half precision; "triton" a kernel, where ``binary_cross_entropy_with_logits``
+            has one; "reference" is eager; "auto" is "torch", or "reference" where ``weight`` requires grad.
 
     Returns:
         ``()``, or the shape of ``input`` for "none". float32, also for half precision, where torch rounds; float64 for float64 input.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; on the CPU, and within ``debug_targets`` elsewhere,
-            for an input outside ``[0, 1]`` too. On CUDA, torch's operator asserts that on the device.
+            for an input outside ``[0, 1]`` too. On CUDA, torch's operator asserts that on the device; with "triton" loss and gradient of
+            that element are NaN.
 
-    Memory: that of torch's operator, and a copy in float32 of half-precision input.
+    Autograd: the gradient of a target is bounded like the loss, ``clamp(log(1 - input)) - clamp(log(input))`` by "triton" and "reference";
+    torch's is infinite at 0 and 1. The derivative of a gradient, forward mode and ``torch.func`` are torch's, or with "triton" the
+    reference's, and an error for the last two.
+
+    Memory: that of torch's operator, and a copy in float32 of half-precision input; with "triton" the gradients alone, and for "none" the
+    losses.
     """
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_labels(input, target, "probabilities")
@@ -136,7 +142,7 @@ def binary_cross_entropy(
     if target.shape != input.shape:
         raise ValueError(f"target has shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; expected the same")
     weight = check_broadcast("weight", weight, input)
-    backend = _without_kernel(impl)
+    backend = pick_or_torch(impl, input, target, weight)
     if values_are_at_hand(input):
         outside = ~((input >= 0) & (input <= 1))
         if bool(outside.any()):
@@ -147,6 +153,12 @@ def binary_cross_entropy(
         raise ValueError("impl='torch' cannot run here: weight requires grad, and its gradient is only in the reference")
     if backend == "reference" or weight_wants:
         loss = reference.probability_loss(input, target, weight)
+    elif backend == "triton":
+        rows = flatten_labels(input, target, weight, None, -100)
+        loss = family_ops.probability_loss(rows.input, rows.target, rows.class_weight, reduction == "none")
+        if reduction != "none":
+            return loss.sum() if reduction == "sum" else loss.sum() / input.numel()
+        return loss.reshape(input.shape)
     else:
         x = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
         loss = F.binary_cross_entropy(x, target.to(x.dtype), None if weight is None else weight.to(x.dtype), reduction="none")
@@ -165,13 +177,21 @@ def log_softmax(
         dim: the dimension of the classes. None is torch's old guess, with a warning.
         _stacklevel: as in torch, for that warning.
         dtype: ``input`` is cast to it first.
-        impl: "torch" and "auto" are torch's own operator, which reads and writes once; "reference" is eager. There is no Triton kernel.
+        impl: "torch" and "auto" are torch's own operator; "triton" a kernel (CUDA, ROCm, XPU; the CPU in Triton's interpreter);
+            "reference" is eager.
 
     Returns:
         The shape of ``input``, in ``dtype`` or the dtype of ``input``; computed in float32 at least and rounded once.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; IndexError for a dimension that is not there.
+
+    Autograd: "triton" keeps ``input`` and two numbers of a row for its backward, where torch keeps the result: gradients are those of the
+    logarithms before they were rounded, and with a sure model keep the digits of ``softmax - 1``. It may not change in place meanwhile.
+    The derivative of the gradient goes through the reference; forward mode and ``torch.func`` are errors.
+
+    Memory: the result, and the gradient. "triton" reads a row once where it fits one program (``kernels/launch.py``), otherwise twice, and
+    copies once what is not contiguous along ``dim``.
     """
     require_tensor("input", input)
     if dtype is not None:
@@ -182,9 +202,15 @@ def log_softmax(
         dim = 0 if input.dim() in (0, 1, 3) else 1
         if not torch.compiler.is_compiling():
             warnings.warn(f"log_softmax without dim takes dim={dim}; pass it", UserWarning, stacklevel=_stacklevel - 1)
-    if _without_kernel(impl) == "torch":
+    backend = pick_or_torch(impl, input)
+    if backend == "torch":
         return torch.log_softmax(input, dim)
-    return reference.log_softmax(input, dim)
+    if backend == "reference":
+        return reference.log_softmax(input, dim)
+    moved = input.movedim(dim, -1)
+    v = moved.shape[-1] if moved.dim() else 1
+    logp, _ = family_ops.log_softmax(moved.reshape(moved.numel() // v if v else 0, v))
+    return logp.reshape(moved.shape).movedim(-1, dim)
 
 
 def nll_loss(
@@ -210,7 +236,8 @@ def nll_loss(
         ignore_index: the id of positions that count for nothing.
         reduction: "none", "mean" (over the weights of the valid targets; NaN without any) or "sum".
         impl: "torch", "reference" and "auto" are one gather by torch's operators: one number a row is all there is to compute. Not torch's
-            own ``nll_loss``, which asserts on the device for a bad id. There is no Triton kernel.
+            own ``nll_loss``, which asserts on the device for a bad id. "triton" is a kernel that picks the numbers, and one that writes
+            their gradient in a single pass; it does not differentiate ``weight``.
 
     Returns:
         ``()``, or the shape of the ids for "none". float32, also for half precision, where torch rounds; float64 for float64 input.
@@ -225,16 +252,9 @@ def nll_loss(
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8")
     rows = flatten(input, target, weight, ignore_index)
-    _without_kernel(impl)
-    require_ids_in_range(rows.target, rows.num_classes, ignore_index)
-    loss = reference.nll_row_loss(rows.input, rows.target, rows.class_weight, ignore_index)
+    if pick_or_torch(impl, rows.input, rows.target, rows.class_weight) == "triton":
+        loss = family_ops.nll(rows.input, rows.target, rows.class_weight, ignore_index)
+    else:
+        require_ids_in_range(rows.target, rows.num_classes, ignore_index)
+        loss = reference.nll_row_loss(rows.input, rows.target, rows.class_weight, ignore_index)
     return reduce_rows(loss, rows, reduction, denominator(rows, loss_spec(ignore_index), reduction, None))
-
-
-def _without_kernel(impl: str) -> str:
-    """The implementation where torch's own operators are one: torch or reference."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r} but must be one of 'auto', 'triton', 'torch', 'reference'")
-    if impl == "triton":
-        raise ValueError("impl='triton' cannot run here: there is no kernel for this function; impl='auto' is torch's own operator")
-    return "reference" if impl == "reference" else "torch"

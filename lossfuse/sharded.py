@@ -10,15 +10,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .row_stats import RowStats, ShardRows, Upstream, Wants
-from .shards import merge, nothing, row_stats
+from .shards import kept, merge, nothing, row_loss, row_stats
 from .spec import LossSpec
 from .targets import debugging, values_are_at_hand
 
-# of a shard: its first class, its classes, sum of the targets, row of the first bad target (or -1), that target; then its weights' sum
-HEADER_INTS = 5
+# of a rank: where its classes lie, what its targets sum up to, row of its first bad target (or -1), that target
+HEADER_INTS = 4
 
 
 class Sharded:
@@ -28,8 +29,9 @@ class Sharded:
         self.backend = backend
 
     def row_loss(self, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
-        made = self._rows(logits, target, class_weight, spec, Wants(False, False), given=False)
-        return made.loss, made.kept
+        row, weight_sum = self._rows(logits, target, class_weight, spec, Wants(False, False), given=False)
+        assert spec.num_classes is not None
+        return row_loss(row, target, weight_sum, spec, spec.num_classes), kept(row, weight_sum)
 
     def row_grads(
         self,
@@ -71,7 +73,9 @@ class Sharded:
         dlogits: Tensor | None,
         dtarget: Tensor | None,
     ) -> RowStats:
-        made = self._rows(logits, target, class_weight, spec, wants, given=True)
+        row, weight_sum = self._rows(logits, target, class_weight, spec, wants, given=True)
+        assert spec.num_classes is not None
+        made = row_stats(row, target, weight_sum, spec, spec.num_classes)
         if upstream is not None:
             self.row_grads(logits, target, class_weight, made.kept, upstream, spec, dlogits, dtarget)
         return made
@@ -85,10 +89,14 @@ class Sharded:
     def multiply_in_place(self, t: Tensor, factor: Tensor) -> None:
         self.backend.multiply_in_place(t, factor)
 
-    def _rows(self, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants, given: bool) -> RowStats:
-        assert spec.first_class is not None and spec.num_classes is not None and spec.group is not None
+    def _rows(
+        self, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants, given: bool
+    ) -> tuple[ShardRows, Tensor]:
+        """(N,) of whole rows, and the sum of all class weights."""
+        assert spec.first_class is not None and spec.group is not None
         (n, v), soft = logits.shape, target.is_floating_point()
         like = torch.empty(0, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device)
+        looked_at = values_are_at_hand(target)
         if debugging():
             _require_same_rows(n, like, spec.group)
         rows = (
@@ -98,13 +106,20 @@ class Sharded:
         )
         if rows.argmax is not None:
             rows = rows._replace(argmax=rows.argmax + spec.first_class)
-        gathered = gather(_packed(rows, _header(target, v, class_weight, spec, like)), spec.group)
-        shards, ints, weight_sums = _unpacked(gathered, rows, n)
-        agreed = _agree(ints, spec, soft, looked_at=values_are_at_hand(target))
-        weight_sum = weight_sums.sum()
-        made = row_stats(merge(shards, weight_sums), target, weight_sum, spec, spec.num_classes)
-        doubt = torch.where(agreed, 0.0, torch.nan)
-        return RowStats(*(t + doubt if t is not None and t.is_floating_point() else t for t in made))  # type: ignore[arg-type]
+        header = _as_floats(_header(target, v, spec, looked_at), like.dtype)
+        columns = [t.to(like.dtype) if t.is_floating_point() else _as_floats(t, like.dtype) for t in rows if t is not None]
+        weight_sum = [] if class_weight is None else [class_weight.sum(dtype=like.dtype)[None]]
+        gathered = gather(torch.cat([header, *weight_sum, *columns]), spec.group)
+
+        parts = list(gathered.split([len(header), *(len(t) for t in (*weight_sum, *columns))], 1))
+        ints = _as_ints(parts.pop(0))
+        weight_sums = parts.pop(0)[:, 0] if weight_sum else (ints[:, 0] % 2**31).to(like.dtype)
+        shards = ShardRows(*(None if t is None else parts.pop(0) for t in rows))  # type: ignore[arg-type]
+        if shards.argmax is not None:
+            shards = shards._replace(argmax=_as_ints(shards.argmax))
+        agreed = _agree(ints, spec, looked_at)
+        whole = merge(shards, weight_sums)
+        return whole._replace(log_sum=torch.where(agreed, whole.log_sum, torch.nan)), weight_sums.sum()
 
 
 def process_group(name: str) -> Any:
@@ -150,63 +165,50 @@ def _require_same_rows(n: int, like: Tensor, group: str) -> None:
         raise ValueError(f"the ranks of shard.group have {counts} rows; each takes the same rows, with its own classes of them")
 
 
-def _header(target: Tensor, v: int, class_weight: Tensor | None, spec: LossSpec, like: Tensor) -> Tensor:
-    ints = torch.zeros(HEADER_INTS, dtype=torch.int64, device=like.device)
-    ints[0], ints[1], ints[3] = spec.first_class or 0, v, -1
-    if not target.is_floating_point() and len(target):
-        # odd factors, so that neither an exchange of two rows nor another id goes unseen
-        places = torch.arange(1, 2 * len(target) + 1, 2, device=target.device)
-        ints[2] = ((target + 0x9E3779B1) * (places * 0x85EBCA77 | 1)).sum() >> 20
-        bad = (target != spec.ignore_index) & ((target < 0) | (target >= (spec.num_classes or 0)))
-        first = bad.to(torch.uint8).argmax()
-        ints[3] = torch.where(bad[first], first, -1)
-        ints[4] = target[first].clamp(-(2**31), 2**31 - 1)
-    weight_sum = like.new_full((1,), v) if class_weight is None else class_weight.sum(dtype=like.dtype)[None]
-    return torch.cat([_as_floats(ints, like.dtype), weight_sum])
+def _header(target: Tensor, v: int, spec: LossSpec, looked_at: bool) -> Tensor:
+    """(HEADER_INTS,) int64; bad targets only where they are looked at, since elsewhere their rows are NaN."""
+    place = torch.full((1,), (spec.first_class or 0) * 2**31 + v, device=target.device)
+    none = torch.full((2,), -1, device=target.device)
+    if target.is_floating_point() or len(target) == 0:
+        return torch.cat([place, none[:1], none])
+    # odd factors, all of them different, so that neither an exchange of two rows nor another id goes unseen
+    first, step = 0x9E3779B97F4A7C15 >> 3 | 1, 0x85EBCA77C2B2AE3D >> 30 & ~1
+    factors = torch.arange(first, first + step * len(target), step, device=target.device)[: len(target)]
+    total = (target * factors).sum(0, keepdim=True)
+    if not looked_at:
+        return torch.cat([place, total, none])
+    bad = ((target != spec.ignore_index) & ((target < 0) | (target >= (spec.num_classes or 0)))).nonzero()[:1, 0]
+    return torch.cat([place, total, bad, target[bad]] if len(bad) else [place, total, none])
 
 
 def _as_floats(ints: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bits of integers under another name, since a collective has one dtype."""
-    return ints.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
+    """The bits of int64 under another name, two for one in float32, since a collective has one dtype."""
+    return ints.view(dtype)
 
 
 def _as_ints(floats: Tensor) -> Tensor:
-    return floats.view(torch.int64 if floats.dtype == torch.float64 else torch.int32).to(torch.int64)
+    return floats.contiguous().view(torch.int64)
 
 
-def _packed(rows: ShardRows, header: Tensor) -> Tensor:
-    columns = [t if t.is_floating_point() else _as_floats(t, header.dtype) for t in rows if t is not None]
-    return torch.cat([header, *(t.to(header.dtype) for t in columns)])
-
-
-def _unpacked(gathered: Tensor, like: ShardRows, n: int) -> tuple[ShardRows, Tensor, Tensor]:
-    """(P, K) -> (P, N) of the rows, (P, HEADER_INTS), and (P,) sums of class weights."""
-    ints, weight_sums, columns = gathered[:, :HEADER_INTS], gathered[:, HEADER_INTS], gathered[:, HEADER_INTS + 1 :]
-    parts = iter(columns.split(n, 1) if n else [columns] * len(like))
-    found = [None if t is None else next(parts) for t in like]
-    if found[-1] is not None:
-        found[-1] = _as_ints(found[-1].contiguous())
-    return ShardRows(*found), _as_ints(ints.contiguous()), weight_sums  # type: ignore[arg-type]
-
-
-def _agree(ints: Tensor, spec: LossSpec, soft: bool, *, looked_at: bool) -> Tensor:
-    """Whether all ranks do the same thing, (); if it is looked at, every rank raises what every other does."""
-    starts, sizes, sums, bad_rows, bad_targets = ints.unbind(1)
-    order = starts * (2 * (spec.num_classes or 0) + 2) + sizes
-    by_start = order.argsort()
-    ends = (starts + sizes)[by_start]
-    tiles = (starts[by_start][1:] == ends[:-1]).all() & (starts.amin() == 0) & (ends[-1] == spec.num_classes)
-    same_targets = (sums == sums[0]).all()
+def _agree(ints: Tensor, spec: LossSpec, looked_at: bool) -> Tensor:
+    """Whether all ranks do the same thing, (); what is looked at every rank raises alike."""
+    assert spec.num_classes is not None
+    places, sums, rows, targets = ints.unbind(1)
+    # by their starts, where they have the same the empty ones first
+    places = places.sort().values
+    starts, sizes = places >> 31, places % 2**31
+    tiles = F.pad(starts, (0, 1), value=spec.num_classes) == F.pad(starts + sizes, (1, 0))
+    same_targets = sums == sums[0]
     if looked_at:
-        if not bool(tiles):
+        if not bool(tiles.all()):
             held = ", ".join(f"[{start}, {start + size})" for start, size in zip(starts.tolist(), sizes.tolist(), strict=True))
             raise ValueError(f"shard: the ranks hold the classes {held}; expected each of [0, {spec.num_classes}) once")
-        for rank, (row, bad) in enumerate(zip(bad_rows.tolist(), bad_targets.tolist(), strict=True)):
+        for rank, (row, bad) in enumerate(zip(rows.tolist(), targets.tolist(), strict=True)):
             if row >= 0:
                 raise IndexError(
                     f"target of row {row} is {bad} on rank {rank} of the group but there are {spec.num_classes} classes;"
                     f" expected an id in [0, {spec.num_classes}) or ignore_index={spec.ignore_index}"
                 )
-        if not bool(same_targets):
+        if not bool(same_targets.all()):
             raise ValueError("target differs between the ranks of shard.group; each takes the same rows, with its own classes of them")
-    return tiles & same_targets
+    return tiles.all() & same_targets.all()

@@ -79,38 +79,54 @@ def merge(shards: ShardRows, weight_sums: Tensor) -> ShardRows:
     )
 
 
-def row_stats(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int) -> RowStats:
-    """The loss as ``LossSpec`` states it and the statistics of N whole rows; against ids ``target`` (N,) says which rows count."""
-    log_sum, lse = row.log_sum, row.row_max + row.log_sum
+def row_loss(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int) -> Tensor:
+    """(N,) losses of whole rows, as ``LossSpec`` states them; against ids ``target`` (N,) says which rows count."""
     if row.mass is not None:
         assert row.shortfall is not None
-        loss = row.mass * log_sum + row.shortfall
-        logprob = torch.full_like(loss, torch.nan)
-        if row.given_mass is not None and row.given_shortfall is not None:
-            logprob = -(row.given_mass * log_sum + row.given_shortfall)
+        loss = row.mass * row.log_sum + row.shortfall
     else:
-        assert row.target_logit is not None
-        nll = (row.row_max - row.target_logit) + log_sum
-        logprob = -nll
-        loss = nll if row.target_weight is None else nll * row.target_weight
+        loss = _nll(row)
+        if row.target_weight is not None:
+            loss = loss * row.target_weight
         if row.shortfall is not None:
-            spread = weight_sum * log_sum + row.shortfall
-            loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing / num_classes * spread
+            loss = (1.0 - spec.label_smoothing) * loss
+            loss = loss + spec.label_smoothing / num_classes * (weight_sum * row.log_sum + row.shortfall)
     if spec.lse_square_scale:
+        lse = row.row_max + row.log_sum
         loss = loss + spec.lse_square_scale * lse * lse
-    entropy = None if row.mean_shortfall is None else log_sum + row.mean_shortfall
+    return loss if row.mass is not None else _unless_unread(loss, target, spec, num_classes)
+
+
+def row_stats(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int) -> RowStats:
+    """``row_loss`` and the statistics of N whole rows; what their gradients take is ``kept``."""
+    loss = row_loss(row, target, weight_sum, spec, num_classes)
+    lse = row.row_max + row.log_sum
+    if row.mass is not None:
+        assert row.given_mass is not None and row.given_shortfall is not None
+        logprob = -(row.given_mass * row.log_sum + row.given_shortfall)
+    else:
+        logprob = -_nll(row)
+    entropy = None if row.mean_shortfall is None else row.log_sum + row.mean_shortfall
     argmax = row.argmax
     if row.mass is None:
-        ignored = target == spec.ignore_index
-        valid = ~ignored & (target >= 0) & (target < num_classes)
-
-        def of_valid(t: Tensor) -> Tensor:
-            return torch.where(ignored, 0.0, torch.where(valid, t, torch.nan))
-
-        loss, lse, logprob = of_valid(loss), of_valid(lse), of_valid(logprob)
-        entropy = None if entropy is None else of_valid(entropy)
-        argmax = None if argmax is None else torch.where(valid, argmax, no_class(spec))
+        lse, logprob = (_unless_unread(t, target, spec, num_classes) for t in (lse, logprob))
+        entropy = None if entropy is None else _unless_unread(entropy, target, spec, num_classes)
+        argmax = None if argmax is None else torch.where(_counts(target, spec, num_classes), argmax, no_class(spec))
     return RowStats(loss, lse, logprob, entropy, argmax, kept(row, weight_sum))
+
+
+def _nll(row: ShardRows) -> Tensor:
+    assert row.target_logit is not None
+    return (row.row_max - row.target_logit) + row.log_sum
+
+
+def _counts(target: Tensor, spec: LossSpec, num_classes: int) -> Tensor:
+    return (target != spec.ignore_index) & (target >= 0) & (target < num_classes)
+
+
+def _unless_unread(t: Tensor, target: Tensor, spec: LossSpec, num_classes: int) -> Tensor:
+    """A number of each row; 0 if the row is ignored, NaN if its target is bad."""
+    return torch.where(target == spec.ignore_index, 0.0, torch.where(_counts(target, spec, num_classes), t, torch.nan))
 
 
 def kept(row: ShardRows, weight_sum: Tensor) -> Tensor:

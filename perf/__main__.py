@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=40, help="training steps of each model (default: %(default)s)")
 
     bench = commands.add_parser("bench", help="time, memory and error of every method on named cases or your own shapes")
-    bench.add_argument("--cases", nargs="+", default=["llama2"], metavar="CASE", help=f"all, NxV, NxDxV (a head), {', '.join(CASES)}")
+    bench.add_argument(
+        "--cases", nargs="+", default=["llama2"], metavar="CASE", help=f"all, NxV, NxDxV (a head), NxVpP (labels), {', '.join(CASES)}"
+    )
     bench.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)")
     bench.add_argument("--modes", nargs="+", choices=MODES, default=["no_grad", "forward+backward"], help="(default: %(default)s)")
     bench.add_argument("--methods", metavar="TEXT", help="only methods whose name contains this, and torch's own (default: all)")
@@ -56,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     memory.add_argument("--warmup", type=int, default=1, help="calls before the one that is watched (default: %(default)s)")
 
     estimate = commands.add_parser("estimate", help="the bytes each method needs on a shape, without running it")
-    estimate.add_argument("cases", nargs="+", metavar="CASE", help="NxV, NxDxV (a head), or a named case")
+    estimate.add_argument("cases", nargs="+", metavar="CASE", help="NxV, NxDxV (a head), NxVpP (labels), or a named case")
     estimate.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)")
     estimate.add_argument("--mode", choices=MODES, default="forward+backward", help="(default: %(default)s)")
     estimate.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")

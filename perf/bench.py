@@ -47,7 +47,7 @@ def measure(
         # it gives up on a function after eight shapes
         torch.compiler.reset()
     dtype = DTYPES[dtype_name]
-    head = {"case": case.name, "op": case.op, "dtype": dtype_name, "n": case.n, "v": case.v, "d": case.d}
+    head = {"case": case.name, "op": case.op, "dtype": dtype_name, "n": case.n, "v": case.v, "d": case.d if case.p is None else case.p}
     try:
         problem = load(case, dtype, device)
     except Exception as error:
@@ -82,7 +82,7 @@ def _measure_mode(problem: Logits | Head, mode: str, methods: Sequence[Method], 
             step = problem.step(method.make(), mode, method.consumes)
             errors = _check(problem, step, device)
             row |= {"loss_error": errors.loss, "grad_error": errors.grad}
-            complaint = errors.complaint(problem.dtype)
+            complaint = errors.complaint(problem.dtype, problem.loss_gate)
             if complaint is None:
                 row["peak_extra_bytes"] = peak_extra_bytes(step, device)
                 steps[method.name] = step
@@ -173,10 +173,9 @@ def show(case: Case, rows: list[Row], console: "Console") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    width = "" if case.d is None else f" x {case.d:,}"
-    title = escape(f"{case.name}: {case.n:,}{width} x {case.v:,} - {case.reason}")
-    least = "a copy of the logits (half of it without a backward)" if case.op == "logits" else "the matrix products alone"
-    unit = "relative to itself" if case.op == "logits" else "relative to its row's largest"
+    title = escape(f"{case.name}: {case.size} - {case.reason}")
+    least = "the matrix products alone" if case.op == "head" else "a copy of the logits (half of it without a backward)"
+    unit = "relative to its row's largest" if case.op == "head" else "relative to itself"
     caption = f"roofline: {least}, timed in turn with the methods; memory beyond inputs, results included; "
     caption += f"error: of the worst entry of the gradient, {unit}"
     table = Table("", "method", "ms", "p20-p80", "faster", "roofline", "memory", "loss off", "error", title=title, caption=caption)

@@ -1,6 +1,7 @@
 """Named shapes with the reason for each, what the least work on them is, and numbers like a trained model's."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,25 +16,35 @@ IGNORED = 7  # every seventh row is ignored, as padding and prompts are
 
 @dataclass(frozen=True)
 class Case:
-    """N rows over V classes; with a width D it is a head, hidden (N, D) times weight (V, D)."""
+    """N rows over V classes; with a width D it is a head, hidden (N, D) times weight (V, D).
+
+    With P, classes are labels that are a yes or no each, at most P of a row yes.
+    """
 
     name: str
     n: int
     v: int
     d: int | None
     reason: str
+    p: int | None = None
 
     @property
     def op(self) -> str:
-        return "logits" if self.d is None else "head"
+        return "labels" if self.p is not None else "logits" if self.d is None else "head"
+
+    @property
+    def size(self) -> str:
+        """N x V, N x D x V, or N x V with P."""
+        labels = "" if self.p is None else f", {self.p:,} of them 1"
+        return " x ".join(f"{x:,}" for x in (self.n, self.d, self.v) if x) + labels
 
     def logits_bytes(self, itemsize: int) -> int:
         return self.n * self.v * itemsize
 
     def input_bytes(self, itemsize: int) -> int:
-        """Logits, or hidden and weight; and int64 targets."""
+        """Logits, or hidden and weight; and int64 targets, of labels the ids of those that are 1."""
         if self.d is None:
-            return self.logits_bytes(itemsize) + 8 * self.n
+            return self.logits_bytes(itemsize) + 8 * self.n * (self.p or 1)
         return (self.n + self.v) * self.d * itemsize + 8 * self.n
 
     def moved_bytes(self, mode: str, itemsize: int) -> int:
@@ -51,6 +62,7 @@ class _Named:
     d: int | None
     rows: dict[str, int]  # by device type; "cuda" stands for every accelerator
     reason: str
+    p: int | None = None
 
 
 def _logits(v: int, cuda: int, cpu: int, reason: str) -> _Named:
@@ -59,6 +71,10 @@ def _logits(v: int, cuda: int, cpu: int, reason: str) -> _Named:
 
 def _head(v: int, d: int, cuda: int, cpu: int, reason: str) -> _Named:
     return _Named(v, d, {"cuda": cuda, "cpu": cpu}, reason)
+
+
+def _labels(v: int, p: int, cuda: int, cpu: int, reason: str) -> _Named:
+    return _Named(v, None, {"cuda": cuda, "cpu": cpu}, reason, p)
 
 
 CASES: dict[str, _Named] = {
@@ -75,19 +91,26 @@ CASES: dict[str, _Named] = {
     "head-qwen": _head(151936, 2048, 16384, 32, "Qwen 3 1.7B: a small model, where the head is a third of the work"),
     "head-gemma2": _head(256000, 2304, 8192, 32, "Gemma 2 2B: more classes per unit of width than anyone"),
     "head-smollm": _head(49152, 576, 16384, 512, "SmolLM 135M: narrow, so that the loss weighs more than the products"),
+    "labels-wiki10": _labels(30938, 19, 8192, 256, "Wiki10-31K: the tags of a page, and rows that start on no 16 bytes"),
+    "labels-amazon": _labels(670091, 5, 1024, 32, "Amazon-670K: a product's few neighbours, where zeros and ones are as much as logits"),
+    "labels-million": _labels(1000000, 64, 1024, 32, "a million labels and long lists of ids: what it costs to look for a block's own"),
 }
 
 
 def named(name: str, device: torch.device) -> Case:
-    """The case of that name with the rows for this kind of device, or of a shape NxV or NxDxV."""
+    """The case of that name with the rows for this kind of device, or of a shape NxV, NxDxV or NxVpP."""
     if name in CASES:
         found = CASES[name]
-        return Case(name, found.rows["cpu" if device.type == "cpu" else "cuda"], found.v, found.d, found.reason)
-    parts = name.lower().split("x")
-    if len(parts) in (2, 3) and all(part.isdigit() and int(part) > 0 for part in parts):
-        n, *d, v = (int(part) for part in parts)
-        return Case(name.lower(), n, v, d[0] if d else None, "a shape of your own")
-    raise Mistake(f"case is {name!r} but must be one of {', '.join(CASES)}, or a shape NxV (logits) or NxDxV (head)")
+        return Case(name, found.rows["cpu" if device.type == "cpu" else "cuda"], found.v, found.d, found.reason, found.p)
+    sizes = re.fullmatch(r"([1-9][0-9]*)x(?:([1-9][0-9]*)x)?([1-9][0-9]*)(?:p([1-9][0-9]*))?", name.lower())
+    if sizes:
+        n, d, v, p = (None if size is None else int(size) for size in sizes.groups())
+        assert n is not None and v is not None
+        # ids of as many as there are labels would have the shape of zeros and ones
+        if p is None or (d is None and p < v):
+            return Case(name.lower(), n, v, d, "a shape of your own", p)
+    shapes = "NxV (logits), NxDxV (head) or NxVpP (labels, at most P < V of a row 1)"
+    raise Mistake(f"case is {name!r} but must be one of {', '.join(CASES)}, or a shape {shapes}")
 
 
 def logits_like_a_model(n: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -116,6 +139,29 @@ def logits_like_a_model(n: int, v: int, dtype: torch.dtype, device: torch.device
         logits[start : start + rows] = block
     target[::IGNORED] = -100
     return logits, target
+
+
+def labels_like_a_model(n: int, v: int, p: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) and the ids (N, P) of the labels that are 1, padded with -100, as a trained tagger's.
+
+    A logit is the log of how often its label is among P, by Zipf-Mandelbrot frequencies as for ``logits_like_a_model``, plus
+    N(0, 1.5**2). Of the P labels drawn for a row by frequency, of which 1 to P are kept, it is such that the probability is a draw of
+    Beta(0.4, 0.8). Most labels are next to impossible and say so: a loss of 1e-7 each, which adds up.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    frequency = 1.0 / (torch.arange(v, device=device, dtype=torch.float32) + 2.7)
+    frequency = frequency[torch.randperm(v, generator=generator, device=device)]
+    frequency /= frequency.sum()
+    ids = torch.multinomial(frequency, n * p, replacement=True, generator=generator).view(n, p)
+    odds = _sure_and_lost(n * p, generator).view(n, p)
+    logits = torch.empty(n, v, dtype=dtype, device=device)
+    rows = max(1, (64 << 20) // (4 * v))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        block = torch.randn(len(ids[part]), v, generator=generator, device=device).mul_(1.5).add_((p * frequency).log())
+        logits[part] = block.scatter_(1, ids[part], odds[part])
+    kept = torch.randint(1, p + 1, (n, 1), generator=generator, device=device)
+    return logits, ids.masked_fill_(torch.arange(p, device=device) >= kept, -100)
 
 
 def head_like_a_model(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -161,13 +161,14 @@ def pictures(frame: "pd.DataFrame") -> dict[str, bytes]:
         gutter = 24 + 6.4 * max(len(row["method"]) for row in mine)
         first_row = mine[0]
         facts = [place, first_row["dtype"], first_row["mode"].replace("+", " + "), f"torch {first_row['torch']}", first_row["commit"]]
-        title = {"logits": "Cross entropy of logits", "head": "Linear layer and cross entropy"}[op]
+        titles = {"logits": "Cross entropy of logits", "head": "Linear layer and cross entropy", "labels": "Binary cross entropy of labels"}
+        heading = {"text": titles[op], "subtitle": ", ".join(filter(None, facts)), "fontSize": 17, "subtitleFontSize": 12, "offset": 18}
         for paper in THEMES:
             whole = {
                 "hconcat": panels, "spacing": 40, "padding": 16,
                 "datasets": {"rows": [{field: row[field] for field in FIELDS} for row in mine]},
                 "params": [{"name": "narrow", "value": False}, {"name": "gutter", "value": gutter}],
-                "title": {"text": title, "subtitle": ", ".join(filter(None, facts)), "fontSize": 17, "subtitleFontSize": 12, "offset": 18},
+                "title": heading,
                 "config": theme(paper) | {"background": {"light": "#ffffff", "dark": "#12161c"}[paper]},
             }  # fmt: skip
             made[f"lossfuse-{op}{'-dark' * (paper == 'dark')}.png"] = vl_convert.vegalite_to_png(json.dumps(whole), scale=2)

@@ -1,7 +1,8 @@
 """Will it fit: the bytes each method holds at its peak beyond its inputs, by formula, without running it.
 
 Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head, and S = (N + V) D 4, their sums in
-fp32; C rows of a chunk. Gradients that are returned count. Every seventh row is ignored, as in the cases. The tests hold the formulas of
+fp32; C rows of a chunk. Gradients that are returned count. Every seventh row is ignored, as in the cases. Labels come as the ids of
+those that are 1; what takes them as zeros and ones has E b of these among its inputs. The tests hold the formulas of
 what runs on a CPU to 5 % of the allocator's own count there, and those that were measured on an H100 to 5 % of that; a star marks those
 that are read off the code and measured nowhere. Entropies on a CPU are counted for one thread; each other takes up to 4 MiB more.
 """
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends.chunked import LEAST_SEGMENTS, SEGMENT, block_rows, summed_rows
+from ..backends.chunked import LEAST_SEGMENTS, SEGMENT, block_rows, summed_rows, threads_for
+from ..backends.chunked_sigmoid import DENSE_BLOCKS, LISTED_BLOCKS, block_shape
 from ..linear import chunk_rows, padded
 from ..linear_ops import ROUNDED_BYTES
 from ..products import block_classes
 from ..spec import LinearOptions
 from .cases import DTYPES, IGNORED, Case, named
-from .methods import LEAN, LEANEST
+from .methods import LEAN, LEANEST, OF_LABELS
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Formula:
     on_cpu: bool
     on_cuda: bool
     dtypes: tuple[str, ...] = tuple(DTYPES)
+    dense: bool = False  # takes labels as zeros and ones
 
 
 def _upcast(s: Shape) -> int:
@@ -204,6 +207,46 @@ def _fla(s: Shape) -> int:
     return s.g + 4 * v * d + chunk * (v * s.b + 4 * d)
 
 
+def _labels(s: Shape) -> int:
+    # on a CPU log_sigmoid keeps a buffer, and half precision goes by way of fp32
+    return 8 * s.e if s.cpu else 2 * s.e * s.b
+
+
+def _upcast_labels(s: Shape) -> int:
+    return 8 * s.e * (1 if s.b == 4 else 2)
+
+
+def _our_labels(s: Shape, listed: bool, in_place: bool = False) -> int:
+    n, v = s.case.n, s.case.v
+    if not s.cpu:
+        # and the sums of blocks
+        return s.e * s.b * (s.step and not in_place) + 4 * n * math.ceil(v / 2048) + 24 * n
+    blocks = LISTED_BLOCKS if listed else DENSE_BLOCKS
+    count = threads_for(n * v, s.b, 4, blocks)
+    rows, width = block_shape(n, v, s.b, 4, True, blocks, count, listed)
+    return s.e * s.b * (s.mode != "no_grad" and not in_place) + count * blocks * rows * width * 4 + 40 * n
+
+
+def _our_labels_reference(s: Shape) -> int:
+    return s.e * ((16 if s.mode == "no_grad" else 20) + (8 if s.b < 4 else 0))
+
+
+def _of_labels(method: str, words: str, peak: Callable[[Shape], int], dense: bool = False) -> Formula:
+    return Formula(method, "labels", words, peak, True, False, OF_LABELS, dense)
+
+
+_TORCHS = "F.binary_cross_entropy_with_logits"
+LABELS = [
+    _of_labels(_TORCHS, "2 E b; CPU: 8 E", _labels, dense=True),
+    _of_labels(f"{_TORCHS}(x.float())", "8 E; half: 16 E", _upcast_labels, dense=True),
+    _of_labels(f"scatter + {_TORCHS}", "3 E b; CPU: 8 E and E b", lambda s: _labels(s) + s.e * s.b),
+    _of_labels("torch.compile", "E b; no gradient: 0", lambda s: s.e * s.b * (s.mode != "no_grad"), dense=True),
+    _of_labels("lossfuse", "E b; CPU: and a block", lambda s: _our_labels(s, False), dense=True),
+    _of_labels("lossfuse in place", "numbers per block", lambda s: _our_labels(s, False, True), dense=True),
+    _of_labels("lossfuse ids", "E b; CPU: and a block", lambda s: _our_labels(s, True)),
+    _of_labels("lossfuse ids in place", "numbers per block", lambda s: _our_labels(s, True, True)),
+    _of_labels("lossfuse reference", "20 E; half: 28 E", _our_labels_reference, dense=True),
+]
 FORMULAS = [
     Formula("F.cross_entropy", "logits", "3 E b; no backward: E b", lambda s: s.e * s.b * (3 if s.step else 1), True, True),
     Formula("F.cross_entropy(x.float())", "logits", "12 E; no backward: 8 E", _upcast, True, False),
@@ -239,17 +282,19 @@ FORMULAS = [
     Formula("Liger", "head", "G + C V b", _liger, False, True),
     Formula("CCE", "head", "G and numbers per row", lambda s: s.g * s.step + 12 * s.case.n, False, True),
     Formula("fla", "head", "G + 4 V D + N / 8 (V b + 4 D)", _fla, False, True),
+    *LABELS,
 ]
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a method needs: bytes beyond its inputs at its peak, the words of the formula, and whether that was ever measured there."""
+    """What a method needs: bytes beyond its inputs at its peak, the words of the formula, whether that was ever measured, its inputs."""
 
     method: str
     bytes: int
     words: str
     measured: bool
+    inputs: int
 
 
 def estimate(case: Case, dtype: str, mode: str = "forward+backward", device: str = "cuda") -> list[Need]:
@@ -261,7 +306,8 @@ def estimate(case: Case, dtype: str, mode: str = "forward+backward", device: str
     cpu = device == "cpu"
     shape = Shape(case, DTYPES[dtype].itemsize, mode, cpu, dtype)
     found = [f for f in FORMULAS if f.op == case.op and (f.on_cpu or not cpu) and dtype in f.dtypes]
-    needs = [Need(f.method, f.peak(shape), f.words, f.on_cpu if cpu else f.on_cuda) for f in found]
+    inputs = case.input_bytes(shape.b)
+    needs = [Need(f.method, f.peak(shape), f.words, f.on_cpu if cpu else f.on_cuda, inputs + shape.e * shape.b * f.dense) for f in found]
     return sorted(needs, key=lambda need: need.bytes)
 
 
@@ -275,14 +321,13 @@ def main(cases: Sequence[str], dtypes: Sequence[str], mode: str, device: str, fi
     for case in [named(name, torch.device(device)) for name in cases]:
         for dtype in dtypes:
             inputs = case.input_bytes(DTYPES[dtype].itemsize)
-            size = " x ".join(f"{x:,}" for x in (case.n, case.d, case.v) if x)
-            title = escape(f"{case.name}: {size} in {dtype}, {mode}, inputs {_gib(inputs)}")
+            title = escape(f"{case.name}: {case.size} in {dtype}, {mode}, inputs {_gib(inputs)}")
             table = Table("method", "beyond inputs", "in all", "formula", title=title, title_justify="left")
             table.columns[1].justify = table.columns[2].justify = "right"
             if fits_gib is not None:
                 table.add_column(f"in {fits_gib:g} GiB", no_wrap=True)
             for need in estimate(case, dtype, mode, device):
-                total = inputs + need.bytes
+                total = need.inputs + need.bytes
                 verdict = [] if fits_gib is None else ["[green]fits" if total <= fits_gib * 2**30 else "[red]no"]
                 table.add_row(
                     escape(need.method),

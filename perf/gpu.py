@@ -148,7 +148,9 @@ def summarize(goals: Sequence[Goal], rows: Path, where: dict[str, object], tests
 
 def _shrunk(name: str) -> str:
     case = named(name, torch.device("cuda"))
-    n, v = max(8, case.n // SHRINK["n"]), max(64, case.v // SHRINK["v"])
+    n, v = max(8, case.n // SHRINK["n"]), max(256, case.v // SHRINK["v"]) if case.p else max(64, case.v // SHRINK["v"])
+    if case.p is not None:
+        return f"{n}x{v}p{case.p}"
     d = "" if case.d is None else f"{max(16, case.d // SHRINK['d'])}x"
     return f"{n}x{d}{v}"
 

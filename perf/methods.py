@@ -17,7 +17,7 @@ from ..linear import padded
 from .cases import DTYPES
 from .environment import version
 
-# logits: (logits, target); head: (hidden, weight, target)
+# logits: (logits, target); head: (hidden, weight, target); labels: (logits, zeros and ones, ids of the ones)
 Loss = Callable[..., Tensor]
 
 
@@ -101,6 +101,25 @@ def _swept(rows: int, logits: str, sums: str) -> Loss:
     return loss
 
 
+def _labels(logits: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, target)
+
+
+def _upcast_labels(logits: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits.float(), target.float())
+
+
+def _scattered_labels(logits: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+    ones = torch.zeros_like(logits).scatter_reduce_(1, ids.clamp(min=0), (ids >= 0).to(logits.dtype), "amax")
+    return F.binary_cross_entropy_with_logits(logits, ones)
+
+
+def _our_labels(listed: bool = False, inplace: bool = False, impl: str = "auto") -> Loss:
+    return lambda logits, target, ids: lossfuse.binary_cross_entropy_with_logits(
+        logits, ids if listed else target, inplace=inplace, impl=impl
+    )
+
+
 def _torch_chunked_head() -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options)
@@ -129,8 +148,10 @@ GPU = ("cuda",)
 # bfloat16 throughout, with so much room for logits
 LEAN = lossfuse.LinearOptions(logits_dtype=torch.bfloat16, acc_dtype=torch.bfloat16, chunk_bytes=1 << 30)
 LEANEST = replace(LEAN, chunk_bytes=256 << 20)
-OURS = {"logits": "lossfuse", "head": "lossfuse linear"}
-BASELINE = {"logits": "F.cross_entropy", "head": "linear + F.cross_entropy"}
+OURS = {"logits": "lossfuse", "head": "lossfuse linear", "labels": "lossfuse"}
+BASELINE = {"logits": "F.cross_entropy", "head": "linear + F.cross_entropy", "labels": "F.binary_cross_entropy_with_logits"}
+# in fp16 the gradient of a mean over so many labels is 0
+OF_LABELS = ("fp32", "bf16")
 METHODS = [
     Method("F.cross_entropy", "logits", lambda: F.cross_entropy),
     Method("F.cross_entropy(x.float())", "logits", lambda: _upcast_cross_entropy),
@@ -165,6 +186,16 @@ METHODS = [
     Method("Liger", "head", lambda: _liger("liger_fused_linear_cross_entropy"), "liger_kernel", "liger_kernel", GPU),
     Method("CCE", "head", _cut, "cut_cross_entropy", "cut-cross-entropy", GPU),
     Method("fla", "head", _fla_head, "fla", "fla-core", GPU),
+    Method("F.binary_cross_entropy_with_logits", "labels", lambda: _labels, dtypes=OF_LABELS),
+    Method("F.binary_cross_entropy_with_logits(x.float())", "labels", lambda: _upcast_labels, dtypes=OF_LABELS),
+    # where ids are given, and zeros and ones have to be made of them
+    Method("scatter + F.binary_cross_entropy_with_logits", "labels", lambda: _scattered_labels, dtypes=OF_LABELS),
+    Method("torch.compile", "labels", lambda: torch.compile(_labels, dynamic=False), dtypes=OF_LABELS),
+    Method("lossfuse", "labels", lambda: _our_labels(), dtypes=OF_LABELS),
+    Method("lossfuse in place", "labels", lambda: _our_labels(inplace=True), consumes=True, dtypes=OF_LABELS),
+    Method("lossfuse ids", "labels", lambda: _our_labels(listed=True), dtypes=OF_LABELS),
+    Method("lossfuse ids in place", "labels", lambda: _our_labels(listed=True, inplace=True), consumes=True, dtypes=OF_LABELS),
+    Method("lossfuse reference", "labels", lambda: _our_labels(impl="reference"), dtypes=OF_LABELS),
 ]  # fmt: skip
 
 # time against memory of the linear form: only for those who ask by name

@@ -17,13 +17,13 @@ VERSION = 2
 # what a row says, in the order of the file: what was asked, what came out, where
 COLUMNS: dict[str, str] = {
     "schema": "int",
-    "case": "str",  # a name of cases.py, or NxV, or NxDxV
-    "op": "str",  # logits | head
+    "case": "str",  # a name of cases.py, or NxV, NxDxV or NxVpP
+    "op": "str",  # logits | head | labels
     "mode": "str",  # no_grad | forward | forward+backward
     "dtype": "str",  # fp32 | bf16 | fp16
     "n": "int",
     "v": "int",
-    "d": "float",  # empty for logits
+    "d": "float",  # the width of a head; of labels, at most how many of a row are 1; empty for logits
     "method": "str",
     "status": "str",  # ok | wrong | out of memory | failed; only ok has numbers
     "note": "str",  # a sentence where status is not ok

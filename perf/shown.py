@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 # found by search: 3:1 on white and on the dark page, and within an op 0.058 apart in OKLab for protan and deutan eyes too; ours are warm
 COLORS = {
     "lossfuse": "#c53943", "lossfuse linear": "#c53943", "lossfuse in place": "#d7676a", "lossfuse reference": "#8d6263",
-    "F.cross_entropy": "#8197a7", "linear + F.cross_entropy": "#8197a7",
+    "F.cross_entropy": "#8197a7", "linear + F.cross_entropy": "#8197a7", "F.binary_cross_entropy_with_logits": "#8197a7",
     "F.cross_entropy(x.float())": "#76778e", "linear + F.cross_entropy(x.float())": "#76778e",
+    "F.binary_cross_entropy_with_logits(x.float())": "#76778e",
     "torch.compile": "#437fca", "F.linear_cross_entropy": "#196b95", "Liger": "#55957f", "CCE": "#a78651", "quack": "#bb8321",
     "flash-attention": "#6559b1", "fla": "#567019",
 }  # fmt: skip
@@ -45,7 +46,7 @@ def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
     frame["place"] = frame["device"].where(frame["device"] != "", "unnamed device") + settings
     frame["when"] = pd.to_datetime(frame["date"], utc=True, errors="coerce", format="ISO8601")
     frame = frame.sort_values("when", kind="stable", na_position="first").reset_index(drop=True)
-    frame["shape"] = [_shape(n, v, d) for n, v, d in zip(frame["n"], frame["v"], frame["d"], strict=True)]
+    frame["shape"] = [_shape(*row) for row in zip(frame["op"], frame["n"], frame["v"], frame["d"], strict=True)]
     if len(frame):
         current = frame.groupby(["place", "op", "case"])["shape"].transform("last") == frame["shape"]
         left_out, frame = int((~current).sum()), frame[current]
@@ -201,7 +202,9 @@ def _saved(saved: float | None, share: float | None) -> str:
     return f"{_percent(share)} less" if share >= 0.005 else f"{_percent(-share)} more" if share <= -0.005 else "the same"
 
 
-def _shape(n: int, v: int, d: float) -> str:
+def _shape(op: str, n: int, v: int, d: float) -> str:
+    if op == "labels" and _finite(d) is not None:
+        return f"{int(n):,} \u00d7 {int(v):,}, {int(d):,} of them 1"
     return " \u00d7 ".join(f"{int(size):,}" for size in ((n, v) if _finite(d) is None else (n, d, v)))
 
 

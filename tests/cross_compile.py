@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lossfuse.kernels import fused_rows, linear_rows, sigmoid_rows, softmax_rows
-from lossfuse.kernels.launch import fused_plan, row_blocks
+from lossfuse.kernels import fused_rows, linear_rows, log_softmax_rows, sigmoid_rows, softmax_rows
+from lossfuse.kernels.launch import FUSED_TABLES, fused_plan, row_blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,13 +50,14 @@ ROW_STATISTICS = (*TILE_STATISTICS, "lse_ptr", "target_logprob_ptr", "entropy_pt
 MERGE_OPTION_SETS = OPTION_SETS | {"every option, statistics": (*OPTION_SETS["every option"], *ROW_STATISTICS)}
 OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr", *ROW_STATISTICS, *STATISTICS, *SHARD, "shard_ptr")
 SIGMOID_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
-LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr")
+LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr", "logp_ptr", "dlogp_ptr")
 # what is a multiple of 16 where rows are wide
 SIZES = (
     "V",
     "D",
     "n",
     *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v", "weight_n", "pos_weight_n")),
+    *(f"stride_{name}" for name in ("logp_n", "dlogp_n")),
 )
 POINTERS = {
     "ids_ptr": "*i64",
@@ -146,7 +147,11 @@ SIGMOID_OPTION_SETS = {
     "numbers, weights": ("target_ptr", "dtarget_ptr", *SIGMOID_WEIGHTS),
     "ids": ("ids_ptr",),
     "ids, weights": ("ids_ptr", *SIGMOID_WEIGHTS),
+    # never both at once
+    "probabilities, loss": ("target_ptr", "weight_ptr", "stride_weight_v"),
+    "probabilities, gradients": ("target_ptr", "dtarget_ptr", "weight_ptr", "stride_weight_v"),
 }
+NOT_OF = {"probabilities, loss": {"dloss_ptr", "dlogits_ptr"}, "probabilities, gradients": {"sums_ptr"}}
 
 
 def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
@@ -154,9 +159,24 @@ def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
     blocks = sigmoid_rows.blocks_of(V)
     for options, given in SIGMOID_OPTION_SETS.items():
         absent = {"target_ptr", "ids_ptr", "dtarget_ptr", "loss_ptr", "stride_dloss_v", *SIGMOID_WEIGHTS} - set(given)
-        constants = dict.fromkeys(absent) | {"BLOCK_V": blocks.block_v, "BLOCK_P": 64}
+        constants = dict.fromkeys(absent | NOT_OF.get(options, set()))
+        constants |= {"BLOCK_V": blocks.block_v, "BLOCK_P": 64, "PROBABILITIES": options.startswith("probabilities")}
         constants |= {name: 1 for name in given if name.startswith("stride")}
         yield options, given, Launch(sigmoid_rows.sigmoid_rows_kernel, blocks.num_warps, constants, options={})
+
+
+def log_softmax_launches(target: str, itemsize: int) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
+    """The rows of the tables that a program holds whole, a longer one, and what picks a number of each row."""
+    family = "amd" if target.startswith("gfx") else "nvidia"
+    for kernel, two in ((log_softmax_rows.log_softmax_kernel, False), (log_softmax_rows.log_softmax_grad_kernel, True)):
+        configs = {(c, True) for c in FUSED_TABLES[family, itemsize, two].rows} | {(row_blocks(V), False)}
+        for config, whole in sorted(configs, key=str):
+            constants: dict[str, object] = {"BLOCK_V": config.block_v, "WHOLE_ROW": whole}
+            yield "plain", (), Launch(kernel, config.num_warps, constants, options={})
+    picked, blocks = log_softmax_rows.ROWS_OF_PICK, row_blocks(V)
+    weighted = "class weights", ("class_weight_ptr",)
+    yield *weighted, Launch(log_softmax_rows.nll_kernel, picked.num_warps, {"BLOCK_N": picked.block_v}, options={})
+    yield *weighted, Launch(log_softmax_rows.nll_grad_kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v}, options={})
 
 
 def source(launch: Launch, logits: str, dlogits: str, given: tuple[str, ...]) -> ASTSource:
@@ -209,12 +229,13 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
 def main(targets: list[str], dtypes: list[str]) -> None:
     for target in targets:
         for dtype in dtypes:
+            itemsize = 4 if dtype.startswith("fp32") else 2
             cases = [
                 (options, given, launch)
                 for options, given in OPTION_SETS.items()
-                for launch in fused_launches(target, 4 if dtype.startswith("fp32") else 2, bool(given))
+                for launch in fused_launches(target, itemsize, bool(given))
             ]
-            others = [*linear_launches(target, dtype), *sigmoid_launches()]
+            others = [*linear_launches(target, dtype), *sigmoid_launches(), *log_softmax_launches(target, itemsize)]
             if "to" in dtype:
                 # over the logits; capped ones of split rows go another way
                 narrowing = {"whole_row_kernel": set(), "split_row_kernel": {"softcap"}}

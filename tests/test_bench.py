@@ -15,6 +15,9 @@ from lossfuse.perf.rows import read  # noqa: E402
 
 CPU = torch.device("cpu")
 EAGER_HEAD = ("linear + F.cross_entropy", "linear + F.cross_entropy(x.float())")
+TORCH_LABELS = "F.binary_cross_entropy_with_logits"
+LABELS = [TORCH_LABELS, f"{TORCH_LABELS}(x.float())", f"scatter + {TORCH_LABELS}", "lossfuse", "lossfuse in place", "lossfuse ids"]
+LABELS += ["lossfuse ids in place", "lossfuse reference"]
 STATS = ("lossfuse stats", "lossfuse stats lean", "F.cross_entropy + stats", "lossfuse linear stats")
 QUICK = bench.Effort(repeats=2, seconds=0.2)
 
@@ -27,7 +30,7 @@ def by_name(op, *names):
     return [method for method in methods.METHODS if method.op == op and method.name in names]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [dtype if dtype != "fp16" else pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES])
 @pytest.mark.parametrize(
     ("case", "names"),
     [
@@ -53,6 +56,37 @@ def test_a_row_for_every_mode_and_method(case, names, dtype):
         assert step["lossfuse"]["loss_error"] < 1e-6 < step["F.cross_entropy"]["loss_error"]
         # torch's loses 1 - p where p is nearly 1
         assert step["lossfuse"]["grad_error"] < 2**-7 < step["F.cross_entropy"]["grad_error"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_labels_have_methods_of_their_own(dtype):
+    modes = MODES[::2]
+    got = measured("40x500p3", dtype, modes, *by_name("labels", *LABELS))
+    assert set(got) == {(mode, name) for mode in modes for name in LABELS}
+    for (mode, name), row in got.items():
+        assert row["status"] == "ok" and row["op"] == "labels" and row["d"] == 3, row
+        assert row["ms_p50"] > 0 and row["ideal_ms"] > 0 and row["copy_gbps"] > 0
+        assert row["loss_error"] < 1e-6 or (dtype == "bf16" and name != f"{TORCH_LABELS}(x.float())" and "lossfuse" not in name)
+        if mode == "forward+backward" and name.startswith("lossfuse"):
+            assert row["grad_error"] < (2**-7 if dtype == "bf16" else 1e-5)
+    if dtype == "bf16":
+        # torch's loses the sure labels, which are most of them
+        assert got["no_grad", TORCH_LABELS]["loss_error"] > 0.05
+    assert not measured("40x500p3", "fp16", modes, *by_name("labels", *LABELS))
+
+
+WRONG_LABELS = {
+    "ones forgotten": lambda x, t, ids: F.binary_cross_entropy_with_logits(x, torch.zeros_like(t)),
+    "a sum": lambda x, t, ids: F.binary_cross_entropy_with_logits(x, t, reduction="sum"),
+    "the first id alone": lambda x, t, ids: F.binary_cross_entropy_with_logits(x, torch.zeros_like(t).scatter(1, ids[:, :1], 1.0)),
+    "twice the gradient": lambda x, t, ids: (lambda y: 2 * y - y.detach())(F.binary_cross_entropy_with_logits(x, t)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LABELS)
+def test_wrong_labels_are_found(name):
+    row = measured("40x500p3", "bf16", ["forward+backward"], Method(name, "labels", lambda: WRONG_LABELS[name]))["forward+backward", name]
+    assert row["status"] == "wrong" and "ms_p50" not in row
 
 
 @pytest.mark.parametrize("case", ["40x500", "40x16x500"])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import lossfuse
 import program
 from closeness import assert_formula_close, assert_gradient_close, assert_product_close, assert_statistics_close
-from lossfuse import LinearOptions, VocabShard
+from lossfuse import LinearOptions, VocabShard, sharded, targets
 from options import COMBINATIONS, EVERYTHING, OPTIONS, differentiated, options_of, upstream, upstreams
 from programs import programs
 from ranks import cases_on_ranks
@@ -367,6 +367,33 @@ def the_reference():
         assert_formula_close(torch.autograd.grad(loss, given)[0], theirs if whole else theirs[classes])
 
 
+def where_nobody_looks():
+    """As on a GPU: nothing is raised, nothing is read by the host, and what does not fit is NaN."""
+    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
+    x, ids = logits_and_ids(6, 37, ignored=0.0)
+    local = mine(x, classes)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sharded, targets):
+            patch.setattr(module, "values_are_at_hand", lambda t: False)
+        for form in FORMS:
+            check(form, TWO, False, EVERYTHING)
+            check(form, TWO, True, EVERYTHING)
+        bad = ids.clone()
+        bad[3] = 37
+        made = lossfuse.cross_entropy_stats(local, bad, reduction="none", shard=shard)
+        (slope,) = torch.autograd.grad(made.loss.sum(), local)
+        for t in (made.loss, made.lse, made.target_logprob, made.entropy, slope):
+            assert t[3].isnan().all() and t[[0, 1, 2, 4, 5]].isfinite().all()
+        with_gap = VocabShard(0 if dist.get_rank() == 0 else 21, 38)
+        others = ids if dist.get_rank() else (ids + 1) % 37
+        exchanged = ids if dist.get_rank() else ids.flip(0)
+        for target, of in ((others, shard), (exchanged, shard), (ids, with_gap)):
+            made = lossfuse.cross_entropy_stats(local, target, reduction="none", shard=of)
+            (slope,) = torch.autograd.grad(made.loss.sum(), local)
+            for t in (made.loss, made.lse, made.target_logprob, made.entropy, slope):
+                assert t.isnan().all()
+
+
 def kernels():
     """Ours, in the interpreter."""
     for soft in (False, True):
@@ -497,7 +524,7 @@ def programs_of_the_document():
 
 ON_TWO = (
     errors, shards_that_are_none, many_classes, hard_rows, shapes, same_on_every_rank_and_every_time, in_place_contract, partial_hidden,
-    the_reference, dtensors, other_dtypes_of_heads, by_modules, compiled, kernels,
+    the_reference, dtensors, other_dtypes_of_heads, by_modules, compiled, kernels, where_nobody_looks,
     programs_of_the_document,
 )  # fmt: skip
 ON_FOUR = (shards_that_are_none, many_classes, subgroups)

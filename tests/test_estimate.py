@@ -31,7 +31,7 @@ def peak_of(step):
 
 def runnable():
     heads = [("head", shape) for shape in ("600x300x5000", "128x512x10000", *MORE_OF_OURS)]
-    for op, shape in (("logits", "700x12345"), *heads):
+    for op, shape in (("logits", "700x12345"), *heads, ("labels", "400x12345p5")):
         for method in methods.of(op, CPU, "lossfuse linear" if shape in MORE_OF_OURS else None)[0]:
             yield pytest.param(shape, method, marks=COMPILED if method.name == "torch.compile" else (), id=f"{shape}-{method.name}")
 
@@ -52,6 +52,15 @@ def test_a_formula_is_what_the_allocator_counts(shape, method, dtype, mode):
     peak = peak_of(step)
     (need,) = [need for need in estimate(case, dtype, mode, "cpu") if need.method == method.name]
     assert abs(need.bytes - peak) <= 0.05 * peak + ROWS, f"{need.bytes / 2**20:.2f} MiB by formula, {peak / 2**20:.2f} measured"
+
+
+def test_zeros_and_ones_are_an_input_and_ids_are_hardly_one():
+    needs = {need.method: need for need in estimate(named("labels-million", torch.device("cuda")), "bf16")}
+    logits = 1024 * 10**6 * 2
+    assert needs["lossfuse in place"].inputs - needs["lossfuse ids in place"].inputs == logits
+    assert needs["lossfuse ids in place"].inputs == logits + 1024 * 64 * 8
+    # a number for each block of labels
+    assert needs["lossfuse ids in place"].bytes < logits / 500
 
 
 @pytest.mark.slow

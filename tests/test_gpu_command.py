@@ -28,6 +28,11 @@ def test_goals_are_about_cases_and_modes_there_are():
     assert set(CASES) - {goal.case for goal in GOALS} == {"many-rows", "head-smollm"}
 
 
+def test_a_rehearsal_has_cases_of_every_kind():
+    shrunk = {goal.case: named(gpu._shrunk(goal.case), torch.device("cpu")) for goal in GOALS}
+    assert all(small.op == named(case, torch.device("cuda")).op and small.n * small.v < 2**24 for case, small in shrunk.items())
+
+
 def test_goals_are_about_methods_that_run_on_a_gpu_in_that_dtype():
     there = {(m.name, dtype) for m in methods.METHODS if "cuda" in m.devices for dtype in m.dtypes}
     assert {(g.method, g.dtype) for g in GOALS} <= there

@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..kernels import fused_rows, linear_rows, sigmoid_rows, softmax_rows
+from ..kernels import fused_rows, linear_rows, log_softmax_rows, sigmoid_rows, softmax_rows
 from ..row_stats import RowStats, ShardRows, Upstream, Wants
 from ..spec import LossSpec
 
@@ -227,3 +227,44 @@ def sigmoid_loss_and_grads(
 def _side_by_side(t: Tensor | None) -> Tensor | None:
     """A row of numbers side by side, or one number for all of it."""
     return t if t is None or t.stride(1) in (0, 1) else t.contiguous()
+
+
+def probability_loss_and_grads(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    loss: Tensor | None,
+    dloss: Tensor | None,
+    dinput: Tensor | None,
+    dtarget: Tensor | None,
+) -> None:
+    """Fill what is given, all but ``loss`` (N, V)."""
+    sigmoid_rows.sigmoid_rows(
+        _unit_stride(input), _unit_stride(target), _side_by_side(weight), None, ignore_index=-100, loss=loss,
+        dloss=None if dloss is None else _side_by_side(dloss.expand(input.shape)), dlogits=dinput, dtarget=dtarget, probabilities=True,
+    )  # fmt: skip
+
+
+def log_softmax(logits: Tensor, logp: Tensor, stats: Tensor) -> None:
+    """Fill both."""
+    log_softmax_rows.log_softmax(_unit_stride(logits), logp, stats)
+
+
+def log_softmax_grad(logits: Tensor, stats: Tensor, dlogp: Tensor, dlogits: Tensor) -> None:
+    """Fill ``dlogits``."""
+    log_softmax_rows.log_softmax_grad(_unit_stride(logits), stats, _unit_stride(dlogp), dlogits)
+
+
+def nll(logp: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """(N,) losses; one number is read of each row, so its strides do not matter."""
+    return log_softmax_rows.nll(logp, target.contiguous(), _fp32(class_weight), ignore_index=ignore_index)
+
+
+def nll_grad(target: Tensor, class_weight: Tensor | None, dloss: Tensor, ignore_index: int, dlogp: Tensor) -> None:
+    """Fill ``dlogp``."""
+    log_softmax_rows.nll_grad(target.contiguous(), _fp32(class_weight), dloss, dlogp, ignore_index=ignore_index)
+
+
+def _fp32(class_weight: Tensor | None) -> Tensor | None:
+    return None if class_weight is None else class_weight.to(torch.float32).contiguous()
