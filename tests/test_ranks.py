@@ -46,6 +46,7 @@ def test_ends_and_hangs_are_told():
         cases_on_ranks(2, some_case, ["first", "hangs"], timeout=20)
 
 
+@pytest.mark.slow
 def test_the_first_exception_is_raised():
     with pytest.raises(ValueError, match="rank 1 has something"):
         on_ranks(2, some_case, "raises on one rank")
