@@ -26,6 +26,7 @@ def some_case(name):
     return float(a_sum(2.0)[0])
 
 
+@pytest.mark.slow
 def test_results_come_by_rank():
     assert [t.tolist() for t in on_ranks(2, a_sum, 3.0)] == [[9.0, 9.0]] * 2
 
