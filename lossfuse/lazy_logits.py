@@ -11,9 +11,9 @@ import math
 import sys
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Protocol, cast
@@ -21,10 +21,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
+from .cut_heads import Cut, as_replicas, cut_of, is_cut, is_dtensor, local_arguments, localised, redistributed, replicas
 from .inputs import torch_func_active
 from .spec import LinearOptions
+from .wrappers import Lenders, Lent, held, is_plain_linear, lent, modules_told, must_not_be_entered, told_by
 
 STALE = (
     "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them"
@@ -59,6 +62,7 @@ class LogitsReport:
 class Finder(Protocol):
     """Who knows which head a model has."""
 
+    model: nn.Module
     report: LogitsReport
     options: LinearOptions
     closed: bool
@@ -85,6 +89,7 @@ class LazyForward:
         self.finder = finder
         # classes and dtype of the logits of a head that must be asked, by what decides them
         self.known: dict[Any, tuple[int, torch.dtype]] = {}
+        self.lenders = Lenders()
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.instance_forward is not None:
@@ -94,30 +99,41 @@ class LazyForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden: Any = args[0] if args else kwargs.get("input")
-        # a DTensor's logits are one
-        plain = type(hidden) in (Tensor, nn.Parameter) and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
+        plain = type(hidden) in (Tensor, nn.Parameter) or is_dtensor(hidden)
+        plain = plain and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
         training = self.head.training and torch.is_grad_enabled() and not torch_func_active()
         if not (plain and training) or torch.is_inference_mode_enabled() or hidden.is_inference():
             return self.original(*args, **kwargs)
         if not self.finder.finds(self.head):
             # wrapped since, by an adapter
             return self.original(*args, **kwargs)
-        source = Source(self, hidden)
+        if must_not_be_entered(self.head):
+            # a group would reduce gradients of which half are missing
+            return self.original(*args, **kwargs)
+        cut = None
+        if is_dtensor(hidden) or is_cut(self.head):
+            cut = cut_of(self.head, hidden, self.instance_forward, self.head.__dict__.get("forward") is not self)
+            if cut is None:
+                return self.original(*args, **kwargs)
+        source = Source(self, hidden, cut)
         made = source.shape_of_logits()
         if made is None:
             return self.original(*args, **kwargs)
-        num_classes, dtype = made
-        return lazy_logits(source, Shaping(num_classes, dtype), hidden, leaves=(hidden, *source.parameters))
+        rows, placements = (hidden, None) if cut is None else (cut.rows, cut.placements)
+        shaping = Shaping(*made, placements=placements)
+        return lazy_logits(source, shaping, rows, leaves=(hidden, *source.parameters))
 
 
 class Source:
     """One call of a head that has not been made: what it takes, as it was then."""
 
-    def __init__(self, forward: LazyForward, hidden: Tensor) -> None:
+    def __init__(self, forward: LazyForward, hidden: Tensor, cut: Cut | None = None) -> None:
         self.forward = forward
         self.hidden = hidden
+        self.cut = cut
         head, kind = forward.head, hidden.device.type
-        self.linear = type(head) is nn.Linear and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
+        plain = is_plain_linear(head) and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
+        self.linear = plain or cut is not None
         self.weight: Tensor | None = cast(nn.Linear, head).weight if self.linear else None
         self.bias: Tensor | None = cast(nn.Linear, head).bias if self.linear else None
         # float64 is none of autocast's business
@@ -126,6 +142,14 @@ class Source:
         self.parameters = tuple(head.parameters())
         self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, p._version) for p in self.parameters]
         self.watch("the hidden states", hidden)
+        # FSDP1 puts views in place of parameters
+        operands = [t for t in (*self.parameters, self.weight, self.bias) if t is not None]
+        self.needed = [(t, t.shape) for t in operands]
+        self.lent: list[Lent] = []
+        self.watch_lent(forward.lenders(self.parameters, forward.finder.model))
+        # who waits for a backward to begin, and what has been read, whose backward that is
+        self.begins: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
+        self.results: list[weakref.ref[Tensor]] = []
         # the logits themselves, once somebody has needed them, and when that was
         self.made: Tensor | None = None
         self.made_version = 0
@@ -135,6 +159,33 @@ class Source:
 
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, t._version))
+
+    def watch_lent(self, found: list[Lent]) -> None:
+        """What an optimizer's step changes where the head's own parameters are copies."""
+        self.lent += found
+        for one in found:
+            self.watch("a parameter of the head", one.sharded)
+
+    def present(self) -> AbstractContextManager[None]:
+        return held(self.lent, self.needed)
+
+    def tell(self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()) -> RemovableHandle:
+        """``hook`` is called when a backward of anything made or read of these logits begins."""
+        handle = RemovableHandle(self.begins)
+        self.begins[handle.id] = hook
+        self.watch_lent(lent(tuple(p for p in self.parameters if all(p is not one.parameter for one in self.lent)), modules))
+        results = [ref() for ref in self.results]
+        for t in results:
+            if t is not None:
+                t.register_hook(hook)
+        return handle
+
+    def is_read(self, result: Any) -> None:
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.requires_grad:
+                self.results.append(weakref.ref(t))
+                for hook in self.begins.values():
+                    t.register_hook(hook)
 
     def require_unchanged(self, *, calls_head: bool = True) -> None:
         require_unchanged(self.watched)
@@ -176,6 +227,7 @@ class Source:
         if self.made is None:
             self.made = self.original()
             self.made_version = self.made._version
+            self.is_read(self.made)
         elif self.made._version != self.made_version:
             raise RuntimeError(STALE.format(what="what was made of others like them"))
         return self.made
@@ -201,6 +253,8 @@ class Shaping:
     cap: float | None = None
     kind: str = "logits"
     factor: float = 1.0
+    # where the model would have a DTensor
+    placements: tuple[Any, ...] | None = None
 
     def times(self, c: float) -> "Shaping | None":
         if c == 0.0 or not math.isfinite(c):
@@ -245,6 +299,7 @@ class LazyLogits(Tensor):
     _node: Any
     _made: Tensor | None
     _made_version: int
+    _unwrapped: "LazyLogits | None"
 
     @staticmethod
     def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int) -> "LazyLogits":
@@ -252,7 +307,7 @@ class LazyLogits(Tensor):
         lead.insert(class_dim, shaping.num_classes)
         self: LazyLogits = Tensor._make_wrapper_subclass(cls, lead, dtype=shaping.dtype, device=rows.device)
         self._source, self._shaping, self._rows, self._class_dim = source, shaping, rows, class_dim
-        self._expression, self._made, self._node = _Expression(source, self), None, None
+        self._expression, self._made, self._node, self._unwrapped = _Expression(source, self), None, None, None
         source.lazies.append(weakref.ref(self))
         return self
 
@@ -309,10 +364,61 @@ class LazyLogits(Tensor):
         return args[0] if func._schema.is_mutable and lazies and result is values.get(id(args[0])) else result
 
 
+class PlacedLogits(LazyLogits):
+    """Lazy logits in place of a DTensor; of what a DTensor can, what tensor parallelism does to the output of a head."""
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        placed = self._shaping.placements or ()
+        return tuple(p if p.is_replicate() else type(p)(self._class_dim) for p in placed)
+
+    @property
+    def device_mesh(self) -> Any:
+        return self._cut.mesh
+
+    @property
+    def _cut(self) -> Cut:
+        assert self._source.cut is not None
+        return self._source.cut
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, *, async_op: bool = False, **options: Any) -> Any:
+        placed = None if placements is None else tuple(placements)
+        known = device_mesh in (None, self._cut.mesh) and placed is not None and not options and self._made is None
+        whole = known and all(p.is_replicate() for p in placed or ())
+        if whole or (known and self._is_placed(placed or ())):
+            placed = placed if whole else self.placements
+            made = self._but(shaping=replace(self._shaping, placements=placed))
+            made._expression.is_call(redistributed, (self, placed), {})
+            return made
+        value: Any = _made(self, type(self).redistribute)
+        return value.redistribute(device_mesh, placements, async_op=async_op, **options)
+
+    def _is_placed(self, placements: tuple[Any, ...]) -> bool:
+        dims = self._rows.dim()
+        pairs = zip(placements, self.placements, strict=False)
+        same = (p == mine or (type(p) is type(mine) and p.is_shard() and p.dim % dims == mine.dim) for p, mine in pairs)
+        return len(placements) == len(self.placements) and all(same)
+
+    def to_local(self, *, grad_placements: Any = None) -> Any:
+        if self._made is None and grad_placements is None and all(p.is_replicate() for p in self.placements):
+            made = self._but(shaping=replace(self._shaping, placements=None))
+            made._expression.is_call(localised, (self,), {})
+            return made
+        value: Any = _made(self, type(self).to_local)
+        return value.to_local(grad_placements=grad_placements)
+
+    def full_tensor(self, *, grad_placements: Any = None) -> Any:
+        if grad_placements is None:
+            return self.redistribute(placements=replicas(self._cut.mesh)).to_local()
+        value: Any = _made(self, type(self).full_tensor)
+        return value.full_tensor(grad_placements=grad_placements)
+
+
 def lazy_logits(source: Source, shaping: Shaping, rows: Tensor, class_dim: int | None = None, *, leaves: tuple[Tensor, ...]) -> LazyLogits:
     """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``."""
     with torch._C.DisableTorchFunctionSubclass():
-        made = _Unmade.apply(lambda: LazyLogits(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
+        kind = LazyLogits if shaping.placements is None else PlacedLogits
+        made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
         made._node = made.grad_fn
         made._leaves = () if made._node is None else leaves
     return made
@@ -334,15 +440,23 @@ class _Unmade(torch.autograd.Function):
     def forward(ctx: Any, build: Callable[[], LazyLogits], *leaves: Tensor) -> LazyLogits:
         made = build()
         ctx.expression, ctx.leaves = made._expression, leaves
+        # a wrapper that passes on what an unused output has not got
+        ctx.set_materialize_grads(False)
         return made
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogits: Tensor) -> Any:
+    def backward(ctx: Any, dlogits: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[1:]
-        value = ctx.expression.again()
-        wanted = [t for t, needed in zip(ctx.leaves, needs, strict=True) if needed]
-        grads = iter(torch.autograd.grad(value, wanted, dlogits, allow_unused=True))
+        if dlogits is None:
+            return None, *(None for _ in needs)
+        source: Source = ctx.expression.source
+        for hook in source.begins.values():
+            hook(dlogits)
+        with source.present():
+            value = ctx.expression.again()
+            wanted = [t for t, needed in zip(ctx.leaves, needs, strict=True) if needed]
+            grads = iter(torch.autograd.grad(value, wanted, dlogits, allow_unused=True))
         return None, *(next(grads) if needed else None for needed in needs)
 
 
@@ -368,8 +482,21 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
             return func(like, *args[1:], **kwargs)
     if func in FACTORIES and isinstance(args[0], LazyLogits):
         return func(torch.empty(0, dtype=args[0]._shaping.dtype, device=args[0]._rows.device), *args[1:], **kwargs)
+    if func is T.register_hook and args[0]._made is None:
+        hook = kwargs["hook"] if "hook" in kwargs else args[1]
+        modules = modules_told(hook)
+        if modules is not None:
+            return args[0]._source.tell(hook, modules)
+    args, kwargs = tree_map(lambda x: _past_wrapper(x) if isinstance(x, LazyLogits) else x, (args, kwargs))
     lazies = _lazies_of((args, kwargs))
     known = HANDLERS.get(func)
+    placed = next((x for x in lazies if isinstance(x, PlacedLogits)), None)
+    given = args, kwargs
+    if known is not None and placed is not None:
+        leaves, tree = tree_flatten(given)
+        local = local_arguments(placed.device_mesh, leaves)
+        known = None if local is None else known
+        args, kwargs = given if local is None else tree_unflatten(local, tree)
     if known is not None and all(x._source.made is None and not x._intercepted for x in lazies):
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
@@ -381,9 +508,14 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         if result is not NotImplemented:
             if not isinstance(result, LazyLogits):
                 lazies[0]._source.forward.finder.report.fused[_name(func)] += 1
+                if placed is not None:
+                    mesh = placed.device_mesh
+                    result = tree_map(lambda t: as_replicas(t, mesh) if isinstance(t, Tensor) else t, result)
+                lazies[0]._source.is_read(result)
             elif all(result is not x for x in lazies):
-                result._expression.is_call(func, args, kwargs)
+                result._expression.is_call(func, *given)
             return result
+    args, kwargs = given
     if _writes(func, kwargs):
         # whatever else has been made of these logits was made of what they were
         _make_all(lazies, func)
@@ -393,8 +525,30 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _past_wrapper(lazy: LazyLogits) -> LazyLogits:
+    """The same logits before DDP put its function around them, which is told of their backward instead."""
+    with torch._C.DisableTorchFunctionSubclass():
+        node: Any = lazy.grad_fn if lazy._made is None and lazy._node is None else None
+    tell = told_by(node)
+    if tell is None:
+        return lazy
+    if lazy._unwrapped is None:
+        if lazy._expression.func is not T.clone:
+            return lazy
+        # of what it was given
+        inner = lazy._expression.arguments[0][0]
+        leaves = next((n.leaves for n, _ in node.next_functions if getattr(n, "expression", None) is inner), None)
+        if leaves is None:
+            return lazy
+        with torch.enable_grad():
+            lazy._unwrapped = lazy._but(leaves=leaves)
+        lazy._unwrapped._expression.is_call(T.clone, (inner,), {})
+        lazy._source.tell(tell)
+    return lazy._unwrapped
+
+
 def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
-    """The loss goes past logits that have been read; FSDP2 has a hook on every output of a model all the same."""
+    """The loss goes past logits that have been read; DeepSpeed has a hook on every output of a model all the same."""
     if func is not T.register_hook:
         raise RuntimeError(UNSEEN.format(name=_name(func)))
     report = args[0]._source.forward.finder.report
@@ -499,22 +653,23 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
     """What the model would have had here."""
     if lazy._made is None:
         source, name = lazy._source, _name(why)
-        if source.made is None:
-            source.require_unchanged()
-            report = source.forward.finder.report
-            if not report.made[name] and not torch.compiler.is_compiling():
-                warnings.warn(
-                    f"{name} makes the logits of a fused head, shape {tuple(source.hidden.shape[:-1])} times"
-                    f" {lazy._shaping.num_classes} classes; what is fused is said by lossfuse.fuse_lm_head",
-                    UserWarning,
-                    stacklevel=4,
-                )
-            report.made[name] += 1
-        if lazy._intercepted:
-            value = _Value.apply(lazy)
-            lazy._made, lazy._made_version = value, value._version
-        else:
-            lazy._expression.value()
+        with source.present():
+            if source.made is None:
+                source.require_unchanged()
+                report = source.forward.finder.report
+                if not report.made[name] and not torch.compiler.is_compiling():
+                    warnings.warn(
+                        f"{name} makes the logits of a fused head, shape {tuple(source.hidden.shape[:-1])} times"
+                        f" {lazy._shaping.num_classes} classes; what is fused is said by lossfuse.fuse_lm_head",
+                        UserWarning,
+                        stacklevel=5,
+                    )
+                report.made[name] += 1
+            if lazy._intercepted:
+                value = _Value.apply(lazy)
+                lazy._made, lazy._made_version = value, value._version
+            else:
+                lazy._expression.value()
     assert lazy._made is not None
     return lazy._made
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import functional, statistics
+from .distributed import shared
 from .inputs import Targets
 from .lazy_logits import LazyLogits, Shaping, T, can_be, handles, of_classes
 from .linear import chunk_rows
@@ -153,6 +154,9 @@ def _loss(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
     # classes are in dimension 1 of a loss's logits, or alone; a teacher's logits are made
     if x._class_dim != min(dims - 1, 1) or not isinstance(target, Tensor) or isinstance(target, LazyLogits):
         return NotImplemented
+    weight = options.get("weight")
+    if x._source.cut is not None and isinstance(weight, Tensor) and weight.requires_grad:
+        return NotImplemented
     if target.is_floating_point() and dims > 2:
         target = target.movedim(1, -1)
     return _read(x, target, options, reads)
@@ -168,27 +172,43 @@ def _torchs(x: LazyLogits, loss: Any) -> Any:
 def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:
     """The linear form of these rows, or of chunks of a head that is not linear."""
     source, shaping = x._source, x._shaping
-    source.require_unchanged(calls_head=source.weight is None)
     options = {**options, **shaping.options}
-    source.read = source.read or (x._of_head and torch.is_grad_enabled())
-    with source.as_called():
+    with source.present(), source.as_called():
+        source.require_unchanged(calls_head=source.weight is None)
+        source.read = source.read or (x._of_head and torch.is_grad_enabled())
         if source.weight is None:
             return _read_chunks(x, target, options, reads)
         rows, weight, bias = x._rows, source.weight, source.bias
         if not x._of_head:
             # a view that was taken under no_grad requires grad all the same
             rows, weight, bias = rows.detach(), weight.detach(), None if bias is None else bias.detach()
-        weight = weight[: shaping.num_classes]
-        if bias is not None:
-            bias = bias[: shaping.num_classes]
-        if shaping.bias is not None:
-            bias = shaping.bias / shaping.scale if bias is None else bias + shaping.bias / shaping.scale
+        kept, added = slice(0, shaping.num_classes), shaping.bias
+        if source.cut is not None:
+            weight, bias, added, target, kept = _of_this_rank(x, weight, bias, target, options)
+        weight, bias = weight[kept], None if bias is None else bias[kept]
+        if added is not None:
+            bias = added / shaping.scale if bias is None else bias + added / shaping.scale
             bias = bias.to(weight.dtype)
         call: Any = functional.linear_cross_entropy
         if reads is not None:
             call, options = statistics.linear_cross_entropy_stats, {**options, **reads}
         made: Tensor | LossStats = call(rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options)
         return made
+
+
+def _of_this_rank(x: LazyLogits, weight: Any, bias: Any, target: Tensor, options: dict[str, Any]) -> Any:
+    """Head, added bias, target and which classes are kept, where each rank has some of the classes; says so in ``options``."""
+    cut = x._source.cut
+    assert cut is not None
+    kept, shard = cut.shard(x._shaping.num_classes, len(weight))
+    mine = slice(shard.start, shard.start + kept.stop)
+    options["shard"] = shard
+    # whole on every rank, and every rank makes a part of their gradient
+    reduced = replace(shard, hidden_grad="reduced")
+    added = None if x._shaping.bias is None else shared(x._shaping.bias, reduced)[mine]
+    if target.is_floating_point():
+        target = shared(target, reduced)[..., mine]
+    return weight.to_local(), None if bias is None else bias.to_local(), added, target, kept
 
 
 def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:

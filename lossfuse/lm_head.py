@@ -46,6 +46,10 @@ def fuse_lm_head(model: nn.Module, *, head: str | nn.Module | None = None, optio
 
     Nothing of the model changes but its head's ``forward`` and one forward hook of the model: state dict, tied weights, hooks, pickling and
     ``copy.deepcopy`` (whose copy is fused too) are unaffected. Under ``torch.compile`` the head and the loss run outside the graphs.
+
+    Under DDP, FSDP2 and tensor parallelism the head is fused too, called before or after them (docs/sharded_models.md). Parameters that
+    FSDP2 has freed by the time logits are read are gathered again, so that reading is a collective: do it on every rank. Heads that are a
+    unit of FSDP1, parameters of ZeRO-3, or sharded in parts are not fused.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__} but must be a torch.nn.Module")

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from ..spec import REDUCTIONS, LinearOptions
 from .cases import CASES, DTYPES, MODES
 from .mistakes import Mistake
 
@@ -63,6 +64,28 @@ def parser() -> argparse.ArgumentParser:
     estimate.add_argument("--mode", choices=MODES, default="forward+backward", help="(default: %(default)s)")
     estimate.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
     estimate.add_argument("--fits", type=float, metavar="GIB", help="memory there is, for a verdict on each method")
+    of_ranks = estimate.add_argument_group("over many ranks", "bytes of each rank, bytes on the wire and collectives of a step")
+    of_ranks.add_argument(
+        "--layout",
+        nargs="+",
+        metavar="TP,SP,FSDP,DP",
+        help="such as tp=8,sp=2,fsdp=64,dp=4; what is not named is 1, and one alone is itemised",
+    )
+    of_ranks.add_argument("--reduction", choices=REDUCTIONS, default="mean", help="(default: %(default)s)")
+    for name, what in (
+        ("probabilities", "targets are probabilities"),
+        ("class-weights", "with class weights"),
+        ("smoothing", "with smoothed labels"),
+        ("statistics", "and the statistics of rows"),
+        ("reshard", "FSDP gives the weight back after the forward and gathers it again"),
+    ):
+        of_ranks.add_argument(f"--{name}", action="store_true", help=what)
+    of_ranks.add_argument("--hidden-grad", choices=["reduced", "partial"], default="reduced", help="(default: %(default)s)")
+    of_ranks.add_argument("--chunk-bytes", type=int, metavar="BYTES", help="of LinearOptions")
+    of_ranks.add_argument(
+        "--link-gbps", metavar="GBIT", help="what a rank sends a second, e.g. 400 or tp=3600,fsdp=400; then times are shown"
+    )
+    of_ranks.add_argument("--latency-us", type=float, default=5.0, help="of each step of a ring (default: %(default)s, a guess)")
 
     dashboard = commands.add_parser("dashboard", help="one page of rows that opens offline")
     dashboard.add_argument("rows", type=Path, nargs="+", metavar="CSV")
@@ -96,6 +119,9 @@ def run(options: argparse.Namespace) -> int:
 
         memory_view.main(options.step, options.out, options.warmup)
     elif options.command == "estimate":
+        if options.layout:
+            _layouts(options)
+            return 0
         from . import estimate
 
         estimate.main(options.cases, options.dtypes, options.mode, options.device, options.fits)
@@ -108,6 +134,17 @@ def run(options: argparse.Namespace) -> int:
 
         return gpu.main(options.out, options.minutes)
     return 0
+
+
+def _layouts(options: argparse.Namespace) -> None:
+    from . import layouts
+
+    if options.device == "cpu":
+        raise Mistake("--layout is for accelerators, but --device is cpu")
+    names = ("mode", "reduction", "probabilities", "class_weights", "smoothing", "statistics", "hidden_grad", "reshard")
+    losses = {name: getattr(options, name) for name in names} | {"options": LinearOptions(chunk_bytes=options.chunk_bytes)}
+    links = None if options.link_gbps is None else layouts.Links.parse(options.link_gbps, options.latency_us)
+    layouts.main(options.cases, losses, options.dtypes, options.layout, options.fits, links)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,13 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in torch.utils._pytree.tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+        known = {t.untyped_storage().data_ptr() for t in _with_memory((args, kwargs))}
+        for t in _with_memory(result):
+            if t.untyped_storage().data_ptr() not in known:
                 self.bytes = max(self.bytes, t.untyped_storage().nbytes())
         return result
+
+
+def _with_memory(tree):
+    # wrappers of other tensors, such as DTensor, have none
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if type(t) in (torch.Tensor, torch.nn.Parameter)]

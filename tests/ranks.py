@@ -148,7 +148,11 @@ def _rank(
         except BaseException as error:
             outcome = Outcome(error=error)
             dist.destroy_process_group()
-        send.send_bytes(pickle.dumps(outcome))
+        try:
+            said = pickle.dumps(outcome)
+        except Exception as error:
+            said = pickle.dumps(Outcome(error=error))
+        send.send_bytes(said)
     if dist.is_initialized():
         dist.destroy_process_group()
     send.close()

@@ -30,7 +30,7 @@ def by_name(op, *names):
     return [method for method in methods.METHODS if method.op == op and method.name in names]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [dtype if dtype != "fp16" else pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES])
 @pytest.mark.parametrize(
     ("case", "names"),
     [
