@@ -13,7 +13,7 @@ from torch import Tensor
 from . import linear
 from .autograd import is_plain, multiply
 from .linear import Gradients, Head, Needs
-from .ops import N_OPTIONS, OPTIONS, UPSTREAM, backend_of, checked_spec, library, new_loss
+from .ops import N_OPTIONS, OPTIONS, UPSTREAM, backend_of, checked_spec, library, new_loss, register
 from .row_stats import Upstream, Wants
 from .sharded import look_together
 from .spec import LinearOptions, LossSpec, loss_spec
@@ -148,8 +148,7 @@ for _name, _impl, _shapes in (
     ("linear_grads", _grads, _grads_shapes),
     ("linear_total", _total, _total_shapes),
 ):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
+    register(_name, _impl, _shapes)
 
 
 def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

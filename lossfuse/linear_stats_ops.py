@@ -25,7 +25,7 @@ from .linear_ops import (
     new_grads,
     split,
 )
-from .ops import N_OPTIONS, OPTIONS, STATS, WANTS, backend_of, library
+from .ops import N_OPTIONS, OPTIONS, STATS, WANTS, backend_of, library, register
 from .row_stats import Upstream, Wants
 from .stats_ops import as_tensors as stats_as_tensors
 from .stats_ops import new_stats, without_gradient
@@ -94,8 +94,7 @@ for _name, _impl, _shapes in (
     ("linear_row_stats", _row_stats, _row_stats_shapes),
     ("linear_stats_total", _total, _total_shapes),
 ):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
+    register(_name, _impl, _shapes)
 
 
 def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .row_stats import Upstream
-from .sharded import Sharded, all_sum_over
+from .sharded import Sharded, all_sum_over, keep_order
 from .shards import KEPT_ROWS
 from .spec import LossSpec, loss_spec
 from .targets import require_ids_in_range
@@ -63,6 +63,20 @@ def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
         spec.ignore_index, spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale,
         spec.first_class, spec.num_classes, spec.group, impl,
     )  # fmt: skip
+
+
+def register(name: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """What the operator ``name`` computes, and of what shapes and dtypes."""
+
+    @functools.wraps(shapes)
+    def traced(*args: Any) -> Any:
+        # the group, where rows are cut
+        if isinstance(args[-2], str):
+            keep_order()
+        return shapes(*args)
+
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lossfuse::{name}", traced, lib=library)
 
 
 def _keys(*names: str) -> int:
@@ -250,8 +264,7 @@ for _name, _impl, _shapes in (
     ("multiply_", _multiply_, _multiply_shapes_),
     ("all_sum", all_sum_over, _all_sum_shapes),
 ):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
+    register(_name, _impl, _shapes)
 
 row_loss = _entry("row_loss", _row_loss, 3)
 row_grads = _entry("row_grads", _row_grads, 5)

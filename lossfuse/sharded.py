@@ -6,6 +6,7 @@ targets sum up, whether one of them is bad. On a CPU, and within ``debug_targets
 elsewhere all that is returned is NaN.
 """
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -129,6 +130,13 @@ def look_together(target: Tensor, v: int, spec: LossSpec) -> None:
     if debugging():
         _require_same_rows(len(target), target, spec.group)
     _agree(gather(_header(target, v, spec, looked_at), spec.group), spec, looked_at=True)
+
+
+def keep_order() -> None:
+    """Inductor orders operators by the memory they take, by which ranks with unequal shards would gather in unequal orders."""
+    config: Any = sys.modules.get("torch._inductor.config")
+    if getattr(config, "reorder_for_peak_memory", False):
+        config.reorder_for_peak_memory = False
 
 
 def process_group(name: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import NO_OPTIONS_GRAD, is_plain, multiply, refuse_second_derivative, second_derivative
-from .ops import OPTIONS, STATS, UPSTREAM, WANTS, backend_of, checked_spec, library, new_grad, new_loss, options
+from .ops import OPTIONS, STATS, UPSTREAM, WANTS, backend_of, checked_spec, library, new_grad, new_loss, options, register
 from .row_stats import RowStats, Upstream, Wants
 from .shards import KEPT_ROWS
 from .spec import LossSpec, loss_spec
@@ -133,8 +133,7 @@ for _name, _impl, _shapes in (
     ("row_stats_grads", _row_stats_grads, _row_stats_grads_shapes),
     ("row_stats_and_grads", _row_stats_and_grads, _row_stats_and_grads_shapes),
 ):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
+    register(_name, _impl, _shapes)
 
 
 def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
