@@ -30,7 +30,7 @@ def by_name(op, *names):
     return [method for method in methods.METHODS if method.op == op and method.name in names]
 
 
-@pytest.mark.parametrize("dtype", [dtype if dtype != "fp16" else pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES])
+@pytest.mark.parametrize("dtype", [dtype if dtype == "bf16" else pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES])
 @pytest.mark.parametrize(
     ("case", "names"),
     [
@@ -58,7 +58,8 @@ def test_a_row_for_every_mode_and_method(case, names, dtype):
         assert step["lossfuse"]["grad_error"] < 2**-7 < step["F.cross_entropy"]["grad_error"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_labels_have_methods_of_their_own(dtype):
     modes = MODES[::2]
     got = measured("40x500p3", dtype, modes, *by_name("labels", *LABELS))

@@ -42,7 +42,7 @@ def plain_memory(nan_in_new_memory):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode if mode == "forward+backward" else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES])
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("shape", "method"), list(runnable()))
 def test_a_formula_is_what_the_allocator_counts(shape, method, dtype, mode):

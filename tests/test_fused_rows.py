@@ -311,7 +311,8 @@ def over(x, dtype, gap=0):
 )
 @pytest.mark.parametrize("gap", [0, pytest.param(4, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
-    ("way", "v"), [("whole", 203), (64, 203), (64, 256), (128, 1001), pytest.param("sweeps", 5000, marks=pytest.mark.slow)]
+    ("way", "v"),
+    [("whole", 203), (64, 203), (64, 256), *(pytest.param(*way, marks=pytest.mark.slow) for way in ((128, 1001), ("sweeps", 5000)))],
 )
 def test_a_narrower_gradient_over_the_logits(force, device, way, v, gap, options, dtype):
     """A row of it ends where other programs' logits have been; rows that start between 16-byte boundaries go another way."""

@@ -451,7 +451,7 @@ def test_a_write_that_stops_half_way_is_told(fast_place, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(lossfuse.ops, "backend", lambda impl: types.SimpleNamespace(row_loss_and_grads=full))
+        patch.setattr(lossfuse.ops, "backend", lambda impl, cut: types.SimpleNamespace(row_loss_and_grads=full))
         call(logits, target, fast_place)
     with pytest.raises(RuntimeError, match=GONE):
         lossfuse.cross_entropy(logits, target)

@@ -444,8 +444,8 @@ class TestMemory:
             linear.row_loss(head, target, None, LossSpec(label_smoothing=0.1), options, chunked)
         assert 0 < largest.bytes <= most
 
-    @pytest.mark.parametrize("reduction", ["none", "mean"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("reduction", [pytest.param("none", marks=pytest.mark.slow), "mean"])
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
     def test_peak_of_a_call(self, dtype, reduction):
         """Chunk, sums and gradients; the logits would be 256 MiB, three times."""
         n, d, v = 2048, 128, 32000

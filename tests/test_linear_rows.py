@@ -401,6 +401,7 @@ def test_again_is_the_same_bit_for_bit(device):
     assert torch.equal(first, again)
 
 
+@pytest.mark.slow
 def test_neither_programs_nor_chunks_change_a_bit(device, monkeypatch):
     hidden, weight, target = head(300, 1001, 40, torch.float16, device)
     bias = torch.linspace(-2, 2, 1001, device=device)

@@ -54,7 +54,7 @@ def test_the_gradient_is_handed_over_not_copied():
     [({}, 1.05), ({"softcap": 30.0}, 1.15), ({"label_smoothing": 0.1, "lse_square_scale": 1e-4}, 1.15), ({"reduction": "none"}, 1.05)],
     ids=["plain", "softcap", "smoothing and z-loss", "none"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_peak_of_a_call(dtype, options, share):
     """Loss and gradient, in units of logits of 125 or 63 MiB; torch takes 3."""
     x, target = logits_and_ids(1024, 32000, dtype)

@@ -107,6 +107,7 @@ def _write(path, writer):
         append(path, [row(case=f"{writer}.{i}")])
 
 
+@pytest.mark.slow
 def test_writers_at_the_same_time_lose_nothing(tmp_path):
     path = tmp_path / "rows.csv"
     writers = [multiprocessing.get_context("spawn").Process(target=_write, args=(path, i)) for i in range(3)]

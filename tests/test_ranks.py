@@ -27,6 +27,7 @@ def some_case(name):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_results_come_by_rank():
     assert [t.tolist() for t in on_ranks(2, a_sum, 3.0)] == [[9.0, 9.0]] * 2
 
@@ -47,6 +48,7 @@ def test_ends_and_hangs_are_told():
         cases_on_ranks(2, some_case, ["first", "hangs"], timeout=20)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_first_exception_is_raised():
     with pytest.raises(ValueError, match="rank 1 has something"):

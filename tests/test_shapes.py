@@ -10,10 +10,10 @@ from rows import logits_and_ids
 SHAPES = [(), (4,), (4, 3), (2, 3, 4), (2, 1, 3, 2)]
 
 
-def both(place, x, target, weight=None, **options):
+def both(thrifty_place, x, target, weight=None, **options):
     """(loss, gradient) of torch and ours on leaves of their own, same strides."""
     found = []
-    for f, extra in ((F.cross_entropy, {}), (lossfuse.cross_entropy, {"impl": place.impl})):
+    for f, extra in ((F.cross_entropy, {}), (lossfuse.cross_entropy, {"impl": thrifty_place.impl})):
         leaf = x.detach().requires_grad_()
         loss = f(leaf, target, weight, **options, **extra)
         (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.5))
@@ -26,16 +26,16 @@ def both(place, x, target, weight=None, **options):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("batch", SHAPES, ids=str)
-def test_dimensions(place, batch, reduction):
+def test_dimensions(thrifty_place, batch, reduction):
     c = 7
-    x = torch.randn(*batch[:1], c, *batch[1:], device=place.device)
-    target = torch.randint(0, c, batch, device=place.device)
+    x = torch.randn(*batch[:1], c, *batch[1:], device=thrifty_place.device)
+    target = torch.randint(0, c, batch, device=thrifty_place.device)
     if target.dim():
         target[..., 0] = -100
-    weight = torch.rand(c, device=place.device)
-    got, _ = both(place, x, target, weight, reduction=reduction)
+    weight = torch.rand(c, device=thrifty_place.device)
+    got, _ = both(thrifty_place, x, target, weight, reduction=reduction)
     assert got.shape == (batch if reduction == "none" else ())
-    both(place, x, torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1), weight, reduction=reduction)
+    both(thrifty_place, x, torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1), weight, reduction=reduction)
 
 
 def strided(name: str) -> torch.Tensor:
@@ -65,52 +65,52 @@ def strided(name: str) -> torch.Tensor:
         "offset in storage",
     ],
 )
-def test_strides(place, name, reduction):
-    x = strided(name).to(place.device)
-    both(place, x, torch.tensor([0, 8, -100, 3, 3, 1], device=place.device), reduction=reduction)
-    both(place, x, torch.softmax(strided(name), 1).to(place.device), reduction=reduction)
-    target = torch.tensor([[0, 1], [8, 1], [-100, 1], [3, 1], [3, 1], [1, 1]], device=place.device)[:, 0]
-    both(place, x, target, torch.rand(18, device=place.device)[::2], reduction=reduction)
+def test_strides(thrifty_place, name, reduction):
+    x = strided(name).to(thrifty_place.device)
+    both(thrifty_place, x, torch.tensor([0, 8, -100, 3, 3, 1], device=thrifty_place.device), reduction=reduction)
+    both(thrifty_place, x, torch.softmax(strided(name), 1).to(thrifty_place.device), reduction=reduction)
+    target = torch.tensor([[0, 1], [8, 1], [-100, 1], [3, 1], [3, 1], [1, 1]], device=thrifty_place.device)[:, 0]
+    both(thrifty_place, x, target, torch.rand(18, device=thrifty_place.device)[::2], reduction=reduction)
 
 
 @pytest.mark.parametrize("to_rows", ["transpose", "movedim"])
-def test_batch_time_vocabulary(place, to_rows):
+def test_batch_time_vocabulary(thrifty_place, to_rows):
     """The usual idiom of a transformer, (B, T, V) seen as (B, V, T)."""
-    x = torch.randn(2, 5, 33, device=place.device)
+    x = torch.randn(2, 5, 33, device=thrifty_place.device)
     x = x.transpose(1, 2) if to_rows == "transpose" else x.movedim(2, 1)
-    both(place, x, torch.randint(0, 33, (2, 5), device=place.device))
+    both(thrifty_place, x, torch.randint(0, 33, (2, 5), device=thrifty_place.device))
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize(("reduction", "want"), [("none", None), ("mean", float("nan")), ("sum", 0.0)])
-def test_empty_batch(place, reduction, want, soft):
-    x = torch.empty(0, 5, device=place.device, requires_grad=True)
-    target = torch.empty(0, 5, device=place.device) if soft else torch.empty(0, dtype=torch.int64, device=place.device)
-    loss = lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl)
+def test_empty_batch(thrifty_place, reduction, want, soft):
+    x = torch.empty(0, 5, device=thrifty_place.device, requires_grad=True)
+    target = torch.empty(0, 5, device=thrifty_place.device) if soft else torch.empty(0, dtype=torch.int64, device=thrifty_place.device)
+    loss = lossfuse.cross_entropy(x, target, reduction=reduction, impl=thrifty_place.impl)
     (grad,) = torch.autograd.grad(loss.sum(), x)
     assert grad.shape == (0, 5)
     if want is None:
         assert loss.shape == (0,)
     else:
         torch.testing.assert_close(loss.item(), want, equal_nan=True)
-    x = torch.empty(2, 5, 0, device=place.device)
-    target = torch.empty(2, 0, dtype=torch.int64, device=place.device)
-    assert lossfuse.cross_entropy(x, target, reduction="none", impl=place.impl).shape == (2, 0)
+    x = torch.empty(2, 5, 0, device=thrifty_place.device)
+    target = torch.empty(2, 0, dtype=torch.int64, device=thrifty_place.device)
+    assert lossfuse.cross_entropy(x, target, reduction="none", impl=thrifty_place.impl).shape == (2, 0)
 
 
-def test_one_class(place):
-    x = torch.tensor([[3.0], [-2.0]], device=place.device, requires_grad=True)
-    for target in (torch.tensor([0, -100], device=place.device), torch.ones(2, 1, device=place.device)):
-        loss = lossfuse.cross_entropy(x, target, reduction="none", impl=place.impl)
+def test_one_class(thrifty_place):
+    x = torch.tensor([[3.0], [-2.0]], device=thrifty_place.device, requires_grad=True)
+    for target in (torch.tensor([0, -100], device=thrifty_place.device), torch.ones(2, 1, device=thrifty_place.device)):
+        loss = lossfuse.cross_entropy(x, target, reduction="none", impl=thrifty_place.impl)
         assert loss.tolist() == [0.0, 0.0]
         assert torch.autograd.grad(loss.sum(), x)[0].tolist() == [[0.0], [0.0]]
 
 
-def test_a_slice_of_a_larger_buffer_leaves_its_neighbours_alone(place):
-    buffer = torch.randn(6, 40, device=place.device)
+def test_a_slice_of_a_larger_buffer_leaves_its_neighbours_alone(thrifty_place):
+    buffer = torch.randn(6, 40, device=thrifty_place.device)
     before = buffer.clone()
     x = buffer[1:5, 4:33].requires_grad_()
-    _, target = logits_and_ids(4, 29, device=place.device)
-    (grad,) = torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=place.impl), x)
+    _, target = logits_and_ids(4, 29, device=thrifty_place.device)
+    (grad,) = torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=thrifty_place.impl), x)
     assert grad.shape == (4, 29) and not grad.isnan().any()
     assert torch.equal(buffer, before)
