@@ -100,6 +100,7 @@ def test_statistics_beside_the_loss_are_methods(case):
         assert got[step, name]["grad_error"] < 2**-7
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_torch_compile_is_a_method():
     row = measured("40x500", "fp32", ["forward+backward"], *by_name("logits", "torch.compile"))["forward+backward", "torch.compile"]

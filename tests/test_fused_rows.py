@@ -261,7 +261,7 @@ def in_frame(x, gap, lead, filler):
 
 
 @pytest.mark.parametrize(("lead", "gap"), [(0, 0), (0, 1), (1, 6), (3, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", ["whole", 64, "sweeps"])
 def test_nothing_outside_the_rows_is_read_or_written(force, device, way, dtype, gap, lead):
     force(way)
@@ -306,7 +306,10 @@ def over(x, dtype, gap=0):
 
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [(torch.bfloat16, {}), (torch.float16, {"label_smoothing": 0.1, "lse_square_scale": 1e-2, "logit_scale": 0.7})],
+    [
+        pytest.param(torch.bfloat16, {}, marks=pytest.mark.slow),
+        (torch.float16, {"label_smoothing": 0.1, "lse_square_scale": 1e-2, "logit_scale": 0.7}),
+    ],
     ids=["bf16", "fp16, options"],
 )
 @pytest.mark.parametrize("gap", [0, pytest.param(4, marks=pytest.mark.slow), 3])

@@ -511,7 +511,8 @@ class TestMemory:
             linear.row_stats(head, target, None, Wants(True, True), LossSpec(), options, chunked)
         assert 0 < largest.bytes <= most
 
-    @pytest.mark.parametrize("reduction", [pytest.param("none", marks=pytest.mark.slow), "mean"])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
     def test_peak_of_a_call_is_that_without_statistics(self, reduction):
         """The logits would be 256 MiB."""
         n, d, v = 2048, 128, 32000

@@ -44,9 +44,9 @@ def test_plain(thrifty_place, v, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [4097, 32000])
-def test_as_gemma_is_trained(place, v, dtype):
-    x, target = logits_and_ids(4, v, dtype, place.device)
-    check(place, x, target, reduction="none", softcap=30.0, lse_square_scale=1e-4, label_smoothing=0.1)
+def test_as_gemma_is_trained(thrifty_place, v, dtype):
+    x, target = logits_and_ids(4, v, dtype, thrifty_place.device)
+    check(thrifty_place, x, target, reduction="none", softcap=30.0, lse_square_scale=1e-4, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,11 +58,11 @@ def test_every_option(place, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [2049, 32000])
-def test_distillation(place, v, dtype):
-    x, _ = logits_and_ids(3, v, dtype, place.device)
-    target = probabilities(3, v, dtype, place.device)
+def test_distillation(thrifty_place, v, dtype):
+    x, _ = logits_and_ids(3, v, dtype, thrifty_place.device)
+    target = probabilities(3, v, dtype, thrifty_place.device)
     want = program.value_and_grads(x, target, reduction="sum")
-    loss = lossfuse.cross_entropy(x, target, reduction="sum", impl=place.impl)
+    loss = lossfuse.cross_entropy(x, target, reduction="sum", impl=thrifty_place.impl)
     dx, dt = torch.autograd.grad(loss, [x, target])
     assert_loss_close(loss, want[0])
     assert_gradient_close(dt, want[2])
