@@ -35,7 +35,7 @@ def _row_loss_backward(ctx: Any, dloss: Tensor | None, dstats: None) -> tuple[Te
 def _row_loss_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     logits, target, class_weight, stats = ctx.saved_tensors
     needed = ctx.needs_input_grad[:2]
-    return _wanted(ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options), *needed)
+    return wanted(ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options), *needed)
 
 
 def _save_row_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -131,39 +131,23 @@ class ReducedLoss(torch.autograd.Function):
         else:
             loss, *grads = ops.row_loss_and_grads(logits, target, class_weight, dloss, *needed, *ctx.options)
             ctx.save_for_backward(logits, target, class_weight, dloss)
-        ctx.formed = _wanted(grads, *needed)
+        ctx.formed = wanted(grads, *needed)
         total: Tensor = loss.sum()
         return total if divisor is None else total / divisor
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        grads: Any
-        if ctx.formed is not None and not torch.is_grad_enabled() and is_plain(dtotal):
-            # logits are not asked for, so they may have changed since
-            grads, ctx.formed = ctx.formed, None
-            for g in grads:
-                if g is not None:
-                    multiply(g, dtotal, ctx.impl)
-        elif ctx.consumed:
-            raise RuntimeError(SPENT)
-        else:
-            logits, target, class_weight, dloss = ctx.saved_tensors
-            needed = ctx.needs_input_grad[:2]
-            again = _gradients_again(logits, target, class_weight, dloss, needed, ctx.options)
-            # outside the operator, so that a batch of factors multiplies one gradient
-            grads = (None if g is None else (g * dtotal).to(g.dtype) for g in _wanted(again, *needed))
-        return *grads, None, None, None, None, None
+        return *formed_gradients(ctx, dtotal, _gradients_again), None, None, None, None, None
 
 
-def _gradients_again(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, needed: Any, options: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
+def _gradients_again(ctx: Any) -> tuple[Tensor, Tensor]:
+    logits, target, class_weight, dloss = ctx.saved_tensors
     # a forward that forms a gradient keeps no statistics; the blocks of the torch backend make their own
     stats = dloss.new_empty(0, len(logits))
-    if options[-1] == "triton" or options[-2] is not None:
+    if ctx.impl == "triton" or ctx.options[-2] is not None:
         with torch.no_grad():
-            _, stats = ops.row_loss(logits, target, class_weight, *options)
-    grads: tuple[Tensor, Tensor] = ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *options)
+            _, stats = ops.row_loss(logits, target, class_weight, *ctx.options)
+    grads: tuple[Tensor, Tensor] = ops.row_grads(logits, target, class_weight, stats, dloss, *ctx.needs_input_grad[:2], *ctx.options)
     return grads
 
 
@@ -185,21 +169,43 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.owner is None:
-            grads = _row_loss_gradients(ctx, dloss)
-        elif ctx.spent or torch.is_grad_enabled() or not is_plain(dloss):
-            raise RuntimeError(SPENT)
-        elif not is_sole_owner(ctx.saved_tensors[0], *ctx.owner.alive()):
-            # somebody has made an alias since the forward
-            grads = _row_loss_gradients(ctx, dloss)
-        else:
-            ctx.spent = True
-            logits, target, class_weight, stats = ctx.saved_tensors
-            need_dtarget = ctx.needs_input_grad[1]
-            with writing(logits, ctx.owner) as dlogits:
-                dtarget = ops.row_grads_(dlogits, target, class_weight, stats, dloss, need_dtarget, *ctx.options)
-            grads = _wanted((dlogits, dtarget), ctx.needs_input_grad[0], need_dtarget)
-        return *grads, None, None, None, None
+        return *row_gradients(ctx, dloss, _row_loss_gradients, ops.row_grads_), None, None, None, None
+
+
+def formed_gradients(ctx: Any, dtotal: Tensor, again: Callable[[Any], Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Of logits and target, times ``dtotal``: those a forward has formed, once; then what ``again`` makes, if the logits are there."""
+    if ctx.formed is not None and not torch.is_grad_enabled() and is_plain(dtotal):
+        # logits are not asked for, so they may have changed since
+        grads: tuple[Tensor | None, Tensor | None] = ctx.formed
+        ctx.formed = None
+        for g in grads:
+            if g is not None:
+                multiply(g, dtotal, ctx.impl)
+        return grads
+    if ctx.consumed:
+        raise RuntimeError(SPENT)
+    # outside the operator, so that a batch of factors multiplies one gradient
+    dlogits, dtarget = (None if g is None else (g * dtotal).to(g.dtype) for g in wanted(again(ctx), *ctx.needs_input_grad[:2]))
+    return dlogits, dtarget
+
+
+def row_gradients(
+    ctx: Any, dloss: Tensor, gradients: Callable[[Any, Tensor], Any], write: Callable[..., Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of logits and target, in memory of their own from ``gradients``, or that of logits with an owner, which ``write`` fills."""
+    if ctx.owner is None:
+        return gradients(ctx, dloss)
+    if ctx.spent or torch.is_grad_enabled() or not is_plain(dloss):
+        raise RuntimeError(SPENT)
+    if not is_sole_owner(ctx.saved_tensors[0], *ctx.owner.alive()):
+        # somebody has made an alias since the forward
+        return gradients(ctx, dloss)
+    ctx.spent = True
+    logits, *rest = ctx.saved_tensors
+    need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
+    with writing(logits, ctx.owner) as dlogits:
+        dtarget = write(dlogits, *rest, dloss, need_dtarget, *ctx.options)
+    return wanted((dlogits, dtarget), need_dlogits, need_dtarget)
 
 
 @contextlib.contextmanager
@@ -221,7 +227,7 @@ def writing(logits: Tensor, owner: Owner) -> Iterator[Tensor]:
     owner.mark()
 
 
-def _wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, Tensor | None]:
+def wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, Tensor | None]:
     dlogits, dtarget = grads
     return dlogits if need_dlogits else None, dtarget if need_dtarget else None
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import SPENT, is_plain, multiply, writing
-from .consumed import Owner, is_sole_owner
+from .autograd import formed_gradients, row_gradients, second_derivative, wanted, writing
+from .consumed import Owner
 from .ops import library, new_grad
 from .targets import require_ids_in_range
 
@@ -97,8 +97,7 @@ def _grads(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     dlogits, dtarget = new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
-    wanted = _wanted((dlogits, dtarget), need_dlogits, need_dtarget)
-    _fill(logits, target, weight, pos_weight, options, None, dloss, *wanted)
+    _fill(logits, target, weight, pos_weight, options, None, dloss, *wanted((dlogits, dtarget), need_dlogits, need_dtarget))
     return dlogits, dtarget
 
 
@@ -119,8 +118,7 @@ def _loss_and_grads(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, dlogits, dtarget = _loss_and_grads_shapes(logits, target, weight, pos_weight, dloss, need_dlogits, need_dtarget)
-    wanted = _wanted((dlogits, dtarget), need_dlogits, need_dtarget)
-    _fill(logits, target, weight, pos_weight, options, loss, dloss, *wanted)
+    _fill(logits, target, weight, pos_weight, options, loss, dloss, *wanted((dlogits, dtarget), need_dlogits, need_dtarget))
     return loss, dlogits, dtarget
 
 
@@ -169,11 +167,6 @@ for _name, _impl, _shapes in (
     torch.library.register_fake(f"lossfuse::{_name}", _shapes, lib=library)
 
 
-def _wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, Tensor | None]:
-    dlogits, dtarget = grads
-    return dlogits if need_dlogits else None, dtarget if need_dtarget else None
-
-
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, target, weight, pos_weight, _, *options = inputs
     ctx.save_for_backward(logits, target, weight, pos_weight)
@@ -182,7 +175,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     needed = ctx.needs_input_grad[:2]
-    return _wanted(sigmoid_grads(*ctx.saved_tensors, dloss, *needed, *ctx.options), *needed)
+    return wanted(sigmoid_grads(*ctx.saved_tensors, dloss, *needed, *ctx.options), *needed)
 
 
 def _loss_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -196,27 +189,14 @@ def _save_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _grads_backward(ctx: Any, v_dlogits: Tensor | None, v_dtarget: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Vector-Hessian products through the reference, differentiable in their turn."""
     logits, target, weight, pos_weight, dloss = ctx.saved_tensors
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # aliases: the caller may have made one from the other, and hooks of theirs must not run in here
-        x, t, dy = (a.view_as(a) for a in (logits, target, dloss))
-        x, dy = (a if a.requires_grad else a.detach().requires_grad_() for a in (x, dy))
-        leaves = [x]
-        if t.is_floating_point():
-            t = t if t.requires_grad else t.detach().requires_grad_()
-            leaves.append(t)
+
+    def values(x: Tensor, t: Tensor) -> list[Tensor]:
         loss = reference.sigmoid_loss(x, t, weight, pos_weight, ctx.ignore_index)
-        loss = loss if dloss.shape == loss.shape else loss.sum(1, keepdim=True)
-        first = torch.autograd.grad(loss, leaves, dy, create_graph=True)
-        pairs = [(g, v) for g, v in zip(first, (v_dlogits, v_dtarget), strict=False) if v is not None and v.numel() > 0]
-        if not pairs:
-            return (None,) * 9
-        outputs, vectors = zip(*pairs, strict=True)
-        second = list(torch.autograd.grad(outputs, [*leaves, dy], vectors, create_graph=again, allow_unused=True))
-    ddloss = second.pop()
-    return second[0], second[1] if len(second) > 1 else None, None, None, ddloss, None, None, None, None
+        return [loss if dloss.shape == loss.shape else loss.sum(1, keepdim=True)]
+
+    ddlogits, ddtarget, (ddloss,) = second_derivative(values, logits, target, [dloss], (v_dlogits, v_dtarget))
+    return ddlogits, ddtarget, None, None, ddloss, None, None, None, None
 
 
 torch.library.register_autograd("lossfuse::sigmoid_loss", _loss_backward, setup_context=_save_loss, lib=library)
@@ -242,7 +222,7 @@ class ReducedLoss(torch.autograd.Function):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # a count of 0 has no element to divide
         dloss = torch.full((), 1.0 / max(count, 1), dtype=dtype, device=logits.device).expand(len(logits), 1)
-        ctx.options, ctx.consumed = (ignore_index, impl), owner is not None
+        ctx.options, ctx.impl, ctx.consumed = (ignore_index, impl), impl, owner is not None
         grads: tuple[Tensor, ...]
         if owner is not None:
             with writing(logits, owner) as dlogits:
@@ -251,26 +231,17 @@ class ReducedLoss(torch.autograd.Function):
         else:
             loss, *grads = sigmoid_loss_and_grads(logits, target, weight, pos_weight, dloss, *needed, *ctx.options)
             ctx.save_for_backward(logits, target, weight, pos_weight, dloss)
-        ctx.formed = _wanted(grads, *needed)
+        ctx.formed = wanted(grads, *needed)
         return loss.sum() / count
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        grads: Any
-        if ctx.formed is not None and not torch.is_grad_enabled() and is_plain(dtotal):
-            # logits are not asked for, so they may have changed since
-            grads, ctx.formed = ctx.formed, None
-            for g in grads:
-                if g is not None:
-                    multiply(g, dtotal, ctx.options[-1])
-        elif ctx.consumed:
-            raise RuntimeError(SPENT)
-        else:
-            needed = ctx.needs_input_grad[:2]
-            again = sigmoid_grads(*ctx.saved_tensors, *needed, *ctx.options)
-            # outside the operator, so that a batch of factors multiplies one gradient
-            grads = (None if g is None else (g * dtotal).to(g.dtype) for g in _wanted(again, *needed))
-        return *grads, None, None, None, None, None, None
+        return *formed_gradients(ctx, dtotal, _gradients_again), None, None, None, None, None, None
+
+
+def _gradients_again(ctx: Any) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = sigmoid_grads(*ctx.saved_tensors, *ctx.needs_input_grad[:2], *ctx.options)
+    return grads
 
 
 class Loss(torch.autograd.Function):
@@ -295,18 +266,4 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.owner is None:
-            grads = _gradients(ctx, dloss)
-        elif ctx.spent or torch.is_grad_enabled() or not is_plain(dloss):
-            raise RuntimeError(SPENT)
-        elif not is_sole_owner(ctx.saved_tensors[0], *ctx.owner.alive()):
-            # somebody has made an alias since the forward
-            grads = _gradients(ctx, dloss)
-        else:
-            ctx.spent = True
-            logits, *rest = ctx.saved_tensors
-            need_dtarget = ctx.needs_input_grad[1]
-            with writing(logits, ctx.owner) as dlogits:
-                dtarget = sigmoid_grads_(dlogits, *rest, dloss, need_dtarget, *ctx.options)
-            grads = _wanted((dlogits, dtarget), ctx.needs_input_grad[0], need_dtarget)
-        return *grads, None, None, None, None, None, None
+        return *row_gradients(ctx, dloss, _gradients, sigmoid_grads_), None, None, None, None, None, None
