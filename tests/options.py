@@ -26,6 +26,9 @@ COMBINATIONS = [(), *((name,) for name in OPTIONS), *PAIRS, EVERYTHING, (*EVERYT
 # where each case is many calls, pairs are for slow runs
 THRIFTY_COMBINATIONS = [pytest.param(names, marks=pytest.mark.slow) if names in PAIRS else names for names in COMBINATIONS]
 
+# aot_eager is all that eager is, and more
+COMPILERS = [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
+
 
 def options_of(names, v, device):
     options = {}

@@ -112,8 +112,15 @@ def test_rows_cut_into_slices(force, device, v, width, dtype):
     check(*logits_and_ids(3, v, dtype, device), apart=True)
 
 
-@pytest.mark.parametrize("given", COMBINATIONS, ids=lambda c: "+".join(c) or "plain")
-@pytest.mark.parametrize("way", ["whole", 64])
+@pytest.mark.parametrize(
+    ("way", "given"),
+    [
+        # both ways compute a tile by the same helpers
+        pytest.param(way, given, id=f"{way}-{'+'.join(given) or 'plain'}", marks=pytest.mark.slow if way == 64 and len(given) == 2 else ())
+        for way in ("whole", 64)
+        for given in COMBINATIONS
+    ],
+)
 def test_options_and_pairs(force, device, way, given):
     force(way)
     x, target = logits_and_ids(4, 83, device=device)

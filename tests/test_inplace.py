@@ -12,6 +12,7 @@ import lossfuse
 from allocations import Largest
 from closeness import assert_gradient_close
 from lossfuse.consumed import Consumed
+from options import COMPILERS
 from rows import logits_and_ids, probabilities
 
 N, V = 6, 50
@@ -629,7 +630,7 @@ def test_under_a_transform_nothing_is_written(name):
     assert torch.equal(held, x.detach())
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_a_compiled_call_is_right_and_whole(backend):
     x, target = logits_and_ids(N, V)
     torch.compiler.reset()

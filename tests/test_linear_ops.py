@@ -13,6 +13,7 @@ import lossfuse
 from conftest import GPU
 from lossfuse import LinearOptions, linear_ops, ops
 from lossfuse.spec import LossSpec
+from options import COMPILERS
 from rows import class_weight, head_and_ids, probabilities
 from test_ops import compiles
 
@@ -152,7 +153,7 @@ def test_a_batch_that_grows_and_numbers_that_change():
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_sizes_that_change_compile_once_more(backend, reduction):
     weight = torch.randn(1, 5, device=DEVICE)
 
@@ -178,7 +179,7 @@ def test_what_is_refused_while_tracing():
             )(hidden)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_a_second_backward_of_a_compiled_loss_is_right_or_raises(backend):
     torch._dynamo.reset()
     hidden, weight, _, target = head_and_ids(6, 5, 19)
@@ -194,7 +195,7 @@ def test_a_second_backward_of_a_compiled_loss_is_right_or_raises(backend):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_create_graph_through_a_compiled_loss_raises(backend, reduction):
     torch._dynamo.reset()
     hidden, weight, _, target = head_and_ids(6, 5, 19)

@@ -14,6 +14,7 @@ import lossfuse
 from conftest import GPU
 from lossfuse import ops
 from lossfuse.spec import LossSpec
+from options import COMPILERS
 from rows import class_weight, logits_and_ids, probabilities
 
 IMPLS = ["torch", "triton"]
@@ -42,7 +43,7 @@ def test_opcheck(impl, soft):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_one_graph_with_the_numbers_of_eager(impl, backend, soft, reduction):
     """A peer's compiled loss is wrong on ignored rows, silently."""
@@ -120,7 +121,7 @@ def compiles(function, backend, calls):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_a_vocabulary_that_changes_compiles_once_more(backend, inplace, reduction):
     counts = compiles(
         lambda x, target, number: lossfuse.cross_entropy(x * 1.0, target, reduction=reduction, inplace=inplace),
@@ -146,7 +147,7 @@ def compiles_of_torch():
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_numbers_that_change_compile_no_more_than_in_torch(compiles_of_torch, backend, inplace, reduction):
     """A float of an operator is a constant of the graph, in torch's cross entropy as in ours: a graph for each value, none for one seen."""
 
@@ -159,7 +160,7 @@ def test_numbers_that_change_compile_no_more_than_in_torch(compiles_of_torch, ba
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_a_count_of_tokens_that_changes_compiles_once_more(backend, inplace):
     """As it does with every batch; as a tensor it never compiles again."""
 

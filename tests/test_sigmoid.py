@@ -9,6 +9,7 @@ import lossfuse
 from allocations import Largest
 from closeness import assert_formula_close, assert_gradient_close, assert_loss_close
 from conftest import GPU
+from options import COMPILERS
 
 N, V = 5, 2060  # more than a block, ragged
 bce = lossfuse.binary_cross_entropy_with_logits
@@ -326,7 +327,7 @@ def test_opcheck(impl, listed):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("listed", [False, True], ids=["numbers", "ids"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_one_graph(place, backend, listed, reduction):
     torch._dynamo.reset()
     x = logits(device=place.device, shape=(4, 19))
