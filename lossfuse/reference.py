@@ -70,7 +70,7 @@ def row_stats(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec:
     nowhere = logp == -torch.inf
     entropy = -(logp.exp() * torch.where(nowhere, 0.0, logp)).sum(-1)
     argmax = torch.where(valid, z.argmax(-1), no_class(spec))
-    return RowStats(loss, of_valid(z.logsumexp(-1)), of_valid(target_logprob), of_valid(entropy), argmax, loss.new_empty(0))
+    return RowStats(loss, of_valid(_logsumexp(z)), of_valid(target_logprob), of_valid(entropy), argmax, loss.new_empty(0))
 
 
 def linear_row_loss(
@@ -104,8 +104,9 @@ def linear(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 
 def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:
     """lse(z) - z[y] = softplus(lse of the other classes - z[y]): no cancellation, however confident."""
-    # the same for any common offset, so this one is a constant; a +inf logit makes its row NaN here, as in torch
-    z = z - z.amax(-1, keepdim=True).detach()
+    # the same for any common offset, so this one is a constant; a +inf logit makes its row NaN here, and all of its gradient, as in torch
+    top = z.amax(-1, keepdim=True).detach()
+    z = z - torch.where(top == torch.inf, torch.nan, top)
     is_target = torch.zeros_like(z, dtype=torch.bool).scatter(1, y, True)
     others = z.masked_fill(is_target, -torch.inf)
     # logsumexp over nothing but -inf has a NaN gradient; its value is known
@@ -130,8 +131,15 @@ def _expected_nll(z: Tensor, q: Tensor) -> Tensor:
     return (q * torch.where((q == 0) & (z == -torch.inf), 0.0, nll)).sum(-1)
 
 
+def _logsumexp(z: Tensor) -> Tensor:
+    """torch's, whose slope is exp(z - lse) and has no digits left where a row is far from 0: here the maximum is taken off first."""
+    top = z.amax(-1, keepdim=True).detach()
+    top = torch.where(top.isfinite(), top, 0.0)
+    return (z - top).logsumexp(-1) + top[:, 0]
+
+
 def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
-    return loss + spec.lse_square_scale * torch.logsumexp(z, -1) ** 2 if spec.lse_square_scale else loss
+    return loss + spec.lse_square_scale * _logsumexp(z) ** 2 if spec.lse_square_scale else loss
 
 
 def sigmoid_loss(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, ignore_index: int) -> Tensor:

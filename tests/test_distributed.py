@@ -17,6 +17,7 @@ from options import COMBINATIONS, EVERYTHING, OPTIONS, differentiated, options_o
 from programs import programs
 from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
+from test_promises import kept_over_ranks, promises_over_ranks
 
 SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
 DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
@@ -264,43 +265,6 @@ def many_classes():
     want = program.cross_entropy(x, ids, label_smoothing=0.1)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(torch.autograd.grad(got, local)[0], torch.autograd.grad(want, x)[0][:, classes], rtol=1e-10, atol=1e-14)
-
-
-def hard_rows():
-    """What goes wrong elsewhere: -inf shards, offsets, confident rows on either rank, NaN in ignored rows, no row that counts."""
-    cuts, v = TWO, 37
-    classes, shard = my_slice(cuts), VocabShard(my_slice(TWO).start, 37)
-    x, ids = (t.detach().clone() for t in logits_and_ids(8, v, ignored=0.0))
-    ids = torch.tensor([3, 30, 3, 30, 3, 30, -100, 5])
-    x[0, 20:] = -torch.inf
-    x[1, :20] = -torch.inf
-    x[2] += 2.0**20
-    x[3] -= 2.0**20
-    x[2:4] = x[2:4].round()
-    x[4, 3] = 40.0
-    x[5, 30] = 60.0
-    x[6] = torch.nan
-    x[7, ::2] = -torch.inf
-    wide = x.double().requires_grad_()
-    cleaned = torch.where((ids == -100)[:, None], 0.0, wide)
-    others = torch.where(torch.arange(v) == ids[:, None], -torch.inf, cleaned).logsumexp(1)
-    # the log of the other classes' share of a confident row, where a difference of numbers of size 1 has no digits
-    want = torch.nn.functional.softplus(others - cleaned.gather(1, ids.clamp(0)[:, None])[:, 0], threshold=1e9).where(ids != -100, 0.0)
-    for form in (lossfuse.cross_entropy, lossfuse.cross_entropy_stats):
-        local = mine(x.requires_grad_(), classes)
-        got = form(local, ids, reduction="none", shard=shard)
-        got = got if isinstance(got, torch.Tensor) else got.loss
-        assert ((got.double() - want).abs() <= 1e-5 * want.abs() + 1e-45).all(), (got, want)
-        (slope,) = torch.autograd.grad(got.sum(), local)
-        (wide_slope,) = torch.autograd.grad(want.sum(), wide, retain_graph=True)
-        assert_gradient_close(slope, wide_slope[:, classes])
-    nobody = torch.full((8,), -100)
-    local = mine(x, classes)
-    loss = lossfuse.cross_entropy(local, nobody, shard=shard)
-    assert loss.isnan() and not torch.autograd.grad(loss, local)[0].any()
-    assert lossfuse.cross_entropy(local, nobody, shard=shard, normalizer=4).detach() == 0.0
-    none_at_all = lossfuse.cross_entropy(local[:0], nobody[:0], reduction="sum", shard=shard)
-    assert none_at_all.detach() == 0.0 and torch.autograd.grad(none_at_all, local)[0].shape == local.shape
 
 
 def groups_of_one_and_no_rows():
@@ -609,24 +573,28 @@ def programs_of_the_document():
 
 
 ON_TWO = (
-    errors, shards_that_are_none, many_classes, hard_rows, groups_of_one_and_no_rows, shapes, same_on_every_rank_and_every_time,
+    errors, shards_that_are_none, many_classes, groups_of_one_and_no_rows, shapes, same_on_every_rank_and_every_time,
     in_place_contract, partial_hidden, the_reference, dtensors, other_dtypes_of_heads,
     weights_of_other_ranks_in_float16, by_modules, compiled, kernels, where_nobody_looks,
     programs_of_the_document,
 )  # fmt: skip
+# those of test_promises, of slices of the classes
+PROMISES = promises_over_ranks(every=False)
 ON_FOUR = (shards_that_are_none, many_classes, subgroups)
 
 
 def one_of_these(case):
     if isinstance(case, str):
         globals()[case]()
+    elif case in PROMISES:
+        kept_over_ranks(case)
     else:
         every_option(case)
 
 
 def test_two_ranks():
     cases = [(form, soft, tuple(SINGLE)) for form, soft in GRID]
-    cases_on_ranks(2, one_of_these, [*cases, *(f.__name__ for f in ON_TWO)], timeout=200.0)
+    cases_on_ranks(2, one_of_these, [*cases, *(f.__name__ for f in ON_TWO), *PROMISES], timeout=200.0)
 
 
 def test_four_ranks():

@@ -85,16 +85,6 @@ class TestFormula:
         check(operands, target, weight, chunks=chunks_of(2, v), **options)
         check(operands, probabilities(n, v), weight, chunks=chunks_of(2, v), **options)
 
-    def test_hidden_states_of_no_width(self):
-        hidden, weight = torch.empty(4, 0, requires_grad=True), torch.empty(7, 0, requires_grad=True)
-        bias = torch.randn(7, requires_grad=True)
-        check((hidden, weight, bias), torch.tensor([0, 6, -100, 2]), chunks=chunks_of(3, 7))
-
-    @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
-    def test_ids_of_any_width(self, dtype):
-        *operands, target = head_and_ids(6, 4, 11, ignored=0.0)
-        torch.testing.assert_close(differentiated(operands, target.to(dtype)), differentiated(operands, target), rtol=0, atol=0)
-
     @pytest.mark.parametrize(
         "normalizer",
         [3, 2.5, torch.tensor(4), torch.tensor(4.0, dtype=torch.float64), torch.tensor(7.0, dtype=torch.bfloat16)],
