@@ -304,11 +304,15 @@ def _unit(upstream: Upstream, class_weight: Tensor | None, spec: LossSpec) -> Te
     A mean over many rows, a loss scaler, class weights or a scale of the logits take them out of the range of fp16. The largest factor of
     a row becomes 256: probabilities keep their digits down to 2e-7, and 255 are left for the z-loss and the logarithms of an entropy.
     """
-    # a mean over no row is divided by 0, and an ignored row's factor may be anything
-    largest = [None if t is None else torch.where(t.isfinite(), t.abs(), 0.0).amax() for t in upstream]
+
+    def of_finite(t: Tensor) -> Tensor:
+        return torch.where(t.isfinite(), t.abs(), 0.0).amax()
+
+    # a mean over no row is divided by 0, an ignored row's factor may be anything, and so may be the weight of a class that is no target
+    largest = [None if t is None else of_finite(t) for t in upstream]
     if class_weight is not None and largest[0] is not None:
         # a shard may have no classes
-        heaviest = torch.nn.functional.pad(class_weight.to(largest[0].dtype).abs(), (0, 1)).amax()
+        heaviest = of_finite(torch.nn.functional.pad(class_weight.to(largest[0].dtype), (0, 1)))
         if spec.group is not None:
             # a row's factor is the weight of its target, wherever that is
             heaviest = gather(heaviest[None], spec.group).amax()

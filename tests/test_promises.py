@@ -12,7 +12,7 @@ import lossfuse
 import program
 from closeness import assert_gradient_close, assert_loss_close
 from conftest import PLACES, Place
-from lossfuse import targets
+from lossfuse import linear, targets
 from lossfuse.dispatch import TRITON_INSTALLED
 from lossfuse.kernels import launch
 from ranks import cases_on_ranks
@@ -249,6 +249,30 @@ def test_targets_of_no_weight(subject):
     for options in ({"reduction": "sum"}, {"normalizer": 2.0}):
         loss = subject.loss(x, target, weight, **options)
         assert loss == 0.0 and not subject.grad(loss, x).any()
+
+
+@pytest.mark.parametrize("poison", extreme(NAN, INF))
+def test_the_weight_of_a_class_that_is_no_target_may_be_anything(subject, poison):
+    """0 * NaN is no way to leave it out."""
+    x, target = given(subject, ignored=0.0)
+    target[1] = -100
+    weight = class_weight(V, subject.place.device)
+    nobody = torch.tensor([c for c in range(V) if c not in target.tolist()][:1], device=x.device)
+    for options in subject.some({"lse_square_scale": 0.1, "softcap": 9.0}, {}):
+        clean, got = (subject.results(x, target, weight.index_fill(0, nobody, w), **options) for w in (1.0, poison))
+        torch.testing.assert_close(got, clean, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("head_subject", subjects(["head", "head statistics"]))
+def test_nor_is_it_in_the_unit_of_fp16_products(head_subject, poison, monkeypatch):
+    """As on a GPU, where products take float16 and the gradient of the logits is brought into its range."""
+    monkeypatch.setattr(linear, "mixes", lambda device: True)
+    x, target = given(head_subject, dtype=torch.float16, ignored=0.0)
+    weight = class_weight(V, head_subject.place.device)
+    nobody = torch.tensor([c for c in range(V) if c not in target.tolist()][:1], device=x.device)
+    clean, got = (head_subject.results(x, target, weight.index_fill(0, nobody, w)) for w in (0.0, poison))
+    torch.testing.assert_close(got, clean, rtol=2.0**-9, atol=2.0**-24)
 
 
 def test_all_logits_far_below_zero(subject):
@@ -867,6 +891,7 @@ OF_SHARDS = (
     test_classes_of_no_probability_and_no_logit_are_left_out, test_a_normalizer_that_is_no_divisor_is_refused,
     test_a_normalizer_that_nobody_looks_at_is_divided_by, test_ids_of_any_width, test_any_layout, test_no_rows,
     test_any_factor_from_above, test_what_comes_from_above_may_have_any_stride_and_is_not_written,
+    test_the_weight_of_a_class_that_is_no_target_may_be_anything,
     test_a_second_backward_is_the_first_or_raises, test_a_z_loss_keeps_its_slope_at_an_offset,
     test_without_a_gradient_the_loss_is_the_same, test_logits_changed_before_the_backward_raise_or_do_not_matter,
 )  # fmt: skip

@@ -220,7 +220,8 @@ def _id_rows(
     w_y = ones.expand(n, 1) if weight is None else weight[y]
     kept = (1.0 - spec.label_smoothing) * w_y
     smooth = spec.label_smoothing / v
-    smooth_sum = smooth * (v * ones if weight is None else weight.sum())
+    # of the weights that may be of nobody, only if labels are smoothed
+    smooth_sum = smooth * (v * ones if weight is None else weight.sum()) if smooth else 0.0 * ones
     up = Upstream() if up is None else up
     dloss = 0.0 * ones.expand(n, 1) if up.loss is None else up.loss
     # of the negative log-likelihood; a target outside [0, V) makes its row NaN

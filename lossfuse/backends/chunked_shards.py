@@ -179,8 +179,8 @@ def _id_grads(
     if up.target_logprob is not None:
         dnll = dnll - up.target_logprob
     dnll = torch.where(bad, torch.nan, dnll)
-    # what multiplies every p alike, the target's among them
-    flat = dloss * (smooth * w_sum + 2.0 * spec.lse_square_scale * (row_max + log_sum))
+    # what multiplies every p alike, the target's among them; weights that may be of nobody count only if labels are smoothed
+    flat = dloss * ((smooth * w_sum if smooth else 0.0) + 2.0 * spec.lse_square_scale * (row_max + log_sum))
     if up.lse is not None:
         flat = flat + up.lse
 
