@@ -77,7 +77,9 @@ def given(subject, n=N, v=V, dtype=torch.float32, **how):
 def check(subject, x, target, weight=None, *, bias=None, terms=0.0, **options):
     """Losses and gradients, each entry relative to itself."""
     logits = x if bias is None else x + bias
-    want_rows, want_slopes = program.value_and_grads(logits, target, weight, torch.ones(len(x)), reduction="none", **options)
+    want_rows, want_slopes = program.value_and_grads(
+        logits, target, weight, torch.ones(len(x), device=x.device), reduction="none", **options
+    )
     got = subject.results(x, target, weight, bias=bias, **options)
     assert_loss_close(got.rows, want_rows)
     assert_loss_close(got.total, want_rows.sum())
@@ -385,7 +387,7 @@ def test_classes_of_no_probability_and_no_logit_are_left_out(subject):
     soft = probabilities(N, V, device=subject.place.device).detach()
     soft[:, 7:20] = 0.0
     got = subject.results(x, soft, bias=bias)
-    want = program.value_and_grads(x[:, left], soft[:, left], dloss=torch.ones(N), reduction="none")
+    want = program.value_and_grads(x[:, left], soft[:, left], dloss=torch.ones(N, device=x.device), reduction="none")
     assert_loss_close(got.rows, want[0])
     for slopes in (got.slopes, got.total_slopes):
         assert not slopes[:, 7:20].any()
@@ -522,12 +524,12 @@ UPSTREAM = {
 }
 
 
-@pytest.mark.parametrize("make", UPSTREAM.values(), ids=UPSTREAM)
-def test_what_comes_from_above_may_have_any_stride_and_is_not_written(any_subject, make):
+@pytest.mark.parametrize("name", extreme(*UPSTREAM))
+def test_what_comes_from_above_may_have_any_stride_and_is_not_written(any_subject, name):
     x, target = given(any_subject)
     x.requires_grad_()
     loss = any_subject.loss(x, target, reduction="none")
-    dloss = make(loss.shape).to(x.device)
+    dloss = UPSTREAM[name](loss.shape).to(x.device)
     before, version = dloss.clone(), dloss._version
     got = any_subject.grad(loss, x, dloss)
     assert torch.equal(dloss, before) and dloss._version == version
@@ -694,17 +696,16 @@ LAYOUTS = {
     "every other row": lambda: torch.randn(2 * N, V)[::2],
     "one row for all": lambda: torch.randn(1, V).expand(N, V),
     "one class for all": lambda: torch.randn(N, 1).expand(N, V),
-    "a sliding window": lambda: torch.randn(N + V).as_strided((N, V), (1, 1)),
     "at an odd address": lambda: torch.randn(N * V + 3)[3:].view(N, V),
+    "a sliding window": lambda: torch.randn(N + V).as_strided((N, V), (1, 1)),
 }
 
 
-@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
-def test_any_layout(any_subject, make):
-    x, (_, target) = make().to(any_subject.place.device), given(any_subject)
+@pytest.mark.parametrize("name", extreme(*LAYOUTS))
+def test_any_layout(any_subject, name):
+    x, (_, target) = LAYOUTS[name]().to(any_subject.place.device), given(any_subject)
     buffer = x.as_strided((x.untyped_storage().nbytes() // 4,), (1,), 0)
     before = buffer.clone()
-    # not a leaf: its gradient has strides of its own
     x.requires_grad_()
     for reduction in ("none", "mean"):
         loss = any_subject.loss(x, target, reduction=reduction)
