@@ -244,8 +244,8 @@ def check(run, b, v, lead, gap, dtype, *, thorough=True, exact=True):
     guards.check()
     assert watch is None or watch.launches
     if thorough or watch is None:
-        # slices begin at boundaries of memory: another alignment adds up in another order
-        layout = {} if exact else {"lead": lead, "gap": gap}
+        # slices begin at boundaries of memory, as do vectors of torch's sums on a GPU: another alignment adds up in another order
+        layout = {} if exact and not GPU else {"lead": lead, "gap": gap}
         same(got, run(b, Inputs(Guards(poison=False), v, dtype, n=n, **layout)))
 
 
@@ -261,6 +261,9 @@ def thorough(request):
 def test_kernels_keep_to_their_tensors(name, v, lead, gap, dtype, thorough):
     if name.startswith("head") and dtype == torch.bfloat16 and not GPU:
         pytest.skip("tl.dot of bf16 is wrong in the interpreter")
+    obstacle = linear_rows._device_obstacle(torch.device("cuda")) if name.startswith("head") and GPU else None
+    if obstacle:
+        pytest.skip(obstacle)
     check((CASES | ONLY_TRITON)[name], backend, v, lead, gap, dtype, thorough=thorough)
 
 
