@@ -3,7 +3,8 @@
 import ctypes
 import functools
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,8 +169,12 @@ def _cuda_driver() -> ctypes.CDLL | None:
         return None
 
 
+# the interpreter has one grid and one builder for the whole process (triton 3.7)
+_interpreter = threading.RLock()
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device current, which is where triton launches; nothing to do for the interpreter's CPU tensors."""
+    """Makes the tensor's device current, which is where triton launches; CPU tensors are the interpreter's, and wait for their turn."""
     if tensor.device.type == "cpu":
-        return nullcontext()
+        return _interpreter
     return torch.get_device_module(tensor.device).device(tensor.device)

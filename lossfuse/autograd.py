@@ -215,16 +215,15 @@ def writing(logits: Tensor, owner: Owner) -> Iterator[Tensor]:
     Whoever saved them finds their version changed, and whoever looks at them is told; also if the write stops half way.
     """
     dlogits = logits.detach()
+    # before anything is written: an interrupt may come at any time
     torch.autograd.graph.increment_version(logits)
+    owner.mark()
     try:
         yield dlogits
     except (IndexError, ValueError):
         # a bad target, or ranks that disagree, found before anything is written
+        owner.unmark()
         raise
-    except BaseException:
-        owner.mark()
-        raise
-    owner.mark()
 
 
 def wanted(grads: Any, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -138,3 +138,9 @@ class Owner:
             if t is not None and type(t) is Tensor:
                 t.__class__ = Consumed
                 cast(Consumed, t)._edge = edge
+
+    def unmark(self) -> None:
+        """They were not written."""
+        for t in self.alive():
+            if type(t) is Consumed:
+                cast(Tensor, t).__class__ = Tensor

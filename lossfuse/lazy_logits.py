@@ -97,6 +97,14 @@ class LazyForward:
         made: Tensor = type(self.head).forward(self.head, *args, **kwargs)
         return made
 
+    def leave(self, head: nn.Module) -> None:
+        """Give a head back the forward it had."""
+        # at no time has it neither
+        if self.instance_forward is not None:
+            head.forward = self.instance_forward
+        else:
+            del head.__dict__["forward"]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden: Any = args[0] if args else kwargs.get("input")
         plain = type(hidden) in (Tensor, nn.Parameter) or is_dtensor(hidden)

@@ -49,7 +49,7 @@ def fuse_lm_head(model: nn.Module, *, head: str | nn.Module | None = None, optio
 
     Under DDP, FSDP2 and tensor parallelism the head is fused too, called before or after them (docs/sharded_models.md). Parameters that
     FSDP2 has freed by the time logits are read are gathered again, so that reading is a collective: do it on every rank. Heads that are a
-    unit of FSDP1, parameters of ZeRO-3, or sharded in parts are not fused.
+    unit of FSDP1, parameters of ZeRO-3, or sharded in parts are not fused, nor are the replicas of ``nn.DataParallel``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__} but must be a torch.nn.Module")
@@ -80,7 +80,8 @@ def unfuse_lm_head(model: nn.Module) -> None:
 
 
 def _finder_of(model: nn.Module) -> "_HeadFinder | None":
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _HeadFinder)), None)
+    # one that is closed was interrupted before it had left
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _HeadFinder) and not hook.closed), None)
 
 
 def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module | None:
@@ -125,6 +126,13 @@ class _HeadFinder:
         return False
 
     def __call__(self, model: nn.Module, args: Any) -> None:
+        if model is not self.model:
+            # DataParallel's replica, whose head has this one's forward, and parameters on another device
+            for module in model.modules():
+                forward = module.__dict__.get("forward")
+                if isinstance(forward, LazyForward) and forward.head is not module:
+                    forward.leave(module)
+            return
         head = find_lm_head(self.model, self.name)
         if head is self.fused or self.closed:
             return
@@ -162,7 +170,5 @@ class _HeadFinder:
     def release(self) -> None:
         forward = None if self.fused is None else self.fused.__dict__.get("forward")
         if self.fused is not None and isinstance(forward, LazyForward):
-            del self.fused.__dict__["forward"]
-            if forward.instance_forward is not None:
-                self.fused.forward = forward.instance_forward
+            forward.leave(self.fused)
         self.fused = None

@@ -19,16 +19,18 @@ def debug_targets() -> Iterator[None]:
 
     On the CPU they always are. On other devices a target outside ``[0, C)`` that is not ``ignore_index`` otherwise gives a NaN loss and
     gradient for its row, without synchronising. With ``shard`` ranks look together, so that all of them raise what one of them finds;
-    within this they also compare how many rows they have, so enter it on all ranks or none.
+    within this they also compare how many rows they have, so enter it on all ranks or none. It holds for the thread or task that enters
+    it, as a context variable does: threads that already run, or that it starts (before Python 3.14), enter it themselves.
 
     Raises:
         IndexError: inside, naming the first bad row.
     """
-    token = _debug.set(True)
+    before = _debug.get()
     try:
+        _debug.set(True)
         yield
     finally:
-        _debug.reset(token)
+        _debug.set(before)
 
 
 def require_ids_in_range(target: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import sanitizer
 from .cases import named
 from .environment import CHECKOUT, run_tests, stamp
 from .goals import GOALS, Goal, judge
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # of the whole time: the tests may take this share, and goals get the rest
 TESTS_SHARE = 0.45
+# where there is a sanitizer; three runs of a program that compiles little, as the tests before it have
+SANITIZER_SHARE = 0.15
 # a rehearsal runs a few tests of every kind and cases this much smaller
 REHEARSED_TESTS = ("tests/test_values.py", "tests/test_closeness.py")
 SHRINK = {"n": 64, "v": 32, "d": 16}
@@ -54,7 +57,7 @@ def errands(goals: Sequence[Goal]) -> list[Errand]:
 
 
 def main(out: Path, minutes: float) -> int:
-    """Rows, those of the sweep, log and summary under ``out``; 0 unless a test failed or a goal was missed, then 1."""
+    """Rows, those of the sweep, log and summary under ``out``; 1 if a test or a sanitizer failed or a goal was missed, otherwise 0."""
     from rich.console import Console
 
     console = Console()
@@ -72,17 +75,21 @@ def main(out: Path, minutes: float) -> int:
         console.print("no GPU: a rehearsal with small cases on the CPU; its times mean nothing")
 
     tests = _tests(out, rehearsal, 60 * minutes * TESTS_SHARE, console)
+    command = None if rehearsal else sanitizer.find()
+    measured_by = end if command is None else end - 60 * minutes * SANITIZER_SHARE
     goals = [replace(goal, case=_shrunk(goal.case)) for goal in GOALS] if rehearsal else GOALS
     rows = out / "rows.csv"
-    failed = _measure(errands(goals), rows, out, tests, end, rehearsal, console)
+    failed = _measure(errands(goals), rows, out, tests, measured_by, rehearsal, console)
     # in a file of its own: sixteen variants of one method would crowd a page
     sweep = _shrunk(SWEEP.case) if rehearsal else SWEEP.case
-    failed += _measure([replace(SWEEP, case=sweep)], out / "sweep.csv", out, tests, end, rehearsal, console)
-    summary, missed = summarize(goals, rows, where, tests, failed)
+    failed += _measure([replace(SWEEP, case=sweep)], out / "sweep.csv", out, tests, measured_by, rehearsal, console)
+    outcomes = _sanitize(command, out, end, console)
+    summary, missed = summarize(goals, rows, where, tests, outcomes, failed)
     write_atomically(out / "summary.md", summary.encode())
     console.print(summary, markup=False)
     console.print(f"rows, sweep, log and summary: {out}")
-    return int(tests == "failed" or (missed and not rehearsal))
+    unsafe = any(outcome.verdict == "failed" for outcome in outcomes)
+    return int(tests == "failed" or unsafe or (missed and not rehearsal))
 
 
 def _tests(out: Path, rehearsal: bool, seconds: float, console: "Console") -> str:
@@ -126,7 +133,33 @@ def _measure(todo: list[Errand], rows: Path, out: Path, tests: str, end: float, 
     return failed
 
 
-def summarize(goals: Sequence[Goal], rows: Path, where: dict[str, object], tests: str, failed: Sequence[str]) -> tuple[str, bool]:
+def _sanitize(command: str | None, out: Path, end: float, console: "Console") -> list[sanitizer.Outcome]:
+    """What each tool of the sanitizer finds, in equal shares of what time is left; nothing where there is none."""
+    if command is None:
+        console.print(f"{sanitizer.COMMAND}: not looked for without a GPU, or not on the path nor in a CUDA toolkit", markup=False)
+        return []
+    outcomes = []
+    for i, tool in enumerate(sanitizer.TOOLS):
+        limit = (end - time.monotonic()) / (len(sanitizer.TOOLS) - i)
+        if limit < 5:
+            outcome = sanitizer.Outcome(tool, "not run", "no time left", "")
+        else:
+            with console.status(f"{tool}, at most {limit:.0f} s"):
+                outcome = sanitizer.run(command, tool, limit)
+        _log(out, f"$ {sanitizer.COMMAND} --tool {tool}\n{outcome.said}\n")
+        console.print(f"{tool} {outcome.verdict}: {outcome.why}", markup=False)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def summarize(
+    goals: Sequence[Goal],
+    rows: Path,
+    where: dict[str, object],
+    tests: str,
+    sanitized: Sequence[sanitizer.Outcome],
+    failed: Sequence[str],
+) -> tuple[str, bool]:
     """A page of Markdown, and whether a goal that was measured was missed."""
     frame = read([rows] if rows.exists() else [])
     outcomes = [judge(goal, frame) for goal in goals]
@@ -141,6 +174,9 @@ def summarize(goals: Sequence[Goal], rows: Path, where: dict[str, object], tests
         "|---|---|---|",
         *(f"| {_cell(str(o.goal))} | {_cell(o.measured)} | {o.verdict} |" for o in outcomes),
     ]
+    if sanitized:
+        lines += ["", "Every kernel under compute-sanitizer:", ""]
+        lines += [f"- {o.tool} {o.verdict}: {_cell(o.why)}" for o in sanitized]
     if failed:
         lines += ["", "Not measured:", "", *(f"- {_cell(line)}" for line in failed)]
     return "\n".join(lines) + "\n", counts["miss"] > 0

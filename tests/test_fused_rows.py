@@ -267,7 +267,7 @@ def in_frame(x, gap, lead, filler):
     return memory, rows, outside
 
 
-@pytest.mark.parametrize(("lead", "gap"), [(0, 0), (0, 1), (1, 6), (3, 16)])
+@pytest.mark.parametrize(("lead", "gap"), [*(pytest.param(*at, marks=pytest.mark.slow) for at in ((0, 0), (0, 1))), (1, 6), (3, 16)])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", ["whole", 64, "sweeps"])
 def test_nothing_outside_the_rows_is_read_or_written(force, device, way, dtype, gap, lead):

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import lossfuse
+import public
 from closeness import assert_gradient_close
 from conftest import GPU
+from public import together
 from rows import logits_and_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
@@ -150,6 +152,65 @@ def test_calls_on_several_streams_at_once():
                 results.append(step(x, target, factor, inplace=True))
     torch.cuda.synchronize()
     assert all(torch.equal(loss, want[0]) and torch.equal(grad, want[1]) for loss, grad in results)
+
+
+def big(seed=0):
+    """Rows that are split, unaligned, and a head of several chunks of classes."""
+    return public.tensors("cuda", torch.bfloat16, seed=seed, n=100, d=64, v=32_001)
+
+
+@pytest.mark.parametrize("aside", [False, True], ids=["", "on a side stream"])
+@pytest.mark.parametrize("name", public.CALLS)
+def test_every_function_can_be_captured(name, aside):
+    call, there = public.CALLS[name], big()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call(there, "triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream if aside else None):
+        made = call(there, "triton")
+    for seed in (1, 2):
+        fresh = big(seed)
+        public.into(there, fresh)
+        graph.replay()
+        for got, want in zip(made, call(fresh, "triton"), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", public.CALLS)
+def test_every_function_on_streams_of_several_threads(name):
+    call, cases = public.CALLS[name], [big(seed) for seed in range(4)]
+    want = [call(t, "triton") for t in cases]
+    torch.cuda.synchronize()
+
+    def work(t):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            made = call(t, "triton")
+            torch.cuda.current_stream().synchronize()
+        return made
+
+    for _ in range(3):
+        for got, wanted in zip(together([lambda t=t: work(t) for t in cases]), want, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_backward_in_a_thread_of_autograd_on_the_stream_of_the_forward():
+    x, target = logits_and_ids(300, 32_001, torch.bfloat16, "cuda")
+    factor = torch.tensor(2.0, device="cuda")
+    want = step(x, target, factor, inplace=True)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # a while before the logits are there
+        torch.cuda._sleep(10_000_000)
+        loss = lossfuse.cross_entropy(x * 1.0, target, inplace=True)
+    # autograd runs the backward on that stream, whoever asks
+    ((grad,),) = together([lambda: torch.autograd.grad(loss * factor, x)])
+    torch.cuda.synchronize()
+    assert torch.equal(loss, want[0]) and torch.equal(grad, want[1])
 
 
 HEADS = {"default": {}, "none": {"reduction": "none"}, "cap": {"softcap": 20.0}, "smoothing": {"label_smoothing": 0.1}}

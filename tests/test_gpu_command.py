@@ -144,9 +144,9 @@ def test_a_missed_goal_is_told(tmp_path):
     append(tmp_path / "rows.csv", [row(ideal_ms=0.1)])
     where = {"device": "a|b<c>", "torch": "2", "triton": "", "lossfuse": "0", "commit": "", "dirty": True, "date": "today"}
     goal = Goal("llama3", "bf16", STEP, "lossfuse", roofline=0.66)
-    summary, missed = gpu.summarize([goal], tmp_path / "rows.csv", where, "failed", ["x | <script>"])
+    summary, missed = gpu.summarize([goal], tmp_path / "rows.csv", where, "failed", [], ["x | <script>"])
     assert missed and "0 pass, 1 miss, 0 not measured" in summary and "- x \\| &lt;script>" in summary
-    assert not gpu.summarize([goal], tmp_path / "absent.csv", where, "failed", [])[1]
+    assert not gpu.summarize([goal], tmp_path / "absent.csv", where, "failed", [], [])[1]
     assert goals.GOALS is GOALS
 
 

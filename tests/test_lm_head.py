@@ -838,3 +838,35 @@ def test_memory_of_a_parameter_put_aside():
     assert z._base is None
     with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
         torch.sin(z)
+
+
+def replica_of(model):
+    """As torch.nn.parallel.replicate makes one for every GPU: shallow copies of modules, with copies of parameters that are none."""
+    modules = list(model.modules())
+    copies = {id(m): m._replicate_for_data_parallel() for m in modules}
+    for m in modules:
+        for name, child in m._modules.items():
+            setattr(copies[id(m)], name, copies[id(child)])
+        for name, p in m._parameters.items():
+            setattr(copies[id(m)], name, None if p is None else p.clone())
+    return copies[id(model)]
+
+
+@pytest.mark.parametrize("by", ["its own word", "the head"])
+def test_replicas_of_data_parallel_have_heads_of_their_own(by):
+    model = Tiny()
+    report = lossfuse.fuse_lm_head(model, head=None if by == "its own word" else model.lm_head)
+    replicas, stock = [replica_of(model) for _ in range(2)], copy.deepcopy(model)
+    lossfuse.unfuse_lm_head(stock)
+    for doubled in (False, True):
+        if doubled:
+            # as if it were on another device
+            replicas[1].lm_head.weight = replicas[1].lm_head.weight * 2.0
+            with torch.no_grad():
+                stock.lm_head.weight *= 2.0
+        made = replicas[doubled](IDS)
+        assert type(made) is torch.Tensor
+        torch.testing.assert_close(made, stock(IDS))
+    assert type(model(IDS)) is not torch.Tensor and not report.made
+    ce(model(IDS)).backward()
+    assert report.fused == {"cross_entropy": 1}

@@ -1,15 +1,21 @@
 """Blocks in threads of their own: the same numbers, errors and modes as in one thread, and nothing left behind."""
 
 import os
+import signal
+import sys
 import threading
+import time
 
 import pytest
 import torch
 
 import lossfuse
+import public
+from lossfuse import targets
 from lossfuse.backends import chunked, threads
 from lossfuse.spec import LossSpec
-from rows import logits_and_ids, probabilities
+from public import together
+from rows import head_and_ids, logits_and_ids, probabilities
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +106,140 @@ def test_a_forked_process_makes_threads_of_its_own():
         # the pool of the parent would never answer
         os._exit(0 if threads.run([lambda: 3] * 5, 2) == [3] * 5 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.fixture
+def often():
+    """Threads take turns a thousand times as often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("name", public.CALLS)
+def test_every_function_in_several_threads(thrifty_fast_place, often, name):
+    impl, device = thrifty_fast_place.impl, thrifty_fast_place.device
+    size = {"n": 6, "v": 40} if impl == "triton" and device == "cpu" else {"n": 100, "v": 400}
+    call, seeds = public.CALLS[name], range(4)
+    cases = [public.tensors(device, seed=seed, **size) for seed in seeds]
+    want = [call(t, impl) for t in cases]
+    for _ in range(3):
+        for got, wanted in zip(together([lambda t=t: call(t, impl) for t in cases]), want, strict=True):
+            assert len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+def test_the_interpreter_takes_one_caller_at_a_time(often):
+    pytest.importorskip("triton")
+    cases = [public.tensors(seed=seed, n=6, v=40) for seed in range(4)]
+    call = public.CALLS["cross_entropy"]
+    want = [call(t, "triton") for t in cases]
+    for got, wanted in zip(together([lambda t=t: call(t, "triton") for t in cases]), want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reduction": "none"}], ids=str)
+def test_backward_in_another_thread_than_forward(options):
+    x, target = logits_and_ids(200, 400)
+    losses = [lossfuse.cross_entropy(x * 1.0, target, **options).sum() for _ in range(4)]
+    (want,) = torch.autograd.grad(lossfuse.cross_entropy(x * 1.0, target, **options).sum(), x)
+    grads = together([lambda loss=loss: torch.autograd.grad(loss, x)[0] for loss in losses])
+    assert all(torch.equal(grad, want) for grad in grads)
+
+
+def test_one_leaf_gathers_the_gradients_of_several_threads():
+    hidden, weight, _, ids = head_and_ids(60, 16, 40)
+    lossfuse.linear_cross_entropy(hidden, weight, ids).backward()
+    once, hidden.grad, weight.grad = weight.grad, None, None
+    together([lambda: lossfuse.linear_cross_entropy(hidden, weight, ids).backward() for _ in range(4)])
+    torch.testing.assert_close(weight.grad, 4 * once)
+
+
+def test_what_a_thread_debugs_is_its_own():
+    inside, told = threading.Event(), []
+
+    def debug():
+        with lossfuse.debug_targets():
+            told.append(targets.debugging())
+            inside.set()
+            done.wait(10)
+
+    done = threading.Event()
+    other = threading.Thread(target=debug)
+    other.start()
+    inside.wait(10)
+    told.append(targets.debugging())
+    done.set()
+    other.join()
+    with lossfuse.debug_targets():
+        told += together([targets.debugging])
+    assert told == [True, False, False]
+
+
+def test_without_threads_the_caller_does_the_work(monkeypatch):
+    """As at the end of the interpreter, or where a process may have no more."""
+    before = torch.get_num_threads()
+    real, started = threading.Thread.start, []
+
+    def start(thread):
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as patch:
+        threads._forget()
+        patch.setattr(threading.Thread, "start", start)
+        assert threads.run([lambda i=i: i * i for i in range(20)], 3) == [i * i for i in range(20)]
+    assert len(started) == 2 and torch.get_num_threads() == before
+    # the one that did start waits for nobody
+    started[0].join(10)
+    assert not started[0].is_alive()
+    seen = together([torch.get_num_threads])
+    assert seen == [before] and threads.run([lambda: 3] * 5, 3) == [3] * 5
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs a signal that wakes the main thread")
+def test_an_interrupt_stops_every_thread_first():
+    """The second one too: what it interrupts is the wait for those who still write."""
+    running, ended = threading.Semaphore(0), []
+
+    def slow(i):
+        running.release()
+        time.sleep(0.3)
+        ended.append(i)
+
+    def interrupt():
+        for _ in range(2):
+            running.acquire()
+        for _ in range(2):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.05)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        threads.run([lambda i=i: slow(i) for i in range(10)], 2)
+    assert sorted(ended) == [0, 1]
+    other.join()
+    time.sleep(0.05)
+    assert sorted(ended) == [0, 1] and threads.run([lambda: 3] * 5, 2) == [3] * 5
+
+
+def test_a_pool_interrupted_while_it_is_made(monkeypatch):
+    before, real = torch.get_num_threads(), threading.Barrier.wait
+
+    def wait(barrier, timeout=None):
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return real(barrier, timeout)
+
+    threads._forget()
+    alive = threading.active_count()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Barrier, "wait", wait)
+        threads.run([int] * 5, 3)
+    # nobody waits for a barrier, or the process would never end
+    assert threading.active_count() <= alive and torch.get_num_threads() == before and not threads._making.locked()
+    assert threads.run([lambda: 3] * 5, 3) == [3] * 5

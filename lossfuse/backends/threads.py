@@ -27,36 +27,67 @@ def workers() -> int:
 
 
 def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
-    """The results of all tasks, by ``count`` threads; an exception is raised after every thread has stopped."""
-    pool = _pool_of(count)
+    """The results of all tasks, by ``count`` threads, or by the caller where no thread is to be had.
+
+    An exception is raised after every thread has stopped.
+    """
     inference = torch.is_inference_mode_enabled()
     todo = iter(enumerate(tasks))
-    taking = threading.Lock()
     results: dict[int, T] = {}
-    stop = threading.Event()
+    errors: list[BaseException] = []
+    changed = threading.Condition()
+    busy, over = 0, False
 
     def work() -> None:
+        nonlocal busy, over
         # modes belong to threads
         with torch.inference_mode(inference), torch.no_grad():
-            while not stop.is_set():
-                with taking:
-                    i, task = next(todo, (-1, None))
-                if task is None:
-                    return
-                results[i] = task()
+            while True:
+                with changed:
+                    i, task = (-1, None) if over else next(todo, (-1, None))
+                    if task is None:
+                        over = True
+                        changed.notify_all()
+                        return
+                    busy += 1
+                try:
+                    results[i] = task()
+                except BaseException as error:
+                    errors.append(error)
+                    over = True
+                finally:
+                    with changed:
+                        busy -= 1
+                        changed.notify_all()
 
-    futures = [pool.submit(work) for _ in range(min(count, len(tasks)))]
+    def wait() -> None:
+        with changed:
+            changed.wait_for(lambda: over and busy == 0)
+
+    asked = 0
     try:
-        errors = [future.exception() for future in futures]
+        try:
+            pool = _pool_of(count)
+            for _ in range(min(count, len(tasks))):
+                pool.submit(work)
+                asked += 1
+        except RuntimeError:
+            # no more threads: the process ends, or has as many as it may have
+            if asked == 0:
+                return [task() for task in tasks]
+        wait()
     except BaseException:
-        # an interrupt: nobody may go on writing into the caller's memory
-        stop.set()
-        for future in futures:
-            future.exception()
+        # an interrupt: nobody may go on writing into the caller's memory, nor may another one let them
+        over = True
+        while True:
+            try:
+                wait()
+                break
+            except KeyboardInterrupt:
+                pass
         raise
-    for error in errors:
-        if error is not None:
-            raise error
+    if errors:
+        raise errors[0]
     return [results[i] for i in range(len(tasks))]
 
 
@@ -67,11 +98,18 @@ def _pool_of(count: int) -> ThreadPoolExecutor:
             mine = torch.get_num_threads()
             together = threading.Barrier(count + 1)
             pool = ThreadPoolExecutor(count, thread_name_prefix="lossfuse")
-            for _ in range(count):
-                pool.submit(_alone, together)
-            together.wait()
-            # the number is of the thread, but a thread that never set one starts with what was set last anywhere
-            torch.set_num_threads(mine)
+            try:
+                for _ in range(count):
+                    pool.submit(_alone, together)
+                together.wait()
+            except BaseException:
+                # those that are there would wait for the others until the process ends, which waits for them
+                together.abort()
+                pool.shutdown()
+                raise
+            finally:
+                # the number is of the thread, but a thread that never set one starts with what was set last anywhere
+                torch.set_num_threads(mine)
             _pool, _size = pool, count
         return _pool
 
