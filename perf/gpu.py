@@ -81,7 +81,7 @@ def main(out: Path, minutes: float) -> int:
     summary, missed = summarize(goals, rows, where, tests, failed)
     write_atomically(out / "summary.md", summary.encode())
     console.print(summary, markup=False)
-    console.print(f"rows, sweep, log and summary: {out}")
+    console.print(f"rows, sweep, log and summary: {out}", markup=False)
     return int(tests == "failed" or (missed and not rehearsal))
 
 
