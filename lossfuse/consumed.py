@@ -86,6 +86,10 @@ def _why_not(input: Tensor, rows: Rows) -> str | None:
         return f"input is a {type(input).__name__}, not a plain Tensor"
     if input._base is not None and input._base.numel() != input.numel():
         return "input is a part of a larger tensor"
+    if input.is_neg():
+        return "input is a negative view, whose memory holds other numbers"
+    if rows.soft and rows.target.untyped_storage()._cdata == rows.logits.untyped_storage()._cdata:
+        return "target lies in the memory of input"
     if not is_sole_owner(input, input._base, rows.logits):
         return "another tensor shares the memory of input (a view, a detached alias, or an output that was saved for a backward)"
     return None

@@ -88,7 +88,8 @@ def known_in_forward(rows: HeadRows, divisor: Tensor | None) -> bool:
 
 def writes_in_place(backend: str) -> bool:
     """Whether a call may write over its logits here: nobody plans memory around it or keeps what it saved."""
-    return backend != "reference" and not torch.compiler.is_compiling() and not _saved_tensors_hooks_active()
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    return backend != "reference" and not traced and not _saved_tensors_hooks_active()
 
 
 def _beyond_the_fast_paths(weights: Mapping[str, Tensor | None], *operands: Tensor | None) -> str | None:
@@ -98,18 +99,18 @@ def _beyond_the_fast_paths(weights: Mapping[str, Tensor | None], *operands: Tens
             return f"{name} requires grad, and its gradient is only in the reference"
     if torch_func_active():
         return "a torch.func transform is active"
-    if _tangents_possible() and any(t is not None and _has_tangent(t) for t in (*operands, *weights.values())):
+    if tangents_possible() and any(t is not None and _has_tangent(t) for t in (*operands, *weights.values())):
         return "an argument carries a forward-mode tangent"
     return None
 
 
-def _tangents_possible() -> bool:
+def tangents_possible() -> bool:
     # a compiler, which cannot look at a tensor, knows this much
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def _has_tangent(t: Tensor) -> bool:
-    if not _tangents_possible():
+    if not tangents_possible():
         return False
     return torch.compiler.is_compiling() or torch.autograd.forward_ad.unpack_dual(t).tangent is not None
 

@@ -12,7 +12,7 @@ from .dispatch import forms_gradient_in_forward, makes_graph, pick, pick_or_torc
 from .inputs import LOGIT_DTYPES, flatten, require_tensor
 from .reduce import denominator, reduce_rows
 from .sigmoid_inputs import check_broadcast, check_labels, flatten_labels
-from .spec import loss_spec, resolve_reduction
+from .spec import loss_spec, require_bool, resolve_reduction
 from .targets import require_ids_in_range, values_are_at_hand
 
 
@@ -74,6 +74,7 @@ def binary_cross_entropy_with_logits(
     """
     reduction = resolve_reduction(reduction, size_average, reduce)
     rows = flatten_labels(input, target, weight, pos_weight, ignore_index)
+    require_bool("inplace", inplace)
     backend = pick(impl, rows)
     wanted = inplace and torch.is_grad_enabled() and input.requires_grad
     consume = wanted and writes_in_place(backend) and may_consume(input, rows)

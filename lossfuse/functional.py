@@ -13,7 +13,7 @@ from .dispatch import forms_gradient_in_forward, known_in_forward, makes_graph, 
 from .distributed import local_head, local_logits, shard_options, shared, whole_head, whole_logits
 from .inputs import HeadRows, autocast_operands, check_head, check_normalizer, flatten, flatten_head, main_grad_of
 from .reduce import denominator, reduce_rows
-from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, resolve_reduction
+from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
 from .targets import require_ids_in_range
 
 
@@ -119,6 +119,7 @@ def cross_entropy(
     spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard))
     rows = flatten(input, target, weight, ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
+    require_bool("inplace", inplace)
     backend = pick(impl, rows)
     if shard is not None and backend == "reference":
         return cross_entropy(

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.hooks import RemovableHandle
 
 from .cut_heads import Cut, as_replicas, cut_of, is_cut, is_dtensor, local_arguments, localised, redistributed, replicas
+from .dispatch import tangents_possible
 from .inputs import torch_func_active
 from .spec import LinearOptions
 from .wrappers import Lenders, Lent, held, is_plain_linear, lent, modules_told, must_not_be_entered, told_by
@@ -109,7 +110,7 @@ class LazyForward:
         hidden: Any = args[0] if args else kwargs.get("input")
         plain = type(hidden) in (Tensor, nn.Parameter) or is_dtensor(hidden)
         plain = plain and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
-        training = self.head.training and torch.is_grad_enabled() and not torch_func_active()
+        training = self.head.training and torch.is_grad_enabled() and not torch_func_active() and not tangents_possible()
         if not (plain and training) or torch.is_inference_mode_enabled() or hidden.is_inference():
             return self.original(*args, **kwargs)
         if not self.finder.finds(self.head):
@@ -226,10 +227,10 @@ class Source:
             self.forward.known[key] = row.shape[1], row.dtype
         return self.forward.known[key]
 
-    def original(self) -> Tensor:
+    def original(self, hidden: Tensor | None = None) -> Tensor:
         self.require_unchanged()
         with torch.enable_grad(), self.as_called():
-            return self.forward.original(self.hidden)
+            return self.forward.original(self.hidden if hidden is None else hidden)
 
     def make(self) -> Tensor:
         if self.made is None:
@@ -462,8 +463,10 @@ class _Unmade(torch.autograd.Function):
         for hook in source.begins.values():
             hook(dlogits)
         with source.present():
-            value = ctx.expression.again()
-            wanted = [t for t, needed in zip(ctx.leaves, needs, strict=True) if needed]
+            # a tied weight is behind the hidden states too, whose own backward comes later
+            cut = {id(t): t.detach().requires_grad_() for t in ctx.leaves if t.grad_fn is not None}
+            value = ctx.expression.again(cut)
+            wanted = [cut.get(id(t), t) for t, needed in zip(ctx.leaves, needs, strict=True) if needed]
             grads = iter(torch.autograd.grad(value, wanted, dlogits, allow_unused=True))
         return None, *(next(grads) if needed else None for needed in needs)
 
@@ -615,21 +618,23 @@ class _Expression:
             if inner and lazy._made._version != lazy._made_version:
                 raise RuntimeError(STALE.format(what="what was made of others like them"))
             return lazy._made
-        made = self.source.make() if self.func is None else self._called(lambda x: x.value(inner=True))
+        made = self.source.make() if self.func is None else self._called(lambda x: x.value(inner=True) if isinstance(x, _Expression) else x)
         if lazy is not None:
             lazy._made, lazy._made_version = made, made._version
         return made
 
-    def again(self) -> Tensor:
-        """With a graph of its own: who has used what was made may have freed its."""
+    def again(self, cut: dict[int, Tensor]) -> Tensor:
+        """With a graph of its own: who has used what was made may have freed its. It ends at ``cut``, by the tensors they stand for."""
         lazy = self.lazy()
         if lazy is not None and lazy._made is not None and lazy._made._version != lazy._made_version:
             return lazy._made
-        return self.source.original() if self.func is None else self._called(lambda x: x.again())
+        if self.func is None:
+            return self.source.original(cut.get(id(self.source.hidden)))
+        return self._called(lambda x: x.again(cut) if isinstance(x, _Expression) else cut.get(id(x), x))
 
-    def _called(self, value_of: Callable[["_Expression"], Tensor]) -> Tensor:
+    def _called(self, value_of: Callable[[Any], Any]) -> Tensor:
         require_unchanged(self.watched)
-        args, kwargs = tree_map(lambda x: value_of(x) if isinstance(x, _Expression) else x, self.arguments)
+        args, kwargs = tree_map(value_of, self.arguments)
         kind = self.source.hidden.device.type
         with torch.set_grad_enabled(self.grad), torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
             made: Tensor = self.func(*args, **kwargs)

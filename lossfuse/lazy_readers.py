@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from . import functional, statistics
@@ -14,7 +15,7 @@ from .inputs import Targets
 from .lazy_logits import LazyLogits, Shaping, T, can_be, handles, of_classes
 from .linear import chunk_rows
 from .reduce import divisor_of, reduce_rows
-from .spec import resolve_reduction
+from .spec import loss_spec, require_bool, resolve_reduction
 from .statistics import LossStats
 
 # no target is it
@@ -44,6 +45,8 @@ def _ours(input: LazyLogits, *args: Any, **options: Any) -> Any:
     names = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
     options = {**dict(zip(names, args, strict=False)), **options}
     target, scale, cap = options.pop("target"), options.pop("logit_scale"), options.pop("softcap")
+    # before the two are taken for parts of what was recorded
+    loss_spec(-100, 0.0, cap, scale)
     shaping: Shaping | None = input._shaping
     options["reduction"] = resolve_reduction(options["reduction"], options.pop("size_average"), options.pop("reduce"))
     if input._shaping.kind != "logits" or (cap is not None and input._shaping.cap is not None):
@@ -56,9 +59,13 @@ def _ours(input: LazyLogits, *args: Any, **options: Any) -> Any:
     if shaping is None:
         return NotImplemented
     # there are none to write over
-    options.pop("inplace", None)
+    require_bool("inplace", options.pop("inplace", False))
     reads: dict[str, bool] = {name: options.pop(name) for name in ("entropy", "argmax") if name in options}
-    return _loss(input._but(shaping=shaping), target, options, reads or None)
+    made = _loss(input._but(shaping=shaping), target, options, reads or None)
+    if input._rows.dtype == torch.float64 != input._shaping.dtype:
+        # ours is float64 for logits of that dtype alone
+        made = tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, made)
+    return made
 
 
 @handles(F.nll_loss)
@@ -221,6 +228,8 @@ def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: 
     t = target.reshape(-1, shaping.num_classes) if target.is_floating_point() else target.reshape(-1)
 
     def part(hidden: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        # in the backward again
+        source.require_unchanged()
         with torch.set_grad_enabled(torch.is_grad_enabled() and x._of_head):
             z = source.forward.original(hidden)[:, : shaping.num_classes]
         if shaping.bias is not None:

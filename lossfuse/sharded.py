@@ -1,12 +1,13 @@
 """Losses whose classes are cut among the ranks of a group: what goes over the wire, and a backend made of one for a shard.
 
 A forward gathers a few numbers a row from every rank, in one collective; merged (``shards``), they are the same on every rank, and a
-gradient is made of them without another. With them goes what tells whether the ranks do the same thing: where their shards lie, how their
-targets sum up, whether one of them is bad. On a CPU, and within ``debug_targets``, every rank looks at it and raises the same error;
-elsewhere all that is returned is NaN.
+gradient is made of them without another. With them goes what tells whether the ranks do the same thing: where their shards lie, what their
+options are, how their targets sum up, whether one of them is bad. On a CPU, and within ``debug_targets``, every rank looks at it and raises
+the same error; elsewhere all that is returned is NaN.
 """
 
 import sys
+import zlib
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +20,8 @@ from .shards import kept, merge, nothing, row_loss, row_stats
 from .spec import LossSpec
 from .targets import debugging, values_are_at_hand
 
-# of a rank: where its classes lie, what its targets sum up to, row of its first bad target (or -1), that target
-HEADER_INTS = 4
+# of a rank: where its classes lie, its options, what its targets sum up to, row of its first bad target (or -1), that target
+HEADER_INTS = 5
 
 
 class Sharded:
@@ -185,18 +186,26 @@ def _require_same_rows(n: int, like: Tensor, group: str) -> None:
 def _header(target: Tensor, v: int, spec: LossSpec, looked_at: bool) -> Tensor:
     """(HEADER_INTS,) int64; bad targets only where they are looked at, since elsewhere their rows are NaN."""
     place = torch.full((1,), (spec.first_class or 0) * 2**31 + v, device=target.device)
+    chosen = torch.full((1,), _options_of(spec), device=target.device)
     none = torch.full((2,), -1, device=target.device)
     if target.is_floating_point() or len(target) == 0:
-        return torch.cat([place, none[:1], none])
+        return torch.cat([place, chosen, none[:1], none])
     # odd factors, all of them different, so that neither an exchange of two rows nor another id goes unseen; powers, since of a line
     # of factors two exchanges cancel where they are as far apart
     first, step = 0x9E3779B97F4A7C15 >> 3 | 1, 0x85EBCA77C2B2AE3D >> 30 & ~1
     factors = torch.arange(first, first + step * len(target), step, device=target.device)[: len(target)].pow_(5)
     total = (target * factors).sum(0, keepdim=True)
     if not looked_at:
-        return torch.cat([place, total, none])
+        return torch.cat([place, chosen, total, none])
     bad = ((target != spec.ignore_index) & ((target < 0) | (target >= (spec.num_classes or 0)))).nonzero()[:1, 0]
-    return torch.cat([place, total, bad, target[bad]] if len(bad) else [place, total, none])
+    return torch.cat([place, chosen, total, bad, target[bad]] if len(bad) else [place, chosen, total, none])
+
+
+def _options_of(spec: LossSpec) -> int:
+    """A number for what the ranks must have alike; of texts, since those of numbers and None differ between processes."""
+    numbers = (spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale)
+    text = repr((int(spec.ignore_index), spec.num_classes, *(None if x is None else float(x) for x in numbers)))
+    return zlib.crc32(text.encode())
 
 
 def _as_floats(ints: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,13 +222,18 @@ def _as_ints(floats: Tensor) -> Tensor:
 def _agree(ints: Tensor, spec: LossSpec, looked_at: bool) -> Tensor:
     """Whether all ranks do the same thing, (); what is looked at every rank raises alike."""
     assert spec.num_classes is not None
-    places, sums, rows, targets = ints.unbind(1)
+    places, chosen, sums, rows, targets = ints.unbind(1)
     # by their starts, where they have the same the empty ones first
     places = places.sort().values
     starts, sizes = places >> 31, places % 2**31
     tiles = F.pad(starts, (0, 1), value=spec.num_classes) == F.pad(starts + sizes, (1, 0))
-    same_targets = sums == sums[0]
+    same_options, same_targets = chosen == chosen[0], sums == sums[0]
     if looked_at:
+        if not bool(same_options.all()):
+            raise ValueError(
+                "the ranks of shard.group differ in num_classes, ignore_index, label_smoothing, softcap, logit_scale or lse_square_scale;"
+                " all of them pass the same"
+            )
         if not bool(tiles.all()):
             held = ", ".join(f"[{start}, {start + size})" for start, size in zip(starts.tolist(), sizes.tolist(), strict=True))
             raise ValueError(f"shard: the ranks hold the classes {held}; expected each of [0, {spec.num_classes}) once")
@@ -231,4 +245,4 @@ def _agree(ints: Tensor, spec: LossSpec, looked_at: bool) -> Tensor:
                 )
         if not bool(same_targets.all()):
             raise ValueError("target differs between the ranks of shard.group; each takes the same rows, with its own classes of them")
-    return tiles.all() & same_targets.all()
+    return tiles.all() & same_options.all() & same_targets.all()

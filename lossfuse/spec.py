@@ -52,6 +52,15 @@ class LossSpec:
         if self.logit_scale is not None:
             require_finite("logit_scale", self.logit_scale)
         require_finite("lse_square_scale", self.lse_square_scale)
+        if not torch.compiler.is_compiling():
+            self._of_python()
+
+    def _of_python(self) -> None:
+        """Arithmetic with numpy's numbers is in their own precision, and kernels do not take them."""
+        for name, kind in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and type(value) not in (int, float):
+                object.__setattr__(self, name, kind(value))
 
     @property
     def shapes_logits(self) -> bool:
@@ -76,14 +85,26 @@ def _known_spec(*options: Any) -> LossSpec:
     return LossSpec(*options)
 
 
+_NUMBERS: dict[str, type] = {
+    "ignore_index": int, "label_smoothing": float, "softcap": float, "logit_scale": float, "lse_square_scale": float,
+}  # fmt: skip
 LARGEST = 3.4028234663852886e38
+
+
+def require_bool(name: str, value: Any) -> None:
+    """True or False, and nothing that is taken for one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r} but must be True or False")
 
 
 def require_finite(name: str, value: Any) -> None:
     """A Python or numpy number that float32 can hold."""
     # a compiler's symbolic number has no __float__, but compares
-    if not torch.compiler.is_compiling() and (isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__")):
-        raise TypeError(f"{name} is a {type(value).__name__} but must be a Python number")
+    if not torch.compiler.is_compiling():
+        if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name} is a {type(value).__name__} but must be a Python number")
+        # numpy's would be compared in their own precision
+        value = value if isinstance(value, int) else float(value)
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} is {value} but must be finite in float32")
 

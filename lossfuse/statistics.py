@@ -14,7 +14,7 @@ from .functional import head_call
 from .inputs import Targets, check_normalizer, flatten
 from .reduce import denominator, reduce_rows
 from .row_stats import Wants
-from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, resolve_reduction
+from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
 from .targets import require_ids_in_range
 
 
@@ -202,8 +202,7 @@ def linear_cross_entropy_stats(
 
 def wanted(entropy: bool, argmax: bool) -> Wants:
     for name, value in (("entropy", entropy), ("argmax", argmax)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r} but must be True or False")
+        require_bool(name, value)
     return Wants(entropy, argmax)
 
 

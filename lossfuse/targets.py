@@ -53,8 +53,16 @@ def debugging() -> bool:
     return _debug.get() and not torch.compiler.is_compiling()
 
 
+# make_fx and AOTAutograd, without a compiler around them; not public, as everything about modes
+_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+
+
+def _traced() -> bool:
+    return torch._C._is_tracing() or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+
+
 def values_are_at_hand(t: Tensor) -> bool:
     """Whether its values may be looked at: there are some, and looking is free (CPU) or asked for."""
-    if torch.compiler.is_compiling() or torch_func_active() or isinstance(t, FakeTensor):
+    if torch.compiler.is_compiling() or torch_func_active() or isinstance(t, FakeTensor) or _traced():
         return False
     return t.device.type != "meta" and (t.device.type == "cpu" or _debug.get())

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..spec import REDUCTIONS, LinearOptions
 from .cases import CASES, DTYPES, MODES
 from .mistakes import Mistake
+from .shown import clean
 
 EXTRA = ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert")
 
@@ -22,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options)
     except Mistake as mistake:
-        print(f"lossfuse.perf {options.command}: {mistake}", file=sys.stderr)
+        # it may quote a file of somebody else's
+        print(f"lossfuse.perf {options.command}: {clean(mistake)}", file=sys.stderr)
         return 2
 
 

@@ -152,8 +152,9 @@ def main(
     for op in dict.fromkeys(case.op for case in chosen):
         methods[op], lines = known.of(op, device, only)
         for line in lines:
-            console.print(line, style="dim")
-    console.print(f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}")
+            console.print(line, style="dim", markup=False)
+    facts = f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}"
+    console.print(facts, markup=False)
     for case in chosen:
         rows: list[Row] = []
         with console.status("") as status:
@@ -165,7 +166,7 @@ def main(
         if out is not None:
             append(out, rows)
     if out is not None:
-        console.print(f"rows: {out}")
+        console.print(f"rows: {out}", markup=False)
 
 
 def show(case: Case, rows: list[Row], console: "Console") -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .mistakes import Mistake
-from .rows import read
+from .rows import TEXT, read
+from .shown import clean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,7 @@ def select(text: str) -> "pd.DataFrame":
     """The rows of ``FILE`` or ``FILE@COMMIT``: the last run of each row, of the newest commit if none is named."""
     name, at, commit = text.partition("@")
     frame = read([Path(name)])
+    frame[TEXT] = frame[TEXT].map(clean)
     if not len(frame):
         raise Incomparable(f"{name} has no rows")
     if not at:

@@ -1,5 +1,6 @@
 """The same small transformer trained on the same real text with torch's loss and with ours, in turn, step by step."""
 
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from torch import Tensor
 import lossfuse
 
 from .corpus import batches, standard_library_sources, train_tokenizer
+from .mistakes import Mistake
 from .model import Transformer
 from .protocol import Step, Timing, peak_extra_bytes, synchronize
+from .rows import require_writable, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -154,7 +157,9 @@ def picture(result: Result, path: Path) -> None:
     )
     chart = chart.properties(title=alt.Title("torch's cross entropy and ours, training on Python's standard library", subtitle=caption))
     chart = chart.resolve_scale(color="independent")
-    chart.configure_view(stroke=None).configure_axis(grid=False).save(path, scale_factor=2)
+    drawn = io.BytesIO()
+    chart.configure_view(stroke=None).configure_axis(grid=False).save(drawn, format="png", scale_factor=2)
+    write_atomically(path, drawn.getvalue())
 
 
 def show(result: Result, console: "Console") -> None:
@@ -185,10 +190,17 @@ def show(result: Result, console: "Console") -> None:
 
 
 def main(out: Path, setup: Setup) -> Result:
-    """Train, show, draw."""
+    """Train, show, draw; Mistake, before anything is trained, for a picture that cannot be written."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    if out.suffix != ".png":
+        raise Mistake(f"{str(out)!r} ends in {out.suffix!r}, expected .png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(out)
+    except OSError as error:
+        raise Mistake(f"{out} cannot be written: {error.strerror or error}") from error
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -204,5 +216,5 @@ def main(out: Path, setup: Setup) -> Result:
         result = train(setup, device, progress.console.print, advance)
     show(result, console)
     picture(result, out)
-    console.print(f"picture: {out}")
+    console.print(f"picture: {out}", markup=False)
     return result

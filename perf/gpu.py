@@ -87,7 +87,7 @@ def main(out: Path, minutes: float) -> int:
     summary, missed = summarize(goals, rows, where, tests, outcomes, failed)
     write_atomically(out / "summary.md", summary.encode())
     console.print(summary, markup=False)
-    console.print(f"rows, sweep, log and summary: {out}")
+    console.print(f"rows, sweep, log and summary: {out}", markup=False)
     unsafe = any(outcome.verdict == "failed" for outcome in outcomes)
     return int(tests == "failed" or unsafe or (missed and not rehearsal))
 

@@ -13,6 +13,7 @@ import torch
 
 from .memory import MemoryProfile, profile_memory
 from .mistakes import Mistake
+from .rows import destination
 
 if TYPE_CHECKING:
     import altair as alt
@@ -113,18 +114,20 @@ def save(profile: MemoryProfile, path: Path | str) -> None:
 
     Raises:
         Mistake: another suffix.
+        OSError: where nothing can be written.
     """
-    path = _known(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    suffix = _known(path).suffix
+    path = destination(Path(path))
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
     try:
-        if path.suffix == ".csv":
+        if suffix == ".csv":
             profile.frame().to_csv(partial, index=False)
-        elif path.suffix == ".html":
+        elif suffix == ".html":
             # "view source" in the menu would write the names unescaped, and the editor is on the network
             menu = {"actions": {"export": True, "source": False, "compiled": False, "editor": False}}
             timeline_chart(profile).save(partial, inline=True, embed_options=menu, json_kwds={"cls": _HtmlSafe})
         else:
-            timeline_chart(profile).save(partial, scale_factor=2 if path.suffix == ".png" else 1)
+            timeline_chart(profile).save(partial, scale_factor=2 if suffix == ".png" else 1)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -194,7 +197,7 @@ def show(profile: MemoryProfile, console: "Console", top: int = 12) -> None:
 
 
 def main(step: str, out: Path | None = None, warmup: int = 1) -> MemoryProfile:
-    """Load 'module:function', measure it, show it, draw it; Mistake for a step or a suffix that cannot be."""
+    """Load 'module:function', measure it, show it, draw it; Mistake for a step, a suffix or a file that cannot be."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -208,6 +211,9 @@ def main(step: str, out: Path | None = None, warmup: int = 1) -> MemoryProfile:
         profile = profile_memory(run, warmup=warmup)
     show(profile, console)
     if out is not None:
-        save(profile, out)
+        try:
+            save(profile, out)
+        except OSError as error:
+            raise Mistake(f"{out} cannot be written: {error.strerror or error}") from error
         console.print(f"written: {out}", markup=False)
     return profile

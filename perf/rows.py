@@ -1,6 +1,7 @@
 """Rows of measurements: one schema, CSV files that only grow, and a sentence for a file that is not ours."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -74,20 +75,37 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     import pandas as pd
 
     new = _typed(pd.DataFrame([{"schema": VERSION} | row for row in rows]), path)
+    # a return alone is not quoted, and would end its row
+    new[TEXT] = new[TEXT].replace("\r\n?", "\n", regex=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             old = path.read_bytes() if path.exists() and path.stat().st_size else b""
             if old:
                 _read_one(path)
-            text = new.to_csv(index=False, header=not old)
-            write_atomically(path, old + (b"" if old.endswith(b"\n") or not old else b"\n") + text.encode())
+            text = new.to_csv(index=False, header=not old).encode(errors="backslashreplace")
+            write_atomically(path, old + (b"" if old.endswith(b"\n") or not old else b"\n") + text)
     except OSError as error:
         raise BadRows(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def destination(path: Path) -> Path:
+    """The file that is written when ``path`` is: of a link what it leads to. OSError for a device, a pipe, a folder: never replaced."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and no file")
+    return path
+
+
+def require_writable(path: Path) -> None:
+    """OSError where ``write_atomically`` would raise one."""
+    with tempfile.TemporaryFile(dir=destination(path).parent):
+        pass
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """The file has its old content or all of the new."""
+    path = destination(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -168,6 +186,11 @@ def _column(values: "pd.Series[Any]", kind: str, complaint: str) -> "pd.Series[A
             raise BadRows(f"{complaint} True or False")
         return known.astype(bool)
     try:
-        return pd.to_numeric(values.where(values != "", None)).astype("int64" if kind == "int" else "float64")
-    except (ValueError, TypeError) as error:
+        numbers = pd.to_numeric(values.where(values != "", None))
+        made = numbers.astype("int64" if kind == "int" else "float64")
+        # pandas cuts off and wraps around without a word
+        if kind == "int" and (made != numbers).any():
+            raise ValueError(f"{numbers[made != numbers].iloc[0]}")
+        return made
+    except (ValueError, TypeError, OverflowError) as error:
         raise BadRows(f"{complaint} {'an integer' if kind == 'int' else 'a number'}: {error}") from None

@@ -41,7 +41,7 @@ def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
 
     frame = frame.copy()
     for name in TEXT:
-        frame[name] = frame[name].map(_clean)
+        frame[name] = frame[name].map(clean)
     settings = frame["settings"].map(lambda text: f" ({text})" if text else "")
     frame["place"] = frame["device"].where(frame["device"] != "", "unnamed device") + settings
     frame["when"] = pd.to_datetime(frame["date"], utc=True, errors="coerce", format="ISO8601")
@@ -147,8 +147,9 @@ def _case_rank(row: dict[str, Any]) -> tuple[Any, ...]:
     return (known.index(row["case"]) if row["case"] in CASES else len(known), row["n"] * row["v"], row["case"])
 
 
-def _clean(text: object) -> str:
-    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]+", " ", str(text))
+def clean(text: object) -> str:
+    """Without control characters, which a terminal obeys, and halves of characters, which nothing can write."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(text))
 
 
 def _finite(value: float | None) -> float | None:

@@ -5,6 +5,7 @@ import copy
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,6 +25,11 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
 FORMS = ("logits", "inplace", "statistics", "head", "head statistics")
 # three chunks of rows
 CHUNKS = LinearOptions(chunk_bytes=2 * 32 * 4)
+# what two ranks pass for one option
+DIFFERING = {
+    "label_smoothing": (0.1, 0.2), "softcap": (3.0, 4.0), "logit_scale": (None, 2.0), "lse_square_scale": (0.0, 0.1),
+    "ignore_index": (-100, 3),
+}  # fmt: skip
 
 
 def my_slice(cuts):
@@ -180,6 +186,16 @@ def errors():
     for mine_of, other in (((1, 2, 2, 1), (2, 1, 1, 2)), ((3, 7, 3), (4, 5, 4))):
         given = torch.tensor(other if rank else mine_of)
         agreed(ValueError, "target differs", lossfuse.cross_entropy, local[: len(given)], given, shard=shard)
+    # each of them would change the loss, or what is ignored
+    for name, values in DIFFERING.items():
+        options = {name: values[rank]}
+        agreed(ValueError, "the ranks of shard.group differ in", lossfuse.cross_entropy, local, ids.clamp(min=0), shard=shard, **options)
+    soft = torch.rand(6, local.shape[1])
+    agreed(ValueError, "differ in", lossfuse.cross_entropy, local, soft, shard=shard, softcap=3.0 + rank)
+    of_more = VocabShard(classes.start, 37 + rank)
+    agreed(ValueError, "differ in num_classes", lossfuse.cross_entropy, local, ids, shard=of_more)
+    # a number is one, whatever its type
+    lossfuse.cross_entropy(local, ids, shard=shard, softcap=(3, 3.0)[rank], ignore_index=(-100, np.int64(-100))[rank])
     for stats in (lossfuse.cross_entropy_stats, lossfuse.cross_entropy):
         with_gap = VocabShard(0 if rank == 0 else 21, 38)
         agreed(ValueError, "hold the classes [0, 20), [21, 38); expected each of [0, 38) once", stats, local, ids, shard=with_gap)

@@ -55,6 +55,7 @@ REFUSED = {
     "smoothing above": (ValueError, r"label_smoothing is 1.5 but must lie in \[0, 1\]", (X, IDS), {"label_smoothing": 1.5}),
     "smoothing NaN": (ValueError, "label_smoothing is nan but must be finite", (X, IDS), {"label_smoothing": float("nan")}),
     "smoothing a string": (TypeError, "label_smoothing is a str but must be a Python number", (X, IDS), {"label_smoothing": "0.1"}),
+    "inplace a string": (TypeError, "inplace is 'no' but must be True or False", (X, IDS), {"inplace": "no"}),
     "softcap zero": (ValueError, "softcap is 0.0 but must be positive", (X, IDS), {"softcap": 0.0}),
     "softcap negative": (ValueError, "softcap is -30 but must be positive", (X, IDS), {"softcap": -30}),
     "softcap infinite": (ValueError, "softcap is inf but must be finite", (X, IDS), {"softcap": float("inf")}),

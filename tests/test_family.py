@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_function, nop
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lossfuse
 from allocations import Largest
@@ -309,6 +311,39 @@ def test_one_graph_for_any_shape():
 
 
 @pytest.mark.slow
+def labels_of(x, *, least):
+    return torch.linspace(least, 1.0, x.numel()).reshape(x.shape)
+
+
+TRACED = {
+    "cross_entropy": lambda x, t: lossfuse.cross_entropy(x, t),
+    "cross_entropy of the reference": lambda x, t: lossfuse.cross_entropy(x, t, impl="reference"),
+    "linear_cross_entropy": lambda x, t: lossfuse.linear_cross_entropy(x, torch.linspace(-1.0, 1.0, 7 * x.shape[1]).reshape(7, -1), t),
+    "cross_entropy_stats": lambda x, t: lossfuse.cross_entropy_stats(x, t).loss,
+    "nll_loss": lambda x, t: lossfuse.nll_loss(x, t),
+    "binary_cross_entropy": lambda x, t: lossfuse.binary_cross_entropy(x.sigmoid(), labels_of(x, least=0.1)),
+    "binary_cross_entropy_with_logits": lambda x, t: lossfuse.binary_cross_entropy_with_logits(x, t.clamp(min=0)[:, None]),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_tracers_without_a_compiler(name):
+    """What they are given has no values either; what they have made is right for other numbers."""
+    (x, t), (other, ids) = ((torch.randn(4, 7), torch.tensor(ids)) for ids in ([0, 6, -100, 3], [1, -100, 5, 2]))
+
+    def step(x, t):
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(TRACED[name](leaf, t) * 3.0, leaf)[0]
+
+    want = step(other, ids)
+    torch.testing.assert_close(make_fx(step)(x, t)(other, ids), want)
+    compiled = aot_function(TRACED[name], fw_compiler=nop, bw_compiler=nop)
+    compiled(x.clone().requires_grad_(), t)
+    leaf = other.clone().requires_grad_()
+    (compiled(leaf, ids) * 3.0).backward()
+    torch.testing.assert_close(leaf.grad, want)
+
+
 def test_opcheck():
     x, t = (torch.rand(4, 19, device=DEVICE, requires_grad=True) for _ in range(2))
     w, up = torch.rand(4, 19, device=DEVICE), torch.rand(4, 1, device=DEVICE, requires_grad=True)

@@ -1,5 +1,9 @@
 """Tier 1: is it the right formula? Small sizes in fp32, every option alone and every pair, against the torch program in fp64."""
 
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +72,22 @@ def test_float64_is_float64(place):
     assert loss.dtype == grad.dtype == torch.float64
     torch.testing.assert_close(loss, want[0], rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(grad, want[1], rtol=1e-11, atol=1e-14)
+
+
+NUMBERS = {
+    "float16": np.float16, "float32": np.float32, "float64": np.float64, "0-d array": np.array, "Fraction": Fraction, "Decimal": Decimal,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_of_other_kinds_are_their_values(place, kind):
+    """Numpy's would be computed with in their own precision: 1 - label_smoothing in half, for logits of any dtype."""
+    x, target = logits_and_ids(5, 17, device=place.device, ignored=0.0)
+    values = {"label_smoothing": 0.0625, "softcap": 12.5, "logit_scale": 0.375, "lse_square_scale": 0.015625}
+    want = lossfuse.cross_entropy(x, target, impl=place.impl, ignore_index=16, **values)
+    given = {name: NUMBERS[kind](value) for name, value in values.items()}
+    got = lossfuse.cross_entropy(x, target, impl=place.impl, ignore_index=np.int64(16), **given)
+    assert torch.equal(got, want)
 
 
 def test_normalizer_as_a_tensor(place):

@@ -344,6 +344,49 @@ def test_arguments_in_the_memory_of_the_logits(argument):
     torch.testing.assert_close(loss, want)
 
 
+# of the interpreter, whose module is lost on the way through pytest.warns
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_logits_that_are_their_own_probabilities(fast_place, reduction):
+    """One tensor in two arguments is one reader of its memory, which must not be written while it is the target."""
+    x = torch.rand(N, V, device=fast_place.device)
+    leaf, logits = produced(x)
+    with pytest.warns(UserWarning, match="target lies in the memory of input"):
+        loss = call(logits, logits, fast_place, reduction)
+    loss.sum().backward()
+    x64 = x.double().requires_grad_()
+    want = F.cross_entropy(x64, x64, reduction=reduction)
+    want.sum().backward()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), x64.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_negative_view_is_not_written(fast_place):
+    """Its memory holds the numbers with another sign, as that of the imaginary part of a conjugate does."""
+    x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
+    leaf = x.detach().clone().requires_grad_()
+    with pytest.warns(UserWarning, match="input is a negative view"):
+        loss = call(torch._neg_view(leaf * -1.0), target, fast_place)
+    loss.backward()
+    assert_gradient_close(leaf.grad, truth(x, target)[1])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_traced_call_is_right_and_whole(reduction):
+    """TorchScript's tracer keeps the operator that writes, and differentiates the graph without what it has written."""
+    (x, target), (other, ids) = (logits_and_ids(N, V, seed=seed) for seed in (0, 1))
+
+    def step(x, target):
+        return lossfuse.cross_entropy(x * 1.0, target, reduction=reduction, inplace=True, impl="torch").sum()
+
+    traced = torch.jit.trace(step, (x.detach().requires_grad_(), target), check_trace=False)
+    leaf = other.detach().requires_grad_()
+    traced(leaf, ids).backward()
+    assert_gradient_close(leaf.grad, truth(other, ids, reduction="mean" if reduction == "mean" else "sum")[1])
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("view", [lambda t: t.view(-1, V), lambda t: t.view(-1, V)[:]], ids=["view", "view of a view"])
 def test_a_whole_view_takes_its_base_with_it(fast_place, view, reduction):

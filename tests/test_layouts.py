@@ -277,8 +277,8 @@ def test_alternatives():
     ways = {way.name: way for way in (ours(LLAMA, Layout(tp=8)), *others(LLAMA, Layout(tp=8)))}
     assert ways["gathered whole"].sent("logits") == 7 * 8192 * 128256 // 8 * 2
     assert ways["Megatron"].sent("numbers of rows") == 3 * 2 * 7 * 8192 * 4 // 8
-    # two chunks, each with a header of four int64
-    assert ways["lossfuse"].sent("numbers of rows") == 7 * (3 * 4 * 8192 + 2 * 4 * 8)
+    # two chunks, each with a header of five int64
+    assert ways["lossfuse"].sent("numbers of rows") == 7 * (3 * 4 * 8192 + 2 * 5 * 8)
     assert [way.name for way in others(replace(LLAMA, statistics=True), Layout(tp=8))] == ["gathered whole"]
 
 

@@ -3,12 +3,14 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lossfuse
@@ -463,6 +465,108 @@ def test_a_second_backward_of_two_reads():
     torch.testing.assert_close(got, other.lm_head.weight.grad)
 
 
+class WithLoss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return ce(self.model(ids))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_step_between_loss_and_backward(head, reduction):
+    """Torch raises; a head that is called again in the backward must not be another by then."""
+    model = Tiny(head)
+    lossfuse.fuse_lm_head(model)
+    loss = F.cross_entropy(model(IDS).flatten(0, 1), TARGET.flatten(), reduction=reduction).sum()
+    want = Tiny(head)
+    F.cross_entropy(want(IDS).flatten(0, 1), TARGET.flatten(), reduction=reduction).sum().backward()
+    with torch.no_grad():
+        for p in model.lm_head.parameters():
+            p.mul_(2.0)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "has been changed" in str(error) or "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in want.parameters()])
+
+
+def test_a_hook_for_backwards_of_a_tied_head():
+    """Who asks for the gradient of the logits gets it, and the embedding behind them one of its own, each once."""
+    found = []
+    for fused in (False, True):
+        model, seen = Tiny("tied"), []
+        if fused:
+            lossfuse.fuse_lm_head(model)
+        model.lm_head.register_full_backward_hook(lambda module, grads, outputs, seen=seen: seen.append(outputs[0]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ce(model(IDS)).backward()
+        found.append((seen[0], *(p.grad for p in model.parameters())))
+    torch.testing.assert_close(*found)
+
+
+def test_a_weight_behind_its_own_hidden_states():
+    """Where nothing of their graph is freed, a gradient that went too far would be counted twice."""
+    found = []
+    for fused in (False, True):
+        model = Tiny("linear")
+        if fused:
+            lossfuse.fuse_lm_head(model)
+        logits = Through.apply(model.lm_head(model.lm_head.weight[: B * T] * 2.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            F.cross_entropy(logits, TARGET.flatten()).backward()
+        found.append(model.lm_head.weight.grad)
+    torch.testing.assert_close(*found)
+
+
+class Through(torch.autograd.Function):
+    """As a wrapper of somebody's around the outputs of a model."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_forward_mode_is_the_models_own():
+    model, x, tangent = Tiny(), torch.randn(2, D), torch.randn(2, D)
+    lossfuse.fuse_lm_head(model)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(model.lm_head(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(got, tangent @ model.lm_head.weight.T)
+
+
+@pytest.mark.parametrize("option", ["softcap", "logit_scale"])
+@pytest.mark.parametrize("value", [-1, 0, True, "1", float("nan"), torch.tensor(1.0)], ids=str)
+def test_options_are_checked_before_they_are_recorded(option, value):
+    """A cap that is negative, or a bool, would be a number to what is recorded."""
+    model, plain = Tiny(), torch.randn(B * T, V)
+    lossfuse.fuse_lm_head(model)
+    options = {option: value}
+    if option == "logit_scale" and type(value) is int:
+        return
+    with pytest.raises((TypeError, ValueError), match=option) as want:
+        lossfuse.cross_entropy(plain, TARGET.flatten(), **options)
+    with pytest.raises(want.type, match=re.escape(str(want.value))):
+        lossfuse.cross_entropy(model(IDS).flatten(0, 1), TARGET.flatten(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_our_loss_has_the_dtype_of_its_logits(dtype):
+    model = Tiny().double()
+    lossfuse.fuse_lm_head(model)
+    read = lossfuse.cross_entropy_stats(model(IDS).flatten(0, 1).to(dtype), TARGET.flatten())
+    assert {t.dtype for t in read if t.is_floating_point()} == {torch.float64 if dtype == torch.float64 else torch.float32}
+
+
 STALE = {
     "step": (lambda m, h: torch.optim.SGD(m.parameters(), 0.1).step(), "a parameter of the head has been changed"),
     "hidden states": (lambda m, h: h[0].detach().add_(1.0), "the hidden states has been changed"),
@@ -495,6 +599,13 @@ def test_functional_call_is_the_parameters_it_was_given():
     z = torch.func.functional_call(model, others, (IDS,))
     with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
         torch.sin(z)
+    # a head that makes its logits again would make them of its own
+    lora = Tiny("LoRA")
+    whole = WithLoss(lora)
+    lossfuse.fuse_lm_head(lora)
+    loss = torch.func.functional_call(whole, {n: (p.detach() * 2).requires_grad_() for n, p in whole.named_parameters()}, (IDS,))
+    with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
+        loss.backward()
     want_grad = torch.func.grad(lambda p: ce(torch.func.functional_call(Tiny(), p, (IDS,))))(others)
     got_grad = torch.func.grad(lambda p: ce(torch.func.functional_call(model, p, (IDS,))))(others)
     torch.testing.assert_close(got_grad, want_grad)

@@ -101,6 +101,19 @@ def test_each_entry_however_sure_the_model_is(place, listed, dtype, reduction, i
     assert (got.data_ptr() == address) == (inplace and place.impl != "reference")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_logits_that_are_their_own_labels(fast_place, reduction):
+    """One tensor in two arguments is one reader of its memory, which must not be written while it is the target."""
+    x = logits(device=fast_place.device)
+    z = x * 1.0
+    with pytest.warns(UserWarning, match="target lies in the memory of input"):
+        loss = bce(z, z, reduction=reduction, inplace=True, impl=fast_place.impl)
+    x64 = x.detach().double().requires_grad_()
+    want = F.binary_cross_entropy_with_logits(x64, x64, reduction=reduction)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*torch.autograd.grad((loss.double().sum(), want.sum()), (x, x64)), rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
 def test_small_losses_keep_their_digits(place):
     """torch's is 0 at -20."""
     x = torch.tensor([[-20.0, -10.0, 10.0, 20.0, -80.0]], device=place.device)
@@ -113,7 +126,8 @@ def test_small_losses_keep_their_digits(place):
 def test_infinite_logits_as_torch(place, t):
     x = torch.tensor([[float("inf"), float("nan"), 1.0], [2.0, 1.0, -3.0]], device=place.device).requires_grad_()
     low = torch.tensor([[-float("inf"), 1.0, 1.0]], device=place.device).requires_grad_()
-    for logits in (x, low):
+    both = torch.tensor([[-float("inf"), float("nan"), 1.0]], device=place.device).requires_grad_()
+    for logits in (x, low, both):
         target = torch.full_like(logits, t).detach()
         got, want = (
             bce(logits, target, reduction="none", impl=place.impl),

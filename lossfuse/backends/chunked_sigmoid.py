@@ -118,7 +118,7 @@ def _listed(
         torch.ops.aten.softplus.out(x, 1.0, THRESHOLD, out=loss)
         # 0 * x is NaN for infinite x, as torch's loss is
         loss.scatter_(1, y, torch.where(valid, factor * up + 0.0 * x_y, down))
-        if _may_be(bad | (x.amin(1, keepdim=True) == -torch.inf)):
+        if _may_be(bad | _unbounded(x)):
             loss.masked_fill_(bad | (x == -torch.inf), torch.nan)
         if weight is not None:
             loss.mul_(weight)
@@ -160,7 +160,7 @@ def _dense(
         else:
             torch.mul(tail, yes + no, out=loss)
         loss.addcmul_(no, torch.clamp(x, min=0.0, out=work)).addcmul_(yes, torch.clamp(x, max=0.0, out=work), value=-1.0)
-        if _may_be(x.amin(1, keepdim=True) == -torch.inf):
+        if _may_be(_unbounded(x)):
             loss.masked_fill_(x == -torch.inf, torch.nan)
         if weight is not None:
             loss.mul_(weight)
@@ -180,6 +180,11 @@ def _dense(
         else:
             dlogits.copy_(no.mul_(scale))
     return loss
+
+
+def _unbounded(x: Tensor) -> Tensor:
+    """(n, 1): rows with a logit of -inf, and those of a NaN, whose minimum says nothing."""
+    return ~(x.amin(1, keepdim=True) > -torch.inf)
 
 
 def _may_be(mask: Tensor) -> bool:
