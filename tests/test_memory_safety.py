@@ -216,7 +216,7 @@ GAPS = (1, 0, 8)
 # each width at another alignment; where that decides which elements are read together, a width at each
 EVERY = [(v, (3 * i + 5) % 8, GAPS[i % 3]) for i, v in enumerate(WIDTHS)]
 # what is launched in no other test of these
-ONCE = ("whole, every option", f"{BLOCK}", f"{BLOCK}, every option")
+ONCE = ("whole, every option", f"{BLOCK}, every option")
 ALIGNED = [(v, (lead + 3) % 8, GAPS[(lead + i) % 3]) for i, v in enumerate((2 * BLOCK + 1, BLOCK - 1)) for lead in range(8)]
 
 
