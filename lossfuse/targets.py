@@ -54,11 +54,12 @@ def debugging() -> bool:
 
 
 # make_fx and AOTAutograd, without a compiler around them; not public, as everything about modes
-_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+_PROXY, _FUNCTIONAL = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL
+_mode_of, _is_tracing = torch._C._get_dispatch_mode, torch._C._is_tracing
 
 
 def _traced() -> bool:
-    return torch._C._is_tracing() or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+    return _is_tracing() or _mode_of(_PROXY) is not None or _mode_of(_FUNCTIONAL) is not None
 
 
 def values_are_at_hand(t: Tensor) -> bool:
