@@ -19,10 +19,6 @@ KEPT = Path(__file__).parent.parent / "perf" / "results" / "bounds-cpu.csv"
 QUICK = ("a sure model", "rows apart", "one target")
 
 
-def unstamped(made):
-    return [{"date": "2026-01-01", "commit": "abc", "torch": "2"} | row for row in made]
-
-
 def check(made):
     kept = read([KEPT], BOUNDS)
     known = {tuple(bounds._key(row)) for row in kept.to_dict("records")}
@@ -62,30 +58,27 @@ def test_the_file_has_all_methods_and_cases():
 
 
 def one(**changes):
-    made = next(row for row in measure(CPU, ("logits",), ("fp32",), ("all equal",)) if row["output"] == "loss")
-    return unstamped([made | {"ratio": 0.3} | changes])
+    row = {
+        "case": "all equal", "op": "logits", "dtype": "fp32", "n": 4, "v": 2053, "d": None, "method": "torch", "output": "loss",
+        "ratio": 0.3, "error": 3e-6, "bound": 1e-5, "place": "2", "torch": "2", "commit": "abc", "dirty": False, "date": "2026-01-01",
+    }  # fmt: skip
+    return [row | changes]
 
 
 def test_an_error_that_grew_is_a_sentence(tmp_path):
-    append(tmp_path / "kept.csv", one(ratio=0.9) + [row | {"date": "2026-01-02"} for row in one()], BOUNDS)
+    append(tmp_path / "kept.csv", one(ratio=0.9) + one(date="2026-01-02"), BOUNDS)
     kept = read([tmp_path / "kept.csv"], BOUNDS)
-    assert (
-        grown(one(ratio=0.59), kept)
-        == []
-        == grown(one(ratio=5.0, case="another"), kept)
-        == grown(one(ratio=5.0, output="loss, mean"), kept)
-    )
+    for fine in (one(ratio=0.59), one(ratio=5.0, case="another"), one(ratio=5.0, output="loss, mean")):
+        assert grown(fine, kept) == []
     (said,) = grown(one(ratio=0.7, place="3"), kept)
-    assert (
-        said
-        == "loss of logits all equal in fp32 by torch: the error has become 0.7 of its bound, at 3, and was 0.3 at commit abc (torch 2)"
-    )
+    about = "loss of logits all equal in fp32 by torch"
+    assert said == f"{about}: the error has become 0.7 of its bound, at 3, and was 0.3 at commit abc (torch 2)"
     # next to nothing differs from one CPU to another
     append(tmp_path / "quiet.csv", one(ratio=0.0), BOUNDS)
     quiet = read([tmp_path / "quiet.csv"], BOUNDS)
     assert grown(one(ratio=0.09), quiet) == [] and len(grown(one(ratio=0.11), quiet)) == 1
     (said,) = exceeded(one(ratio=1.5, error=3e-6, bound=2e-6, place="3"))
-    assert said == "loss of logits all equal in fp32 by torch: the error is 1.5 of its bound, 3e-06 at 3 where 2e-06 is allowed"
+    assert said == f"{about}: the error is 1.5 of its bound, 3e-06 at 3 where 2e-06 is allowed"
     assert exceeded(one(ratio=float("nan"))) and exceeded(one(ratio=float("inf"))) and not exceeded(one(ratio=1.0))
 
 
@@ -99,12 +92,16 @@ def test_files_of_one_kind_are_not_taken_for_the_other(tmp_path):
 
 
 def test_the_command_prints_the_worst_and_keeps_all(tmp_path, monkeypatch, capsys):
-    made = [dict(row) for row in measure(CPU, ("logits",), ("fp32",), ("all equal", "all ignored"))]
+    made = one() + one(output="dlogits", ratio=0.25)
+    for column in rows.WHERE:
+        for row in made:
+            row.pop(column, None)
     monkeypatch.setattr(bounds, "measure", lambda device: made)
     assert main(["bounds", "--out", str(tmp_path / "rows.csv")]) == 0
     kept = read([tmp_path / "rows.csv"], BOUNDS)
     assert len(kept) == len(made) and kept["torch"].tolist() == [torch.__version__] * len(made)
-    assert "all equal" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "dlogits" in said and "0.25" in said
     made[0]["ratio"] = 2.0
     assert main(["bounds"]) == 1
     assert "the error is 2 of its bound" in " ".join(capsys.readouterr().out.split())
@@ -203,12 +200,7 @@ def test_mistakes_with_heads_are_beyond_the_bounds(mistake):
 
 def test_a_call_that_differs_from_itself_is_found(monkeypatch):
     problem = load("logits", "all equal", "fp32", CPU)
-    calls = iter([0.0, 1e-7])
-    method = bounds.Method("torch", "torch")
-    monkeypatch.setattr(
-        bounds.Method,
-        "of_logits",
-        lambda self, p: result_of_logits(p)._replace(mean=torch.tensor(7.627), losses=torch.ones(4) + next(calls)),
-    )
-    (repeated,) = (finding for finding in method.findings(problem) if finding.output == "repeated")
+    right, calls = result_of_logits(problem), iter([0.0, 1e-6])
+    monkeypatch.setattr(bounds.Method, "of_logits", lambda self, problem: right._replace(losses=right.losses + next(calls)))
+    (repeated,) = (f for f in bounds.Method("torch", "torch").findings(problem) if f.output == "repeated")
     assert repeated.ratio == float("inf") and repeated.place == "losses"
