@@ -110,7 +110,9 @@ def test_mixtures_of_statistics_equal_the_torch_program(thrifty_place, call, nam
         # a cap rounds the largest to ties
         got, want = (stats._replace(argmax=torch.zeros_like(stats.argmax)) for stats in (got, want))
     assert_statistics_close(got, want)
-    ups = upstreams(want, sorted(names))
+    # a z-loss that is not asked for is no part of a graph
+    asked = names - (set() if "lse_square_scale" in call.options else {"z_loss"})
+    ups = upstreams(want, sorted(asked))
     got_grads = differentiated(got, [parent, *([target] if soft else [])], {name: u.to(got.lse.device) for name, u in ups.items()})
     want_grads = differentiated(want, wide[: 1 + soft], ups)
     v = want_grads[0].shape[min(1, want_grads[0].dim() - 1)]
