@@ -18,10 +18,9 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.fl
 layouts = st.sampled_from(["contiguous", "transposed", "sliced", "stepped", "shifted"])
 reductions = st.sampled_from(["none", "mean", "sum"])
 seeds = st.integers(0, 2**20)
-tried = {"examples": 0}
 
 
-def holds_for(*strategies, few=20, many=MANY):
+def holds_for(*strategies, few=10, many=MANY):
     """Makes a test of a property of drawn values, its last arguments: of ``few``, the same every time, or with ``-m slow`` of ``many``.
 
     Its other arguments are fixtures. A failure prints the smallest values that fail; ``--hypothesis-seed`` repeats a slow run.
@@ -35,9 +34,11 @@ def holds_for(*strategies, few=20, many=MANY):
             place = next((f for name, f in given_fixtures.items() if name.endswith("place")), None)
             slowest = place is not None and (place.impl, place.device) == ("triton", "cpu")
             examples = few if effort == "few" else min(many, INTERPRETED) if slowest else many
+            tried = 0
 
             def example(drawn):
-                tried["examples"] += 1
+                nonlocal tried
+                tried += 1
                 holds(*(given_fixtures[name] for name in fixtures), *drawn)
 
             # hypothesis seeds its draws by the name
@@ -46,14 +47,13 @@ def holds_for(*strategies, few=20, many=MANY):
                 max_examples=examples, deadline=None, derandomize=effort == "few", database=None, print_blob=True,
                 report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
             )  # fmt: skip
-            before = tried["examples"]
             # a failure shows what was drawn
             torch.set_printoptions(threshold=20, edgeitems=2)
             try:
                 limits(given(st.tuples(*strategies))(example))()
             finally:
                 torch.set_printoptions(profile="default")
-            print(f"tried {tried['examples'] - before}")
+            print(f"tried {tried}")
 
         test.__doc__ = holds.__doc__
         test.__name__, test.__module__ = holds.__name__, holds.__module__

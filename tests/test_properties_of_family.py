@@ -70,7 +70,7 @@ def labels(draw):
     return parent, view, target, draw(broadcast(shape)), draw(broadcast(shape)), options
 
 
-@holds_for(labels(), st.booleans(), few=60)
+@holds_for(labels(), st.booleans(), few=30)
 def test_labels_equal_the_torch_program(thrifty_place, call, inplace):
     parent, view, target, weight, pos_weight, options = call
     if not takes(thrifty_place, parent, target):
@@ -123,7 +123,7 @@ def certainties(draw):
     return draw(laid_out(x)), draw(laid_out(t)), draw(broadcast(shape)), draw(reductions)
 
 
-@holds_for(certainties(), few=30)
+@holds_for(certainties(), few=15)
 def test_probabilities_of_labels_equal_torchs_in_float64(thrifty_place, call):
     x, t, weight, reduction = call
     if not takes(thrifty_place, x, t):
@@ -154,7 +154,7 @@ def volumes(draw):
     return draw(laid_out(x.to(draw(dtypes)))), draw(st.integers(-len(shape), len(shape) - 1))
 
 
-@holds_for(volumes(), few=30)
+@holds_for(volumes(), few=15)
 def test_log_softmax_equals_torchs_in_float64(thrifty_place, call):
     x, dim = call
     if not takes(thrifty_place, x):
@@ -189,7 +189,7 @@ def picks(draw):
     return draw(laid_out(logp)), target, weight, ignore_index, draw(reductions)
 
 
-@holds_for(picks(), few=30)
+@holds_for(picks(), few=15)
 def test_nll_loss_equals_torchs_in_float64(thrifty_place, call):
     logp, target, weight, ignore_index, reduction = call
     if not takes(thrifty_place, logp):
