@@ -252,8 +252,8 @@ class Head:
 # name: (inputs of a dtype, drawn on the CPU for every device; whether means are looked at)
 LogitsInputs = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 HeadInputs = Callable[[torch.dtype], tuple[Tensor, Tensor, Tensor]]
-# a prime
-CLASSES = 2053
+# a prime; and rows that the interpreter gets through
+CLASSES, FEW = 2053, 8
 
 
 def _model(dtype: torch.dtype, n: int = 64, v: int = CLASSES) -> tuple[Tensor, Tensor]:
@@ -267,16 +267,16 @@ def _many_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _one_huge(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    logits, target = _model(dtype, 16)
-    rows = torch.arange(16)
+    logits, target = _model(dtype, FEW)
+    rows = torch.arange(FEW)
     # of every other row the target
     logits[rows, torch.where(rows % 2 == 0, target.clamp(min=0), (7 * rows) % CLASSES)] = 1e4
     return logits, target
 
 
 def _sure(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    logits, target = _model(dtype, 16)
-    logits.scatter_(1, target.clamp(min=0)[:, None], (logits.amax(1, keepdim=True) + torch.linspace(8.0, 40.0, 16)[:, None]).to(dtype))
+    logits, target = _model(dtype, FEW)
+    logits.scatter_(1, target.clamp(min=0)[:, None], (logits.amax(1, keepdim=True) + torch.linspace(8.0, 40.0, FEW)[:, None]).to(dtype))
     return logits, target
 
 
@@ -294,13 +294,13 @@ def _hardly_any(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _normalized(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    logits, target = _model(torch.float32, 16)
+    logits, target = _model(torch.float32, FEW)
     return logits.log_softmax(1).to(dtype), target
 
 
 def _far(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    logits, target = _model(torch.float32, 16)
-    return (logits + torch.where(torch.arange(16) % 2 == 0, 1e4, -1e4)[:, None]).to(dtype), target
+    logits, target = _model(torch.float32, FEW)
+    return (logits + torch.where(torch.arange(FEW) % 2 == 0, 1e4, -1e4)[:, None]).to(dtype), target
 
 
 def _ignored(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -309,8 +309,8 @@ def _ignored(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _apart(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    logits, target = _model(dtype, 16)
-    wide = torch.full((16, CLASSES + 7), math.nan, dtype=dtype)
+    logits, target = _model(dtype, FEW)
+    wide = torch.full((FEW, CLASSES + 7), math.nan, dtype=dtype)
     wide[:, 3 : CLASSES + 3] = logits
     return wide[:, 3 : CLASSES + 3], target
 
@@ -421,7 +421,7 @@ def methods(device: torch.device, op: str, dtype: str, n: int) -> list[Method]:
 
     Triton's interpreter truncates what it stores in bfloat16, which no bound forgives, and takes a tenth of a second for a row.
     """
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype == "fp32" and n <= 64
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype == "fp32" and n <= FEW
     found = []
     for impl in ("torch", *(["triton"] if device.type == "cuda" or interpreted else [])):
         found.append(Method(impl, impl))
