@@ -91,6 +91,17 @@ def test_files_of_one_kind_are_not_taken_for_the_other(tmp_path):
             use()
 
 
+def test_the_dashboard_passes_over_them(tmp_path, monkeypatch):
+    for name in ("altair", "vl_convert"):
+        pytest.importorskip(name)
+    from lossfuse.perf import dashboard
+
+    append(tmp_path / "bounds.csv", one(), BOUNDS)
+    monkeypatch.setattr(dashboard, "build", lambda frame: f"{len(frame)} rows")
+    dashboard.main([tmp_path / "bounds.csv"], tmp_path / "page.html", None)
+    assert (tmp_path / "page.html").read_text() == "0 rows"
+
+
 def test_the_command_prints_the_worst_and_keeps_all(tmp_path, monkeypatch, capsys):
     made = one() + one(output="dlogits", ratio=0.25)
     for column in rows.WHERE:
