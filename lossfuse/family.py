@@ -178,8 +178,8 @@ def log_softmax(
         dim: the dimension of the classes. None is torch's old guess, with a warning.
         _stacklevel: as in torch, for that warning.
         dtype: ``input`` is cast to it first.
-        impl: "torch" and "auto" are torch's own operator; "triton" a kernel (CUDA, ROCm, XPU; the CPU in Triton's interpreter);
-            "reference" is eager.
+        impl: "torch" and "auto" are torch's own operator, on a CPU in float32 for half precision; "triton" a kernel (CUDA, ROCm, XPU; the
+            CPU in Triton's interpreter); "reference" is eager.
 
     Returns:
         The shape of ``input``, in ``dtype`` or the dtype of ``input``; computed in float32 at least and rounded once.
@@ -188,11 +188,12 @@ def log_softmax(
         TypeError, ValueError: naming the argument, what came and what was expected; IndexError for a dimension that is not there.
 
     Autograd: "triton" keeps ``input`` and two numbers of a row for its backward, where torch keeps the result: gradients are those of the
-    logarithms before they were rounded, and with a sure model keep the digits of ``softmax - 1``. It may not change in place meanwhile.
+    logarithms before they were rounded (so they are on a CPU), and with a sure model keep the digits of ``softmax - 1``. It may not change
+    in place meanwhile.
     The derivative of the gradient goes through the reference; forward mode and ``torch.func`` are errors.
 
-    Memory: the result, and the gradient. "triton" reads a row once where it fits one program (``kernels/launch.py``), otherwise twice, and
-    copies once what is not contiguous along ``dim``.
+    Memory: the result, and the gradient; two copies in float32 for half precision on a CPU. "triton" reads a row once where it fits one
+    program (``kernels/launch.py``), otherwise twice, and copies once what is not contiguous along ``dim``.
     """
     require_tensor("input", input)
     if dtype is not None:
@@ -205,7 +206,9 @@ def log_softmax(
             warnings.warn(f"log_softmax without dim takes dim={dim}; pass it", UserWarning, stacklevel=_stacklevel - 1)
     backend = pick_or_torch(impl, input)
     if backend == "torch":
-        return torch.log_softmax(input, dim)
+        # torch's on a CPU rounds the log-sum to the dtype too: entries near 0 are off by a third of themselves in bfloat16
+        narrow = input.device.type == "cpu" and input.dtype in (torch.bfloat16, torch.float16)
+        return torch.log_softmax(input.float(), dim).to(input.dtype) if narrow else torch.log_softmax(input, dim)
     if backend == "reference":
         return reference.log_softmax(input, dim)
     moved = input.movedim(dim, -1)

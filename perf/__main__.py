@@ -1,4 +1,4 @@
-"""``python -m lossfuse.perf demo | bench | compare | memory | estimate | dashboard | gpu``."""
+"""``python -m lossfuse.perf demo | bench | bounds | compare | memory | estimate | dashboard | gpu``."""
 
 import argparse
 import importlib.util
@@ -14,7 +14,10 @@ EXTRA = ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a goal was missed, a test failed or the extra is not installed; 2 with a sentence for what cannot be done."""
+    """0; 1 where a goal was missed, an error is beyond its bound, a test failed or the extra is not installed.
+
+    2 with a sentence for what cannot be done.
+    """
     options = parser().parse_args(arguments)
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
@@ -50,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--tests", choices=["run", "passed", "failed", "not run"], default="not run", help="what the rows say of this commit's tests"
     )
+
+    bounds = commands.add_parser("bounds", help="errors of losses and gradients against float64, in units of what arithmetic allows")
+    bounds.add_argument("--out", type=Path, help="CSV to append the rows to")
 
     compare = commands.add_parser("compare", help="two commits, or two files of rows, side by side")
     compare.add_argument("a", metavar="FILE[@COMMIT]")
@@ -112,6 +118,10 @@ def run(options: argparse.Namespace) -> int:
         cases = list(CASES) if options.cases == ["all"] else options.cases
         effort = bench.Effort(options.repeats, options.seconds)
         bench.main(cases, options.dtypes, options.modes, options.methods, effort, options.out, options.tests)
+    elif options.command == "bounds":
+        from . import bounds
+
+        return bounds.main(options.out)
     elif options.command == "compare":
         from . import compare
 

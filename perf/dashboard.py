@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .charts import CHARTS, STEP, THEMES, pictures, spec, theme
 from .methods import BASELINE, OURS
-from .rows import BadRows, read, write_atomically
+from .rows import BOUNDS, BadRows, holds, read, write_atomically
 from .shown import FIELDS, prepare, summary
 
 if TYPE_CHECKING:
@@ -45,8 +45,11 @@ def build(frame: "pd.DataFrame") -> str:
 
 
 def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
-    """Read the rows of all files, write the page, and pictures for a README into the folder ``pngs``; BadRows with a sentence if not."""
-    frame = read(paths)
+    """Read the rows of all files, write the page, and pictures for a README into the folder ``pngs``; BadRows with a sentence if not.
+
+    Files of errors against bounds, which lie beside them, are passed over.
+    """
+    frame = read([path for path in paths if not holds(path, BOUNDS)])
     path = out
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

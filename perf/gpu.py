@@ -1,5 +1,6 @@
-"""Everything worth doing with a GPU in a few minutes: its tests, the cases behind our goals, a summary with pass or miss."""
+"""Everything worth doing with a GPU in a few minutes: its tests, errors against bounds, the cases behind our goals, a summary."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import sanitizer
+from .bounds import exceeded
 from .cases import named
 from .environment import CHECKOUT, run_tests, stamp
 from .goals import GOALS, Goal, judge
-from .rows import BadRows, read, write_atomically
+from .rows import BOUNDS, BadRows, read, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 TESTS_SHARE = 0.45
 # where there is a sanitizer; three runs of a program that compiles little, as the tests before it have
 SANITIZER_SHARE = 0.15
+ERRORS_SECONDS = 60.0
 # a rehearsal runs a few tests of every kind and cases this much smaller
 REHEARSED_TESTS = ("tests/test_values.py", "tests/test_closeness.py")
 SHRINK = {"n": 64, "v": 32, "d": 16}
@@ -57,7 +60,10 @@ def errands(goals: Sequence[Goal]) -> list[Errand]:
 
 
 def main(out: Path, minutes: float) -> int:
-    """Rows, those of the sweep, log and summary under ``out``; 1 if a test or a sanitizer failed or a goal was missed, otherwise 0."""
+    """Rows, those of bounds and of the sweep, log and summary under ``out``.
+
+    1 if a test or a sanitizer failed, an error is beyond its bound or a goal was missed, otherwise 0.
+    """
     from rich.console import Console
 
     console = Console()
@@ -75,6 +81,7 @@ def main(out: Path, minutes: float) -> int:
         console.print("no GPU: a rehearsal with small cases on the CPU; its times mean nothing")
 
     tests = _tests(out, rehearsal, 60 * minutes * TESTS_SHARE, console)
+    errors, beyond = _errors(out, min(ERRORS_SECONDS, end - time.monotonic()), console)
     command = None if rehearsal else sanitizer.find()
     measured_by = end if command is None else end - 60 * minutes * SANITIZER_SHARE
     goals = [replace(goal, case=_shrunk(goal.case)) for goal in GOALS] if rehearsal else GOALS
@@ -84,12 +91,12 @@ def main(out: Path, minutes: float) -> int:
     sweep = _shrunk(SWEEP.case) if rehearsal else SWEEP.case
     failed += _measure([replace(SWEEP, case=sweep)], out / "sweep.csv", out, tests, measured_by, rehearsal, console)
     outcomes = _sanitize(command, out, end, console)
-    summary, missed = summarize(goals, rows, where, tests, outcomes, failed)
+    summary, missed = summarize(goals, rows, where, tests, errors, outcomes, failed)
     write_atomically(out / "summary.md", summary.encode())
     console.print(summary, markup=False)
-    console.print(f"rows, sweep, log and summary: {out}", markup=False)
+    console.print(f"rows, bounds, sweep, log and summary: {out}", markup=False)
     unsafe = any(outcome.verdict == "failed" for outcome in outcomes)
-    return int(tests == "failed" or unsafe or (missed and not rehearsal))
+    return int(tests == "failed" or beyond or unsafe or (missed and not rehearsal))
 
 
 def _tests(out: Path, rehearsal: bool, seconds: float, console: "Console") -> str:
@@ -102,6 +109,22 @@ def _tests(out: Path, rehearsal: bool, seconds: float, console: "Console") -> st
     return tests
 
 
+def _errors(out: Path, seconds: float, console: "Console") -> tuple[str, bool]:
+    """What errors came to in units of their bounds, in words, and whether one is beyond."""
+    file = out / "bounds.csv"
+    with console.status(f"errors against bounds, at most {seconds:.0f} s"):
+        trouble = _called(out, ["bounds", "--out", str(file.resolve())], seconds)
+    made = read([file], BOUNDS) if file.exists() else None
+    if made is None or not len(made):
+        told, beyond = f"not measured: {trouble}", []
+    else:
+        made = made[made["date"] == made["date"].max()]
+        beyond = exceeded(made.to_dict("records"))
+        told = "; ".join([f"{len(beyond)} of {len(made)} beyond their bounds", *beyond[:5]])
+    console.print(f"errors: {told}", markup=False)
+    return told, bool(beyond)
+
+
 def _measure(todo: list[Errand], rows: Path, out: Path, tests: str, end: float, rehearsal: bool, console: "Console") -> list[str]:
     """What could not be measured, a line each."""
     failed = []
@@ -112,25 +135,33 @@ def _measure(todo: list[Errand], rows: Path, out: Path, tests: str, end: float, 
         if left < 10:
             failed += [f"{e}: no time left" for e in todo[i:]]
             break
-        command = [sys.executable, "-m", "lossfuse.perf", "bench", "--cases", errand.case, "--dtypes", *errand.dtypes]
+        command = ["bench", "--cases", errand.case, "--dtypes", *errand.dtypes]
         command += ["--modes", *errand.modes, "--out", str(rows.resolve()), "--tests", tests, "--seconds", f"{limit / 20:.2f}"]
         command += ["--methods", errand.only] if errand.only else []
         command += ["--repeats", "3"] if rehearsal else []
         with console.status(f"{i + 1} of {len(todo)}: {errand}, {left:.0f} s left"):
-            try:
-                done = subprocess.run(
-                    command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=limit
-                )
-                said, trouble = done.stdout, "" if done.returncode == 0 else f"exit {done.returncode}"
-            except subprocess.TimeoutExpired as error:
-                said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-                trouble = f"stopped after {limit:.0f} s"
-        _log(out, f"$ {' '.join(command[1:])}\n{said}\n")
+            trouble = _called(out, command, limit)
         if trouble:
-            last = (said.strip().splitlines() or [""])[-1]
-            failed.append(f"{errand}: {trouble}; {last}")
-        console.print(f"{errand} {trouble or 'measured'}", markup=False)
+            failed.append(f"{errand}: {trouble}")
+        console.print(f"{errand} {trouble.partition(';')[0] or 'measured'}", markup=False)
     return failed
+
+
+def _called(out: Path, arguments: list[str], limit: float) -> str:
+    """A command of this package in a process of its own, what it says in the log; '' or what went wrong and the last it said."""
+    command = [sys.executable, "-m", "lossfuse.perf", *arguments]
+    # what a rehearsal compares would take the interpreter minutes
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    try:
+        done = subprocess.run(
+            command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=limit, env=env
+        )
+        said, trouble = done.stdout, "" if done.returncode == 0 else f"exit {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        trouble = f"stopped after {limit:.0f} s"
+    _log(out, f"$ {' '.join(command[1:])}\n{said}\n")
+    return trouble and f"{trouble}; {(said.strip().splitlines() or [''])[-1]}"
 
 
 def _sanitize(command: str | None, out: Path, end: float, console: "Console") -> list[sanitizer.Outcome]:
@@ -157,6 +188,7 @@ def summarize(
     rows: Path,
     where: dict[str, object],
     tests: str,
+    errors: str,
     sanitized: Sequence[sanitizer.Outcome],
     failed: Sequence[str],
 ) -> tuple[str, bool]:
@@ -169,6 +201,8 @@ def summarize(
         f"{where['commit'] or 'an unknown commit'}{' with changes' if where['dirty'] else ''}, {where['date']}",
         "",
         f"Tests: {tests}. Goals: {counts['pass']} pass, {counts['miss']} miss, {counts['not measured']} not measured.",
+        "",
+        f"Errors: {_cell(errors)}.",
         "",
         "| goal | measured | |",
         "|---|---|---|",

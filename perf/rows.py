@@ -1,11 +1,12 @@
-"""Rows of measurements: one schema, CSV files that only grow, and a sentence for a file that is not ours."""
+"""Rows of measurements, and of errors against bounds: CSV files that only grow, and a sentence for a file that is not ours."""
 
 import contextlib
 import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,21 +53,64 @@ COLUMNS: dict[str, str] = {
 }
 STATUSES = ("ok", "wrong", "out of memory", "failed")
 TEXT = [name for name, kind in COLUMNS.items() if kind == "str"]
+WHERE = ("device", "settings", "python", "torch", "triton", "lossfuse", "commit", "dirty", "tests", "date")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the rows of a file say, and the number of their schema."""
+
+    name: str
+    version: int
+    columns: Mapping[str, str]
+
+
+MEASUREMENTS = Kind("measurements", VERSION, COLUMNS)
+BOUNDS = Kind(
+    "errors against bounds",
+    1,
+    {
+        "schema": "int",
+        "case": "str",  # a name of bounds.py
+        "op": "str",  # logits | head
+        "dtype": "str",  # fp32 | bf16 | fp16
+        "n": "int",
+        "v": "int",
+        "d": "float",  # the width of a head
+        "method": "str",
+        "output": "str",  # loss, dlogits and so on; of "x, mean" the mean over many entries; repeated: 0, or inf if a second call differs
+        "ratio": "float",  # the error in units of its bound, where that is largest
+        "error": "float",  # there
+        "bound": "float",  # there
+        "place": "str",  # where it is
+        **{name: COLUMNS[name] for name in WHERE},
+    },
+)
+KINDS = (MEASUREMENTS, BOUNDS)
 
 
 class BadRows(Mistake):
     """A file of rows that cannot be used; the message is a sentence for whoever named the file."""
 
 
-def read(paths: Sequence[Path]) -> "pd.DataFrame":
+def read(paths: Sequence[Path], kind: Kind = MEASUREMENTS) -> "pd.DataFrame":
     """The rows of all files, one below the other, every column typed; BadRows where a file is not one of ours."""
     import pandas as pd
 
-    frames = [_read_one(path) for path in paths]
-    return pd.concat(frames, ignore_index=True) if frames else _typed(pd.DataFrame(columns=list(COLUMNS)), Path("no file"))
+    frames = [_read_one(path, kind) for path in paths]
+    return pd.concat(frames, ignore_index=True) if frames else _typed(pd.DataFrame(columns=list(kind.columns)), Path("no file"), kind)
 
 
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def holds(path: Path, kind: Kind) -> bool:
+    """Whether a file begins as one with rows of that kind."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.readline().rstrip("\r\n") == ",".join(kind.columns)
+    except OSError:
+        return False
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]], kind: Kind = MEASUREMENTS) -> None:
     """Add rows below those of ``path``, or start it.
 
     The old rows are checked and the whole file is replaced in one step, under a lock: neither a crash nor two writers lose a row.
@@ -74,17 +118,18 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """
     import pandas as pd
 
-    new = _typed(pd.DataFrame([{"schema": VERSION} | row for row in rows]), path)
+    new = _typed(pd.DataFrame([{"schema": kind.version} | row for row in rows]), path, kind)
+    text = [name for name, held in kind.columns.items() if held == "str"]
     # a return alone is not quoted, and would end its row
-    new[TEXT] = new[TEXT].replace("\r\n?", "\n", regex=True)
+    new[text] = new[text].replace("\r\n?", "\n", regex=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             old = path.read_bytes() if path.exists() and path.stat().st_size else b""
             if old:
-                _read_one(path)
-            text = new.to_csv(index=False, header=not old).encode(errors="backslashreplace")
-            write_atomically(path, old + (b"" if old.endswith(b"\n") or not old else b"\n") + text)
+                _read_one(path, kind)
+            content = new.to_csv(index=False, header=not old).encode(errors="backslashreplace")
+            write_atomically(path, old + (b"" if old.endswith(b"\n") or not old else b"\n") + content)
     except OSError as error:
         raise BadRows(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -137,7 +182,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _read_one(path: Path) -> "pd.DataFrame":
+def _read_one(path: Path, kind: Kind) -> "pd.DataFrame":
     import pandas as pd
 
     try:
@@ -147,29 +192,31 @@ def _read_one(path: Path) -> "pd.DataFrame":
     except OSError as error:
         raise BadRows(f"{path} cannot be read: {error.strerror or error}") from error
     except pd.errors.EmptyDataError:
-        frame = pd.DataFrame(columns=list(COLUMNS))
+        frame = pd.DataFrame(columns=list(kind.columns))
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise BadRows(f"{path} is not a CSV file: {error}") from None
-    if "schema" in frame and len(frame) and (frame["schema"] != str(VERSION)).any():
+    for other in KINDS:
+        if other is not kind and list(frame.columns) == list(other.columns):
+            raise BadRows(f"{path} holds {other.name} and was to hold {kind.name}")
+    if "schema" in frame and len(frame) and (frame["schema"] != str(kind.version)).any():
         found = ", ".join(sorted(set(frame["schema"])))
-        raise BadRows(f"{path} holds rows of schema {found} and this version reads schema {VERSION}; measure again into another file")
-    if list(frame.columns) != list(COLUMNS):
-        foreign = [name for name in frame.columns if name not in COLUMNS]
-        absent = [name for name in COLUMNS if name not in frame.columns]
+        raise BadRows(f"{path} holds rows of schema {found} and this version reads schema {kind.version}; measure again into another file")
+    if list(frame.columns) != list(kind.columns):
+        foreign = [name for name in frame.columns if name not in kind.columns]
+        absent = [name for name in kind.columns if name not in frame.columns]
         what = [f"has columns {foreign}" * bool(foreign), f"lacks columns {absent}" * bool(absent)]
         raise BadRows(f"{path} is not a file of our rows: it {' and '.join(filter(None, what)) or 'has its columns in another order'}")
-    return _typed(frame, path)
+    return _typed(frame, path, kind)
 
 
-def _typed(frame: "pd.DataFrame", path: Path) -> "pd.DataFrame":
-
-    foreign = [name for name in frame.columns if name not in COLUMNS]
+def _typed(frame: "pd.DataFrame", path: Path, kind: Kind = MEASUREMENTS) -> "pd.DataFrame":
+    foreign = [name for name in frame.columns if name not in kind.columns]
     if foreign:
         raise BadRows(f"rows for {path} have columns {foreign} that the schema has not")
-    frame = frame.reindex(columns=list(COLUMNS))
-    for name, kind in COLUMNS.items():
-        frame[name] = _column(frame[name], kind, f"{path} has a value in column {name!r} that is not")
-    unknown = sorted(set(frame["status"]) - set(STATUSES))
+    frame = frame.reindex(columns=list(kind.columns))
+    for name, held in kind.columns.items():
+        frame[name] = _column(frame[name], held, f"{path} has a value in column {name!r} that is not")
+    unknown = sorted(set(frame["status"]) - set(STATUSES)) if "status" in frame else []
     if unknown:
         raise BadRows(f"{path} has status {unknown} and expected one of {list(STATUSES)}")
     return frame

@@ -149,3 +149,22 @@ def head_value_and_grads(
     loss = linear_cross_entropy(hidden, head, t, bias, None if weight is None else weight.detach().double(), **options)
     grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss) if dloss is None else dloss.double().reshape(loss.shape))
     return [loss.detach(), *grads]
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    pos_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Numbers of the shape of input, or ids of the labels that are 1; as a sum of softplus, since torch's is a difference."""
+    if not target.is_floating_point():
+        ones = torch.zeros(len(input), input.shape[1] + 1, dtype=input.dtype)
+        target = ones.scatter(1, target.where(target != ignore_index, input.shape[1]), 1.0)[:, :-1]
+    yes = target if pos_weight is None else target * pos_weight
+    loss = yes * F.softplus(-input, threshold=700.0) + (1.0 - target) * F.softplus(input, threshold=700.0)
+    loss = loss if weight is None else loss * weight
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / input.numel()

@@ -149,6 +149,20 @@ def test_every_pair_of_options(n):
     cases_on_ranks(n, every_option, [(form, soft, tuple(COMBINATIONS)) for form, soft in GRID], timeout=500.0)
 
 
+def random_call(case):
+    form, cuts, soft, names, n, whole_weight = case
+    with saying(case):
+        check(form, cuts, soft, names, n=n, whole_weight=whole_weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_random_cuts_of_random_rows(n):
+    """Shards of any sizes, some empty, in any order of ranks."""
+    draws = pytest.importorskip("draws", exc_type=ImportError)
+    cases_on_ranks(n, random_call, draws.drawn(draws.calls_of_ranks(n, FORMS, COMBINATIONS), 150), timeout=500.0)
+
+
 # --- what is not a grid: (name, of a function here) on two ranks or four
 
 

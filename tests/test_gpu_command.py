@@ -13,7 +13,7 @@ from lossfuse.perf import goals, gpu, methods  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.cases import CASES, MODES, named  # noqa: E402
 from lossfuse.perf.goals import GOALS, Goal, judge  # noqa: E402
-from lossfuse.perf.rows import append, read  # noqa: E402
+from lossfuse.perf.rows import BOUNDS, append, read  # noqa: E402
 
 STEP = "forward+backward"
 
@@ -119,6 +119,7 @@ def test_a_rehearsal_leaves_rows_a_log_and_a_summary(tmp_path, monkeypatch, caps
     assert {m.name for m in methods.SWEEP} < set(sweep["method"]) and set(sweep["status"]) == {"ok"}
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "Tests: passed. Goals:" in summary and "1 not measured" in summary
+    assert "Errors: 0 of" in summary and len(read([tmp_path / "out" / "bounds.csv"], BOUNDS))
     assert "$ pytest tests/test_closeness.py" in (tmp_path / "out" / "log.txt").read_text()
     assert "rehearsal" in capsys.readouterr().out
 
@@ -144,9 +145,11 @@ def test_a_missed_goal_is_told(tmp_path):
     append(tmp_path / "rows.csv", [row(ideal_ms=0.1)])
     where = {"device": "a|b<c>", "torch": "2", "triton": "", "lossfuse": "0", "commit": "", "dirty": True, "date": "today"}
     goal = Goal("llama3", "bf16", STEP, "lossfuse", roofline=0.66)
-    summary, missed = gpu.summarize([goal], tmp_path / "rows.csv", where, "failed", [], ["x | <script>"])
+    errors = "1 of 9 beyond their bounds; <b>"
+    summary, missed = gpu.summarize([goal], tmp_path / "rows.csv", where, "failed", errors, [], ["x | <script>"])
+    assert "Errors: 1 of 9 beyond their bounds; &lt;b>." in summary
     assert missed and "0 pass, 1 miss, 0 not measured" in summary and "- x \\| &lt;script>" in summary
-    assert not gpu.summarize([goal], tmp_path / "absent.csv", where, "failed", [], [])[1]
+    assert not gpu.summarize([goal], tmp_path / "absent.csv", where, "failed", errors, [], [])[1]
     assert goals.GOALS is GOALS
 
 
