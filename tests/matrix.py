@@ -71,11 +71,9 @@ ROWS = (
     Row("torch-2.13", ("torch==2.13.0", "triton==3.7.1", "numpy==2.4.6"), python="3.11"),
     Row("torch-2.14", ("torch==2.14.1", "triton==3.8.0", "numpy==2.5.5"), python="3.13"),
     Row("torch-2.15", ("torch==2.15.0", "triton==3.9.0", "numpy==2.5.5"), python="3.14"),
-    Row("triton-3.4", ("triton==3.4.0", "numpy==2.3.5"), suite="kernels"),
     Row("triton-3.6", ("triton==3.6.0", "numpy==2.3.5"), suite="kernels"),
     Row("triton-3.9", ("triton==3.9.0", "numpy==2.4.6"), suite="kernels"),
     Row("transformers-4.57", ("transformers==4.57.6", "accelerate==1.3.0", "kernels==0.9.0"), suite="models"),
-    Row("transformers-5.0", ("transformers==5.0.0", "accelerate==1.3.0", "kernels==0.10.5"), suite="models"),
     Row("transformers-5.23", ("transformers==5.23.0", "accelerate==1.15.0"), suite="models"),
     Row(
         "lowest",
