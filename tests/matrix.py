@@ -13,6 +13,7 @@ the packages of the Python that runs this, which stay as they are. Each is delet
 import argparse
 import csv
 import datetime
+import io
 import json
 import os
 import re
@@ -188,10 +189,11 @@ def write(new: Sequence[dict[str, str]]) -> None:
     """Rows of the same name are replaced; the page shows them all, in the order of ``ROWS``."""
     order = [row.name for row in ROWS]
     rows = {row["row"]: row for row in (*read(), *new) if row["row"] in order}
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows.values(), key=lambda row: order.index(row["row"])))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(sorted(rows.values(), key=lambda row: order.index(row["row"])))
+    RESULTS.write_text(text.getvalue(), encoding="utf-8")
     PAGE.write_text(TABLE.sub(lambda _: page_table(read()), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
