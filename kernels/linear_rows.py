@@ -259,8 +259,6 @@ PARTS_BUDGET, LEAST_ROWS = 128 * 2**20, 8192
 def runs_on(hidden: Tensor, weight: Tensor) -> str | None:
     """Why ``row_loss`` and ``row_stats`` cannot take these; None if they can."""
     device = hidden.device
-    if not hasattr(tl, "make_tensor_descriptor") or not hasattr(triton, "set_allocator"):
-        return f"triton {triton.__version__} has no tensor descriptors, which came with 3.4"
     if device.type == "cpu":
         if isinstance(tile_stats_kernel, triton.JITFunction):
             return "Triton runs on cpu tensors in its interpreter alone"

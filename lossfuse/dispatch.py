@@ -1,5 +1,6 @@
 """``impl`` -> implementation. A name is obeyed or raises; only "auto" chooses."""
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -13,6 +14,21 @@ IMPLS = ("auto", "triton", "torch", "reference")
 # device types Triton compiles for; ROCm calls itself cuda
 TRITON_DEVICES = ("cuda", "xpu")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _interpreter_obstacle() -> str | None:
+    """Triton's interpreter made numbers of arrays, until 3.7, in a way that numpy has given up in 2.4."""
+    try:
+        triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    except importlib.metadata.PackageNotFoundError:
+        # builds of other names, of versions of their own
+        return None
+    old = tuple(map(int, triton.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.split(".")[:2])) >= (2, 4)
+    return f"the interpreter of triton {triton} needs numpy < 2.4, and numpy is {numpy}" if old else None
+
+
+# a compiler cannot ask
+INTERPRETER_OBSTACLE = _interpreter_obstacle()
 
 
 def pick(impl: str, rows: Rows | HeadRows) -> str:
@@ -116,9 +132,8 @@ def _has_tangent(t: Tensor) -> bool:
 
 
 def _saved_tensors_hooks_active() -> bool:
-    # not public; where it is missing, checkpointing keeps the gradient alive but nothing is wrong
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(True) is not None
+    # not public; came with torch 2.8
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _triton_obstacle(input: Tensor, target: Tensor | None) -> str | None:
@@ -132,4 +147,4 @@ def _triton_obstacle(input: Tensor, target: Tensor | None) -> str | None:
         return f"Triton does not run on {device} tensors{hint}"
     if not TRITON_INSTALLED:
         return "Triton is not installed"
-    return None
+    return INTERPRETER_OBSTACLE if device == "cpu" else None

@@ -227,7 +227,8 @@ class _Whole(torch.autograd.Function):
         length = max(size for _, size in places)
         rest = t.shape[:dim] + t.shape[dim + 1 :]
         lines = t.movedim(dim, 0).reshape(t.shape[dim], rest.numel())
-        padded = torch.nn.functional.pad(lines, (0, 0, 0, length - len(lines))).contiguous()
+        padded = lines.new_zeros(length, rest.numel())
+        padded[: len(lines)] = lines
         ordered = sorted(zip(places, gather(padded, shard.group_name), strict=True), key=lambda at: at[0])
         ends = [0, *(start + size for (start, size), _ in ordered)]
         if [start for (start, _), _ in ordered] != ends[:-1] or ends[-1] != shard.num_classes:

@@ -201,7 +201,7 @@ def main_grad_of(linear_weight: Tensor) -> Tensor:
 def autocast_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands of a product as autocast wants them: in its dtype where it is on, but for float64."""
     kind = input.device.type if isinstance(input, Tensor) else "meta"
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _autocast_is_on(kind):
         return input, linear_weight, linear_bias
     dtype = torch.get_autocast_dtype(kind)
 
@@ -213,9 +213,15 @@ def autocast_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[object]:
     """Operands have been cast; what is float32 from here on is meant to be."""
-    if torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type):
+    if _autocast_is_on(t.device.type):
         return torch.autocast(t.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def _autocast_is_on(kind: str) -> bool:
+    # torch 2.8's compiler cannot ask which devices have it; "meta" is the one that has not and can be compiled for
+    available = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 def _target_rows(target: Tensor, class_dim: int, batch_shape: torch.Size) -> Tensor:

@@ -204,7 +204,9 @@ class Source:
 
     @contextmanager
     def as_called(self) -> Iterator[None]:
-        with torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        kind = self.hidden.device.type
+        # torch 2.8 hands a parameter that was cast under no_grad, without its gradient, to whoever casts it next
+        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             yield
 
     def shape_of_logits(self) -> tuple[int, torch.dtype] | None:

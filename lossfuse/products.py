@@ -7,13 +7,11 @@ from torch import Tensor
 
 # of a block of the weight that is converted for a product: enough rows for the product, few enough for a cache
 BLOCK_BYTES = 16 << 20
-# torch 2.8; how a product in bf16 comes out in fp32 without converting its operands
-_HAS_OUT_DTYPE = any("out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::addmm"))
 
 
 def mixes(device: torch.device) -> bool:
     """Whether products of half-precision operands come out in fp32 there."""
-    return device.type == "cuda" and _HAS_OUT_DTYPE
+    return device.type == "cuda"
 
 
 def block_classes(v: int, d: int, dtype: torch.dtype, wide: torch.dtype) -> int:

@@ -1,11 +1,13 @@
 """Each refusal, by its words: the argument, what came, what was expected; nothing is written before it."""
 
 import contextlib
+import importlib.metadata
 
 import pytest
 import torch
 
 import lossfuse
+from lossfuse import dispatch
 
 X = torch.randn(4, 7)
 IDS = torch.tensor([0, 6, 3, 1])
@@ -162,3 +164,20 @@ def test_modules_refuse_when_built():
         lossfuse.CrossEntropyLoss(label_smoothing=2.0)
     with pytest.raises(ValueError, match="reduction is 'avg'"):
         lossfuse.CrossEntropyLoss(reduction="avg")
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "said"),
+    [("3.6.0", "2.4.6", "triton 3.6.0 needs numpy < 2.4"), ("3.6.0", "2.3.5", None), ("3.7.1", "2.4.6", None), ("3.10.0", "2.10.0", None)],
+)
+def test_an_interpreter_that_numpy_has_left_behind_is_refused(monkeypatch, triton, numpy, said):
+    """It raises, from its inside, that only 0-dimensional arrays can be converted."""
+    monkeypatch.setattr(importlib.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    obstacle = dispatch._interpreter_obstacle()
+    assert obstacle is None if said is None else said in obstacle
+    if obstacle:
+        monkeypatch.setattr(dispatch, "INTERPRETER_OBSTACLE", obstacle)
+        monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(ValueError, match=f"impl='triton' cannot run here: .*{said}"):
+            lossfuse.cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]), impl="triton")

@@ -247,7 +247,8 @@ def aliases(x):
     linear = torch.nn.Linear(4, V, device=x.device)
     held = produced(x)[1]
     sliced = produced(torch.cat([x, x]))[1]
-    biased = linear(torch.randn(2, 3, 4, device=x.device))
+    # as F.linear of three dimensions is, in many releases of torch
+    biased = linear(torch.randn(6, 4, device=x.device)).view(2, 3, V)
     square = produced(x[:, :N])[1]
     return {
         "a detached alias": (held, held.detach()),

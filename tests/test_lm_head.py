@@ -401,7 +401,8 @@ UNKNOWN = {
 @pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
 def test_what_is_unknown_makes_them_and_is_right(name, head):
     report = same(Tiny(head), UNKNOWN[name])
-    assert report.made
+    # older torch.autograd.backward does not ask whose tensors it is given, so that nothing is counted
+    assert report.made or (name == "backward of logits" and torch.__version__ < "2.11")
 
 
 def test_operators_called_from_below():
@@ -660,6 +661,25 @@ def test_autocast(head, double):
     for name, t in true.items():
         off, stock_off = ((values[name].double() - t.double()).norm() for values in (got, stock))
         assert off <= 1.5 * stock_off + (1e-12 if double else 5e-3) * t.norm(), name
+
+
+@pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
+@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+def test_under_autocast_the_head_learns_from_logits_that_are_made(head):
+    """torch 2.8 remembers what was cast without a gradient, as for a look at the shape of logits."""
+
+    def read(z):
+        return z.square().sum()
+
+    model = Tiny(head)
+    with torch.autocast("cpu", torch.bfloat16):
+        want, want_grads = gradients(model, read)
+    lossfuse.fuse_lm_head(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, grads = gradients(model, read)
+    assert got == want
+    assert all(g is not None for g in want_grads.values())
+    torch.testing.assert_close(grads, want_grads)
 
 
 def test_a_wide_bias_keeps_its_digits():

@@ -141,7 +141,13 @@ def _built(at):
             setattr(config, name, getattr(config, name)[:1])
     torch.manual_seed(0)
     config._attn_implementation = "eager"
-    model = kind(config).train()
+    try:
+        model = kind(config).train()
+    except AssertionError as error:
+        # Mamba of transformers 4 asks for a stream of CUDA
+        if "not compiled with CUDA" not in str(error):
+            raise
+        return None
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith("final_logits_bias"):
@@ -155,7 +161,7 @@ def _built(at):
 def built(family):
     model = _built(FAMILIES.index(family))
     if model is None:
-        pytest.skip(f"transformers {transformers.__version__} has no {family.model}")
+        pytest.skip(f"transformers {transformers.__version__} has no {family.model} that runs here")
     return model
 
 

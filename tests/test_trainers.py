@@ -39,10 +39,12 @@ def assert_same_run(fused: Run, stock: Run, *, fused_by: dict[str, int], bf16: b
 
 
 @pytest.fixture
-def needs_accelerate():
+def needs_accelerate(monkeypatch):
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     from accelerate.state import AcceleratorState
 
+    # where transformers 4 leaves it
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     yield
     # mixed precision of one test is the next one's otherwise
     AcceleratorState._reset_state(reset_partial_state=True)
