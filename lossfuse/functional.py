@@ -1,6 +1,7 @@
 """The public functions: torch's names and order, then what torch does not have."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,7 +243,8 @@ def linear_cross_entropy(
     return reduce_rows(loss, rows, reduction, divisor)
 
 
-class HeadCall(NamedTuple):
+@dataclass(frozen=True)
+class HeadCall:
     """A checked call of a head."""
 
     rows: HeadRows
