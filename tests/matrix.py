@@ -7,7 +7,7 @@
 Needs what the extra ``test`` installs. A row that pins torch gets a virtual environment from nothing, for which pip downloads gigabytes
 unless it is shown builds for the CPU (``PIP_EXTRA_INDEX_URL``), and is skipped where its Python is not on the PATH. Any other lies over
 the packages of the Python that runs this, which stay as they are. Each is deleted before the next; ``TMPDIR`` says where they are made.
-``--write`` keeps the outcome in ``perf/results/compatibility.csv`` and makes the table of ``docs/compatibility.md`` of it.
+``--write`` keeps the outcome in ``docs/compatibility.csv`` and makes the table of ``docs/compatibility.md`` of it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "perf" / "results" / "compatibility.csv"
+RESULTS = ROOT / "docs" / "compatibility.csv"
 PAGE = ROOT / "docs" / "compatibility.md"
 TABLE = re.compile(r"(?<=<!-- rows -->\n).*?(?=<!-- end of rows -->)", re.DOTALL)
 

@@ -25,7 +25,9 @@ MODULES = {
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__", "read_pickle", "to_pickle", "unsafe_load", "system", "popen", "getoutput", "from_url"}
 # who may start a program, and which
-PROGRAMS = {"environment.py": {"git", "sys.executable"}, "gpu.py": {"sys.executable"}}
+PROGRAMS = {"environment.py": {"git", "sys.executable"}, "gpu.py": {"sys.executable"}, "sanitizer.py": {"command", "sys.executable"}}
+STARTERS = ("subprocess.run", "subprocess.Popen")
+NO_STARTERS = ("PIPE", "STDOUT", "DEVNULL", "TimeoutExpired", "SubprocessError", "CalledProcessError", "CompletedProcess")
 HOSTILE = (
     "<script>alert(1)</script>", "'\"`", "=cmd|' /C calc'!A0", "+1", "@SUM(1)", "\u202eevil", "é\U0001f600\ufeff", "x" * 100_000,
     "a\rb", "a\r\nb", "a\nb", "a\0b", "\x1b[2J\x9b2J", "NaN", "None", "[bold]", "[/]", "{{7*7}}", "${x}", "../../etc", "\ud800", "",
@@ -73,11 +75,11 @@ def test_programs_are_named_in_the_source():
             continue
         lists = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.List) and node.elts]
         firsts = {ast.unparse(node.elts[0]).strip("'") for node in lists}
-        started[path.name] = {first for first in firsts if first in ("git", "sys.executable")}
+        started[path.name] = {first for first in firsts if first in ("git", "sys.executable", "command")}
         # the only arguments of a program are lists, never a line for a shell
-        runs = [node for kind, name, node in names_of(ast.parse(source)) if kind == "call" and ast.unparse(node.func) == "subprocess.run"]
+        runs = [node for kind, name, node in names_of(ast.parse(source)) if kind == "call" and ast.unparse(node.func) in STARTERS]
         assert runs and all(isinstance(run.args[0], ast.List | ast.Name) for run in runs)
-        assert "Popen" not in source and "check_output" not in source
+        assert source.count("subprocess.") == len(runs) + sum(source.count(f"subprocess.{name}") for name in NO_STARTERS)
     assert started == PROGRAMS
 
 

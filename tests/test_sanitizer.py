@@ -110,7 +110,7 @@ def test_what_tools_find_is_logged_and_summed_up(fake, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert all(f"$ compute-sanitizer --tool {tool}" in log for tool in sanitizer.TOOLS)
     where = {"device": "a", "torch": "2", "triton": "", "lossfuse": "0", "commit": "", "dirty": True, "date": "today"}
-    summary, _ = gpu.summarize([], tmp_path / "absent.csv", where, "passed", outcomes, [])
+    summary, _ = gpu.summarize([], tmp_path / "absent.csv", where, "passed", "", outcomes, [])
     assert "- memcheck passed: nothing found" in summary and "- initcheck failed: 1 found" in summary
     late = gpu._sanitize(command, tmp_path, time.monotonic() + 1, Console(quiet=True))
     assert [o.why for o in late] == ["no time left"] * 3
