@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from . import functional, statistics
 from .distributed import shared
 from .inputs import Targets
-from .lazy_logits import LazyLogits, Shaping, T, can_be, handles, of_classes
+from .lazy_head import Shaping
+from .lazy_logits import LazyLogits, T, can_be, handles, of_classes
 from .linear import chunk_rows
 from .reduce import divisor_of, reduce_rows
 from .spec import loss_spec, require_bool, resolve_reduction

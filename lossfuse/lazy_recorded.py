@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lazy_logits import LazyLogits, Shaping, T, can_be, handles, of_classes
+from .lazy_head import Shaping
+from .lazy_logits import LazyLogits, T, can_be, handles, of_classes
 
 
 def _reshaped(x: LazyLogits, shaping: Shaping | None) -> Any:

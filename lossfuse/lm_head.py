@@ -3,12 +3,17 @@
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # what is recorded and what is read registers itself
-from . import lazy_readers, lazy_recorded  # noqa: F401
-from .lazy_logits import LazyForward, LogitsReport, keep_outside_graphs
+from . import lazy_logits, lazy_readers, lazy_recorded  # noqa: F401
+from .cut_heads import cut_of, is_cut, is_dtensor
+from .dispatch import tangents_possible
+from .inputs import torch_func_active
+from .lazy_head import HeadForward, LogitsReport, Shaping, Source
 from .spec import LinearOptions
+from .wrappers import must_not_be_entered
 
 HEAD_NAMES = ("lm_head", "output", "embed_out", "head", "unembed")
 
@@ -100,11 +105,47 @@ def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Mo
     return found if isinstance(found, nn.Module) else None
 
 
+class LazyForward(HeadForward):
+    """What a fused head has in place of its ``forward``."""
+
+    def __new__(cls, *args: Any) -> "LazyForward":
+        # copies and unpickled ones come this way too
+        _keep_outside_graphs(lazy_logits, "_of_lazy")
+        _keep_outside_graphs(cls, "__call__")
+        return super().__new__(cls)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden: Any = args[0] if args else kwargs.get("input")
+        plain = type(hidden) in (Tensor, nn.Parameter) or is_dtensor(hidden)
+        plain = plain and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
+        training = self.head.training and torch.is_grad_enabled() and not torch_func_active() and not tangents_possible()
+        if not (plain and training) or torch.is_inference_mode_enabled() or hidden.is_inference():
+            return self.original(*args, **kwargs)
+        if not self.finder.finds(self.head):
+            # wrapped since, by an adapter
+            return self.original(*args, **kwargs)
+        if must_not_be_entered(self.head):
+            # a group would reduce gradients of which half are missing
+            return self.original(*args, **kwargs)
+        cut = None
+        if is_dtensor(hidden) or is_cut(self.head):
+            cut = cut_of(self.head, hidden, self.instance_forward, self.head.__dict__.get("forward") is not self)
+            if cut is None:
+                return self.original(*args, **kwargs)
+        source = Source(self, hidden, cut)
+        made = source.shape_of_logits()
+        if made is None:
+            return self.original(*args, **kwargs)
+        rows, placements = (hidden, None) if cut is None else (cut.rows, cut.placements)
+        shaping = Shaping(*made, placements=placements)
+        return lazy_logits.lazy_logits(source, shaping, rows, leaves=(hidden, *source.parameters))
+
+
 class _HeadFinder:
     """A forward hook of a model: sees to it that the head it has now is the one that is fused."""
 
     def __new__(cls, *args: Any) -> "_HeadFinder":
-        keep_outside_graphs(cls, "__call__")
+        _keep_outside_graphs(cls, "__call__")
         return super().__new__(cls)
 
     def __init__(self, model: nn.Module) -> None:
@@ -172,3 +213,15 @@ class _HeadFinder:
         if self.fused is not None and isinstance(forward, LazyForward):
             forward.leave(self.fused)
         self.fused = None
+
+
+_kept: set[Any] = set()
+
+
+def _keep_outside_graphs(owner: Any, name: str) -> None:
+    """``torch.compiler.disable`` of a function by its place, for those who fuse a head: it imports Dynamo, and Triton with it."""
+    fn = getattr(owner, name)
+    if fn not in _kept:
+        fn = torch.compiler.disable(fn)
+        setattr(owner, name, fn)
+        _kept.add(fn)

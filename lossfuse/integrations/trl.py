@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..lazy_logits import LogitsReport
+from ..lazy_head import LogitsReport
 from ..linear import chunk_rows
 from ..lm_head import find_lm_head
 from ..spec import LinearOptions
