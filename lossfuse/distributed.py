@@ -223,6 +223,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, dim: int, shard: VocabShard) -> Tensor:
         ctx.dim, ctx.shard, ctx.size = dim, shard, t.shape[dim]
+        # waits for the device: shapes are the host's, and who asks for the reference asks for its pace
         places = gather(torch.tensor([shard.start, t.shape[dim]], device=t.device), shard.group_name).tolist()
         length = max(size for _, size in places)
         rest = t.shape[:dim] + t.shape[dim + 1 :]

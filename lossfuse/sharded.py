@@ -177,7 +177,7 @@ def all_sum_over(t: Tensor, group: str) -> Tensor:
 
 
 def _require_same_rows(n: int, like: Tensor, group: str) -> None:
-    """What a gather of different sizes would make of it is a crash or a wait without end."""
+    """What a gather of different sizes would make of it is a crash or a wait without end; for ``debug_targets``, which waits anyway."""
     counts = gather(torch.tensor([n], device=like.device), group)[:, 0].tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"the ranks of shard.group have {counts} rows; each takes the same rows, with its own classes of them")
@@ -228,6 +228,7 @@ def _agree(ints: Tensor, spec: LossSpec, looked_at: bool) -> Tensor:
     starts, sizes = places >> 31, places % 2**31
     tiles = F.pad(starts, (0, 1), value=spec.num_classes) == F.pad(starts + sizes, (1, 0))
     same_options, same_targets = chosen == chosen[0], sums == sums[0]
+    # on a CPU, or inside debug_targets: nothing is waited for that was not asked for
     if looked_at:
         if not bool(same_options.all()):
             raise ValueError(
