@@ -100,9 +100,12 @@ def _shape(t: Tensor) -> str:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """TypeError for anything else."""
+    """TypeError for anything else, and for tensors without strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__} but must be a Tensor")
+    if value.layout != torch.strided or value.is_nested:
+        what = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} is a tensor that is {what} but must be dense")
 
 
 def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, shard: VocabShard | None = None) -> Rows:
@@ -286,6 +289,7 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str, input: T
     if reduction != "mean":
         raise ValueError(f"normalizer divides reduction='mean' but reduction is {reduction!r}; drop one of the two")
     if isinstance(normalizer, Tensor):
+        require_tensor("normalizer", normalizer)
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer has shape {_shape(normalizer)} but must be a number or a 0-d tensor")
         if normalizer.dtype == torch.bool or normalizer.is_complex():

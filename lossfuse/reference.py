@@ -38,8 +38,7 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
         q = (torch.ones_like(z) if weight is None else weight.expand_as(z)) / num_classes
         loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing * _expected_nll(z, q)
     loss = _plus_z_loss(loss, z, spec)
-    # by a factor, so that a bad row's gradient is NaN too
-    return torch.where(ignored, 0.0, loss * torch.where(ignored | valid, 1.0, torch.nan))
+    return torch.where(ignored, 0.0, loss * _one_or_nan(ignored | valid, loss))
 
 
 def row_stats(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> RowStats:
@@ -63,14 +62,18 @@ def row_stats(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec:
         target_logprob = -_negative_log_likelihood(z, torch.where(valid, target, 0)[:, None])
 
     def of_valid(t: Tensor) -> Tensor:
-        # by a factor, so that a bad row's gradient is NaN too
-        return torch.where(ignored, 0.0, t * torch.where(ignored | valid, 1.0, torch.nan))
+        return torch.where(ignored, 0.0, t * _one_or_nan(ignored | valid, t))
 
     # a class of probability 0 is out of the sum, and its -inf out of the gradient
     nowhere = logp == -torch.inf
     entropy = -(logp.exp() * torch.where(nowhere, 0.0, logp)).sum(-1)
     argmax = torch.where(valid, z.argmax(-1), no_class(spec))
     return RowStats(loss, of_valid(_logsumexp(z)), of_valid(target_logprob), of_valid(entropy), argmax, loss.new_empty(0))
+
+
+def _one_or_nan(good: Tensor, like: Tensor) -> Tensor:
+    """A factor, so that what is bad has a gradient of NaN too; in the dtype of ``like``, where two numbers would have the default one."""
+    return torch.where(good, like.new_ones(()), torch.nan)
 
 
 def linear_row_loss(
@@ -150,7 +153,7 @@ def sigmoid_loss(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weig
     # never a difference of the two, which has no digits where the model is right; a threshold beyond which exp(-x) is nothing to x
     loss = yes * softplus(-x, threshold=40.0) + (1.0 - t) * softplus(x, threshold=40.0)
     # as torch, where it is a limit; a constant, so that the gradient there is as torch's too
-    loss = loss + torch.where(x == -torch.inf, torch.nan, 0.0).detach()
+    loss = loss + torch.where(x == -torch.inf, torch.nan, x.new_zeros(()))
     return loss if weight is None else loss * weight.to(x.dtype)
 
 
@@ -163,7 +166,7 @@ def listed(ids: Tensor, x: Tensor, ignore_index: int) -> Tensor:
     if v:
         # added up, since what stands for padding must not take a one away
         t = t.scatter_add(1, torch.where(valid, ids, 0), valid.to(x.dtype)).clamp(max=1.0)
-    return t + torch.where((given & ~valid).any(1, keepdim=True), torch.nan, 0.0).to(x.dtype)
+    return t * _one_or_nan((valid | ~given).all(1, keepdim=True), t)
 
 
 def log_softmax(x: Tensor, dim: int) -> Tensor:
@@ -182,7 +185,7 @@ def nll_row_loss(logp: Tensor, target: Tensor, class_weight: Tensor | None, igno
     loss = torch.where(ignored, 0.0, -logp.gather(1, y[:, None])[:, 0].to(torch.float64 if logp.dtype == torch.float64 else torch.float32))
     if class_weight is not None:
         loss = loss * class_weight.to(loss.dtype)[y]
-    return torch.where(ignored, 0.0, loss * torch.where(ignored | valid, 1.0, torch.nan))
+    return torch.where(ignored, 0.0, loss * _one_or_nan(ignored | valid, loss))
 
 
 # torch's: what the slope of a probability is divided by, at least, and how low a logarithm may be

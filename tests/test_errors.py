@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 
 import pytest
 import torch
@@ -89,6 +90,34 @@ def test_refused(name):
     error, words, args, options = REFUSED[name]
     with pytest.raises(error, match=words):
         lossfuse.cross_entropy(*args, **options)
+
+
+UNSTRIDED = {
+    "torch.sparse_coo": torch.Tensor.to_sparse,
+    "torch._mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda t: torch.nested.as_nested_tensor([t, t]),
+}
+# each argument that is a tensor, by a function that takes it
+TAKEN = {
+    "input": (lossfuse.cross_entropy, lambda t: (t(X), IDS), {}),
+    "target": (lossfuse.cross_entropy, lambda t: (X, t(PROBABILITIES)), {}),
+    "weight": (lossfuse.cross_entropy, lambda t: (X, IDS, t(torch.ones(7))), {}),
+    "linear_weight": (lossfuse.linear_cross_entropy, lambda t: (X, t(torch.ones(7, 7)), IDS), {}),
+    "pos_weight": (lossfuse.binary_cross_entropy_with_logits, lambda t: (X, X), {"pos_weight": lambda t: t(torch.ones(4, 7))}),
+    "normalizer": (lossfuse.cross_entropy, lambda t: (X, IDS), {"normalizer": lambda t: t(torch.tensor(3.0))}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+# of no dimensions oneDNN has none
+@pytest.mark.parametrize(
+    ("argument", "layout"), [pair for pair in itertools.product(TAKEN, UNSTRIDED) if pair != ("normalizer", "torch._mkldnn")]
+)
+def test_tensors_without_strides_are_refused(argument, layout):
+    function, args, options = TAKEN[argument]
+    unstrided = UNSTRIDED[layout]
+    with pytest.raises(TypeError, match=f"{argument} is a tensor that is {layout} but must be dense"):
+        function(*args(unstrided), **{name: make(unstrided) for name, make in options.items()})
 
 
 def test_ignore_index_may_be_any_id(place):
