@@ -386,7 +386,7 @@ class _Options(TypedDict):
     lse_square_scale: float | None
 
 
-# what was decided for calls of a kind: a device, a dtype, a number of classes, an alignment, which options are given
+# what was decided for calls of a kind: a device, a dtype, a number of classes, an alignment, which options are given, strides
 _plans: dict[tuple[object, ...], FusedPlan] = {}
 
 
@@ -417,7 +417,9 @@ def row_loss_and_grads(
         # the slices are read again for the cap's slope, after others have written over them
         most_lead = None
     given = (class_weight is None, scale is None, softcap is None, smoothing is None, lse_square_scale is None)
-    key = (logits.device, logits.dtype, dlogits.dtype, v, wide, most_lead, given)
+    # triton compiles again for other strides, and how many programs run at once is known of what was compiled
+    strides = (dloss.stride(0), logits.stride(0) % 16 == 0, dlogits.stride(0) % 16 == 0)
+    key = (logits.device, logits.dtype, dlogits.dtype, v, wide, most_lead, given, strides)
     plan = _plans.get(key)
     if plan is None:
         shaping = softcap is not None or smoothing is not None
@@ -459,6 +461,15 @@ def _alignment(logits: Tensor, dlogits: Tensor) -> tuple[bool, int, int | None]:
     return wide, leads[0], group - 1 if strides[0] % group else leads[0]
 
 
+def words_block(k: int) -> int:
+    """One lane of a warp for each of ``k`` words at least.
+
+    With fewer words two lanes load the same one and may see it differently, and a warp whose lanes leave the loop that waits for it at
+    different times waits for itself: the condition is reduced over as many lanes as there are words (triton 3.6, 3.7).
+    """
+    return max(32, triton.next_power_of_2(k))
+
+
 def programs_run_together(device: torch.device) -> bool:
     """The interpreter runs one after the other."""
     return device.type != "cpu"
@@ -481,7 +492,7 @@ def _split_rows(
     def launch(rows: int, groups: int, programs: int, phase: int) -> Any:
         return split_row_kernel[(programs,)](
             *operands, words, smooth_words, logits.stride(0), dlogits.stride(0), dloss.stride(0), lead, rows, v, k, groups, ignore_index,
-            **options, SLICE=plan.block_v, K_BLOCK=triton.next_power_of_2(k), GROUP=16 // logits.element_size(), PHASE=phase,
+            **options, SLICE=plan.block_v, K_BLOCK=words_block(k), GROUP=16 // logits.element_size(), PHASE=phase,
             num_warps=plan.num_warps, launch_cooperative_grid=phase == 0, **UNFUSED,
         )  # fmt: skip
 

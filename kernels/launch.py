@@ -20,9 +20,15 @@ class LaunchConfig:
     num_warps: int
 
 
+# kernels count the classes of a row in 32 bits, the last block's past the end among them
+MOST_CLASSES = 2**31 - 2**16
+
+
 @functools.cache
 def row_blocks(v: int) -> LaunchConfig:
     """8 classes a thread, 16 bytes of bf16: wider blocks spill in the statistics loops on sm_80 to sm_100 (triton 3.7.1)."""
+    if v > MOST_CLASSES:
+        raise ValueError(f"rows have {v} classes but kernels take at most {MOST_CLASSES}; impl='torch' takes more")
     block_v = min(max(128, 1 << (v - 1).bit_length()), 2048)
     return LaunchConfig(block_v, max(1, block_v // 256))
 

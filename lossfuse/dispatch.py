@@ -142,7 +142,10 @@ def _triton_obstacle(input: Tensor, target: Tensor | None) -> str | None:
         return "the kernels compute in float32 and input is float64"
     if target is not None and target.dtype == torch.float64:
         return "the kernels compute in float32 and target is float64"
-    if device not in TRITON_DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device in TRITON_DEVICES and interpreted:
+        return f"TRITON_INTERPRET=1 makes Triton an interpreter, which is for CPU tensors, and input is on {device}"
+    if device not in TRITON_DEVICES and not (device == "cpu" and interpreted):
         hint = " (for Triton's interpreter set TRITON_INTERPRET=1 before the first import)" if device == "cpu" else ""
         return f"Triton does not run on {device} tensors{hint}"
     if not TRITON_INSTALLED:

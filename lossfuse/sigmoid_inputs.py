@@ -39,7 +39,7 @@ def flatten_labels(input: Tensor, target: Tensor, weight: Tensor | None, pos_wei
     operands = [t for t in (input, target, weight, pos_weight) if t is not None]
     # neither side of a view is looked at by a compiler
     together = input.dim() != 2 and (input.dim() < 2 or input.shape[-1] < LEAST_LABELS)
-    together = together and all(t.is_contiguous() for t in operands) and input.numel() < 2**31
+    together = together and all(t.is_contiguous() for t in operands) and input.numel() <= 2**30
     v = (input.numel() if together else input.shape[-1]) if input.dim() else 1
     n = input.numel() // v if v else 0
 

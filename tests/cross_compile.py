@@ -119,7 +119,7 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
         if plan.kind == "whole":
             yield Launch(fused_rows.whole_row_kernel, plan.num_warps, {"BLOCK_V": plan.block_v}, wide)
         else:
-            constants = {"SLICE": plan.block_v, "K_BLOCK": triton.next_power_of_2(plan.slices), "GROUP": group, "PHASE": 0}
+            constants = {"SLICE": plan.block_v, "K_BLOCK": fused_rows.words_block(plan.slices), "GROUP": group, "PHASE": 0}
             options = {"launch_cooperative_grid": True, **softmax_rows.UNFUSED}
             # nothing is known of the alignment of rows
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)

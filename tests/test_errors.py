@@ -144,6 +144,16 @@ class TestAChosenImplementation:
         with pytest.raises(ValueError, match="Triton does not run on cpu tensors .*TRITON_INTERPRET=1"):
             lossfuse.cross_entropy(X, IDS, impl="triton")
 
+    def test_its_interpreter_is_for_the_cpu(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "meta"))
+        x, ids = X.to("meta"), IDS.to("meta")
+        with pytest.raises(
+            ValueError, match="TRITON_INTERPRET=1 makes Triton an interpreter, which is for CPU tensors, and input is on meta"
+        ):
+            lossfuse.cross_entropy(x, ids, impl="triton")
+        assert lossfuse.cross_entropy(x, ids).device.type == "meta"
+
     def test_triton_must_be_installed(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr("lossfuse.dispatch.TRITON_INSTALLED", False)

@@ -491,6 +491,27 @@ def test_what_was_measured_to_win_is_chosen(v, itemsize, wide, expected):
     assert (plan.kind, plan.block_v, plan.num_warps, plan.slices) == expected
 
 
+@pytest.mark.parametrize("k", [1, 2, 8, 13, 32, 33, 128])
+def test_no_two_lanes_of_a_warp_wait_for_one_word(k):
+    assert fused_rows.words_block(k) >= max(32, k)
+
+
+def test_a_plan_is_of_what_was_compiled(monkeypatch, force):
+    """Another stride is another kernel, and of another the driver may run fewer at once."""
+    force(16)
+    FakeDevice(monkeypatch, 30)
+    x, target = torch.randn(4, 128), torch.zeros(4, dtype=torch.int64)
+    for dloss in (torch.ones(4), torch.ones(()).expand(4)):
+        ours(x, target, dloss=dloss)
+    assert len(fused_rows._plans) == 2
+
+
+def test_rows_that_32_bits_do_not_count_are_refused():
+    assert launch.row_blocks(launch.MOST_CLASSES).block_v == 2048
+    with pytest.raises(ValueError, match="rows have 2147483647 classes but kernels take at most"):
+        launch.row_blocks(2**31 - 1)
+
+
 def test_devices_without_a_table_and_gradients_at_other_alignments_sweep_twice():
     assert launch.fused_plan("xpu", 1000, 2, wide=True, most_lead=0, shaping=False) == launch.SWEEPS
     assert launch.fused_plan("nvidia", 50257, 2, wide=False, most_lead=None, shaping=False) == launch.SWEEPS

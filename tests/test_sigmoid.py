@@ -9,6 +9,7 @@ import lossfuse
 from allocations import Largest
 from closeness import assert_formula_close, assert_gradient_close, assert_loss_close
 from conftest import GPU
+from lossfuse.sigmoid_inputs import flatten_labels
 from options import COMPILERS
 
 N, V = 5, 2060  # more than a block, ragged
@@ -323,3 +324,9 @@ def test_one_graph(place, backend, listed, reduction):
     compiled = torch.compile(f, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x), f(x))
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(f(x), x))
+
+
+def test_labels_are_strung_together_as_far_as_kernels_count():
+    x = torch.empty(2, 2**20, 1000, device="meta")
+    assert flatten_labels(x, x, None, None, -100).input.shape == (2**21, 1000)
+    assert flatten_labels(x[:1], x[:1], None, None, -100).input.shape == (1, 2**20 * 1000)
