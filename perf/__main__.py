@@ -10,16 +10,19 @@ from .cases import CASES, DTYPES, MODES
 from .mistakes import Mistake
 from .shown import clean
 
-EXTRA = ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert")
+# of the extra, by command: what keeps rows and prints them, and what draws
+ROWS = ("filelock", "pandas", "rich")
+PICTURES = (*ROWS, "altair", "vl_convert")
+NEEDED = {"demo": (*PICTURES, "tokenizers"), "memory": PICTURES, "dashboard": PICTURES}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a goal was missed, an error is beyond its bound, a test failed or the extra is not installed.
+    """0; 1 where a goal was missed, an error is beyond its bound, a test failed or what the command needs is not installed.
 
-    2 with a sentence for what cannot be done.
+    2 with a sentence for what cannot be done; 3 where ``gpu`` has a GPU and could not settle everything on it.
     """
     options = parser().parse_args(arguments)
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED.get(options.command, ROWS) if importlib.util.find_spec(name) is None]
     if missing:
         print(f"{', '.join(missing)} not installed: pip install 'lossfuse[perf]'", file=sys.stderr)
         return 1

@@ -131,7 +131,7 @@ def _free(device: torch.device) -> None:
 def main(
     cases: Sequence[str], dtypes: Sequence[str], modes: Sequence[str], only: str | None, effort: Effort, out: Path | None, tests: str
 ) -> None:
-    """Measure, print a table per case, append the rows of each case to a CSV as soon as it is measured.
+    """Measure, print a table per case, append the rows of each dtype of it to a CSV as soon as they are measured.
 
     ``tests`` is what the rows say of this commit's tests; ``run`` runs them first.
     """
@@ -159,12 +159,13 @@ def main(
         rows: list[Row] = []
         with console.status("") as status:
             for dtype in dtypes:
-                rows += measure(case, dtype, device, modes, methods[case.op], effort, status.update)
+                made = [row | where for row in measure(case, dtype, device, modes, methods[case.op], effort, status.update)]
+                rows += made
                 _free(device)
-        rows = [row | where for row in rows]
+                # at once: whoever stops this keeps what was measured
+                if out is not None:
+                    append(out, made)
         show(case, rows, console)
-        if out is not None:
-            append(out, rows)
     if out is not None:
         console.print(f"rows: {out}", markup=False)
 

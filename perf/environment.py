@@ -4,6 +4,8 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ import lossfuse
 
 # of the allocator and of the threads; they move times by factors
 SETTINGS = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET")
+# to say what has failed, once interrupted
+LAST_WORDS_SECONDS = 15.0
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -45,17 +49,30 @@ def version(package: str) -> str:
 
 
 def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str, str]:
-    """pytest in the checkout: 'passed', 'failed' or 'not run', and its output."""
+    """pytest in the checkout: 'passed', 'failed' or 'not run', and its output.
+
+    Where its time is up it is interrupted, and says what has failed until then.
+    """
     if not (CHECKOUT / "tests").is_dir():
         return "not run", "no tests beside the package: it is installed and not a checkout"
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
-    try:
-        done = subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_seconds)
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-        return "not run", f"{said}\nstopped after {limit_seconds:.0f} s"
+    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+        try:
+            said, _ = process.communicate(timeout=limit_seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            try:
+                said, _ = process.communicate(timeout=LAST_WORDS_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said, _ = process.communicate()
+            broken = re.search(r"^(FAILED|ERROR) ", said, re.MULTILINE) is not None
+            return "failed" if broken else "not run", f"{said}\nstopped after {limit_seconds:.0f} s"
+        except BaseException:
+            process.kill()
+            raise
     # 5: nothing was collected, which is no pass
-    return {0: "passed", 5: "not run"}.get(done.returncode, "failed"), done.stdout
+    return {0: "passed", 5: "not run"}.get(process.returncode, "failed"), said
 
 
 def _git(*arguments: str) -> str:

@@ -48,7 +48,7 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """The time of each step, one call of each in turn after a round that is not counted; results are dropped off the clock.
 
-    CUDA: between two events, after the L2 cache was overwritten, which also keeps the device busy while Python launches what is timed.
+    CUDA: between two events, after the L2 cache was overwritten and the device kept busy while Python launches what is timed.
     Elsewhere: the wall clock. After three rounds no round begins that would end later than ``seconds`` after the first.
     """
     clock = _cuda_milliseconds(device) if device.type == "cuda" else _wall_milliseconds(device)
@@ -88,6 +88,8 @@ def _cuda_milliseconds(device: torch.device) -> Clock:
     def clock(run: Callable[..., object], arguments: tuple[Any, ...]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         cache.zero_()
+        # about a millisecond, in which Python launches what is timed
+        torch.cuda._sleep(2_000_000)
         start.record()
         result = run(*arguments)
         end.record()

@@ -27,6 +27,8 @@ from .environment import CHECKOUT
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 COMMAND = "compute-sanitizer"
+# the last word of the program
+DONE = "done"
 KERNELS = ("fused_rows", "linear_rows", "log_softmax_rows", "sigmoid_rows", "softmax_rows")
 
 
@@ -50,7 +52,7 @@ def find() -> str | None:
 def run(command: str, tool: str, limit_seconds: float) -> Outcome:
     """One tool over the program of this module, stopped with everything it has started when its time is up."""
     program = [sys.executable, "-m", __name__]
-    asked = [command, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", *program]
+    asked = [command, "--tool", tool, "--error-exitcode", "86", "--print-limit", "10000", *program]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with subprocess.Popen(
         asked, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -69,17 +71,30 @@ def run(command: str, tool: str, limit_seconds: float) -> Outcome:
     return Outcome(tool, *_judged(said, process.returncode), said)
 
 
+def compile_first(limit_seconds: float) -> str:
+    """The program without a tool, so that tools find everything compiled; '' or what went wrong."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            timeout=limit_seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit_seconds:.0f} s"
+    return "" if done.returncode == 0 else f"exit {done.returncode}; {(done.stdout.strip().splitlines() or [''])[-1]}"
+
+
 def _judged(said: str, status: int) -> tuple[str, str]:
     """(verdict, why) of what a tool said."""
     summaries = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+)", said, re.MULTILINE)
     found = int(summaries[-1]) if summaries else 0
+    ended = re.search(rf": {DONE}$", said, re.MULTILINE) is not None
     if found:
         kernels = sorted(set(re.findall(r"^=+ +at (?:0x[0-9a-f]+ in )?([A-Za-z_]\w*)", said, re.MULTILINE)))
         ours = [name for name in kernels if name in kernel_names()]
         # of kernels of torch or of cuBLAS it is not ours to answer for
-        verdict = "failed" if ours or not kernels else "passed"
-        return verdict, f"{found} found, in {', '.join(ours or kernels) or 'nothing it names'}"
-    if not summaries or status != 0:
+        verdict = "failed" if ours or not kernels else "passed" if ended else "not run"
+        return verdict, f"{found} found, in {', '.join(ours or kernels) or 'nothing it names'}{', and it did not end' * (not ended)}"
+    if not summaries or status != 0 or not ended:
         last = [line for line in said.splitlines() if line.strip("= ")]
         return "not run", f"exit {status}; {last[-1].strip() if last else 'it said nothing'}"
     return "passed", "nothing found"
@@ -149,7 +164,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for v in (1000, 2051, 40_000):
             every_kernel(torch.device("cuda"), dtype, v, say)
-    say("done")
+    say(DONE)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-for name in ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert"):
+for name in ("filelock", "pandas", "rich"):
     pytest.importorskip(name)
 
 from lossfuse.perf import bench, methods, problems, rows  # noqa: E402

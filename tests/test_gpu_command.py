@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 
-for name in ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert"):
+for name in ("filelock", "pandas", "rich"):
     pytest.importorskip(name)
 
-from lossfuse.perf import goals, gpu, methods  # noqa: E402
+from lossfuse.perf import environment, goals, gpu, methods, sanitizer  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.cases import CASES, MODES, named  # noqa: E402
 from lossfuse.perf.goals import GOALS, Goal, judge  # noqa: E402
@@ -38,13 +38,22 @@ def test_goals_are_about_methods_that_run_on_a_gpu_in_that_dtype():
     assert {(g.method, g.dtype) for g in GOALS} <= there
 
 
-def test_errands_cover_every_goal_once_and_bf16_first():
+def test_errands_cover_every_goal_once():
     errands = gpu.errands(GOALS)
     done = [(e.case, dtype) for e in errands for dtype in e.dtypes]
     assert len(done) == len(set(done)) and set(done) == {(g.case, g.dtype) for g in GOALS}
     assert all(set(e.modes) >= {g.mode for g in GOALS if g.case == e.case and g.dtype in e.dtypes} for e in errands)
-    kinds = ["bf16" in e.dtypes for e in errands]
-    assert kinds == sorted(kinds, reverse=True)
+    ours = {m.name for m in methods.of("logits", torch.device("cpu"), "lossfuse")[0]}
+    assert {e.only for e in errands} == {"lossfuse"} and ours >= {
+        g.method for g in GOALS if "ids" not in g.method and "linear" not in g.method
+    }
+
+
+def test_then_peers_in_bf16():
+    peers = gpu.peers(GOALS)
+    assert {e.case for e in peers} == {g.case for g in GOALS if g.dtype == "bf16"} and {(e.dtypes, e.only) for e in peers} == {
+        (("bf16",), None)
+    }
 
 
 def row(**changes):
@@ -146,10 +155,14 @@ def test_a_missed_goal_is_told(tmp_path):
     where = {"device": "a|b<c>", "torch": "2", "triton": "", "lossfuse": "0", "commit": "", "dirty": True, "date": "today"}
     goal = Goal("llama3", "bf16", STEP, "lossfuse", roofline=0.66)
     errors = "1 of 9 beyond their bounds; <b>"
-    summary, missed = gpu.summarize([goal], tmp_path / "rows.csv", where, "failed", errors, [], ["x | <script>"])
+    summary, counts = gpu.summarize([goal], tmp_path / "rows.csv", where, "failed", errors, [], ["x | <script>"])
     assert "Errors: 1 of 9 beyond their bounds; &lt;b>." in summary
-    assert missed and "0 pass, 1 miss, 0 not measured" in summary and "- x \\| &lt;script>" in summary
-    assert not gpu.summarize([goal], tmp_path / "absent.csv", where, "failed", errors, [], [])[1]
+    assert (
+        counts == {"pass": 0, "miss": 1, "not measured": 0}
+        and "0 pass, 1 miss, 0 not measured" in summary
+        and "- x \\| &lt;script>" in summary
+    )
+    assert gpu.summarize([goal], tmp_path / "absent.csv", where, "failed", errors, [], [])[1]["not measured"] == 1
     assert goals.GOALS is GOALS
 
 
@@ -157,3 +170,55 @@ def gpu_console():
     from rich.console import Console
 
     return Console(quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("tests", "beyond", "verdict", "fraction", "status"),
+    [
+        ("passed", False, "passed", 1.0, 0),
+        ("not run", False, "passed", 1.0, 3),
+        ("passed", None, "passed", 1.0, 3),
+        ("passed", False, "not run", 1.0, 3),
+        ("passed", False, "passed", None, 3),
+        ("failed", None, "not run", None, 1),
+        ("passed", True, "passed", 1.0, 1),
+        ("passed", False, "failed", 1.0, 1),
+        ("passed", False, "passed", 0.1, 1),
+    ],
+)
+def test_what_is_not_settled_on_a_gpu_is_no_success(tmp_path, monkeypatch, tests, beyond, verdict, fraction, status):
+    def measure(todo, rows, *_):
+        if fraction is not None:
+            append(rows, [row(ideal_ms=fraction)])
+        return []
+
+    where = {"device": "a", "torch": "2", "triton": "", "lossfuse": "0", "commit": "", "dirty": True, "date": "today"}
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "GOALS", [Goal("llama3", "bf16", STEP, "lossfuse", roofline=0.66)])
+    for name, made in {
+        "stamp": where, "_tests": tests, "_errors": ("", beyond), "_sanitize": [sanitizer.Outcome("memcheck", verdict, "", "")]
+    }.items():  # fmt: skip
+        monkeypatch.setattr(gpu, name, lambda *_, made=made: made)
+    monkeypatch.setattr(gpu, "_measure", measure)
+    assert gpu.main(tmp_path, 1.0) == status
+
+
+HANGS = """
+import time
+
+def test_it_fails():
+    assert {passes}
+
+def test_it_hangs():
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(("passes", "verdict"), [(False, "failed"), (True, "not run")])
+def test_tests_whose_time_is_up_say_what_has_failed(tmp_path, monkeypatch, passes, verdict):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(HANGS.format(passes=passes))
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra\n")
+    monkeypatch.setattr(environment, "CHECKOUT", tmp_path)
+    tests, said = environment.run_tests("-p", "no:cacheprovider", limit_seconds=10.0)
+    assert tests == verdict and "stopped after 10 s" in said and ("FAILED tests/test_it.py::test_it_fails" in said) is not passes

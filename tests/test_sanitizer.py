@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-for name in ("altair", "filelock", "pandas", "rich", "tokenizers", "vl_convert"):
+for name in ("filelock", "pandas", "rich"):
     pytest.importorskip(name)
 pytest.importorskip("triton")
 
@@ -28,13 +28,16 @@ OURS = """\
 THEIRS = (
     "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at cutlass_gemm+0x90\n========= ERROR SUMMARY: 1 error\n"
 )
+ENDED = "torch.float32, 40000 classes: done\n"
 SAID = {
-    "passes": ("========= COMPUTE-SANITIZER\ncross entropy 1000\n========= ERROR SUMMARY: 0 errors\n", 0, "passed", "nothing found"),
-    "no race": ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "passed", "nothing found"),
+    "passes": (f"========= COMPUTE-SANITIZER\n{ENDED}========= ERROR SUMMARY: 0 errors\n", 0, "passed", "nothing found"),
+    "no race": (f"{ENDED}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "passed", "nothing found"),
+    "it went away": ("bf16, 9 classes: head\n========= ERROR SUMMARY: 0 errors\n", 0, "not run", "exit 0; ========= ERROR SUMMARY"),
     "a race": ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n", 86, "failed", "3 found, in nothing it names"),
     "ours": (OURS, 86, "failed", "2 found, in row_loss_kernel, sigmoid_rows_kernel"),
     "and the program failed": (OURS, 1, "failed", "2 found, in row_loss_kernel, sigmoid_rows_kernel"),
-    "theirs": (THEIRS, 86, "passed", "1 found, in cutlass_gemm"),
+    "theirs": (ENDED + THEIRS, 86, "passed", "1 found, in cutlass_gemm"),
+    "theirs, and the program died": (THEIRS, 86, "not run", "1 found, in cutlass_gemm, and it did not end"),
     "refuses": ("========= Error: Device not supported\n=========\n", 255, "not run", "exit 255; ========= Error: Device not supported"),
     "the program dies": ("RuntimeError: no GPU\n========= ERROR SUMMARY: 0 errors\n", 1, "not run", "exit 1; ========= ERROR SUMMARY"),
     "says nothing": ("", 0, "not run", "exit 0; it said nothing"),
@@ -85,6 +88,7 @@ if tool == "synccheck":
         # the program is a child of the tool
         open(os.environ["CHILD"], "w").write(str(os.getpid()))
     time.sleep(100)
+print("torch.float32, 40000 classes: done")
 print(f"========= ERROR SUMMARY: {int(tool == 'initcheck')} errors")
 sys.exit(86 if tool == "initcheck" else 0)
 """
@@ -101,10 +105,18 @@ def test_a_tool_that_hangs_is_stopped_with_what_it_has_started(fake, tmp_path, m
             time.sleep(0.1)
 
 
-def test_what_tools_find_is_logged_and_summed_up(fake, tmp_path):
+@pytest.mark.skipif(GPU, reason="it would run")
+def test_the_program_runs_without_a_tool_first(monkeypatch):
+    # here it ends because there is no device
+    assert "exit 1; " in sanitizer.compile_first(60.0)
+    assert sanitizer.compile_first(0.01) == "stopped after 0 s"
+
+
+def test_what_tools_find_is_logged_and_summed_up(fake, tmp_path, monkeypatch):
     from rich.console import Console
 
     command = fake(TELLS)
+    monkeypatch.setattr(sanitizer, "compile_first", lambda limit_seconds: "")
     outcomes = gpu._sanitize(command, tmp_path, time.monotonic() + 300, Console(quiet=True))
     assert [(o.tool, o.verdict) for o in outcomes] == [("memcheck", "passed"), ("racecheck", "passed"), ("initcheck", "failed")]
     log = (tmp_path / "log.txt").read_text()
