@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import lossfuse
 import public
 from closeness import assert_gradient_close
-from conftest import GPU
+from conftest import GPU, nothing_waits
 from public import together
 from rows import logits_and_ids
 
@@ -36,13 +36,10 @@ def test_nothing_waits_for_the_device(name, v):
     factor = torch.tensor(3.0, device="cuda")
     step(x, target, factor, **CALLS[name])
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         step(x, target, factor, **CALLS[name])
         with torch.no_grad():
             lossfuse.cross_entropy(x, target)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("v", [1000, 32001, 128256])
@@ -237,13 +234,10 @@ def test_a_head_waits_for_nothing(name):
     factor = torch.tensor(3.0, device="cuda")
     head_step(hidden, weight, target, factor, **HEADS[name])
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         head_step(hidden, weight, target, factor, **HEADS[name])
         with torch.no_grad():
             lossfuse.linear_cross_entropy(hidden, weight, target)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("v", [1000, 32_001, 50_257, 128_256])
