@@ -41,6 +41,7 @@ def assert_gradient_close(got: Tensor, want: Tensor, *, terms: Tensor | float = 
     info = torch.finfo(got.dtype)
     underflow = 2 * info.smallest_normal * info.eps + (0.0 if got.dtype == torch.float64 else torch.finfo(torch.float32).smallest_normal)
     want = want.double().to(got.device)
+    terms = terms.to(got.device) if isinstance(terms, Tensor) else terms
     allowed = GRADIENT_RTOL[got.dtype] * want.abs() + 5e-6 * terms + underflow
     wrong = ~((got.double() - want).abs() <= allowed) & ~(got.isnan() & want.isnan()) & ~(got == want)
     if wrong.any():

@@ -49,6 +49,11 @@ def reduced(
     return loss.sum() / weight[target.where(valid, 0)].where(valid, 0).sum()
 
 
+def upstream(loss: Tensor, dloss: Tensor | None) -> Tensor:
+    """What comes from above for a loss in float64, from wherever it is."""
+    return torch.ones_like(loss) if dloss is None else dloss.to(loss).reshape(loss.shape)
+
+
 def value_and_grads(
     input: Tensor, target: Tensor, weight: Tensor | None = None, dloss: Tensor | None = None, **options: Any
 ) -> list[Tensor]:
@@ -61,7 +66,7 @@ def value_and_grads(
         if target.requires_grad:
             leaves.append(t.requires_grad_())
     loss = cross_entropy(x, t, None if weight is None else weight.detach().double(), **options)
-    grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss) if dloss is None else dloss.double().reshape(loss.shape))
+    grads = torch.autograd.grad(loss, leaves, upstream(loss, dloss))
     return [loss.detach(), *grads]
 
 
@@ -147,7 +152,7 @@ def head_value_and_grads(
     wide, leaves = wide_leaves(*operands, target)
     hidden, head, bias, t = wide
     loss = linear_cross_entropy(hidden, head, t, bias, None if weight is None else weight.detach().double(), **options)
-    grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss) if dloss is None else dloss.double().reshape(loss.shape))
+    grads = torch.autograd.grad(loss, leaves, upstream(loss, dloss))
     return [loss.detach(), *grads]
 
 
