@@ -54,6 +54,15 @@ if GPU:
     PLACES += [Place("reference", "cuda"), Place("torch", "cuda"), Place("triton", "cuda")]
 
 
+interpreted_only = pytest.mark.skipif(GPU, reason="of Triton's interpreter, and where there is a GPU kernels run on that")
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run that are called by name."""
+    return request.param
+
+
 def _marked(place: Place) -> object:
     return pytest.param(place, marks=pytest.mark.gpu if place.device != "cpu" else ())
 

@@ -179,12 +179,12 @@ class TestAChosenImplementation:
         assert dispatch.pick("auto", rows) == "torch"
         assert dispatch.pick("auto", flatten(X, IDS, torch.ones(7, requires_grad=True), -100)) == "reference"
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_auto_on_a_gpu_is_triton(self):
         from lossfuse import dispatch
         from lossfuse.inputs import flatten
 
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
         assert dispatch.pick("auto", flatten(X.cuda(), IDS.cuda(), None, -100)) == "triton"
         assert dispatch.pick("auto", flatten(X.cuda().double(), IDS.cuda(), None, -100)) == "torch"
 

@@ -14,7 +14,6 @@ from conftest import GPU
 
 IMPLS = ["torch", "reference"]
 EDGES = torch.tensor([0.0, 1.0, 1e-20, 0.3, 1 - 2**-24, 1e-45])
-DEVICE = "cuda" if GPU else "cpu"
 OPERATORS = torch.ops.lossfuse
 INF = float("inf")
 
@@ -146,7 +145,7 @@ def test_every_log_probability(place, v):
     ],
     ids=str,
 )
-def test_gradients_through_log_probabilities(v, dtype):
+def test_gradients_through_log_probabilities(device, v, dtype):
     """Each entry relative to itself, of a loss that picks a class and of one that takes all."""
     x = rows_of_log_softmax(v)[:6].to(dtype)
     # a program of the interpreter takes its time
@@ -164,10 +163,10 @@ def test_gradients_through_log_probabilities(v, dtype):
             # by its complement, which float64 would cancel too
             others = torch.where(torch.nn.functional.one_hot(x64.argmax(1), v).bool(), 0.0, p).sum(1)
             want[rows, x64.argmax(1)] = -others
-        z = x.to(DEVICE).requires_grad_()
-        (got,) = torch.autograd.grad(lossfuse.log_softmax(z, 1, impl="triton"), z, dlogp.to(DEVICE))
+        z = x.to(device).requires_grad_()
+        (got,) = torch.autograd.grad(lossfuse.log_softmax(z, 1, impl="triton"), z, dlogp.to(device))
         assert_gradient_close(got.cpu(), want, terms=(dlogp.double().abs() + p * total.abs()) if sums else 0.0)
-    nothing = rows_of_log_softmax(v)[8 : 11 if v < 100 else 9].to(dtype).to(DEVICE).requires_grad_()
+    nothing = rows_of_log_softmax(v)[8 : 11 if v < 100 else 9].to(dtype).to(device).requires_grad_()
     (got,) = torch.autograd.grad(lossfuse.log_softmax(nothing, 1, impl="triton").sum(), nothing)
     assert got.isnan().all()
 
@@ -238,19 +237,19 @@ def test_picked_log_probabilities_of_any_layout(place):
 
 
 @pytest.mark.parametrize("bad", [5, -1, 2**40])
-def test_where_nobody_looks_a_bad_id_makes_its_row_nan(bad, monkeypatch):
+def test_where_nobody_looks_a_bad_id_makes_its_row_nan(device, bad, monkeypatch):
     monkeypatch.setattr("lossfuse.family_ops.require_ids_in_range", lambda *a: None)
-    x, ids = torch.randn(4, 5, device=DEVICE, requires_grad=True), torch.tensor([1, -100, bad, 4], device=DEVICE)
-    loss = OPERATORS.nll(x, ids, torch.rand(5, device=DEVICE), -100)
+    x, ids = torch.randn(4, 5, device=device, requires_grad=True), torch.tensor([1, -100, bad, 4], device=device)
+    loss = OPERATORS.nll(x, ids, torch.rand(5, device=device), -100)
     (dx,) = torch.autograd.grad(loss.sum(), x)
     assert loss.isnan().tolist() == [False, False, True, False] and loss[1] == 0
     assert dx.isnan().all(1).tolist() == [False, False, True, False] and dx[[0, 1, 3]].isfinite().all() and not dx[1].any()
 
 
-def test_what_is_no_probability_is_nan(monkeypatch):
+def test_what_is_no_probability_is_nan(device, monkeypatch):
     monkeypatch.setattr("lossfuse.family.values_are_at_hand", lambda t: False)
-    x = torch.tensor([[0.5, 1.5, -1e-9], [float("nan"), 1.0, INF]], device=DEVICE, requires_grad=True)
-    t = torch.rand(2, 3, device=DEVICE, requires_grad=True)
+    x = torch.tensor([[0.5, 1.5, -1e-9], [float("nan"), 1.0, INF]], device=device, requires_grad=True)
+    t = torch.rand(2, 3, device=device, requires_grad=True)
     loss = lossfuse.binary_cross_entropy(x, t, reduction="none", impl="triton")
     for made in (loss, *torch.autograd.grad(loss.sum(), [x, t])):
         assert made.isnan().tolist() == [[False, True, True], [True, False, True]]
@@ -292,13 +291,13 @@ TWICE = {
 
 
 @pytest.mark.parametrize("name", TWICE)
-def test_double_backward_of_kernels(name):
+def test_double_backward_of_kernels(device, name):
     f = TWICE[name]
     made = []
-    for impl, dtype, device in (("triton", torch.float32, DEVICE), ("reference", torch.float64, "cpu")):
+    for impl, dtype, where in (("triton", torch.float32, device), ("reference", torch.float64, "cpu")):
         g = torch.Generator().manual_seed(0)
-        x, t = (torch.rand(4, 7, generator=g).clamp(0.05, 0.95).to(dtype).to(device).requires_grad_() for _ in range(2))
-        w = torch.rand(7, generator=g).to(dtype).to(device)
+        x, t = (torch.rand(4, 7, generator=g).clamp(0.05, 0.95).to(dtype).to(where).requires_grad_() for _ in range(2))
+        w = torch.rand(7, generator=g).to(dtype).to(where)
         others = (t,) if "probabilities" in name else ()
         made.append(second_derivatives(lambda x, *o, impl=impl, w=w: f(impl, w, x, *(o or (None,))), x, others))
     for got, want in zip(*made, strict=True):
@@ -307,24 +306,24 @@ def test_double_backward_of_kernels(name):
 
 @pytest.mark.parametrize("name", TWICE)
 @pytest.mark.parametrize(("impl", "backend"), [("triton", "eager"), ("triton", "aot_eager"), ("torch", "eager")])
-def test_one_graph(impl, backend, name):
+def test_one_graph(device, impl, backend, name):
     torch._dynamo.reset()
-    x, t = (torch.rand(4, 7, device=DEVICE).requires_grad_() for _ in range(2))
-    w = torch.rand(7, device=DEVICE)
+    x, t = (torch.rand(4, 7, device=device).requires_grad_() for _ in range(2))
+    w = torch.rand(7, device=device)
     f = lambda x, t: TWICE[name](impl, w, x * 0.9, t).sum() * 0.3  # noqa: E731
     compiled = torch.compile(f, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x, t), f(x, t))
     torch.testing.assert_close(torch.autograd.grad(compiled(x, t), x), torch.autograd.grad(f(x, t), x))
 
 
-def test_one_graph_for_any_shape():
+def test_one_graph_for_any_shape(device):
     torch._dynamo.reset()
     f = lambda x, ids: lossfuse.nll_loss(lossfuse.log_softmax(x, 1, impl="triton"), ids, impl="triton")  # noqa: E731
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
     for n, v in ((4, 7), (6, 9), (3, 20)):
-        x, ids = torch.randn(n, v, device=DEVICE, requires_grad=True), torch.randint(0, v, (n,), device=DEVICE)
+        x, ids = torch.randn(n, v, device=device, requires_grad=True), torch.randint(0, v, (n,), device=device)
         torch.testing.assert_close(torch.autograd.grad(compiled(x, ids), x), torch.autograd.grad(f(x, ids), x))
-    if DEVICE == "cpu":
+    if device == "cpu":
         with pytest.raises(IndexError, match="target of row 1 is 99 but input has 20 classes"):
             compiled(x, torch.tensor([1, 99, 2]))
 
@@ -363,15 +362,15 @@ def test_tracers_without_a_compiler(name):
     torch.testing.assert_close(leaf.grad, want)
 
 
-def test_opcheck():
-    x, t = (torch.rand(4, 19, device=DEVICE, requires_grad=True) for _ in range(2))
-    w, up = torch.rand(4, 19, device=DEVICE), torch.rand(4, 1, device=DEVICE, requires_grad=True)
-    ids, row_up = torch.tensor([1, -100, 18, 0], device=DEVICE), torch.rand(4, device=DEVICE, requires_grad=True)
+def test_opcheck(device):
+    x, t = (torch.rand(4, 19, device=device, requires_grad=True) for _ in range(2))
+    w, up = torch.rand(4, 19, device=device), torch.rand(4, 1, device=device, requires_grad=True)
+    ids, row_up = torch.tensor([1, -100, 18, 0], device=device), torch.rand(4, device=device, requires_grad=True)
     check = torch.library.opcheck
     check(OPERATORS.log_softmax.default, (x,))
     stats = OPERATORS.log_softmax(x.detach())[1]
     check(OPERATORS.log_softmax_grad.default, (x, stats, t))
-    for weight in (None, torch.rand(19, device=DEVICE)):
+    for weight in (None, torch.rand(19, device=device)):
         check(OPERATORS.nll.default, (x, ids, weight, -100))
         check(OPERATORS.nll_grad.default, (row_up, ids, weight, -100, 19, torch.float32))
     for weight in (None, w):
@@ -380,9 +379,9 @@ def test_opcheck():
         check(OPERATORS.probability_grads.default, (x, t, weight, up, True, True))
 
 
-def test_kernels_refuse_what_they_cannot_do():
-    x, ids = torch.rand(4, 5, device=DEVICE), torch.tensor([1, 2, 0, 4], device=DEVICE)
-    w = torch.rand(5, device=DEVICE, requires_grad=True)
+def test_kernels_refuse_what_they_cannot_do(device):
+    x, ids = torch.rand(4, 5, device=device), torch.tensor([1, 2, 0, 4], device=device)
+    w = torch.rand(5, device=device, requires_grad=True)
     calls = {
         "log_softmax": lambda x, impl="triton": lossfuse.log_softmax(x, 1, impl=impl),
         "nll_loss": lambda x, impl="triton": lossfuse.nll_loss(x, ids, impl=impl),
@@ -404,8 +403,8 @@ def test_kernels_refuse_what_they_cannot_do():
         lossfuse.binary_cross_entropy(x, x.double(), impl="triton")
 
 
-def test_a_changed_input_is_told():
-    x = torch.randn(4, 5, device=DEVICE, requires_grad=True) * 1.0
+def test_a_changed_input_is_told(device):
+    x = torch.randn(4, 5, device=device, requires_grad=True) * 1.0
     y = lossfuse.log_softmax(x, 1, impl="triton")
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

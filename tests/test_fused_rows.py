@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 from lossfuse.backends import triton as backend
 from lossfuse.kernels import fused_rows, launch, softmax_rows
 
-GPU = torch.cuda.is_available()
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
@@ -30,11 +29,6 @@ OPTIONS = {
 }
 # no option, each, every pair, all
 COMBINATIONS = [c for n in (0, 1, 2, len(OPTIONS)) for c in itertools.combinations(OPTIONS, n)]
-
-
-@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
-def device(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
 import lossfuse
-from conftest import GPU
 from lossfuse import LinearOptions, linear_ops, ops
 from lossfuse.spec import LossSpec
 from options import COMPILERS
@@ -18,31 +17,30 @@ from rows import class_weight, head_and_ids, probabilities
 from test_ops import compiles
 
 IMPLS = ["torch", "triton"]
-DEVICE = "cuda" if GPU else "cpu"
 REDUCTIONS = ["none", "mean", "sum"]
 CHUNKED = LinearOptions(chunk_bytes=2 * 32 * 4)
 EVERYTHING = LossSpec(-100, 0.1, 20.0, 0.7, 1e-3)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_opcheck(impl, soft):
-    hidden, weight, bias, target = head_and_ids(4, 5, 19, device=DEVICE)
-    target = probabilities(4, 19, device=DEVICE) if soft else target
-    cases = [(LossSpec(), None, None, False), (EVERYTHING, bias, class_weight(19, DEVICE), True)]
+def test_opcheck(thrifty_fast_place, soft):
+    impl, device = thrifty_fast_place.impl, thrifty_fast_place.device
+    hidden, weight, bias, target = head_and_ids(4, 5, 19, device=device)
+    target = probabilities(4, 19, device=device) if soft else target
+    cases = [(LossSpec(), None, None, False), (EVERYTHING, bias, class_weight(19, device), True)]
     # an interpreter is slow, and shapes do not depend on it
-    for spec, b, classes, keep in cases[impl == "triton" :]:
+    for spec, b, classes, keep in cases[(impl, device) == ("triton", "cpu") :]:
         chunks = LinearOptions(chunk_bytes=2 * 32 * 4, allow_retain_graph=keep)
         settings = (*linear_ops.chunk_options(chunks), *ops.options(spec, impl))
         head, needs = (hidden, weight, b, target, classes), (True, True, b is not None, soft)
         torch.library.opcheck(linear_ops.linear_row_loss, (*head, None, *settings))
-        divisor = torch.tensor(3.0, device=DEVICE)
+        divisor = torch.tensor(3.0, device=device)
         plain = tuple(None if t is None else t.detach() for t in head)
         torch.library.opcheck(linear_ops.linear_total, (*plain, divisor, None, *needs, *settings))
         if keep:
             # the others hand their gradients over once
             torch.library.opcheck(linear_ops.linear_total, (*head, divisor, None, *needs, *settings))
-        torch.library.opcheck(linear_ops.linear_grads, (*plain, torch.randn(4, device=DEVICE), None, None, None, *needs, *settings))
+        torch.library.opcheck(linear_ops.linear_grads, (*plain, torch.randn(4, device=device), None, None, None, *needs, *settings))
 
 
 def compiled_and_not(f, backend, operands, leaves):
@@ -56,9 +54,9 @@ def compiled_and_not(f, backend, operands, leaves):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize(("impl", "backend"), [("torch", "eager"), ("torch", "aot_eager"), ("triton", "aot_eager"), ("reference", "eager")])
-def test_one_graph_with_the_numbers_of_eager(impl, backend, soft, reduction):
-    hidden, weight, bias, target = head_and_ids(6, 5, 19, device=DEVICE)
-    target = probabilities(6, 19, device=DEVICE) if soft else target
+def test_one_graph_with_the_numbers_of_eager(device, impl, backend, soft, reduction):
+    hidden, weight, bias, target = head_and_ids(6, 5, 19, device=device)
+    target = probabilities(6, 19, device=device) if soft else target
 
     def f(hidden, weight, bias, target):
         loss = lossfuse.linear_cross_entropy(
@@ -70,28 +68,28 @@ def test_one_graph_with_the_numbers_of_eager(impl, backend, soft, reduction):
     compiled_and_not(f, backend, operands, operands if soft else operands[:3])
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"softcap": 9.0, "logit_scale": 0.5, "lse_square_scale": 1e-3},
-        {"normalizer": 3.0},
-        {"normalizer": torch.tensor(3.0, device=DEVICE)},
-        {"weight": class_weight(19, DEVICE), "ignore_index": None},
-        {"options": LinearOptions(allow_retain_graph=True, drop_ignored=True)},
-        {"options": LinearOptions(logits_dtype=torch.float32, acc_dtype=torch.float32, drop_ignored=False)},
-    ],
-    ids=str,
-)
-def test_options_in_one_graph(given):
-    operands = head_and_ids(6, 5, 19, device=DEVICE)
+GIVEN = {
+    "options of rows": lambda device: {"softcap": 9.0, "logit_scale": 0.5, "lse_square_scale": 1e-3},
+    "number": lambda device: {"normalizer": 3.0},
+    "normalizer": lambda device: {"normalizer": torch.tensor(3.0, device=device)},
+    "weight": lambda device: {"weight": class_weight(19, device), "ignore_index": None},
+    "kept": lambda device: {"options": LinearOptions(allow_retain_graph=True, drop_ignored=True)},
+    "wide": lambda device: {"options": LinearOptions(logits_dtype=torch.float32, acc_dtype=torch.float32, drop_ignored=False)},
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_options_in_one_graph(device, name):
+    given = GIVEN[name](device)
+    operands = head_and_ids(6, 5, 19, device=device)
     compiled_and_not(lambda h, w, b, t: lossfuse.linear_cross_entropy(h, w, t, linear_bias=b, **given), "aot_eager", operands, operands[:3])
 
 
-def test_autocast_in_one_graph():
-    operands = head_and_ids(6, 5, 19, device=DEVICE)
+def test_autocast_in_one_graph(device):
+    operands = head_and_ids(6, 5, 19, device=device)
 
     def f(h, w, b, t):
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return lossfuse.linear_cross_entropy(h, w, t, linear_bias=b)
 
     compiled_and_not(f, "aot_eager", operands, operands[:3])
@@ -103,9 +101,9 @@ def test_weights_of_k_dimensions_in_one_graph():
     compiled_and_not(lambda h, w: lossfuse.linear_cross_entropy(h, w, target), "aot_eager", (hidden, weight), (hidden, weight))
 
 
-def test_inductor():
+def test_inductor(device):
     torch._dynamo.reset()
-    hidden, weight, bias, target = head_and_ids(16, 8, 100, torch.bfloat16, device=DEVICE)
+    hidden, weight, bias, target = head_and_ids(16, 8, 100, torch.bfloat16, device=device)
 
     def f(hidden):
         return lossfuse.linear_cross_entropy(hidden * 2.0, weight, target, linear_bias=bias)
@@ -119,10 +117,10 @@ def test_inductor():
 @pytest.mark.parametrize(
     ("reduction", "needed"), [("mean", ["linear_total"]), ("sum", ["linear_total"]), ("none", ["linear_row_loss", "linear_grads"])]
 )
-def test_operators_in_the_graphs(reduction, needed):
+def test_operators_in_the_graphs(device, reduction, needed):
     """One for a scalar loss, whose backward multiplies; nothing of the logits' size anywhere."""
     torch._dynamo.reset()
-    hidden, weight, _, target = head_and_ids(6, 5, 19, device=DEVICE)
+    hidden, weight, _, target = head_and_ids(6, 5, 19, device=device)
     graphs = []
 
     def keep(graph, inputs):
@@ -138,7 +136,7 @@ def test_operators_in_the_graphs(reduction, needed):
     assert not [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].shape == (6, 19)]
 
 
-def test_a_batch_that_grows_and_numbers_that_change():
+def test_a_batch_that_grows_and_numbers_that_change(device):
     torch._dynamo.reset()
 
     def f(hidden, weight, target, normalizer):
@@ -146,7 +144,7 @@ def test_a_batch_that_grows_and_numbers_that_change():
 
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (4, 6, 9):
-        hidden, weight, _, target = head_and_ids(n, 5, 19, device=DEVICE)
+        hidden, weight, _, target = head_and_ids(n, 5, 19, device=device)
         torch.testing.assert_close(compiled(hidden, weight, target, n), f(hidden, weight, target, n))
         got, want = (torch.autograd.grad(g(hidden, weight, target, n), [hidden, weight]) for g in (compiled, f))
         torch.testing.assert_close(got, want)
@@ -154,14 +152,14 @@ def test_a_batch_that_grows_and_numbers_that_change():
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("backend", COMPILERS)
-def test_sizes_that_change_compile_once_more(backend, reduction):
-    weight = torch.randn(1, 5, device=DEVICE)
+def test_sizes_that_change_compile_once_more(device, backend, reduction):
+    weight = torch.randn(1, 5, device=device)
 
     def f(logits, target, number):
         head = torch.cat([weight, logits[:, :5]])
         return lossfuse.linear_cross_entropy(logits[:, :5], head, target.clamp(max=3), reduction=reduction, ignore_index=-100)
 
-    assert compiles(f, backend, [(v, None) for v in (19, 50, 33)])[-1] <= 2
+    assert compiles(f, backend, [(v, None) for v in (19, 50, 33)], device)[-1] <= 2
 
 
 def test_what_is_refused_while_tracing():

@@ -269,6 +269,7 @@ def test_cuda_trace_is_replayed():
     assert profile.timeline[-2].where == "unknown"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_agrees_with_the_allocator():
     device = torch.device("cuda")

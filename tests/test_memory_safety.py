@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from lossfuse.backends import triton as backend
 from lossfuse.kernels import fused_rows, launch, linear_rows, log_softmax_rows, sigmoid_rows, softmax_rows
 
+pytestmark = [pytest.mark.gpu] if GPU else []
 DEVICE = "cuda" if GPU else "cpu"
 BLOCK = 32
 # the ends of a row, ids beside it, of 32 bits and of 64, the ignored one

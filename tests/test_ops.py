@@ -11,45 +11,43 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import lossfuse
-from conftest import GPU
 from lossfuse import ops
 from lossfuse.spec import LossSpec
 from options import COMPILERS
 from rows import class_weight, logits_and_ids, probabilities
 
 IMPLS = ["torch", "triton"]
-DEVICE = "cuda" if GPU else "cpu"
 OPERATORS = torch.ops.lossfuse
 EVERYTHING = LossSpec(-100, 0.1, 20.0, 0.7, 1e-3)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_opcheck(impl, soft):
-    x, target = logits_and_ids(4, 19, device=DEVICE)
-    target = probabilities(4, 19, device=DEVICE) if soft else target
-    for spec, weight in ((LossSpec(), None), (EVERYTHING, class_weight(19, DEVICE))):
+def test_opcheck(thrifty_fast_place, soft):
+    impl, device = thrifty_fast_place.impl, thrifty_fast_place.device
+    x, target = logits_and_ids(4, 19, device=device)
+    target = probabilities(4, 19, device=device) if soft else target
+    for spec, weight in ((LossSpec(), None), (EVERYTHING, class_weight(19, device))):
         options = ops.options(spec, impl)
         torch.library.opcheck(OPERATORS.row_loss.default, (x, target, weight, *options))
         _, stats = ops.row_loss(x, target, weight, *options)
-        dloss = torch.randn(4, device=DEVICE, requires_grad=True)
+        dloss = torch.randn(4, device=device, requires_grad=True)
         torch.library.opcheck(OPERATORS.row_grads.default, (x, target, weight, stats.detach(), dloss, True, soft, *options))
         logits, target, dloss = x.detach(), target.detach(), dloss.detach()
         torch.library.opcheck(OPERATORS.row_loss_and_grads.default, (logits, target, weight, dloss, True, soft, *options))
         torch.library.opcheck(OPERATORS.row_loss_and_grads_.default, (logits.clone(), target, weight, dloss, soft, *options))
         torch.library.opcheck(OPERATORS.row_grads_.default, (logits.clone(), target, weight, stats.detach(), dloss, soft, *options))
-    torch.library.opcheck(OPERATORS.multiply_.default, (logits.clone(), torch.tensor(0.5, device=DEVICE), impl))
+    torch.library.opcheck(OPERATORS.multiply_.default, (logits.clone(), torch.tensor(0.5, device=device), impl))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
-def test_one_graph_with_the_numbers_of_eager(impl, backend, soft, reduction):
+def test_one_graph_with_the_numbers_of_eager(device, impl, backend, soft, reduction):
     """A peer's compiled loss is wrong on ignored rows, silently."""
     torch._dynamo.reset()
-    x, target = logits_and_ids(6, 19, device=DEVICE)
-    target = probabilities(6, 19, device=DEVICE) if soft else target
+    x, target = logits_and_ids(6, 19, device=device)
+    target = probabilities(6, 19, device=device) if soft else target
 
     def f(x, target):
         z = x * 1.5
@@ -65,9 +63,9 @@ def test_one_graph_with_the_numbers_of_eager(impl, backend, soft, reduction):
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_compiled_graph_copies_no_logits(impl, reduction, inplace):
+def test_a_compiled_graph_copies_no_logits(device, impl, reduction, inplace):
     torch._dynamo.reset()
-    x, target = logits_and_ids(6, 19, device=DEVICE)
+    x, target = logits_and_ids(6, 19, device=device)
     graphs = []
 
     def keep(graph, inputs):
@@ -107,14 +105,14 @@ def test_a_float_option_that_changes_and_a_batch_that_grows():
         torch.testing.assert_close(compiled(x, target, smoothing, n), f(x, target, smoothing, n))
 
 
-def compiles(function, backend, calls):
+def compiles(function, backend, calls, device):
     """How often a function has been compiled after each of its calls, with logits of so many classes and a number."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     counts = []
     for v, number in calls:
-        compiled(*logits_and_ids(6, v, device=DEVICE), number).sum().backward()
+        compiled(*logits_and_ids(6, v, device=device), number).sum().backward()
         counts.append(counter.frame_count)
     return counts
 
@@ -122,11 +120,12 @@ def compiles(function, backend, calls):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("backend", COMPILERS)
-def test_a_vocabulary_that_changes_compiles_once_more(backend, inplace, reduction):
+def test_a_vocabulary_that_changes_compiles_once_more(device, backend, inplace, reduction):
     counts = compiles(
         lambda x, target, number: lossfuse.cross_entropy(x * 1.0, target, reduction=reduction, inplace=inplace),
         backend,
         [(v, None) for v in (19, 50, 33, 1000)],
+        device,
     )
     assert counts == [1, 2, 2, 2]
 
@@ -140,7 +139,7 @@ FLOATS = ("label_smoothing", "softcap", "logit_scale", "lse_square_scale")
 def compiles_of_torch():
     """How torch treats a float that changes: its label_smoothing is an argument of an operator."""
     return {
-        backend: compiles(lambda x, target, number: F.cross_entropy(x * 1.0, target, label_smoothing=number), backend, NUMBERS)
+        backend: compiles(lambda x, target, number: F.cross_entropy(x * 1.0, target, label_smoothing=number), backend, NUMBERS, "cpu")
         for backend in ("eager", "aot_eager")
     }
 
@@ -148,20 +147,20 @@ def compiles_of_torch():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("backend", COMPILERS)
-def test_numbers_that_change_compile_no_more_than_in_torch(compiles_of_torch, backend, inplace, reduction):
+def test_numbers_that_change_compile_no_more_than_in_torch(device, compiles_of_torch, backend, inplace, reduction):
     """A float of an operator is a constant of the graph, in torch's cross entropy as in ours: a graph for each value, none for one seen."""
 
     def f(x, target, number):
         return lossfuse.cross_entropy(x * 1.0, target, reduction=reduction, inplace=inplace, **dict.fromkeys(FLOATS, number))
 
-    counts = compiles(f, backend, NUMBERS)
+    counts = compiles(f, backend, NUMBERS, device)
     assert all(ours <= theirs for ours, theirs in zip(counts, compiles_of_torch[backend], strict=True)), counts
     assert counts[-1] == counts[-2]
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("backend", COMPILERS)
-def test_a_count_of_tokens_that_changes_compiles_once_more(backend, inplace):
+def test_a_count_of_tokens_that_changes_compiles_once_more(device, backend, inplace):
     """As it does with every batch; as a tensor it never compiles again."""
 
     def f(x, target, normalizer):
@@ -169,8 +168,8 @@ def test_a_count_of_tokens_that_changes_compiles_once_more(backend, inplace):
 
     tokens = (3, 5, 7, 11)
     for number in (int, float):
-        assert compiles(f, backend, [(19, number(n)) for n in tokens]) == [1, 2, 2, 2]
-    assert compiles(f, backend, [(19, torch.tensor(float(n), device=DEVICE)) for n in tokens]) == [1, 1, 1, 1]
+        assert compiles(f, backend, [(19, number(n)) for n in tokens], device) == [1, 2, 2, 2]
+    assert compiles(f, backend, [(19, torch.tensor(float(n), device=device)) for n in tokens], device) == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,12 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 import lossfuse
 from allocations import Largest
 from closeness import assert_formula_close, assert_gradient_close, assert_loss_close
-from conftest import GPU
 from lossfuse.sigmoid_inputs import flatten_labels
 from options import COMPILERS
 
 N, V = 5, 2060  # more than a block, ragged
 bce = lossfuse.binary_cross_entropy_with_logits
 OPERATORS = torch.ops.lossfuse
-DEVICE = "cuda" if GPU else "cpu"
 
 
 def logits(dtype=torch.float32, device="cpu", shape=(N, V), spread=4.0):
@@ -296,16 +294,16 @@ def test_transforms():
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["numbers", "ids"])
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_opcheck(impl, listed):
-    x = logits(device=DEVICE, shape=(4, 19))
-    t = lists(DEVICE, 4, 19) if listed else torch.rand(4, 19).to(DEVICE)
-    w = torch.rand(4, 19).to(DEVICE)
+def test_opcheck(thrifty_fast_place, listed):
+    impl, device = thrifty_fast_place.impl, thrifty_fast_place.device
+    x = logits(device=device, shape=(4, 19))
+    t = lists(device, 4, 19) if listed else torch.rand(4, 19).to(device)
+    w = torch.rand(4, 19).to(device)
     for weight in (w,) if listed else (None, w):
         options = (t, weight, weight)
         for elementwise in (False, True):
             torch.library.opcheck(OPERATORS.sigmoid_loss.default, (x, *options, elementwise, -100, impl))
-        dloss = torch.rand(4, 1, device=DEVICE, requires_grad=True)
+        dloss = torch.rand(4, 1, device=device, requires_grad=True)
         torch.library.opcheck(OPERATORS.sigmoid_grads.default, (x, *options, dloss, True, not listed, -100, impl))
         plain, d = x.detach(), dloss.detach()
         torch.library.opcheck(OPERATORS.sigmoid_loss_and_grads.default, (plain, *options, d, True, not listed, -100, impl))

@@ -27,11 +27,6 @@ COMBINATIONS = [(), *((name,) for name in ROW_OPTIONS), EVERYTHING]
 SIZES = [1, 2, 127, 2048, 5000]
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
-def device(request):
-    return request.param
-
-
 def numbers(options, ignore_index=-100):
     """What the launchers take."""
     return {
