@@ -14,6 +14,8 @@ from lossfuse.perf.methods import Method  # noqa: E402
 from lossfuse.perf.rows import read  # noqa: E402
 
 CPU = torch.device("cpu")
+# torch 2.11 has none
+TORCH_HEAD = ("F.linear_cross_entropy",) if hasattr(F, "linear_cross_entropy") else ()
 EAGER_HEAD = ("linear + F.cross_entropy", "linear + F.cross_entropy(x.float())")
 TORCH_LABELS = "F.binary_cross_entropy_with_logits"
 LABELS = [TORCH_LABELS, f"{TORCH_LABELS}(x.float())", f"scatter + {TORCH_LABELS}", "lossfuse", "lossfuse in place", "lossfuse ids"]
@@ -35,7 +37,7 @@ def by_name(op, *names):
     ("case", "names"),
     [
         ("40x500", ["F.cross_entropy", "F.cross_entropy(x.float())", "lossfuse", "lossfuse in place", "lossfuse reference"]),
-        ("40x16x500", [*EAGER_HEAD, "F.linear_cross_entropy", "lossfuse linear", "lossfuse linear reference"]),
+        ("40x16x500", [*EAGER_HEAD, *TORCH_HEAD, "lossfuse linear", "lossfuse linear reference"]),
     ],
 )
 def test_a_row_for_every_mode_and_method(case, names, dtype):
@@ -203,22 +205,23 @@ def test_methods_that_cannot_run_are_a_line():
     assert "Liger (logits) is skipped: does not run on cpu" in lines
     cuda = {line.split(" is ")[0]: line for line in methods.of("head", torch.device("cuda"))[1]}
     assert "lossfuse linear reference (head)" in cuda and cuda.pop("lossfuse linear reference (head)").endswith("does not run on cuda")
+    assert TORCH_HEAD or cuda.pop("F.linear_cross_entropy (head)").endswith("has none")
     assert all(line.endswith("is not installed") for line in cuda.values())
-    head = [*EAGER_HEAD, "torch.compile", "F.linear_cross_entropy", "lossfuse linear", "lossfuse linear stats", "lossfuse linear reference"]
+    head = [*EAGER_HEAD, "torch.compile", *TORCH_HEAD, "lossfuse linear", "lossfuse linear stats", "lossfuse linear reference"]
     assert [m.name for m in methods.of("head", CPU)[0]] == head
     assert len(methods.of("head", CPU, "sweep")[0]) == 1 + 16
     only, _ = methods.of("logits", CPU, "lossfuse")
     assert [m.name for m in only] == ["F.cross_entropy", *ours, *STATS[:2]]
 
 
-def test_the_command_appends_rows_and_prints_a_table(tmp_path, capsys):
+def test_the_command_appends_rows_and_prints_a_table(tmp_path, capsys, device):
     out = tmp_path / "results" / "rows.csv"
     for _ in range(2):
         command = ["bench", "--cases", "40x500", "30x8x100", "--dtypes", "fp32", "--modes", "no_grad", "--methods", "cross_entropy"]
         assert main([*command, "--repeats", "2", "--out", str(out), "--tests", "passed"]) == 0
     frame = read([out])
-    assert len(frame) == 2 * (3 + 3) and (frame["status"] == "ok").all() and (frame["tests"] == "passed").all()
-    assert frame["date"].nunique() <= 2 and (frame["device"].str.contains("threads")).all()
+    assert len(frame) == 2 * (3 + 2 + len(TORCH_HEAD)) and (frame["status"] == "ok").all() and (frame["tests"] == "passed").all()
+    assert frame["date"].nunique() <= 2 and (frame["device"].str.contains("threads") == (device == "cpu")).all()
     printed = capsys.readouterr().out
     assert "40x500: 40 x 500" in printed and "30 x 8 x 100" in printed
 

@@ -26,7 +26,7 @@ def peak_of(step):
     """After a first call; a method may consume its arguments."""
     step.run(*step.prepare())
     arguments = step.prepare()
-    return profile_memory(lambda: step.run(*arguments), warmup=0).peak_bytes
+    return profile_memory(lambda: step.run(*arguments), device=CPU, warmup=0).peak_bytes
 
 
 def runnable():

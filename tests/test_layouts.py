@@ -220,7 +220,7 @@ def count_memory(chunk_bytes):
         made = lossfuse.linear_cross_entropy(hidden, weight, ids, shard=shard, options=loss.options)
         return torch.autograd.grad(made, [hidden, weight])
 
-    measured = profile_memory(step).peak_bytes
+    measured = profile_memory(step, device="cpu").peak_bytes
     predicted = ours(loss, layout).peak - weight.nbytes - hidden.nbytes
     block = block_rows(n, classes, 4, 4, True, 1) * classes * 4
     # a few numbers per row, which the formulas do not itemise

@@ -399,7 +399,7 @@ class Deep:
     def step(): return torch.ones(256)
     def needs(a, b=1): return a
 number = 3
-def step(): return torch.ones(1024)
+def step(): return torch.ones(1024, device="cuda" if torch.cuda.is_available() else "cpu")
 """
 
 
@@ -415,6 +415,7 @@ def folder(tmp_path, monkeypatch):
         del sys.modules[module]
 
 
+@pytest.mark.usefixtures("device")
 def test_main_loads_measures_shows_and_writes(folder, capsys):
     profile = memory_view.main("my_train_step:step", folder / "out.csv", 1)
     assert profile.peak_bytes == 4096

@@ -81,6 +81,8 @@ def run(tmp_path, *arguments):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    # a backward starts autograd's thread for every GPU, and with those torch's backward refuses to run after a fork
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([sys.executable, str(path), *arguments], env=environment, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
