@@ -132,6 +132,8 @@ def _rank(
     faulthandler.dump_traceback_later(timeout - 3.0, exit=True)
     # a host's name need not resolve
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # whatever else there is, ranks are on the CPU; read when a kernel module is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -544,16 +544,16 @@ class FakeDevice:
         (35, 5, [1], "sweeps"),
     ],
 )
-def test_no_more_programs_than_run_at_once(monkeypatch, force, resident, free, grids, kind):
+def test_no_more_programs_than_run_at_once(monkeypatch, force, device, resident, free, grids, kind):
     force(16)
-    device = FakeDevice(monkeypatch, resident, free)
-    x, target = torch.randn(4, 128), torch.zeros(4, dtype=torch.int64)
+    fake = FakeDevice(monkeypatch, resident, free)
+    x, target = torch.randn(4, 128, device=device), torch.zeros(4, dtype=torch.int64, device=device)
     for _ in range(2):
         loss, _ = ours(x, target)
     (plan,) = fused_rows._plans.values()
     assert plan.kind == kind
     # decided once: the second call launches at once
-    assert device.grids == [*grids, *grids[1:]]
+    assert fake.grids == [*grids, *grids[1:]]
     if kind == "sweeps":
         assert_loss_close(loss, -torch.log_softmax(x.double(), -1)[:, 0])
 

@@ -200,12 +200,11 @@ class TestChunksAndDtypes:
             check(operands, target, chunks=chunks_of(4, 37), reduction=reduction)
 
     @pytest.mark.parametrize("given", [{"logits_dtype": torch.bfloat16}, {"acc_dtype": torch.bfloat16}], ids=str)
-    @pytest.mark.parametrize("impl", ["torch", "triton"])
-    def test_lean_modes(self, monkeypatch, impl, given):
+    def test_lean_modes(self, monkeypatch, fast_place, given):
         monkeypatch.setattr(products, "BLOCK_BYTES", 5 * 8 * 4)
-        *operands, target = head_and_ids(9, 8, 37, torch.bfloat16)
+        *operands, target = head_and_ids(9, 8, 37, torch.bfloat16, device=fast_place.device)
         want = program.head_value_and_grads(operands, target)
-        got = differentiated(operands, target, options=chunks_of(4, 37, **given), impl=impl)
+        got = differentiated(operands, target, options=chunks_of(4, 37, **given), impl=fast_place.impl)
         for g, w in zip(got, want, strict=True):
             assert relative_error(g, w) < 0.02
 
@@ -215,11 +214,11 @@ class TestChunksAndDtypes:
 
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("dtype", HALF, ids=str)
-    def test_a_narrow_gradient_over_logits_by_kernels(self, monkeypatch, dtype, soft):
+    def test_a_narrow_gradient_over_logits_by_kernels(self, monkeypatch, device, dtype, soft):
         """A row of it in the first bytes of the row it takes the place of."""
         monkeypatch.setattr(linear, "mixes", lambda device: True)
-        *operands, target = head_and_ids(5, 8, 301, dtype)
-        target = probabilities(5, 301, dtype).detach() if soft else target
+        *operands, target = head_and_ids(5, 8, 301, dtype, device)
+        target = probabilities(5, 301, dtype, device).detach() if soft else target
         want = program.head_value_and_grads(operands, target)
         got = differentiated(operands, target, options=chunks_of(2, 301), impl="triton")
         assert_loss_close(got[0], want[0])

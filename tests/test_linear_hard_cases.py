@@ -8,6 +8,7 @@ import torch
 import lossfuse
 import program
 from closeness import assert_loss_close
+from conftest import interpreted_only
 from lossfuse import LinearOptions, linear
 from rows import class_weight, head_and_ids, probabilities
 from test_linear import check, chunks_of, differentiated
@@ -54,15 +55,14 @@ class TestNothingCounts:
         self.expect(got, NAN if reduction == "mean" else 0.0)
 
     @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
-    @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
-    def test_ignored_rows_hold_anything(self, impl, value, reduction, drop):
-        hidden, weight, bias, _ = head_and_ids(6, 4, 9)
-        target = torch.tensor([3, -100, -100, 8, -100, 3])
-        want = differentiated((hidden, weight, bias), target, reduction=reduction, impl=impl)
+    def test_ignored_rows_hold_anything(self, place, value, reduction, drop):
+        hidden, weight, bias, _ = head_and_ids(6, 4, 9, device=place.device)
+        target = torch.tensor([3, -100, -100, 8, -100, 3], device=place.device)
+        want = differentiated((hidden, weight, bias), target, reduction=reduction, impl=place.impl)
         dirty = hidden.detach().clone()
         dirty[1], dirty[2, 0], dirty[4, -1] = value, value, -value
         got = differentiated(
-            (dirty.requires_grad_(), weight, bias), target, reduction=reduction, impl=impl, options=chunks_of(4, 9, drop_ignored=drop)
+            (dirty.requires_grad_(), weight, bias), target, reduction=reduction, impl=place.impl, options=chunks_of(4, 9, drop_ignored=drop)
         )
         torch.testing.assert_close(got, want)
 
@@ -121,6 +121,7 @@ class TestNumbers:
             differentiated(operands, target, reduction=reduction, impl=fast_place.impl)
         torch.testing.assert_close([t.detach() for t in (*operands, target)], before, rtol=0, atol=0)
 
+    @interpreted_only
     def test_logits_of_a_narrow_gradient_in_any_order_of_programs(self, monkeypatch):
         """A device runs a row's blocks in any order: the last one first, in the interpreter, for a vocabulary of several blocks."""
         interpreter = pytest.importorskip("triton.runtime.interpreter")

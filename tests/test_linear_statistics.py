@@ -18,6 +18,7 @@ from lossfuse.spec import LossSpec
 from options import DIFFERENTIABLE, EVERYTHING, OPTIONS, THRIFTY_COMBINATIONS, differentiated, options_of, upstreams
 from rows import class_weight, head_and_ids, probabilities
 from test_linear import chunks_of, relative_error
+from test_statistics import where_they_are_looked_at
 
 INF, NAN = float("inf"), float("nan")
 HALF = [torch.bfloat16, torch.float16]
@@ -190,11 +191,10 @@ class TestChunksAndDtypes:
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     @pytest.mark.parametrize("names", [("lse",), ("target_logprob",), ("entropy",), FLOATS], ids="+".join)
     @pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-9, 0.0])
-    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-    def test_narrow_products_in_any_unit(self, narrow, impl, scale, names, dtype):
+    def test_narrow_products_in_any_unit(self, narrow, thrifty_fast_place, scale, names, dtype):
         """fp16: the gradient of the logits is brought into its range, whatever comes from above; 65536 may be beyond that of the result."""
-        *operands, target = head_and_ids(6, 8, 37, dtype)
-        got = ours(operands, target, reduction="none", impl=impl, options=chunks_of(4, 37))
+        *operands, target = head_and_ids(6, 8, 37, dtype, device=thrifty_fast_place.device)
+        got = ours(operands, target, reduction="none", impl=thrifty_fast_place.impl, options=chunks_of(4, 37))
         want, wide = wanted(operands, target, reduction="none")
         assert_statistics_close(got, want)
         ups = {name: u * scale for name, u in upstreams(got, names).items()}
@@ -249,15 +249,14 @@ class TestChunksAndDtypes:
 class TestHardRows:
     @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
     @pytest.mark.parametrize("drop", [None, True, False], ids=str)
-    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow), "reference"])
-    def test_ignored_rows_hold_anything(self, impl, drop, value):
-        hidden, weight, bias, _ = head_and_ids(6, 4, 9)
-        target = torch.tensor([3, -100, -100, 8, -100, 3])
+    def test_ignored_rows_hold_anything(self, thrifty_place, drop, value):
+        hidden, weight, bias, _ = head_and_ids(6, 4, 9, device=thrifty_place.device)
+        target = torch.tensor([3, -100, -100, 8, -100, 3], device=thrifty_place.device)
         dirty = hidden.detach().clone()
         dirty[1], dirty[2, 0], dirty[4, -1] = value, value, -value
         for reduction in ("none", "mean"):
             got, want = (
-                ours((h, weight, bias), target, reduction=reduction, impl=impl, options=chunks_of(4, 9, drop_ignored=drop))
+                ours((h, weight, bias), target, reduction=reduction, impl=thrifty_place.impl, options=chunks_of(4, 9, drop_ignored=drop))
                 for h in (dirty.requires_grad_(), hidden)
             )
             torch.testing.assert_close(tuple(got), tuple(want))
@@ -288,12 +287,12 @@ class TestHardRows:
         want = (1.0 - 4.0 * torch.eye(4, device=fast_place.device)) * math.exp(-30) * 30
         torch.testing.assert_close(dhidden, want, rtol=1e-5, atol=0)
 
-    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow), "reference"])
     @pytest.mark.parametrize("reduction", ["none", "mean"])
-    def test_bad_ids(self, impl, reduction):
-        *operands, _ = head_and_ids(3, 4, 7)
-        with pytest.raises(IndexError, match="target of row 1 is 7 but input has 7 classes"):
-            ours(operands, torch.tensor([0, 7, -100]), reduction=reduction, impl=impl)
+    def test_bad_ids(self, thrifty_place, reduction):
+        *operands, _ = head_and_ids(3, 4, 7, device=thrifty_place.device)
+        target = torch.tensor([0, 7, -100], device=thrifty_place.device)
+        with pytest.raises(IndexError, match="target of row 1 is 7 but input has 7 classes"), where_they_are_looked_at(thrifty_place):
+            ours(operands, target, reduction=reduction, impl=thrifty_place.impl)
 
 
 class TestAutograd:
@@ -564,28 +563,28 @@ class TestTheComparisonRejects:
 
 class TestCompilers:
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-    def test_opcheck(self, impl, soft):
-        hidden, weight, bias, target = head_and_ids(4, 5, 19)
-        target = probabilities(4, 19) if soft else target
+    def test_opcheck(self, thrifty_fast_place, soft):
+        impl, device = thrifty_fast_place.impl, thrifty_fast_place.device
+        hidden, weight, bias, target = head_and_ids(4, 5, 19, device=device)
+        target = probabilities(4, 19, device=device) if soft else target
         chunks = LinearOptions(chunk_bytes=2 * 32 * 4, allow_retain_graph=True)
         settings = (*linear_ops.chunk_options(chunks), *ops.options(LossSpec(-100, 0.1, 20.0, 0.7, 1e-3), impl))
-        head, needs = (hidden, weight, bias, target, class_weight(19)), (True, True, True, soft)
-        plain = tuple(t.detach() for t in head)
-        for wants in (Wants(True, True), Wants(False, False))[: 1 if impl == "triton" else 2]:
+        head, needs = (hidden, weight, bias, target, class_weight(19, device)), (True, True, True, soft)
+        plain, divisor = tuple(t.detach() for t in head), torch.tensor(3.0, device=device)
+        for wants in (Wants(True, True), Wants(False, False))[: 1 if (impl, device) == ("triton", "cpu") else 2]:
             torch.library.opcheck(linear_stats_ops.linear_row_stats, (*head, None, *wants, *settings))
-            torch.library.opcheck(linear_stats_ops.linear_stats_total, (*head, torch.tensor(3.0), None, *needs, *wants, *settings))
-        ups = [torch.randn(4) for _ in range(4)]
+            torch.library.opcheck(linear_stats_ops.linear_stats_total, (*head, divisor, None, *needs, *wants, *settings))
+        ups = [torch.randn(4, device=device) for _ in range(4)]
         for given in (ups, [None, ups[1], None, ups[3]]):
             torch.library.opcheck(linear_ops.linear_grads, (*plain, *given, *needs, *settings))
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow), "reference"])
-    def test_one_graph_with_the_numbers_of_eager(self, impl, soft, reduction):
+    def test_one_graph_with_the_numbers_of_eager(self, thrifty_place, soft, reduction):
         torch._dynamo.reset()
-        *operands, target = head_and_ids(6, 5, 19)
-        target = probabilities(6, 19) if soft else target
+        impl, device = thrifty_place.impl, thrifty_place.device
+        *operands, target = head_and_ids(6, 5, 19, device=device)
+        target = probabilities(6, 19, device=device) if soft else target
 
         def f(hidden, weight, bias, target):
             got = ours((hidden * 1.5, weight, bias), target, lse_square_scale=0.1, reduction=reduction, impl=impl, options=chunks_of(4, 19))

@@ -291,7 +291,7 @@ def test_a_narrower_gradient_keeps_to_the_first_bytes_of_its_rows(force, v, way,
     rest = case.logits.clone()
     dlogits = case.logits.view(torch.int32).as_strided((8, case.logits.stride(0)), (case.logits.stride(0), 1)).view(torch.float16)[:, :v]
     target = case.probabilities if soft else case.ids
-    with guards.allocations(), Interpreter(("split_row_kernel",)):
+    with guards.allocations(), contextlib.nullcontext() if GPU else Interpreter(("split_row_kernel",)):
         loss = backend.row_loss_and_grads(case.logits, target, None, case.dloss, LossSpec(), dlogits, None)
     guards.check()
     want = torch.empty_like(rest)

@@ -31,26 +31,25 @@ def mixed(monkeypatch):
     return calls
 
 
-def inputs(dtype):
+def inputs(dtype, device="cpu"):
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=g).to(dtype) for shape in ((N, D), (V, D), (V,)))
+    hidden, weight, bias = (torch.randn(*shape, generator=g).to(dtype).to(device) for shape in ((N, D), (V, D), (V,)))
     target = torch.randint(0, V, (N,), generator=g)
     target[::4] = -100
     # products with 0 would keep it
     hidden[0] = torch.nan
-    return [t.requires_grad_() for t in (hidden, weight, bias)], target
+    return [t.requires_grad_() for t in (hidden, weight, bias)], target.to(device)
 
 
 @pytest.mark.parametrize(("normalizer", "factor"), [(N, 1.0), (10**7, 3e5), (N, 60_000.0)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("rows", [5, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_as_near_as_the_dtype_of_the_operands(mixed, impl, dtype, rows, reduction, normalizer, factor):
+def test_as_near_as_the_dtype_of_the_operands(mixed, thrifty_fast_place, dtype, rows, reduction, normalizer, factor):
     """Loss scalers and long batches leave the range of fp16, where gradients of logits must be for the products; the sums do not."""
-    if impl == "triton":
+    if thrifty_fast_place.impl == "triton":
         pytest.importorskip("triton")
-    operands, target = inputs(dtype)
+    operands, target = inputs(dtype, thrifty_fast_place.device)
     options = lossfuse.LinearOptions(chunk_bytes=rows * 80 * 4, drop_ignored=False)
 
     def run(operands, impl, options):
@@ -63,7 +62,7 @@ def test_as_near_as_the_dtype_of_the_operands(mixed, impl, dtype, rows, reductio
 
     exact = [t.detach().double().nan_to_num().requires_grad_() for t in operands]
     want_loss, want = run(exact, "reference", None)
-    got_loss, got = run(operands, impl, options)
+    got_loss, got = run(operands, thrifty_fast_place.impl, options)
     assert len(mixed) == (1 if reduction == "mean" else 2) * -(-N // rows) + 2 * -(-N // rows)
     torch.testing.assert_close(got_loss.double(), want_loss, rtol=1e-5, atol=1e-5)
     largest = torch.finfo(dtype).max

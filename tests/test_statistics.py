@@ -1,5 +1,6 @@
 """Statistics of rows beside the loss, against the torch program in fp64: formula, regimes, hard rows, shapes, and what autograd may ask."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -322,6 +323,11 @@ class TestTheComparisonRejects:
             assert_statistics_close(got, want)
 
 
+def where_they_are_looked_at(place):
+    """Ids, that is: on the CPU everywhere."""
+    return contextlib.nullcontext() if place.device == "cpu" else lossfuse.debug_targets()
+
+
 def shifted(stats, names):
     return [getattr(stats, name).detach().cpu() for name in names]
 
@@ -485,13 +491,13 @@ class TestHardRows:
             valid = got.argmax >= 0
             assert torch.equal(got.argmax[valid], x.argmin(1)[valid])
 
-    @pytest.mark.parametrize("impl", ["torch", "reference", "triton"])
-    def test_bad_ids(self, impl):
-        x = torch.randn(3, 7, requires_grad=True)
+    def test_bad_ids(self, place):
+        x = torch.randn(3, 7, device=place.device, requires_grad=True)
         for reduction in ("none", "mean"):
             for bad in (7, -1):
-                with pytest.raises(IndexError, match=f"target of row 1 is {bad} but input has 7 classes"):
-                    lossfuse.cross_entropy_stats(x, torch.tensor([0, bad, -100]), reduction=reduction, impl=impl)
+                target = torch.tensor([0, bad, -100], device=place.device)
+                with pytest.raises(IndexError, match=f"target of row 1 is {bad} but input has 7 classes"), where_they_are_looked_at(place):
+                    ours(place, x, target, reduction=reduction)
 
     def test_bad_ids_where_nobody_looks_are_nan(self):
         target = torch.tensor([0, 7, -100])
@@ -860,16 +866,16 @@ class TestThreadsAndMemory:
 
 class TestCompilers:
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-    def test_opcheck(self, impl, soft):
-        x, target = logits_and_ids(4, 19)
-        target = probabilities(4, 19) if soft else target
-        spec, weight = LossSpec(-100, 0.1, 20.0, 0.7, 1e-3), class_weight(19)
+    def test_opcheck(self, thrifty_fast_place, soft):
+        impl, device = thrifty_fast_place.impl, thrifty_fast_place.device
+        x, target = logits_and_ids(4, 19, device=device)
+        target = probabilities(4, 19, device=device) if soft else target
+        spec, weight = LossSpec(-100, 0.1, 20.0, 0.7, 1e-3), class_weight(19, device)
         settings = stats_ops.options(spec, impl)
         for wants in (Wants(True, True), Wants(False, False)):
             torch.library.opcheck(stats_ops.row_stats, (x, target, weight, *wants, *settings))
         *_, kept = stats_ops.row_stats(x, target, weight, True, True, *settings)
-        ups = [torch.randn(4, requires_grad=True) for _ in range(4)]
+        ups = [torch.randn(4, device=device, requires_grad=True) for _ in range(4)]
         for given in (ups, [None, ups[1], None, ups[3]]):
             torch.library.opcheck(stats_ops.row_stats_grads, (x, target, weight, kept.detach(), *given, True, soft, *settings))
         if impl == "torch":
@@ -878,14 +884,13 @@ class TestCompilers:
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-    @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow), "reference"])
-    def test_one_graph_with_the_numbers_of_eager(self, impl, soft, reduction):
+    def test_one_graph_with_the_numbers_of_eager(self, thrifty_place, soft, reduction):
         torch._dynamo.reset()
-        x, target = logits_and_ids(6, 19)
-        target = probabilities(6, 19) if soft else target
+        x, target = logits_and_ids(6, 19, device=thrifty_place.device)
+        target = probabilities(6, 19, device=thrifty_place.device) if soft else target
 
         def f(x, target):
-            got = lossfuse.cross_entropy_stats(x * 1.5, target, lse_square_scale=0.1, reduction=reduction, impl=impl)
+            got = ours(thrifty_place, x * 1.5, target, lse_square_scale=0.1, reduction=reduction)
             mixture = got.loss.sum() * 0.3 + (got.entropy * got.target_logprob.detach()).sum() + got.lse.sum() + got.z_loss.sum()
             return mixture, got.argmax, got.n_valid
 
