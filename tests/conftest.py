@@ -7,6 +7,8 @@ import torch
 # read when a kernel module is imported, so it is set before any test can import one
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# read when CUDA starts; without it torch before 2.11 has no products where algorithms must be deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import contextlib
 import importlib.util
