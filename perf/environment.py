@@ -56,7 +56,9 @@ def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str,
     if not (CHECKOUT / "tests").is_dir():
         return "not run", "no tests beside the package: it is installed and not a checkout"
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
-    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+    with subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    ) as process:
         try:
             said, _ = process.communicate(timeout=limit_seconds)
         except subprocess.TimeoutExpired:
@@ -64,15 +66,20 @@ def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str,
             try:
                 said, _ = process.communicate(timeout=LAST_WORDS_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()
+                kill_all(process)
                 said, _ = process.communicate()
             broken = re.search(r"^(FAILED|ERROR) ", said, re.MULTILINE) is not None
             return "failed" if broken else "not run", f"{said}\nstopped after {limit_seconds:.0f} s"
         except BaseException:
-            process.kill()
+            kill_all(process)
             raise
     # 5: nothing was collected, which is no pass
     return {0: "passed", 5: "not run"}.get(process.returncode, "failed"), said
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """A process that leads a session, with everything it has started: that would stay on the device."""
+    os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
 
 
 def _git(*arguments: str) -> str:

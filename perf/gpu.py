@@ -134,9 +134,10 @@ def _errors(out: Path, seconds: float, console: "Console") -> tuple[str, bool | 
         return f"not measured: {trouble}", None
     made = made[made["date"] == made["date"].max()]
     beyond = exceeded(made.to_dict("records"))
-    told = "; ".join([f"{len(beyond)} of {len(made)} beyond their bounds", *beyond[:5]])
+    unfinished = [trouble] if trouble.startswith("stopped") else []
+    told = "; ".join([f"{len(beyond)} of {len(made)} beyond their bounds", *beyond[:5], *unfinished])
     console.print(f"errors: {told}", markup=False)
-    return told, bool(beyond)
+    return told, True if beyond else None if unfinished else False
 
 
 def _measure(todo: list[Errand], rows: Path, out: Path, tests: str, end: float, rehearsal: bool, console: "Console") -> list[str]:

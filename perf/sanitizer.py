@@ -8,7 +8,6 @@ import importlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import lossfuse
 from ..ops import backend
 from ..row_stats import Upstream, Wants
 from ..spec import LossSpec
-from .environment import CHECKOUT
+from .environment import CHECKOUT, kill_all
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 COMMAND = "compute-sanitizer"
@@ -61,12 +60,12 @@ def run(command: str, tool: str, limit_seconds: float) -> Outcome:
         try:
             said, _ = process.communicate(timeout=limit_seconds)
         except subprocess.TimeoutExpired:
-            # the program is not the tool, and would stay on the device
-            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            # the program is not the tool
+            kill_all(process)
             said, _ = process.communicate()
             return Outcome(tool, "not run", f"stopped after {limit_seconds:.0f} s", said)
         except BaseException:
-            process.kill()
+            kill_all(process)
             raise
     return Outcome(tool, *_judged(said, process.returncode), said)
 

@@ -203,6 +203,22 @@ def test_what_is_not_settled_on_a_gpu_is_no_success(tmp_path, monkeypatch, tests
     assert gpu.main(tmp_path, 1.0) == status
 
 
+@pytest.mark.parametrize(
+    ("ratio", "trouble", "beyond"),
+    [(0.5, "", False), (0.5, "stopped after 9 s; ", None), (2.0, "exit 1; ", True), (None, "exit 1; ", None)],
+)
+def test_errors_measured_until_it_was_stopped_count(tmp_path, monkeypatch, ratio, trouble, beyond):
+    def called(out, arguments, limit):
+        if ratio is not None:
+            about = {"op": "logits", "case": "easy", "dtype": "bf16", "n": 1, "v": 2, "method": "lossfuse", "output": "loss", "place": "0"}
+            append(out / "bounds.csv", [about | {"ratio": ratio, "error": 1.0, "bound": 2.0, "dirty": False, "date": "2026-01-01"}], BOUNDS)
+        return trouble
+
+    monkeypatch.setattr(gpu, "_called", called)
+    told, got = gpu._errors(tmp_path, 9.0, gpu_console())
+    assert got is beyond and ("not measured" in told) is (ratio is None) and ("stopped" in told) is ("stopped" in trouble)
+
+
 HANGS = """
 import time
 

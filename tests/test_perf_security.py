@@ -27,7 +27,7 @@ CALLS = {"eval", "exec", "compile", "__import__", "read_pickle", "to_pickle", "u
 # who may start a program, and which
 PROGRAMS = {"environment.py": {"git", "sys.executable"}, "gpu.py": {"sys.executable"}, "sanitizer.py": {"command", "sys.executable"}}
 STARTERS = ("subprocess.run", "subprocess.Popen")
-NO_STARTERS = ("PIPE", "STDOUT", "DEVNULL", "TimeoutExpired", "SubprocessError", "CalledProcessError", "CompletedProcess")
+NO_STARTERS = ("PIPE", "STDOUT", "DEVNULL", "TimeoutExpired", "SubprocessError", "CalledProcessError", "CompletedProcess", "Popen[")
 HOSTILE = (
     "<script>alert(1)</script>", "'\"`", "=cmd|' /C calc'!A0", "+1", "@SUM(1)", "\u202eevil", "é\U0001f600\ufeff", "x" * 100_000,
     "a\rb", "a\r\nb", "a\nb", "a\0b", "\x1b[2J\x9b2J", "NaN", "None", "[bold]", "[/]", "{{7*7}}", "${x}", "../../etc", "\ud800", "",
