@@ -19,6 +19,8 @@ import lossfuse
 SETTINGS = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET")
 # to say what has failed, once interrupted
 LAST_WORDS_SECONDS = 15.0
+# a process started in the background may ignore SIGINT, and so would pytest in it
+INTERRUPTIBLE = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main(sys.argv[1:]))"
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -55,7 +57,7 @@ def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str,
     """
     if not (CHECKOUT / "tests").is_dir():
         return "not run", "no tests beside the package: it is installed and not a checkout"
-    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "-q", *arguments]
     with subprocess.Popen(
         command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     ) as process:

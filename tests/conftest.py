@@ -1,19 +1,30 @@
 """Where tests run: every implementation on the CPU (Triton in its interpreter), or all of them on a GPU when there is one."""
 
 import os
+import tempfile
 
 import torch
 
 # read when a kernel module is imported, so it is set before any test can import one
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Inductor's code is for one instruction set, which is no part of its cache's key: another capability would run this one's (torch 2.13)
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(
+        tempfile.gettempdir(), f"lossfuse-inductor-{os.getuid() if hasattr(os, 'getuid') else ''}-{torch.backends.cpu.get_cpu_capability()}"
+    ),
+)
 # read when CUDA starts; without it torch before 2.11 has no products where algorithms must be deterministic
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +126,26 @@ def nothing_waits() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def time_is_up_when(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """The first time limit of every process started from here on ends once a file exists, whatever the machine's speed."""
+
+    def when(path: Path) -> None:
+        real, expired = subprocess.Popen.communicate, set()
+
+        def communicate(process: Any, input: Any = None, timeout: float | None = None) -> Any:
+            if timeout is None or process in expired:
+                return real(process, input, timeout)
+            expired.add(process)
+            while not path.exists() and process.poll() is None:
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(process.args, timeout)
+
+        monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+
+    return when
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -88,7 +88,7 @@ def together(calls):
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(60)
+        caller.join(600)
         assert not caller.is_alive()
     for result in results:
         if isinstance(result, BaseException):

@@ -30,11 +30,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# of a rank for the others, seconds
-PATIENCE = 15.0
+# seconds, ten times what a quiet machine with two cores needs: of a rank for the others, and of all cases of a call
+PATIENCE = 150.0
+TIMEOUT = 1200.0
 
 
-def on_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 55.0) -> list[Any]:
+def on_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """``function(*args)`` on each of ``n`` ranks: their results, or the first exception that one of them raised."""
     (outcomes,) = _run(n, function, [args], timeout)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
@@ -43,7 +44,7 @@ def on_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 
     return [outcome.result for outcome in outcomes]
 
 
-def cases_on_ranks(n: int, function: Callable[[Any], Any], cases: Iterable[Any], *, timeout: float = 55.0) -> dict[Any, list[Any]]:
+def cases_on_ranks(n: int, function: Callable[[Any], Any], cases: Iterable[Any], *, timeout: float = TIMEOUT) -> dict[Any, list[Any]]:
     """``function(case)`` for one case after the other on each of ``n`` ranks, started once; {case: results by rank}."""
     cases = list(cases)
     results, said = {}, []

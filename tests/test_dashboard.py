@@ -38,7 +38,7 @@ def opened(page, tmp_path, address="", *options):
     fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr"]
     budget = ["--virtual-time-budget=8000", "--dump-dom", f"--user-data-dir={tmp_path / 'profile'}"]
     command = [CHROMIUM, *fixed, *budget, *(options or ["--window-size=1400,1000"]), path.as_uri() + address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

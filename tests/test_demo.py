@@ -1,6 +1,6 @@
 """The demo, small: real text, a real tokenizer, both losses agreeing, a table and a picture."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch
 for name in ("altair", "pandas", "rich", "tokenizers", "vl_convert"):
     pytest.importorskip(name)
 
-from lossfuse.perf import demo  # noqa: E402
+from lossfuse.perf import demo, protocol  # noqa: E402
 from lossfuse.perf.corpus import batches, standard_library_sources, train_tokenizer  # noqa: E402
 from lossfuse.perf.protocol import Step, Timing, peak_extra_bytes, time_interleaved  # noqa: E402
 
@@ -58,13 +58,19 @@ def test_timing_is_interleaved_and_drops_the_first_round():
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 100.0]).p50 == 3.0
 
 
-def test_what_prepares_a_step_is_not_timed_and_time_ends_the_rounds():
-    def prepare():
-        time.sleep(0.02)
+def test_what_prepares_a_step_is_not_timed_and_time_ends_the_rounds(monkeypatch):
+    now = 0.0
+
+    def takes(seconds):
+        nonlocal now
+        now += seconds
         return ()
 
-    (timing,) = time_interleaved({"a": Step(lambda: None, prepare)}, CPU, repeats=1000, seconds=0.2).values()
-    assert timing.p80 < 10 and 3 <= timing.repeats < 20
+    monkeypatch.setattr(protocol, "time", SimpleNamespace(perf_counter=lambda: now))
+    step = Step(lambda: takes(0.25), lambda: takes(0.75))
+    (timing,) = time_interleaved({"a": step}, CPU, repeats=1000, seconds=10.5).values()
+    # ten rounds, the first of which is not counted
+    assert timing == Timing(250.0, 250.0, 250.0, 9)
 
 
 def test_peak_memory_sees_what_is_freed_before_the_call_returns():

@@ -127,8 +127,10 @@ def test_every_log_probability(place, v):
     got = lossfuse.log_softmax(x.to(place.device), 1, impl=place.impl)
     want = torch.log_softmax(x.double(), 1)
     assert got[8:].isnan().all() and want[8:].isnan().all()
+    # torch's operator adds in lanes of a vector, of which the narrowest has eight; kernels add tiles
+    additions = 0.0 if place.impl == "triton" else v / 8
     # what is further apart than float32 reaches is -inf
-    assert_loss_close(got[:8], want[:8].float())
+    assert_loss_close(got[:8], want[:8].float(), additions=additions)
     if place.impl == "triton":
         # of a sure class, the digits that a difference has lost, in float64 too
         z = x[1:3].double() - x[1:3].double().amax(1, keepdim=True)

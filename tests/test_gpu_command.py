@@ -220,21 +220,25 @@ def test_errors_measured_until_it_was_stopped_count(tmp_path, monkeypatch, ratio
 
 
 HANGS = """
+import pathlib
 import time
 
 def test_it_fails():
     assert {passes}
 
 def test_it_hangs():
-    time.sleep(100)
+    pathlib.Path("hangs").touch()
+    time.sleep(1000)
 """
 
 
 @pytest.mark.parametrize(("passes", "verdict"), [(False, "failed"), (True, "not run")])
-def test_tests_whose_time_is_up_say_what_has_failed(tmp_path, monkeypatch, passes, verdict):
+def test_tests_whose_time_is_up_say_what_has_failed(tmp_path, monkeypatch, time_is_up_when, passes, verdict):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(HANGS.format(passes=passes))
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra\n")
     monkeypatch.setattr(environment, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(environment, "LAST_WORDS_SECONDS", 600.0)
+    time_is_up_when(tmp_path / "hangs")
     tests, said = environment.run_tests("-p", "no:cacheprovider", limit_seconds=10.0)
     assert tests == verdict and "stopped after 10 s" in said and ("FAILED tests/test_it.py::test_it_fails" in said) is not passes

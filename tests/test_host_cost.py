@@ -2,7 +2,6 @@
 
 import gc
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,32 +26,33 @@ def no_launches(monkeypatch):
     monkeypatch.setattr(ops, "require_ids_in_range", lambda *_: None)
 
 
-def fastest(*functions):
-    """Seconds of each, all measured in turns, so that a busy machine is busy for all."""
-    best = [float("inf")] * len(functions)
+def functions_called(call):
+    """How many functions, of Python and of C, a call runs: what the host does, on whatever processor and however busy."""
+    called = 0
+
+    def count(frame, event, arg):
+        nonlocal called
+        called += event in ("call", "c_call")
+
+    # what is done once is done
+    call()
     gc.collect()
-    for _ in range(100):
-        for i, f in enumerate(functions):
-            start = time.perf_counter()
-            for _ in range(20):
-                f()
-            best[i] = min(best[i], (time.perf_counter() - start) / 20)
-    return best
+    gc.disable()
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return called
 
 
-@GRAD
-def test_a_call_costs_few_times_its_own_small_tensors(no_launches, grad):
-    """2.5 and 3.7 times when this was written; 4.3 and 8.6 before, through the operator."""
+@pytest.mark.parametrize(("grad", "most"), [(False, 110), (True, 135)], ids=["no grad", "grad"])
+def test_a_call_runs_few_functions(no_launches, grad, most):
+    """97 and 121 with torch 2.13 and Python 3.11, most of them checks of the arguments."""
     x, target = logits_and_ids(4, 19)
     x = x if grad else x.detach()
-    rows = torch.zeros(4)
-
-    def small_tensors():
-        torch.empty(4), torch.empty(2, 4)
-        return rows.sum() / (target != -100).sum(dtype=torch.float32)
-
-    bare, call = fastest(small_tensors, lambda: lossfuse.cross_entropy(x, target, impl="triton"))
-    assert call < (6.0 if grad else 4.0) * bare
+    assert functions_called(lambda: lossfuse.cross_entropy(x, target, impl="triton")) <= most
 
 
 @GRAD

@@ -197,7 +197,7 @@ def count(case):
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_hand_over_what_the_formulas_say(n):
-    cases_on_ranks(n, count, [*CASES, *((name, layout) for name in SHARDED for layout in LAYOUTS[n])], timeout=120.0)
+    cases_on_ranks(n, count, [*CASES, *((name, layout) for name in SHARDED for layout in LAYOUTS[n])])
 
 
 # --- memory
@@ -230,7 +230,7 @@ def count_memory(chunk_bytes):
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_ranks_hold_what_the_formulas_say(n):
-    cases_on_ranks(n, count_memory, [4 << 20], timeout=120.0)
+    cases_on_ranks(n, count_memory, [4 << 20])
 
 
 @pytest.mark.parametrize("mode", ["forward+backward", "no_grad"])

@@ -114,6 +114,6 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path):
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join(600)
         assert writer.exitcode == 0
     assert sorted(read([path])["case"]) == sorted(f"{w}.{i}" for w in range(3) for i in range(5))

@@ -929,4 +929,4 @@ def promises_over_ranks(*, every):
 
 @pytest.mark.slow
 def test_every_promise_over_ranks():
-    cases_on_ranks(2, kept_over_ranks, promises_over_ranks(every=True), timeout=500.0)
+    cases_on_ranks(2, kept_over_ranks, promises_over_ranks(every=True), timeout=5000.0)

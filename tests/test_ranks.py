@@ -33,11 +33,9 @@ def test_results_come_by_rank():
 
 
 def test_a_case_that_raises_is_told_and_the_others_run():
-    begin = time.monotonic()
     with pytest.raises(AssertionError, match="raises on one rank, rank 1 of 2(.|\n)*ValueError: rank 1 has something to say") as caught:
         cases_on_ranks(2, some_case, ["first", "raises on one rank", "last"])
     assert "--- first" not in str(caught.value) and "--- last" not in str(caught.value)
-    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def run(case):
 @pytest.mark.parametrize("fuses", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["", "nothing is fused, which they notice"])
 def test_programs_run(fuses):
     assert [program.heading for program in programs(PAGE)] == HEADINGS
-    results = cases_on_ranks(2, run, [(heading, fuses) for heading in HEADINGS], timeout=150)
+    results = cases_on_ranks(2, run, [(heading, fuses) for heading in HEADINGS])
     missing = {name for result in results.values() for name in result[0]}
     if missing:
         pytest.skip(f"a program needs {', '.join(missing)}")

@@ -93,7 +93,7 @@ def test_several_callers_at_once():
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(60)
+        caller.join(600)
     assert len(got) == 6 and all(torch.equal(loss, want) for loss in got)
 
 
@@ -163,12 +163,12 @@ def test_what_a_thread_debugs_is_its_own():
         with lossfuse.debug_targets():
             told.append(targets.debugging())
             inside.set()
-            done.wait(10)
+            done.wait()
 
     done = threading.Event()
     other = threading.Thread(target=debug)
     other.start()
-    inside.wait(10)
+    inside.wait()
     told.append(targets.debugging())
     done.set()
     other.join()
@@ -194,7 +194,7 @@ def test_without_threads_the_caller_does_the_work(monkeypatch):
         assert threads.run([lambda i=i: i * i for i in range(20)], 3) == [i * i for i in range(20)]
     assert len(started) == 2 and torch.get_num_threads() == before
     # the one that did start waits for nobody
-    started[0].join(10)
+    started[0].join(600)
     assert not started[0].is_alive()
     seen = together([torch.get_num_threads])
     assert seen == [before] and threads.run([lambda: 3] * 5, 3) == [3] * 5
@@ -202,29 +202,50 @@ def test_without_threads_the_caller_does_the_work(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs a signal that wakes the main thread")
 def test_an_interrupt_stops_every_thread_first():
-    """The second one too: what it interrupts is the wait for those who still write."""
-    running, ended = threading.Semaphore(0), []
+    """The second one too, which interrupts the wait for the tasks that are still writing."""
+    main, running, finish = threading.main_thread().ident, threading.Semaphore(0), threading.Event()
+    begun, ended, handled = [], [], []
 
     def slow(i):
+        begun.append(i)
         running.release()
-        time.sleep(0.3)
+        finish.wait()
         ended.append(i)
+
+    def handler(signum, frame):
+        handled.append(len(ended))
+        raise KeyboardInterrupt
+
+    def main_waits():
+        frame = sys._current_frames()[main]
+        return (frame.f_code.co_filename, frame.f_code.co_name) == (threading.__file__, "wait")
 
     def interrupt():
         for _ in range(2):
             running.acquire()
-        for _ in range(2):
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.05)
+        for i in range(2):
+            while not main_waits():
+                time.sleep(0.001)
+            signal.pthread_kill(main, signal.SIGINT)
+            while len(handled) == i:
+                time.sleep(0.001)
+        # it waits once more, and only then may the tasks end
+        while not main_waits():
+            time.sleep(0.001)
+        finish.set()
 
-    other = threading.Thread(target=interrupt)
-    other.start()
-    with pytest.raises(KeyboardInterrupt):
-        threads.run([lambda i=i: slow(i) for i in range(10)], 2)
-    assert sorted(ended) == [0, 1]
-    other.join()
-    time.sleep(0.05)
-    assert sorted(ended) == [0, 1] and threads.run([lambda: 3] * 5, 2) == [3] * 5
+    # a process that was started in the background may ignore the signal
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        other = threading.Thread(target=interrupt)
+        other.start()
+        with pytest.raises(KeyboardInterrupt):
+            threads.run([lambda i=i: slow(i) for i in range(10)], 2)
+        other.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handled == [0, 0] and sorted(begun) == sorted(ended) == [0, 1]
+    assert threads.run([lambda: 3] * 5, 2) == [3] * 5 and sorted(begun) == [0, 1]
 
 
 def test_a_pool_interrupted_while_it_is_made(monkeypatch):
