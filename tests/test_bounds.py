@@ -12,6 +12,7 @@ from conftest import GPU  # noqa: E402
 from lossfuse.perf import bounds, rows  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.bounds import Head, HeadResult, LogitsResult, Roundings, exceeded, grown, load, measure, upstream  # noqa: E402
+from lossfuse.perf.environment import stamp  # noqa: E402
 from lossfuse.perf.rows import BOUNDS, BadRows, append, read  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -23,7 +24,10 @@ def check(made):
     kept = read([KEPT], BOUNDS)
     known = {tuple(bounds._key(row)) for row in kept.to_dict("records")}
     assert made and all(tuple(bounds._key(row)) in known for row in made)
-    said = [*exceeded(made), *grown(made, kept)]
+    # what an error was is a fact about one processor, whose orders of sums are its own
+    processor = stamp(CPU)["device"].split(",")[0]
+    there = kept[kept["device"].str.split(",").str[0] == processor]
+    said = [*exceeded(made), *grown(made, there)]
     assert not said, "\n".join(said)
 
 
