@@ -204,7 +204,7 @@ def test_without_threads_the_caller_does_the_work(monkeypatch):
 def test_an_interrupt_stops_every_thread_first():
     """The second one too, which interrupts the wait for the tasks that are still writing."""
     main, running, finish = threading.main_thread().ident, threading.Semaphore(0), threading.Event()
-    begun, ended, handled = [], [], []
+    begun, ended, handled, expected = [], [], [], threading.Semaphore(0)
 
     def slow(i):
         begun.append(i)
@@ -213,8 +213,9 @@ def test_an_interrupt_stops_every_thread_first():
         ended.append(i)
 
     def handler(signum, frame):
-        handled.append(len(ended))
-        raise KeyboardInterrupt
+        if expected.acquire(blocking=False):
+            handled.append(len(ended))
+            raise KeyboardInterrupt
 
     def main_waits():
         frame = sys._current_frames()[main]
@@ -226,8 +227,10 @@ def test_an_interrupt_stops_every_thread_first():
         for i in range(2):
             while not main_waits():
                 time.sleep(0.001)
-            signal.pthread_kill(main, signal.SIGINT)
+            expected.release()
             while len(handled) == i:
+                # Python looks for a signal before it blocks: one that arrives in between is not seen until the next
+                signal.pthread_kill(main, signal.SIGINT)
                 time.sleep(0.001)
         # it waits once more, and only then may the tasks end
         while not main_waits():
