@@ -3,9 +3,11 @@
     python tests/matrix.py --list
     python tests/matrix.py --only torch-2.8 torch-2.15 --write
     python tests/matrix.py --only triton-3.6 triton-3.9 lowest          # as CI does: seconds, and no torch of their own
+    python tests/matrix.py --only python-3.10 python-3.14               # as CI does: can the commands of the README be installed there
 
-Needs what the extra ``test`` installs. A row that pins torch gets a virtual environment from nothing, for which pip downloads gigabytes
-unless it is shown builds for the CPU (``PIP_EXTRA_INDEX_URL``), and is skipped where its Python is not on the PATH. Any other lies over
+Needs what the extra ``dev`` installs. A row that pins torch gets a virtual environment from nothing, for which pip downloads gigabytes
+unless it is shown builds for the CPU (``PIP_EXTRA_INDEX_URL``), and is skipped where its Python is not on the PATH. A row ``python-...``
+installs nothing and needs no such Python: uv resolves the pip commands of README.md and CONTRIBUTING.md for it. Any other lies over
 the packages of the Python that runs this, which stay as they are. Each is deleted before the next; ``TMPDIR`` says where they are made.
 ``--write`` keeps the outcome in ``docs/compatibility.csv`` and makes the table of ``docs/compatibility.md`` of it.
 """
@@ -17,6 +19,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,12 +34,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "compatibility.csv"
 PAGE = ROOT / "docs" / "compatibility.md"
 TABLE = re.compile(r"(?<=<!-- rows -->\n).*?(?=<!-- end of rows -->)", re.DOTALL)
+# the pages whose commands set up an environment, and what pip is given there
+COMMANDS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+INSTALL = re.compile(r"^python3 -m venv .*?/pip install (.*?)(?: &&|$)", re.MULTILINE)
 
 # what is run, by the name that rows use: arguments of pytest
 SUITES: dict[str, list[str]] = {
@@ -59,8 +66,9 @@ class Row:
 
     name: str
     pins: tuple[str, ...]
+    # "install": nothing is run, see resolved
     suite: str = "core"
-    # where torch is pinned
+    # where torch is pinned or nothing is run
     python: str = ""
 
 
@@ -84,6 +92,7 @@ ROWS = (
         ),
         suite="perf",
     ),
+    *(Row(f"python-{version}", (), suite="install", python=version) for version in ("3.10", "3.11", "3.12", "3.13", "3.14")),
 )  # fmt: skip
 PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate")
 COLUMNS = ("row", "python", *PACKAGES, "suite", "passed", "skipped", "failed", "result", "seconds", "date")
@@ -121,12 +130,39 @@ def run(command: Sequence[str], what: str, console: Console, *, may_fail: bool =
     """NotRun where it fails and must not."""
     start = time.monotonic()
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    with console.status(what):
+    with console.status(escape(what)):
         done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    console.print(f"  {what}: {time.monotonic() - start:.0f} s")
+    console.print(f"  {what}: {time.monotonic() - start:.0f} s", highlight=False, markup=False)
     if done.returncode and not may_fail:
         raise NotRun(f"{what} failed:\n{done.stdout[-3000:]}")
     return done
+
+
+def installs() -> list[str]:
+    """What pip is given by the commands of the pages."""
+    return [words for page in COMMANDS for words in INSTALL.findall(page.read_text(encoding="utf-8"))]
+
+
+def resolved(row: Row, console: Console) -> dict[str, str]:
+    """Whether each command finds a wheel of every package for the row's Python, and which versions; reads metadata alone."""
+    start = time.monotonic()
+    uv = [sys.executable, "-m", "uv"]
+    run([*uv, "--version"], "uv", console)
+    versions, result = dict.fromkeys(PACKAGES, ""), "resolves"
+    with tempfile.TemporaryDirectory(prefix="lossfuse-matrix-") as folder:
+        # pip has --python-version too, but evaluates markers for the Python it runs on (26.3)
+        install = [*uv, "pip", "install", "--dry-run", "--python-version", row.python, "--target", folder]
+        # as on a machine without a compiler; lossfuse itself is a checkout
+        install += ["--only-binary", ":all:", "--no-binary", "lossfuse"]
+        for words in installs():
+            done = run([*install, *shlex.split(words)], words, console, may_fail=True)
+            if done.returncode:
+                console.print(done.stdout[-3000:], highlight=False, markup=False)
+                result = "fails"
+            found = dict(re.findall(r"^ \+ (\S+)==(\S+)$", done.stdout, re.MULTILINE))
+            versions |= {name: found[name] for name in PACKAGES if name in found}
+    made = {"row": row.name, "python": row.python, "suite": row.suite, "passed": "", "skipped": "", "failed": "", "result": result}
+    return versions | made | {"seconds": f"{time.monotonic() - start:.0f}", "date": datetime.date.today().isoformat()}
 
 
 VERSIONS = f"""
@@ -208,7 +244,8 @@ def listed(console: Console) -> None:
     table = Table("row", "python", "pins", "tests", "last outcome")
     for row in ROWS:
         last = known.get(row.name)
-        said = f"{last['result']}, {last['passed']} passed, {last['date']}" if last else ""
+        passed = f", {last['passed']} passed" if last and last["passed"] else ""
+        said = f"{last['result']}{passed}, {last['date']}" if last else ""
         table.add_row(row.name, row.python or "this one", "\n".join(row.pins), row.suite, said)
     console.print(table)
 
@@ -224,13 +261,15 @@ def main() -> int:
         listed(console)
         return 0
     table = Table("row", "python", "torch", "triton", "numpy", "passed", "skipped", "failed", "result", title="compatibility")
+    for column in (table.columns[0], table.columns[-1]):
+        column.no_wrap = True
     done, missing = [], []
     for row in ROWS:
         if asked.only and row.name not in asked.only:
             continue
         console.print(f"[bold]{row.name}[/bold]: {', '.join(row.pins)}", highlight=False)
         try:
-            made = outcome(row, console)
+            made = resolved(row, console) if row.suite == "install" else outcome(row, console)
         except NotRun as why:
             console.print(str(why), highlight=False, markup=False)
             missing.append(row.name)
@@ -242,7 +281,7 @@ def main() -> int:
             write([made])
     console.print(table)
     # a row that was asked for by name must have run
-    return int(any(made["result"] != "works" for made in done) or bool(asked.only and missing) or not done)
+    return int(any(made["result"] == "fails" for made in done) or bool(asked.only and missing) or not done)
 
 
 if __name__ == "__main__":

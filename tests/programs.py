@@ -1,7 +1,15 @@
-"""Programs in documents: found, and run as they stand."""
+"""Programs in documents: found, and run as they stand.
+
+    torchrun --nproc-per-node 2 tests/programs.py PAGE          # all programs of a page, one after the other
+
+Each of them makes and destroys its process group, as it does when it is started alone.
+"""
 
 import importlib.util
+import os
 import re
+import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,3 +48,22 @@ def programs(path: Path) -> list[Program]:
                 found.append(Program(path, heading, begin[0], "\n".join(lines[begin[0] : i])))
             begin = None
     return found
+
+
+def main() -> None:
+    import torch.distributed as dist
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    make = dist.init_process_group
+    # torchrun's store keeps the keys of one group when the next is made
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    for program in programs(Path(sys.argv[1])):
+        if not program.missing:
+            dist.init_process_group = partial(make, store=dist.PrefixStore(program.heading, store), rank=rank, world_size=ranks)
+            program.run()
+            assert not dist.is_initialized(), f"{program.heading}: the process group is not destroyed"
+            print(f"ran: {program.heading}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

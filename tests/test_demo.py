@@ -43,6 +43,20 @@ def test_both_losses_train_alike_and_are_drawn(tmp_path, capsys):
     assert "Training loss" in printed and "peak memory beyond logits" in printed
 
 
+def test_what_comes_and_how_long_it_takes_is_said_first(tmp_path, capsys, monkeypatch):
+    class Read(Exception):
+        pass
+
+    def read(limit):
+        said = capsys.readouterr().out
+        assert "7 steps" in said and "about 27 s on two quiet CPU cores" in said
+        raise Read
+
+    monkeypatch.setattr(demo, "standard_library_sources", read)
+    with pytest.raises(Read):
+        demo.main(tmp_path / "demo.png", demo.Setup(steps=7))
+
+
 def test_too_little_text_is_said():
     with pytest.raises(RuntimeError, match="raise characters or lower vocab_size"):
         demo.train(demo.Setup(vocab_size=50_000, characters=1000, steps=1), CPU, lambda line: None, lambda runs: None)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +14,11 @@ import program
 from closeness import assert_formula_close, assert_gradient_close, assert_product_close, assert_statistics_close
 from lossfuse import LinearOptions, VocabShard, linear, sharded, targets
 from options import COMBINATIONS, EVERYTHING, OPTIONS, differentiated, options_of, upstream, upstreams
-from programs import programs
 from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
 from test_promises import kept_over_ranks, promises_over_ranks
 
 SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
-DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
 FORMS = ("logits", "inplace", "statistics", "head", "head statistics")
 # three chunks of rows
 CHUNKS = LinearOptions(chunk_bytes=2 * 32 * 4)
@@ -595,18 +592,10 @@ def by_modules():
     torch.testing.assert_close(copy.deepcopy(module)(mine(x, classes), ids), module(mine(x, classes), ids))
 
 
-def programs_of_the_document():
-    found = programs(DOCUMENT)
-    assert len(found) >= 4
-    for each in found:
-        each.run()
-
-
 ON_TWO = (
     errors, shards_that_are_none, many_classes, groups_of_one_and_no_rows, shapes, same_on_every_rank_and_every_time,
     in_place_contract, partial_hidden, the_reference, dtensors, other_dtypes_of_heads,
     weights_of_other_ranks_in_float16, by_modules, compiled, kernels, where_nobody_looks,
-    programs_of_the_document,
 )  # fmt: skip
 # those of test_promises, of slices of the classes
 PROMISES = promises_over_ranks(every=False)
