@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .inputs import without_autocast
-from .products import Weight, mixes, product
+from .products import Weight, mixes, narrow_on_cpu, product
 from .row_stats import RowStats, Upstream, Wants, no_class
 from .sharded import even_classes, gather
 from .spec import LinearOptions, LossSpec
@@ -101,7 +101,7 @@ def row_loss(
         loss: Tensor | None = backend.head_row_loss(*some, some_target, class_weight, spec)
         if loss is None:
             loss = _empty_loss(head.hidden, len(some_target))
-            weight = Weight(head.weight, _operand_dtype(head, options))
+            weight = _weight(some, spec, options)
             for rows, _, z in _logits(some, weight, some_target, spec, options, None, dropped=kept is not None):
                 loss[rows] = backend.row_loss(z, some_target[rows], class_weight, spec)[0]
         return _put_back(loss, kept, target)
@@ -144,7 +144,7 @@ def row_stats(
         made: RowStats | None = backend.head_row_stats(*some, some_target, class_weight, spec, wants)
         if made is None:
             made = _empty_stats(head.hidden, len(some_target), wants)
-            weight = Weight(head.weight, _operand_dtype(head, options))
+            weight = _weight(some, spec, options)
             for rows, _, z in _logits(some, weight, some_target, spec, options, None, dropped=kept is not None):
                 _store(made, rows, backend.row_stats(z, some_target[rows], class_weight, spec, wants, None, None, None))
         return _stats_put_back(made, kept, target, spec)
@@ -202,7 +202,7 @@ def _grads(
             dweight.zero_()
 
         unit = None
-        operands = Weight(weight, _operand_dtype(head, options))
+        operands = _weight(some, spec, options)
         for rows, x, z in _logits(some, operands, some_target, spec, options, dhidden, dropped=kept is not None):
             g = None
             if needs.hidden or needs.weight or needs.bias:
@@ -223,11 +223,12 @@ def _grads(
                 # added up as wide as it is computed, rounded once
                 dx = dhidden[rows] if operands.whole else torch.empty_like(x)
             for classes, block in operands.blocks():
+                part = g[:, classes].to(x.dtype)
                 # before dx, which may be written over x
                 if dweight is not None:
-                    product(dweight[classes], g[:, classes].T, x, add=rows.start > 0)
+                    product(dweight[classes], part.T, x, add=rows.start > 0)
                 if dx is not None:
-                    product(dx, g[:, classes], block, add=classes.start > 0)
+                    product(dx, part, block, add=classes.start > 0)
             if dhidden is not None and dx is not None and not operands.whole:
                 dhidden[rows] = dx
             if dbias is not None:
@@ -244,7 +245,29 @@ def _grads(
 
 def _operand_dtype(head: Head, options: LinearOptions) -> torch.dtype:
     """float32 logits of half-precision operands: by a product that has them, or of operands made float32."""
-    return head.hidden.dtype if mixes(head.hidden.device) else options.dtype("logits_dtype", head.hidden.dtype)
+    hidden, logits_dtype = head.hidden, options.dtype("logits_dtype", head.hidden.dtype)
+    if mixes(hidden.device):
+        return hidden.dtype
+    if hidden.device.type != "cpu":
+        return logits_dtype
+    # products in bfloat16 of logits whose gradients are summed in float32 would convert the whole weight's gradient
+    narrow = options.dtype("acc_dtype", hidden.dtype) == logits_dtype and narrow_on_cpu(logits_dtype, hidden.shape[1], len(head.weight))
+    return logits_dtype if narrow else torch.promote_types(logits_dtype, torch.float32)
+
+
+def _step(head: Head, spec: LossSpec, options: LinearOptions) -> int:
+    """Rows of a chunk."""
+    (n, d), v, on_cpu = head.hidden.shape, len(head.weight), head.hidden.device.type == "cpu"
+    # every rank takes as many chunks, however many classes are its own
+    return chunk_rows(n, d, v if spec.group is None else even_classes(spec), head.hidden.dtype, options, cpu=on_cpu)
+
+
+def _weight(head: Head, spec: LossSpec, options: LinearOptions) -> Weight:
+    """The weight as the products of a chunk take it."""
+    dtype = _operand_dtype(head, options)
+    # narrower logits are converted with their block of the weight, and so are their gradients
+    converted = options.dtype("logits_dtype", head.hidden.dtype).itemsize < dtype.itemsize
+    return Weight(head.weight, dtype, min(_step(head, spec, options), len(head.hidden)) if converted else 0)
 
 
 def _logits(
@@ -266,8 +289,7 @@ def _logits(
     dtype = _operand_dtype(head, options)
     # a product with a gradient of 0 would keep the NaN that an ignored row may hold
     masks = not (dropped or target.is_floating_point())
-    # every rank takes as many chunks, however many classes are its own
-    step = chunk_rows(n, d, v if spec.group is None else even_classes(spec), hidden.dtype, options, cpu=hidden.device.type == "cpu")
+    step = _step(head, spec, options)
     room = torch.empty(min(step, n), padded(v), dtype=options.dtype("logits_dtype", hidden.dtype), device=hidden.device)
     copies = None
     if masks or dtype != hidden.dtype:
@@ -290,11 +312,12 @@ def _logits(
 
 def _gradient_over(z: Tensor, operand_dtype: torch.dtype) -> Tensor:
     """(C, V) for the gradient over the logits: a row of it in the first bytes of the row it takes the place of, if it is narrower."""
+    dtype = min(z.dtype, operand_dtype, key=lambda dtype: dtype.itemsize)
     # a shard without classes has no bytes to share
-    if z.dtype == operand_dtype or z.shape[1] == 0:
-        return z.to(operand_dtype)
+    if z.dtype == dtype or z.shape[1] == 0:
+        return z.to(dtype)
     rows, v = z.shape
-    wide = z.as_strided((rows, z.stride(0)), (z.stride(0), 1)).view(operand_dtype)
+    wide = z.as_strided((rows, z.stride(0)), (z.stride(0), 1)).view(dtype)
     return wide[:, :v]
 
 

@@ -118,8 +118,9 @@ class LinearOptions:
             1 GiB on an accelerator and 256 MiB on a CPU, or more where that is less than the matrix products need. With ``shard`` of
             shards that are even, so that all ranks make as many chunks: a larger one takes as much more as it is larger.
         logits_dtype: of the logits of a chunk: float32, which is None (float64 for float64), or bfloat16 for bfloat16 operands.
-            Half the bytes, and 2 to 5 times the error in the gradient of the hidden states. On a CPU it also chooses the
-            products: in bfloat16, instead of float32 from converted blocks of the weight.
+            Half the bytes, and 2 to 5 times the error in the gradient of the hidden states. A CPU multiplies in float32, block by
+            block of the classes, and rounds; one with AMX multiplies in bfloat16 where ``acc_dtype`` is bfloat16 too and D and V
+            are multiples of 32.
         acc_dtype: what gradients are summed in, and kept in until the backward multiplies and rounds them once: float32, which is None
             (float64 for float64), or bfloat16 for bfloat16 operands, which rounds them once for each chunk.
         drop_ignored: leave rows with ``ignore_index`` out of the products. None does where looking is free, on the CPU; True

@@ -15,6 +15,11 @@ from options import COMBINATIONS, EVERYTHING, OPTIONS, options_of, upstream
 from rows import class_weight, head_and_ids, probabilities
 
 HALF = [torch.bfloat16, torch.float16]
+LEAN = [
+    {"logits_dtype": torch.bfloat16},
+    {"acc_dtype": torch.bfloat16},
+    {"logits_dtype": torch.bfloat16, "acc_dtype": torch.bfloat16},
+]
 SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
 
 
@@ -199,7 +204,7 @@ class TestChunksAndDtypes:
         for reduction in ("mean", "none"):
             check(operands, target, chunks=chunks_of(4, 37), reduction=reduction)
 
-    @pytest.mark.parametrize("given", [{"logits_dtype": torch.bfloat16}, {"acc_dtype": torch.bfloat16}], ids=str)
+    @pytest.mark.parametrize("given", LEAN, ids=["logits", "sums", "both"])
     def test_lean_modes(self, monkeypatch, fast_place, given):
         monkeypatch.setattr(products, "BLOCK_BYTES", 5 * 8 * 4)
         *operands, target = head_and_ids(9, 8, 37, torch.bfloat16, device=fast_place.device)
@@ -207,6 +212,40 @@ class TestChunksAndDtypes:
         got = differentiated(operands, target, options=chunks_of(4, 37, **given), impl=fast_place.impl)
         for g, w in zip(got, want, strict=True):
             assert relative_error(g, w) < 0.02
+
+    @pytest.mark.parametrize("given", LEAN, ids=["logits", "sums", "both"])
+    @pytest.mark.parametrize(("d", "v"), [(64, 1024), (64, 1021), (33, 1024), (96, 77)])
+    def test_the_padding_of_a_product_may_hold_anything(self, d, v, given):
+        """New memory holds NaN, and so does what lies between rows that are apart: processors with AMX read both."""
+        wide, weight, bias, target = head_and_ids(100, 2 * d, v, torch.bfloat16)
+        hidden, weight = wide[:, :d], weight[:, :d]
+        wide.data[:, d:] = torch.nan
+        operands = hidden, weight, bias
+        want = program.head_value_and_grads(operands, target)
+        got = differentiated(operands, target, options=LinearOptions(**given))
+        for g, w in zip(got, want, strict=True):
+            assert relative_error(g, w) < 0.02
+
+    @pytest.mark.parametrize(("amx", "d", "v", "dtype"), [
+        (False, 64, 1024, torch.float32), (True, 64, 1024, torch.bfloat16), (True, 64, 1021, torch.float32), (True, 33, 1024, torch.float32)
+    ])  # fmt: skip
+    def test_a_cpu_multiplies_bfloat16_only_where_that_is_fast_and_right(self, monkeypatch, amx, d, v, dtype):
+        monkeypatch.setattr(products, "_has_amx", lambda: amx)
+        monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 100 * 256)
+        multiplied, largest, multiply = set(), 0, linear.product
+
+        def product(out, a, b, **how):
+            nonlocal largest
+            multiplied.update((a.dtype, b.dtype))
+            largest = max(largest, *(t.numel() for t in (a, b, out)))
+            multiply(out, a, b, **how)
+
+        monkeypatch.setattr(linear, "product", product)
+        *operands, target = head_and_ids(100, d, v, torch.bfloat16)
+        differentiated(operands, target, options=LinearOptions(**LEAN[-1]))
+        assert multiplied == {dtype}
+        # in float32 a block of classes at a time
+        assert dtype == torch.bfloat16 or largest <= 100 * 256
 
     def test_an_operand_of_the_wide_dtype_may_ask_for_it(self):
         *operands, target = head_and_ids(9, 8, 37)
