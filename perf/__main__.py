@@ -2,10 +2,13 @@
 
 import argparse
 import importlib.util
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ..spec import REDUCTIONS, LinearOptions
+from . import interrupts
 from .cases import CASES, DTYPES, MODES
 from .mistakes import Mistake
 from .shown import clean
@@ -13,25 +16,65 @@ from .shown import clean
 # of the extra, by command: what keeps rows and prints them, and what draws
 ROWS = ("filelock", "pandas", "rich")
 PICTURES = (*ROWS, "altair", "vl_convert")
+# a day: what waits for a program refuses more than some weeks
+MOST_MINUTES = 24.0 * 60
 NEEDED = {"demo": (*PICTURES, "tokenizers"), "memory": PICTURES, "dashboard": PICTURES}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0; 1 where a goal was missed, an error is beyond its bound, a test failed or what the command needs is not installed.
 
-    2 with a sentence for what cannot be done; 3 where ``gpu`` has a GPU and could not settle everything on it.
+    2 with a sentence for what cannot be done; 3 where ``gpu`` has a GPU and could not settle everything on it; 130 after an interrupt.
     """
     options = parser().parse_args(arguments)
     missing = [name for name in NEEDED.get(options.command, ROWS) if importlib.util.find_spec(name) is None]
     if missing:
         print(f"{', '.join(missing)} not installed: pip install 'lossfuse[perf]'", file=sys.stderr)
         return 1
-    try:
-        return run(options)
-    except Mistake as mistake:
-        # it may quote a file of somebody else's
-        print(f"lossfuse.perf {options.command}: {clean(mistake)}", file=sys.stderr)
-        return 2
+    with interrupts.remembered():
+        try:
+            code = run(options)
+            interrupts.check()
+            return code
+        except Mistake as mistake:
+            # it may quote a file of somebody else's
+            print(f"lossfuse.perf {options.command}: {clean(mistake)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"lossfuse.perf {options.command}: interrupted", file=sys.stderr)
+            return 130
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number, at least this."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {least}")
+        return value
+
+    return number
+
+
+def real(above: float = -math.inf, least: float = -math.inf, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """The type of an option that is a finite number within bounds."""
+    bounds = [f"above {above:g}" if above > -math.inf else f"at least {least:g}"]
+    bounds += [f"at most {most:g}"] if most < sys.float_info.max else []
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (above < value and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number, {' and '.join(bounds)}")
+        return value
+
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train a small transformer on real text with torch's loss and with ours")
     demo.add_argument("--out", type=Path, default=Path("lossfuse-demo.png"), help="the picture to write (default: %(default)s)")
-    demo.add_argument("--steps", type=int, default=40, help="training steps of each model (default: %(default)s)")
+    demo.add_argument("--steps", type=whole(1), default=40, help="training steps of each model (default: %(default)s)")
 
     bench = commands.add_parser("bench", help="time, memory and error of every method on named cases or your own shapes")
     bench.add_argument(
@@ -50,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)")
     bench.add_argument("--modes", nargs="+", choices=MODES, default=["no_grad", "forward+backward"], help="(default: %(default)s)")
     bench.add_argument("--methods", metavar="TEXT", help="only methods whose name contains this, and torch's own (default: all)")
-    bench.add_argument("--repeats", type=int, default=15, help="timed calls of each method, at most (default: %(default)s)")
-    bench.add_argument("--seconds", type=float, default=20.0, help="for a mode of a case; three calls of each are made anyway")
+    bench.add_argument("--repeats", type=whole(1), default=15, help="timed calls of each method, at most (default: %(default)s)")
+    bench.add_argument("--seconds", type=real(least=0), default=20.0, help="for a mode of a case; three calls of each are made anyway")
     bench.add_argument("--out", type=Path, help="CSV to append the rows to")
     bench.add_argument(
         "--tests", choices=["run", "passed", "failed", "not run"], default="not run", help="what the rows say of this commit's tests"
@@ -67,14 +110,14 @@ def parser() -> argparse.ArgumentParser:
     memory = commands.add_parser("memory", help="the peak of a training step of yours, when it comes and who is alive then")
     memory.add_argument("step", metavar="MODULE:FUNCTION", help="something callable without arguments, e.g. train:step")
     memory.add_argument("--out", type=Path, help="picture (.png, .svg), page (.html) or table (.csv) of the timeline")
-    memory.add_argument("--warmup", type=int, default=1, help="calls before the one that is watched (default: %(default)s)")
+    memory.add_argument("--warmup", type=whole(0), default=1, help="calls before the one that is watched (default: %(default)s)")
 
     estimate = commands.add_parser("estimate", help="the bytes each method needs on a shape, without running it")
     estimate.add_argument("cases", nargs="+", metavar="CASE", help="NxV, NxDxV (a head), NxVpP (labels), or a named case")
     estimate.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)")
     estimate.add_argument("--mode", choices=MODES, default="forward+backward", help="(default: %(default)s)")
     estimate.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
-    estimate.add_argument("--fits", type=float, metavar="GIB", help="memory there is, for a verdict on each method")
+    estimate.add_argument("--fits", type=real(above=0), metavar="GIB", help="memory there is, for a verdict on each method")
     of_ranks = estimate.add_argument_group("over many ranks", "bytes of each rank, bytes on the wire and collectives of a step")
     of_ranks.add_argument(
         "--layout",
@@ -92,11 +135,11 @@ def parser() -> argparse.ArgumentParser:
     ):
         of_ranks.add_argument(f"--{name}", action="store_true", help=what)
     of_ranks.add_argument("--hidden-grad", choices=["reduced", "partial"], default="reduced", help="(default: %(default)s)")
-    of_ranks.add_argument("--chunk-bytes", type=int, metavar="BYTES", help="of LinearOptions")
+    of_ranks.add_argument("--chunk-bytes", type=whole(1), metavar="BYTES", help="of LinearOptions")
     of_ranks.add_argument(
         "--link-gbps", metavar="GBIT", help="what a rank sends a second, e.g. 400 or tp=3600,fsdp=400; then times are shown"
     )
-    of_ranks.add_argument("--latency-us", type=float, default=5.0, help="of each step of a ring (default: %(default)s, a guess)")
+    of_ranks.add_argument("--latency-us", type=real(least=0), default=5.0, help="of each step of a ring (default: %(default)s, a guess)")
 
     dashboard = commands.add_parser("dashboard", help="one page of rows that opens offline")
     dashboard.add_argument("rows", type=Path, nargs="+", metavar="CSV")
@@ -105,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
 
     gpu = commands.add_parser("gpu", help="tests, goals and peers on a GPU in one call; without one a small rehearsal")
     gpu.add_argument("--out", type=Path, default=Path("lossfuse-gpu"), metavar="FOLDER", help="rows, log, summary (default: %(default)s)")
-    gpu.add_argument("--minutes", type=float, default=7.5, help="it ends inside them (default: %(default)s)")
+    gpu.add_argument("--minutes", type=real(above=0, most=MOST_MINUTES), default=7.5, help="it ends inside them (default: %(default)s)")
     return top
 
 
@@ -163,4 +206,4 @@ def _layouts(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.leave(main())

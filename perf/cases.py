@@ -102,7 +102,9 @@ def named(name: str, device: torch.device) -> Case:
     if name in CASES:
         found = CASES[name]
         return Case(name, found.rows["cpu" if device.type == "cpu" else "cuda"], found.v, found.d, found.reason, found.p)
-    sizes = re.fullmatch(r"([1-9][0-9]*)x(?:([1-9][0-9]*)x)?([1-9][0-9]*)(?:p([1-9][0-9]*))?", name.lower())
+    # of 18 digits, which an int64 holds
+    size = "([1-9][0-9]{0,17})"
+    sizes = re.fullmatch(f"{size}x(?:{size}x)?{size}(?:p{size})?", name.lower(), re.ASCII)
     if sizes:
         n, d, v, p = (None if size is None else int(size) for size in sizes.groups())
         assert n is not None and v is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lossfuse
 
+from . import interrupts
 from .corpus import batches, standard_library_sources, train_tokenizer
 from .mistakes import Mistake
 from .model import Transformer
@@ -96,11 +97,12 @@ def train(setup: Setup, device: torch.device, say: Callable[[str], None], advanc
     say(f"reading the standard library, at most {setup.characters / 1e6:.0f} M characters")
     texts = standard_library_sources(setup.characters)
     say(f"training a byte-level BPE of {setup.vocab_size:,} entries on {sum(map(len, texts)) / 1e6:.1f} M characters")
-    tokenizer = train_tokenizer(texts, setup.vocab_size)
+    tokenizer = interrupts.result_of(lambda: train_tokenizer(texts, setup.vocab_size))
     vocab_size = tokenizer.get_vocab_size()
     if vocab_size < setup.vocab_size:
         raise RuntimeError(f"the text gave {vocab_size} entries of the {setup.vocab_size} asked for; raise characters or lower vocab_size")
-    ids = torch.tensor([i for encoding in tokenizer.encode_batch(texts) for i in encoding.ids])
+    encodings = interrupts.result_of(lambda: tokenizer.encode_batch(texts))
+    ids = torch.tensor([i for encoding in encodings for i in encoding.ids])
     say(f"{len(ids) / 1e6:.2f} M tokens; training two models of the same seed, {setup.steps} steps each")
 
     runs = {}
@@ -111,6 +113,7 @@ def train(setup: Setup, device: torch.device, say: Callable[[str], None], advanc
     for tokens, target in batches(ids, setup.batch, setup.length, setup.steps, setup.seed):
         for run in runs.values():
             run.step(tokens.to(device), target.to(device))
+            interrupts.check()
         advance(runs)
 
     logits = runs[OURS].model(tokens.to(device)).flatten(0, 1)
@@ -223,6 +226,9 @@ def main(out: Path, setup: Setup) -> Result:
 
         result = train(setup, device, progress.console.print, advance)
     show(result, console)
-    picture(result, out)
+    try:
+        picture(result, out)
+    except OSError as error:
+        raise Mistake(f"{out} cannot be written: {error.strerror or error}") from error
     console.print(f"picture: {out}", markup=False)
     return result

@@ -1,5 +1,9 @@
 """The benchmark: every method checked before it is timed, and a row for whatever happens."""
 
+import os
+import signal
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +11,7 @@ import torch.nn.functional as F
 for name in ("filelock", "pandas", "rich"):
     pytest.importorskip(name)
 
-from lossfuse.perf import bench, methods, problems, rows  # noqa: E402
+from lossfuse.perf import bench, interrupts, methods, problems, rows  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.cases import DTYPES, MODES, named  # noqa: E402
 from lossfuse.perf.methods import Method  # noqa: E402
@@ -237,16 +241,71 @@ def test_the_command_appends_rows_and_prints_a_table(tmp_path, capsys, device):
         (["dashboard", "{}/foreign.csv", "--out", "{}/page.html"], "has columns ['a', 'b']"),
         (["memory", "nowhere"], "nowhere"),
         (["gpu", "--out", "{}/file/out"], "cannot be written"),
+        (["bench", "--cases", "9" * 5000 + "x5"], "must be one of llama2"),
+        (["bench", "--cases", "4x5", "--repeats", "0"], "argument --repeats: '0' must be a whole number, at least 1"),
+        (["bench", "--cases", "4x5", "--seconds", "-1"], "argument --seconds: '-1' must be a number, at least 0"),
+        (["bench", "--cases", "4x5", "--seconds", "nan"], "argument --seconds: 'nan'"),
+        (["demo", "--steps", "0"], "argument --steps: '0' must be a whole number, at least 1"),
+        (["demo", "--steps", "1.5"], "argument --steps: '1.5'"),
+        (["memory", "a:b", "--warmup", "-1"], "argument --warmup: '-1' must be a whole number, at least 0"),
+        (["estimate", "4x5", "--fits", "-1"], "argument --fits: '-1' must be a number, above 0"),
+        (["estimate", "4x5", "--fits", "inf"], "argument --fits: 'inf'"),
+        (["estimate", "4x5", "--layout", "tp=2", "--chunk-bytes", "0"], "argument --chunk-bytes: '0'"),
+        (["estimate", "4x5", "--layout", "tp=2", "--latency-us", "-1"], "argument --latency-us: '-1'"),
+        (["gpu", "--out", "{}/out", "--minutes", "0"], "argument --minutes: '0' must be a number, above 0 and at most 1440"),
+        (["gpu", "--out", "{}/out", "--minutes", "1e300"], "argument --minutes: '1e300'"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_exit_code_2(arguments, says, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
-    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    try:
+        code = main([argument.format(tmp_path) for argument in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
     captured = capsys.readouterr()
     assert says in captured.err and "Traceback" not in captured.err
     assert (tmp_path / "foreign.csv").read_text() == "a,b\n1,2\n"
-    assert not (tmp_path / "page.html").exists()
+    assert not (tmp_path / "page.html").exists() and not (tmp_path / "out").exists()
+
+
+class Loses:
+    """An interrupt while it is destroyed, which Python prints and forgets."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT ends a process there")
+@pytest.mark.parametrize("how", ["raised", "lost", "while it waits for a thread"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_is_a_sentence_and_exit_code_130(how, monkeypatch, capsys):
+    def command(options):
+        if how == "lost":
+            Loses()
+        elif how == "raised":
+            os.kill(os.getpid(), signal.SIGINT)
+        else:
+            interrupts.result_of(lambda: (os.kill(os.getpid(), signal.SIGINT), released.wait()))
+        return 0
+
+    released = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("lossfuse.perf.__main__.run", command)
+    assert main(["estimate", "4x5"]) == 130
+    released.set()
+    assert capsys.readouterr().err.splitlines()[-1] == "lossfuse.perf estimate: interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_a_thread_raises_is_raised():
+    def fails():
+        raise LookupError("in a thread")
+
+    assert interrupts.result_of(lambda: 3) == 3
+    with pytest.raises(LookupError, match="in a thread"):
+        interrupts.result_of(fails)
 
 
 def test_rows_of_the_checkout_are_readable():
