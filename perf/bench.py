@@ -2,19 +2,24 @@
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from . import interrupts, tables
 from . import methods as known
 from .cases import DTYPES, Case, named
 from .environment import run_tests, stamp
+from .estimate import estimate, gib
 from .methods import Method
-from .problems import Errors, Head, Logits, Result, load
-from .protocol import Step, peak_extra_bytes, synchronize, time_interleaved
+from .mistakes import Mistake
+from .problems import Errors, Head, Logits, Result, bytes_of, load
+from .protocol import Step, available_bytes, peak_extra_bytes, synchronize, time_interleaved
 from .rows import append
 
 if TYPE_CHECKING:
@@ -32,6 +37,31 @@ class Effort:
     seconds: float = 20.0
 
 
+@dataclass
+class Pace:
+    """How far a run is; a part is a mode of a dtype of a case."""
+
+    parts: int
+    seconds: float  # of a part, until one has been measured
+    clock: Callable[[], float] = time.monotonic
+    done: int = 0
+    begin: float = field(init=False)
+    latest: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin = self.latest = self.clock()
+
+    def finish(self) -> None:
+        self.done, self.latest = self.done + 1, self.clock()
+
+    def said(self, what: str) -> str:
+        """3 of 12: what, about 2 min left."""
+        each = (self.latest - self.begin) / self.done if self.done else self.seconds
+        left = max(0.0, each * (self.parts - self.done) - (self.clock() - self.latest))
+        about = f"{left / 60:.0f} min" if left >= 90 else f"{max(1.0, left):.0f} s"
+        return f"{self.done + 1} of {self.parts}: {what}, about {about} left"
+
+
 def measure(
     case: Case,
     dtype_name: str,
@@ -40,44 +70,87 @@ def measure(
     methods: Sequence[Method],
     effort: Effort,
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """One row per mode and method for the dtype. What fails, is wrong or does not fit is a row that says so, without numbers."""
+    """One row per mode and method for the dtype. What fails, is wrong or does not fit is a row that says so, without numbers.
+
+    ``say`` is told what is measured, and ``keep`` is given the rows of each mode as soon as they are there.
+    """
     methods = [method for method in methods if dtype_name in method.dtypes]
     if "torch._dynamo" in sys.modules:
         # it gives up on a function after eight shapes
         torch.compiler.reset()
     dtype = DTYPES[dtype_name]
     head = {"case": case.name, "op": case.op, "dtype": dtype_name, "n": case.n, "v": case.v, "d": case.d if case.p is None else case.p}
+    rows: list[Row] = []
+    problem: Logits | Head | None = None
+    why = "", ""
+    say(f"{case.name} {dtype_name} {modes[0]}, inputs")
     try:
         problem = load(case, dtype, device)
     except Exception as error:
-        status, note = _failure(error)
-        return [head | _of(m) | {"mode": mode, "status": status, "note": note} for mode in modes for m in methods]
-    rows = []
+        why = _failure(error)
     for mode in modes:
-        say(f"{case.name} {dtype_name} {mode}")
-        rows += [head | {"mode": mode} | row for row in _measure_mode(problem, mode, methods, device, effort)]
+        if problem is None:
+            made: list[Row] = [_of(m) | {"status": why[0], "note": why[1]} for m in methods]
+        else:
+            needs = {need.method: need.bytes for need in estimate(case, dtype_name, mode, device.type)}
+            part = f"{case.name} {dtype_name} {mode}"
+            made = _measure_mode(problem, mode, methods, device, effort, needs, partial(_say_part, say, part))
+        interrupts.check()
+        made = [head | {"mode": mode} | row for row in made]
+        keep(made)
+        rows += made
     return rows
+
+
+def _say_part(say: Callable[[str], None], part: str, what: str) -> None:
+    say(f"{part}, {what}")
+
+
+def too_large(case: Case, dtype_name: str, device: torch.device) -> str | None:
+    """Why a case cannot be loaded into the memory that is available."""
+    room = available_bytes(device)
+    _, most = bytes_of(case, DTYPES[dtype_name])
+    if room is None or most <= room:
+        return None
+    return f"{case.name} in {dtype_name} is not run: its inputs and their check in float64 need {gib(most)} of {gib(room)} available"
 
 
 def _of(method: Method) -> Row:
     return {"method": method.name, "package": method.release}
 
 
-def _measure_mode(problem: Logits | Head, mode: str, methods: Sequence[Method], device: torch.device, effort: Effort) -> list[Row]:
+def _measure_mode(
+    problem: Logits | Head,
+    mode: str,
+    methods: Sequence[Method],
+    device: torch.device,
+    effort: Effort,
+    needs: Mapping[str, int],
+    say: Callable[[str], None],
+) -> list[Row]:
     rows: list[Row] = []
     steps: dict[str, Step] = {}
     least, share = problem.least(mode)
     try:
-        least.run()
-        steps[LEAST] = least
+        # the products of a head alone hold what torch's own way holds, or less
+        if _beyond(needs.get(known.BASELINE[problem.case.op], 0) if isinstance(problem, Head) else 0, device) is None:
+            least.run()
+            steps[LEAST] = least
     except Exception as error:
         # without a roofline the times still stand
         if _failure(error)[0] != "out of memory":
             raise
     for method in methods:
+        say(method.name)
         row = _of(method) | {"status": "ok"}
         rows.append(row)
+        copied = problem.logits.nbytes if method.consumes and isinstance(problem, Logits) else 0
+        note = _beyond(needs[method.name] + copied, device) if method.name in needs else None
+        if note is not None:
+            row |= {"status": "out of memory", "note": note}
+            continue
         try:
             step = problem.step(method.make(), mode, method.consumes)
             errors = _check(problem, step, device)
@@ -91,7 +164,8 @@ def _measure_mode(problem: Logits | Head, mode: str, methods: Sequence[Method], 
         except Exception as error:
             row["status"], row["note"] = _failure(error)
             _free(device)
-    times = time_interleaved(steps, device, effort.repeats, effort.seconds)
+    steps = {name: replace(step, prepare=_saying(say, name, step)) for name, step in steps.items()}
+    times = time_interleaved(steps, device, effort.repeats, effort.seconds) if steps else {}
     ideal = times[LEAST].p50 * share if LEAST in times else None
     for row in rows:
         if row["method"] in times:
@@ -99,6 +173,23 @@ def _measure_mode(problem: Logits | Head, mode: str, methods: Sequence[Method], 
             row |= {"ms_p50": timing.p50, "ms_p20": timing.p20, "ms_p80": timing.p80, "repeats": timing.repeats}
             row |= {"ideal_ms": ideal} | _ceiling(problem, mode, ideal)
     return rows
+
+
+def _saying(say: Callable[[str], None], name: str, step: Step) -> Callable[[], tuple[Any, ...]]:
+    def prepare() -> tuple[Any, ...]:
+        interrupts.check()
+        say(name)
+        return step.prepare()
+
+    return prepare
+
+
+def _beyond(need: int, device: torch.device) -> str | None:
+    """A sentence if so many bytes are not available."""
+    room = available_bytes(device)
+    if room is None or need <= room:
+        return None
+    return f"by formula it needs {gib(need)} beyond its inputs of {gib(room)} available, and it was not run"
 
 
 def _check(problem: Logits | Head, step: Step, device: torch.device) -> Errors:
@@ -131,15 +222,16 @@ def _free(device: torch.device) -> None:
 def main(
     cases: Sequence[str], dtypes: Sequence[str], modes: Sequence[str], only: str | None, effort: Effort, out: Path | None, tests: str
 ) -> None:
-    """Measure, print a table per case, append the rows of each dtype of it to a CSV as soon as they are measured.
+    """Measure, print a table per case, append the rows of each mode of it to a CSV as soon as they are measured.
 
-    ``tests`` is what the rows say of this commit's tests; ``run`` runs them first.
+    ``tests`` is what the rows say of this commit's tests; ``run`` runs them first. Mistake if nothing could be measured.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = tables.console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [named(name, device) for name in cases]
+    ops = list(dict.fromkeys(case.op for case in chosen))
+    if only is not None:
+        known.require(ops, only)
     if out is not None:
         # before minutes are spent on rows that cannot be kept
         append(out, [])
@@ -149,53 +241,108 @@ def main(
         console.print(f"tests: {tests}; {said.strip().splitlines()[-1]}", markup=False)
     where = stamp(device, tests)
     methods = {}
-    for op in dict.fromkeys(case.op for case in chosen):
+    for op in ops:
         methods[op], lines = known.of(op, device, only)
         for line in lines:
             console.print(line, style="dim", markup=False)
     facts = f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}"
     console.print(facts, markup=False)
-    for case in chosen:
+    todo = [(case, [dtype for dtype in dtypes if any(dtype in method.dtypes for method in methods[case.op])]) for case in chosen]
+    pace = Pace(len(modes) * sum(len(there) for _, there in todo), effort.seconds)
+    refused = []
+    for case, there in todo:
+        refused += [f"{case.name} has no method in {dtype}" for dtype in dtypes if dtype not in there]
         rows: list[Row] = []
-        with console.status("") as status:
-            for dtype in dtypes:
-                made = [row | where for row in measure(case, dtype, device, modes, methods[case.op], effort, status.update)]
-                rows += made
-                _free(device)
-                # at once: whoever stops this keeps what was measured
-                if out is not None:
-                    append(out, made)
-        show(case, rows, console)
-    if out is not None:
-        console.print(f"rows: {out}", markup=False)
+        try:
+            _measure_case(case, there, device, modes, methods[case.op], effort, pace, console, rows, refused, where, out)
+        finally:
+            # also of a case that was interrupted
+            if rows:
+                show(case, rows, console)
+            if rows and out is not None:
+                console.print(f"rows: {out}", markup=False)
+    for line in refused:
+        console.print(line, style="red", markup=False)
+    if not pace.done:
+        raise Mistake("nothing was measured; see above")
+
+
+def _measure_case(
+    case: Case,
+    dtypes: Sequence[str],
+    device: torch.device,
+    modes: Sequence[str],
+    methods: Sequence[Method],
+    effort: Effort,
+    pace: Pace,
+    console: "Console",
+    rows: list[Row],
+    refused: list[str],
+    where: Row,
+    out: Path | None,
+) -> None:
+    """Add the rows of a case to ``rows`` and to the file, and to ``refused`` what does not fit."""
+    told = -1
+    with console.status("") as status:
+
+        def say(what: str) -> None:
+            nonlocal told
+            status.update(pace.said(what))
+            # elsewhere than on a terminal nothing moves
+            if not console.is_terminal and told != pace.done:
+                console.print(pace.said(what.rpartition(",")[0]), markup=False, highlight=False)
+                told = pace.done
+
+        def keep(made: list[Row]) -> None:
+            made = [row | where for row in made]
+            rows.extend(made)
+            pace.finish()
+            # at once: an interrupt loses no more than one mode
+            if out is not None:
+                append(out, made)
+
+        for dtype in dtypes:
+            why = too_large(case, dtype, device)
+            if why is not None:
+                refused.append(why)
+                pace.parts -= len(modes)
+                continue
+            measure(case, dtype, device, modes, methods, effort, say, keep)
+            _free(device)
+
+
+# numbers that say less are left out first where a terminal is narrow
+COLUMNS = (
+    tables.Column("method", right=False),
+    tables.Column("ms"),
+    tables.Column("p20-p80", rank=4),
+    tables.Column("faster"),
+    tables.Column("roofline", rank=3),
+    tables.Column("memory"),
+    tables.Column("loss off", rank=2),
+    tables.Column("error", rank=1),
+)
 
 
 def show(case: Case, rows: list[Row], console: "Console") -> None:
     """A line per method, in groups of dtype and mode."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    title = escape(f"{case.name}: {case.size} - {case.reason}")
     least = "the matrix products alone" if case.op == "head" else "a copy of the logits (half of it without a backward)"
     unit = "relative to its row's largest" if case.op == "head" else "relative to itself"
     caption = f"roofline: {least}, timed in turn with the methods; memory beyond inputs, results included; "
     caption += f"error: of the worst entry of the gradient, {unit}"
-    table = Table("", "method", "ms", "p20-p80", "faster", "roofline", "memory", "loss off", "error", title=title, caption=caption)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    groups = list(dict.fromkeys((row["dtype"], row["mode"]) for row in rows))
-    for group in groups:
-        mine = [row for row in rows if (row["dtype"], row["mode"]) == group]
-        base = next((row.get("ms_p50") for row in mine if row["method"] == known.BASELINE[case.op]), None)
-        for i, row in enumerate(mine):
-            cells = [" ".join(group) if i == 0 else "", escape(row["method"])]
-            if row["status"] != "ok":
-                table.add_row(*cells, escape(f"{row['status']}: {row['note']}"), style="red", end_section=row is mine[-1])
-                continue
-            ms, peak = row["ms_p50"], row["peak_extra_bytes"]
-            cells += [f"{ms:.3g}" if ms < 100 else f"{ms:.0f}", f"{row['ms_p20']:.3g}-{row['ms_p80']:.3g}"]
-            cells += [f"{base / ms:.2f}" if base else "-", f"{row['ideal_ms'] / ms:.2f}" if row.get("ideal_ms") else "-"]
-            cells += ["-" if peak is None else f"{peak / 2**20:,.0f} MiB", f"{row['loss_error']:.0e}"]
-            cells += ["-" if row["grad_error"] is None else f"{row['grad_error']:.0e}"]
-            table.add_row(*cells, end_section=row is mine[-1])
-    console.print(table)
+    lines = []
+    for row in rows:
+        group = f"{row['dtype']} {row['mode']}"
+        base = next(
+            (r.get("ms_p50") for r in rows if f"{r['dtype']} {r['mode']}" == group and r["method"] == known.BASELINE[case.op]), None
+        )
+        if row["status"] != "ok":
+            lines.append(tables.Line([row["method"]], group, f"{row['status']}: {row['note']}", "red"))
+            continue
+        ms, peak = row["ms_p50"], row["peak_extra_bytes"]
+        cells = [row["method"], f"{ms:.3g}" if ms < 100 else f"{ms:.0f}", f"{row['ms_p20']:.3g}-{row['ms_p80']:.3g}"]
+        cells += [f"{base / ms:.2f}" if base else "-", f"{row['ideal_ms'] / ms:.2f}" if row.get("ideal_ms") else "-"]
+        cells += ["-" if peak is None else f"{peak / 2**20:,.0f} MiB", f"{row['loss_error']:.0e}"]
+        cells += ["-" if row["grad_error"] is None else f"{row['grad_error']:.0e}"]
+        lines.append(tables.Line(cells, group))
+    tables.show(console, COLUMNS, lines, f"{case.name}: {case.size} - {case.reason}", caption)

@@ -38,6 +38,7 @@ from torch import Tensor
 import lossfuse
 
 from ..linear import chunk_rows, padded
+from . import interrupts, tables
 from .cases import DTYPES, head_like_a_model, logits_like_a_model
 from .rows import BOUNDS, append
 
@@ -519,12 +520,9 @@ def _about(row: Row) -> str:
 
 def main(out: Path | None) -> int:
     """Measure, append the rows of each case to a CSV, print the worst of each output; 1 if an error is beyond its bound."""
-    from rich.console import Console
-    from rich.table import Table
-
     from .environment import stamp
 
-    console = Console()
+    console = tables.console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if out is not None:
         append(out, [], BOUNDS)
@@ -535,17 +533,19 @@ def main(out: Path | None) -> int:
             status.update(f"errors against their bounds: {op} {case}")
             mine = [row | where for row in made]
             rows += mine
-            # at once: whoever stops this keeps what was measured
+            interrupts.check()
+            # at once: an interrupt loses no more than a case
             if out is not None:
                 append(out, mine, BOUNDS)
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
         outputs = list(dict.fromkeys(row["output"] for row in mine))
-        table = Table(f"{op} by", "in", *outputs, title="errors in units of their bounds, the largest of all cases")
+        lines = []
         for method, dtype in dict.fromkeys((row["method"], row["dtype"]) for row in mine):
             ratios = [[r["ratio"] for r in mine if (r["method"], r["dtype"], r["output"]) == (method, dtype, output)] for output in outputs]
-            table.add_row(method, dtype, *(f"{max(some):.2g}" if some else "" for some in ratios))
-        console.print(table)
+            lines.append(tables.Line([method, *(f"{max(some):.2g}" if some else "" for some in ratios)], dtype))
+        columns = [tables.Column(f"{op} by", right=False), *(tables.Column(name, folds=True) for name in outputs)]
+        tables.show(console, columns, lines, "errors in units of their bounds, the largest of all cases")
     console.print(f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}")
     wrong = exceeded(rows)
     for line in wrong:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import tables
 from .mistakes import Mistake
 from .rows import TEXT, read
 from .shown import clean
@@ -63,22 +64,21 @@ def compare(a: "pd.DataFrame", b: "pd.DataFrame") -> "pd.DataFrame":
 
 def main(a: str, b: str) -> None:
     """Print the comparison."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     left, right = select(a), select(b)
     both = compare(left, right)
-    console = Console()
-    table = Table("case", "", "method", "A ms", "B ms", "B faster by", "memory A", "memory B", title="A against B")
-    for column in table.columns[3:]:
-        column.justify = "right"
+    console = tables.console()
+    columns = [tables.Column("method", right=False), tables.Column("A ms"), tables.Column("A p20-p80", rank=2)]
+    columns += [tables.Column("B ms"), tables.Column("B p20-p80", rank=2), tables.Column("B faster by", right=False)]
+    columns += [tables.Column("memory A", rank=1), tables.Column("memory B", rank=1)]
+    lines = []
     for row in both.to_dict("records"):
-        times = [f"{row[f'ms_p50_{side}']:.3g} ({row[f'ms_p20_{side}']:.3g}-{row[f'ms_p80_{side}']:.3g})" for side in "ab"]
+        times = [
+            cell for side in "ab" for cell in (f"{row[f'ms_p50_{side}']:.3g}", f"{row[f'ms_p20_{side}']:.3g}-{row[f'ms_p80_{side}']:.3g}")
+        ]
         memory = [f"{row[f'peak_extra_bytes_{side}'] / 2**20:,.0f} MiB" for side in "ab"]
         verdict = row["verdict"] or f"{row['faster']:.2f}"
-        table.add_row(escape(row["case"]), f"{row['dtype']} {row['mode']}", escape(row["method"]), *times, escape(verdict), *memory)
-    console.print(table)
+        lines.append(tables.Line([row["method"], *times, verdict, *memory], f"{row['case']} {row['dtype']} {row['mode']}"))
+    tables.show(console, columns, lines, "A against B")
     for name, side in (("A", left), ("B", right)):
         first = side.iloc[0]
         console.print(

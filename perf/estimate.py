@@ -19,6 +19,7 @@ from ..linear import chunk_rows, padded
 from ..linear_ops import ROUNDED_BYTES
 from ..products import block_classes
 from ..spec import LinearOptions
+from . import tables
 from .cases import DTYPES, IGNORED, Case, named
 from .methods import LEAN, LEANEST, OF_LABELS
 
@@ -313,34 +314,26 @@ def estimate(case: Case, dtype: str, mode: str = "forward+backward", device: str
 
 def main(cases: Sequence[str], dtypes: Sequence[str], mode: str, device: str, fits_gib: float | None) -> None:
     """Print a table per case and dtype."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
+    console = tables.console()
+    columns = [tables.Column("method", right=False), tables.Column("beyond inputs"), tables.Column("in all", rank=1)]
+    columns += [tables.Column(f"in {fits_gib:g} GiB", right=False)] if fits_gib is not None else []
+    columns.append(tables.Column("formula", rank=2, right=False))
     for case in [named(name, torch.device(device)) for name in cases]:
         for dtype in dtypes:
-            inputs = case.input_bytes(DTYPES[dtype].itemsize)
-            title = escape(f"{case.name}: {case.size} in {dtype}, {mode}, inputs {_gib(inputs)}")
-            table = Table("method", "beyond inputs", "in all", "formula", title=title, title_justify="left")
-            table.columns[1].justify = table.columns[2].justify = "right"
-            if fits_gib is not None:
-                table.add_column(f"in {fits_gib:g} GiB", no_wrap=True)
+            title = f"{case.name}: {case.size} in {dtype}, {mode}, inputs {gib(case.input_bytes(DTYPES[dtype].itemsize))}"
+            lines = []
             for need in estimate(case, dtype, mode, device):
                 total = need.inputs + need.bytes
-                verdict = [] if fits_gib is None else ["[green]fits" if total <= fits_gib * 2**30 else "[red]no"]
-                table.add_row(
-                    escape(need.method),
-                    _gib(need.bytes) + " " * need.measured + "*" * (not need.measured),
-                    _gib(total),
-                    need.words,
-                    *verdict,
-                )
-            console.print(table)
+                cells = [need.method, gib(need.bytes) + (" " if need.measured else "*"), gib(total)]
+                fits = fits_gib is None or total <= fits_gib * 2**30
+                cells += [] if fits_gib is None else ["fits" if fits else "no"]
+                lines.append(tables.Line([*cells, need.words], style="" if fits else "red"))
+            tables.show(console, columns, lines, title)
     symbols = "E = N x V logits of b bytes, G = (N + V) D b the gradients of a head, S = (N + V) D 4, C rows of a chunk; results included."
-    console.print(symbols, style="dim")
-    console.print("* by formula alone, not measured on such a device", style="dim")
+    console.print(symbols, style="dim", highlight=False)
+    console.print("* by formula alone, not measured on such a device", style="dim", highlight=False)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in words."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

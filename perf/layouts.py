@@ -17,12 +17,13 @@ from ..row_stats import Wants
 from ..sharded import HEADER_INTS
 from ..shards import nothing
 from ..spec import LinearOptions, LossSpec
+from . import tables
 from .cases import DTYPES, named
 from .mistakes import Mistake
 from .shown import digits
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 # bytes of a float32, which statistics are whatever the logits are
 NUMBER = 4
@@ -403,9 +404,7 @@ def main(
     cases: Sequence[str], losses: dict[str, Any], dtypes: Sequence[str], layouts: Sequence[str], fits_gib: float | None, links: Links | None
 ) -> None:
     """Print a table of the layouts, and for a single one what is held and sent; ``losses`` are options of ``Loss``."""
-    from rich.console import Console
-
-    console = Console()
+    console = tables.console()
     found = [Layout.parse(text) for text in layouts]
     for case in [named(name, torch.device("cuda")) for name in cases]:
         if case.op == "labels":
@@ -413,11 +412,11 @@ def main(
         for dtype in dtypes:
             loss = Loss(case.n, case.v, case.d, dtype, **losses)
             title = f"{case.name}: {case.size} in {dtype} for each data-parallel rank, {loss.mode}; peak, calls and bytes sent of one rank"
-            console.print(_summary(title, loss, found, fits_gib, links))
+            _show_layouts(console, title, loss, found, fits_gib, links)
             if len(found) == 1:
                 way = ours(loss, found[0])
-                console.print(_held(way))
-                console.print(_collectives(way, links))
+                _show_held(console, way)
+                _show_collectives(console, way, links)
     said = list(ASSUMPTIONS)
     if links is not None:
         rates = ", ".join(f"{value:g} Gbit/s over {over}" for over, value in links.gbps.items())
@@ -428,24 +427,18 @@ def main(
         console.print(f"- {sentence}", style="dim", highlight=False, markup=False)
 
 
-def _summary(title: str, loss: Loss, layouts: Sequence[Layout], fits_gib: float | None, links: Links | None) -> "Table":
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("ranks", "way", "peak", "calls", "rows", "hidden", "weight", title=escape(title), title_justify="left")
-    # narrow terminals fold layouts rather than names
-    table.columns[0].overflow, table.columns[1].no_wrap = "fold", True
-    table.columns[1].min_width = len("gathered whole")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    if links is not None:
-        table.add_column("time", justify="right")
-    if fits_gib is not None:
-        table.add_column(f"in {fits_gib:g} GiB", no_wrap=True)
+def _show_layouts(
+    console: "Console", title: str, loss: Loss, layouts: Sequence[Layout], fits_gib: float | None, links: Links | None
+) -> None:
+    columns = [tables.Column("way", right=False), tables.Column("peak"), tables.Column("calls", rank=4)]
+    columns += [tables.Column("rows", rank=1), tables.Column("hidden", rank=2), tables.Column("weight", rank=3)]
+    columns += [tables.Column("time")] if links is not None else []
+    columns += [tables.Column(f"in {fits_gib:g} GiB", right=False)] if fits_gib is not None else []
+    lines = []
     for layout in layouts:
-        ways = [ours(loss, layout), *others(loss, layout)]
-        for way, first in zip(ways, (f"{layout.ranks:,}: {layout}", *[""] * len(ways)), strict=False):
+        for way in (ours(loss, layout), *others(loss, layout)):
             cells = [
+                way.name,
                 shown(way.peak),
                 str(way.calls),
                 shown(way.sent(ROWS, CLASS_WEIGHTS, WHOLE_LOGITS)),
@@ -454,36 +447,27 @@ def _summary(title: str, loss: Loss, layouts: Sequence[Layout], fits_gib: float 
             ]
             if links is not None:
                 cells.append(f"{1e3 * sum(map(links.seconds, way.collectives)):.2f} ms")
-            if fits_gib is not None:
-                cells.append("[green]fits" if way.peak <= fits_gib * 2**30 else "[red]no")
-            table.add_row(first, way.name, *cells, end_section=way is ways[-1])
-    return table
+            fits = fits_gib is None or way.peak <= fits_gib * 2**30
+            cells += [] if fits_gib is None else ["fits" if fits else "no"]
+            lines.append(tables.Line(cells, f"{layout.ranks:,}: {layout}", style="" if fits else "red"))
+    tables.show(console, columns, lines, title)
 
 
-def _held(way: Way) -> "Table":
-    from rich.table import Table
-
-    table = Table("held by a rank", "bytes", "while", title_justify="left")
-    table.columns[1].justify = "right"
-    for held in way.held:
-        table.add_row(held.what, shown(held.bytes), "always" if held.when == ALWAYS else ", ".join(held.when))
-    table.add_section()
-    table.add_row("peak", shown(way.peak), way.peak_when)
-    return table
+def _show_held(console: "Console", way: Way) -> None:
+    columns = [tables.Column("held by a rank", right=False), tables.Column("bytes"), tables.Column("while", right=False, folds=True)]
+    lines = [tables.Line([held.what, shown(held.bytes), "always" if held.when == ALWAYS else ", ".join(held.when)]) for held in way.held]
+    tables.show(console, columns, [*lines, tables.Line(["peak", shown(way.peak), way.peak_when])])
 
 
-def _collectives(way: Way, links: Links | None) -> "Table":
-    from rich.table import Table
-
-    table = Table("collective", "of", "by", "over", "ranks", "calls", "handed over", "sent")
-    for column in table.columns[4:]:
-        column.justify = "right"
-    if links is not None:
-        table.add_column("time", justify="right")
+def _show_collectives(console: "Console", way: Way, links: Links | None) -> None:
+    columns = [tables.Column(name, right=False, folds=True) for name in ("of", "collective", "by", "over")]
+    columns += [tables.Column("ranks", rank=2), tables.Column("calls", rank=3), tables.Column("handed over", rank=1), tables.Column("sent")]
+    columns += [tables.Column("time")] if links is not None else []
+    lines = []
     for c in way.collectives:
         time = [] if links is None else [f"{1e3 * links.seconds(c):.3f} ms"]
-        table.add_row(c.kind, c.what, c.by, c.over, f"{c.ranks:,}", str(c.calls), shown(c.payload), shown(c.sent), *time)
-    return table
+        lines.append(tables.Line([c.what, c.kind, c.by, c.over, f"{c.ranks:,}", str(c.calls), shown(c.payload), shown(c.sent), *time]))
+    tables.show(console, columns, lines)
 
 
 def shown(size: int) -> str:

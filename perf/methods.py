@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import lossfuse
 from ..linear import padded
 from .cases import DTYPES
 from .environment import version
+from .mistakes import Mistake
 
 # logits: (logits, target); head: (hidden, weight, target); labels: (logits, zeros and ones, ids of the ones)
 Loss = Callable[..., Tensor]
@@ -205,6 +206,14 @@ SWEEP = [
     for logits in ("fp32", "bf16")
     for sums in ("fp32", "bf16")
 ]
+
+
+def require(ops: Iterable[str], named: str) -> None:
+    """Mistake if no method's name contains ``named``."""
+    there = {op: list(dict.fromkeys(m.name for m in METHODS if m.op == op)) for op in ops}
+    if not any(named.lower() in m.name.lower() for m in METHODS + SWEEP if m.op in there):
+        known = "; ".join(f"of {op}: {', '.join(names)}" for op, names in there.items())
+        raise Mistake(f"--methods is {named!r}, which no method's name contains; there are, {known}")
 
 
 def of(op: str, device: torch.device, named: str | None = None) -> tuple[list[Method], list[str]]:

@@ -254,6 +254,22 @@ class Head:
         return ((logits - lse[:, None]).exp() - (ids[:, None] == classes).double()) * share[:, None]
 
 
+def bytes_of(case: Case, dtype: torch.dtype) -> tuple[int, int]:
+    """What a loaded case holds, and the most that loading it and finding the truth takes, by formula; the tests compare both."""
+    b, n, v, d = dtype.itemsize, case.n, case.v, case.d or 0
+    samples = min(n, SAMPLES)
+    if case.op == "head":
+        held = case.input_bytes(b)
+        drawn = held + (4 * (n + v) * d if b < 4 else 8 * n)
+        block = min(BLOCK_BYTES, 8 * v * max(n, d))
+        return held, max(drawn, held + 5 * block // 2 + 16 * n * d + 32 * n * 2 * samples)
+    # the logits, where a copy of them goes and, for labels, zeros and ones
+    held = case.input_bytes(b) + case.logits_bytes(b) * (1 if case.p is None else 2)
+    drawn = held + (192 << 20)
+    truth = max(min(BLOCK_BYTES, 8 * n * v), 8 * samples * v) * (2 if case.p is None else 4)
+    return held, max(drawn, held + truth)
+
+
 def load(case: Case, dtype: torch.dtype, device: torch.device) -> Logits | Head:
     """Draw the numbers of a case."""
     kinds: dict[str, type[Logits] | type[Head]] = {"logits": Logits, "head": Head, "labels": Labels}

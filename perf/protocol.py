@@ -130,5 +130,16 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
     return max(0, peak - before) * 1024
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had: of CUDA what is free or kept by torch, elsewhere what Linux says; None where neither can tell."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    info = Path("/proc/meminfo")
+    if device.type != "cpu" or not info.exists():
+        return None
+    return _kilobytes(info, "MemAvailable") * 1024
+
+
 def _kilobytes(status: Path, field: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field + ":"))

@@ -14,6 +14,7 @@ for name in ("filelock", "pandas", "rich"):
 from lossfuse.perf import bench, interrupts, methods, problems, rows  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.cases import DTYPES, MODES, named  # noqa: E402
+from lossfuse.perf.memory import profile_memory  # noqa: E402
 from lossfuse.perf.methods import Method  # noqa: E402
 from lossfuse.perf.rows import read  # noqa: E402
 
@@ -150,6 +151,87 @@ def test_a_head_whose_weight_gradient_is_wrong_is_wrong():
 
     row = measured("40x16x500", "fp32", ["forward+backward"], Method("half", "head", lambda: half))["forward+backward", "half"]
     assert row["status"] == "wrong" and row["grad_error"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_method_that_does_not_fit_is_a_row_and_is_not_run(monkeypatch):
+    ran = []
+
+    def loss(x, target):
+        ran.append("eager")
+        return F.cross_entropy(x, target)
+
+    chosen = [Method("F.cross_entropy", "logits", lambda: loss), *by_name("logits", "lossfuse")]
+    # between the bytes of the two
+    monkeypatch.setattr(bench, "available_bytes", lambda device: 2 * 400 * 5000 * 4)
+    got = measured("400x5000", "fp32", ["forward+backward"], *chosen)
+    row = got["forward+backward", "F.cross_entropy"]
+    assert not ran and row["status"] == "out of memory" and "ms_p50" not in row
+    assert row["note"] == "by formula it needs 22.9 MiB beyond its inputs of 15.3 MiB available, and it was not run"
+    assert got["forward+backward", "lossfuse"]["status"] == "ok"
+
+
+def test_a_case_that_does_not_fit_is_refused_and_others_run(monkeypatch, tmp_path, capsys):
+    out, room = tmp_path / "rows.csv", 1 << 40
+    monkeypatch.setattr(bench, "available_bytes", lambda device: room)
+    large = "9999999x999999"
+    command = ["bench", "--dtypes", "fp32", "--modes", "no_grad", "--methods", "lossfuse in place", "--repeats", "1", "--out", str(out)]
+    assert main([*command, "--cases", large, "40x500"]) == 0
+    assert f"{large} in fp32 is not run: its inputs and their check in float64 need 74506.75 GiB of 1024.00 GiB" in capsys.readouterr().out
+    assert set(read([out])["case"]) == {"40x500"}
+    assert main([*command, "--cases", large]) == 2
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", ["1024x32000", "64x128256", "32x1024x64000", "2048x256x20000", "64x100000p5"])
+def test_the_bytes_of_a_case_are_counted_before_it_is_loaded(shape, dtype):
+    torch.use_deterministic_algorithms(False)
+    case = named(shape, CPU)
+    held, most = problems.bytes_of(case, DTYPES[dtype])
+    loaded = []
+    load = profile_memory(lambda: loaded.append(problems.load(case, DTYPES[dtype], CPU)), device=CPU, warmup=0)
+    truth = profile_memory(loaded[0]._fp64, device=CPU, warmup=0)
+    assert load.end_bytes == pytest.approx(held, rel=0.01)
+    peak = max(load.peak_bytes, held + truth.peak_bytes)
+    assert peak <= most + (1 << 20) <= 1.5 * peak + (192 << 20)
+
+
+def test_an_interrupt_keeps_the_modes_that_were_measured(monkeypatch, tmp_path, capsys):
+    out, real = tmp_path / "rows.csv", bench._measure_mode
+
+    def interrupted(problem, mode, *rest):
+        if mode == "forward+backward":
+            raise KeyboardInterrupt
+        return real(problem, mode, *rest)
+
+    monkeypatch.setattr(bench, "_measure_mode", interrupted)
+    assert (
+        main(["bench", "--cases", "40x500", "--dtypes", "fp32", "--methods", "lossfuse in place", "--repeats", "1", "--out", str(out)])
+        == 130
+    )
+    said = capsys.readouterr()
+    assert set(read([out])["mode"]) == {"no_grad"} and "lossfuse in place" in said.out
+    assert said.err == "lossfuse.perf bench: interrupted\n"
+
+
+def test_how_far_it_is_and_about_what_time_is_left():
+    now = [100.0]
+    pace = bench.Pace(4, 20.0, lambda: now[0])
+    assert pace.said("llama2 fp32 no_grad, lossfuse") == "1 of 4: llama2 fp32 no_grad, lossfuse, about 80 s left"
+    now[0] = 160.0
+    pace.finish()
+    assert pace.said("x") == "2 of 4: x, about 3 min left"
+    now[0] = 220.0
+    assert pace.said("x") == "2 of 4: x, about 2 min left"
+    now[0] = 1000.0
+    assert pace.said("x") == "2 of 4: x, about 1 s left"
+
+
+def test_methods_that_are_not_there_are_a_mistake_that_says_what_there_is(capsys):
+    assert main(["bench", "--cases", "40x500", "--methods", "nosuch"]) == 2
+    said = capsys.readouterr().err
+    assert "--methods is 'nosuch', which no method's name contains; there are, of logits: F.cross_entropy, " in said
+    assert "lossfuse in place" in said and "linear" not in said
 
 
 def test_inputs_that_do_not_fit_are_rows_too(monkeypatch):
