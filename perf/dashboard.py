@@ -45,21 +45,33 @@ def build(frame: "pd.DataFrame") -> str:
 
 
 def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
-    """Read the rows of all files, write the page, and pictures for a README into the folder ``pngs``; BadRows with a sentence if not.
+    """Read the rows of all files, write the page, and pictures for a README into the folder ``pngs``, and print what was written.
 
-    Files of errors against bounds, which lie beside them, are passed over.
+    Files of errors against bounds, which lie beside them, are passed over. BadRows, before anything is written, if no row is left.
     """
-    frame = read([path for path in paths if not holds(path, BOUNDS)])
+    idle = [f"{path} holds errors against bounds" for path in paths if holds(path, BOUNDS)]
+    mine = [path for path in paths if not holds(path, BOUNDS)]
+    idle += [f"{path} has no rows" for path in mine if not len(read([path]))]
+    frame = read(mine)
+    if not len(frame):
+        raise BadRows(f"there is nothing to show: {'; '.join(idle)}; measure first, with bench --out FILE.csv")
+    written = []
     path = out
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, build(frame).encode("utf-8", errors="replace"))
+        content = build(frame).encode("utf-8", errors="replace")
+        write_atomically(path, content)
+        files = len(paths) - len(idle)
+        counted = f"{len(frame):,} row{'s' * (len(frame) != 1)} of {files} file{'s' * (files != 1)}"
+        written.append(f"{path}: {len(content) / 1e3:,.0f} KB, {counted}")
         for name, content in pictures(frame).items() if pngs else ():
             path = (pngs or Path()) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content)
+            written.append(f"{path}: {len(content) / 1e3:,.0f} KB")
     except OSError as error:
         raise BadRows(f"{path} cannot be written: {error.strerror or error}") from error
+    print("\n".join([*written, *(f"nothing to show: {line}" for line in idle)]))
 
 
 @functools.cache

@@ -33,6 +33,7 @@ TEST_WORKERS = 4
 # a rehearsal runs a few tests of every kind and cases this much smaller
 REHEARSED_TESTS = ("tests/test_values.py", "tests/test_closeness.py")
 SHRINK = {"n": 64, "v": 32, "d": 16}
+REHEARSAL = "No GPU: this is a rehearsal on the CPU with small cases. Its times, and its verdicts on goals of an H100, mean nothing."
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def main(out: Path, minutes: float) -> int:
     where = stamp(device)
     console.print(f"{where['device']}, torch {where['torch']}, triton {where['triton'] or 'none'}, at most {minutes:g} minutes")
     if rehearsal:
-        console.print("no GPU: a rehearsal with small cases on the CPU; its times mean nothing")
+        console.print(REHEARSAL)
 
     tests = _tests(out, rehearsal, 60 * minutes * TESTS_SHARE, console)
     errors, beyond = _errors(out, min(ERRORS_SECONDS, end - time.monotonic()), console)
@@ -100,7 +101,7 @@ def main(out: Path, minutes: float) -> int:
     failed += _measure(peers(goals), rows, out, tests, measured_by, rehearsal, console)
     failed += _measure([sweep], out / "sweep.csv", out, tests, measured_by, rehearsal, console)
     outcomes = _sanitize(command, out, end, console)
-    summary, counts = summarize(goals, rows, where, tests, errors, outcomes, failed)
+    summary, counts = summarize(goals, rows, where, tests, errors, outcomes, failed, rehearsal=rehearsal)
     write_atomically(out / "summary.md", summary.encode())
     console.print(summary, markup=False)
     console.print(f"rows, bounds, sweep, log and summary: {out}", markup=False)
@@ -210,22 +211,29 @@ def summarize(
     errors: str,
     sanitized: Sequence[sanitizer.Outcome],
     failed: Sequence[str],
+    *,
+    rehearsal: bool = False,
 ) -> tuple[str, dict[str, int]]:
-    """A page of Markdown, and how many goals are of each verdict."""
+    """A page of Markdown, and how many goals are of each verdict. That of a rehearsal says first that these mean nothing."""
     frame = read([rows] if rows.exists() else [])
     outcomes = [judge(goal, frame) for goal in goals]
     counts = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in ("pass", "miss", "not measured")}
+    told = f"{counts['pass']} pass, {counts['miss']} miss, {counts['not measured']} not measured"
+    title, goals_told, verdict = "", f"Goals: {told}", ""
+    if rehearsal:
+        title, goals_told, verdict = "Rehearsal without a GPU: ", f"Goals, rehearsed: {told}, which means nothing", "rehearsed: "
     lines = [
-        f"# {where['device']}, torch {where['torch']}, triton {where['triton'] or 'none'}, lossfuse {where['lossfuse']} at "
+        f"# {title}{where['device']}, torch {where['torch']}, triton {where['triton'] or 'none'}, lossfuse {where['lossfuse']} at "
         f"{where['commit'] or 'an unknown commit'}{' with changes' if where['dirty'] else ''}, {where['date']}",
         "",
-        f"Tests: {tests}. Goals: {counts['pass']} pass, {counts['miss']} miss, {counts['not measured']} not measured.",
+        *([REHEARSAL, ""] if rehearsal else []),
+        f"Tests: {tests}. {goals_told}.",
         "",
         f"Errors: {_cell(errors)}.",
         "",
         "| goal | measured | |",
         "|---|---|---|",
-        *(f"| {_cell(str(o.goal))} | {_cell(o.measured)} | {o.verdict} |" for o in outcomes),
+        *(f"| {_cell(str(o.goal))} | {_cell(o.measured)} | {verdict}{o.verdict} |" for o in outcomes),
     ]
     if sanitized:
         lines += ["", "Every kernel under compute-sanitizer:", ""]

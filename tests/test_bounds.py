@@ -95,15 +95,25 @@ def test_files_of_one_kind_are_not_taken_for_the_other(tmp_path):
             use()
 
 
-def test_the_dashboard_passes_over_them(tmp_path, monkeypatch):
+def test_the_dashboard_passes_over_them(tmp_path, monkeypatch, capsys):
     for name in ("altair", "vl_convert"):
         pytest.importorskip(name)
+    from fake_rows import row as whole_row
     from lossfuse.perf import dashboard
 
     append(tmp_path / "bounds.csv", one(), BOUNDS)
     monkeypatch.setattr(dashboard, "build", lambda frame: f"{len(frame)} rows")
-    dashboard.main([tmp_path / "bounds.csv"], tmp_path / "page.html", None)
-    assert (tmp_path / "page.html").read_text() == "0 rows"
+    append(tmp_path / "empty.csv", [])
+    append(tmp_path / "rows.csv", [whole_row()])
+    page, idle = tmp_path / "page.html", [str(tmp_path / name) for name in ("bounds.csv", "empty.csv")]
+    assert main(["dashboard", *idle, "--out", str(page)]) == 2
+    said = f"nothing to show: {idle[0]} holds errors against bounds; {idle[1]} has no rows; measure first"
+    assert said in capsys.readouterr().err and not page.exists()
+    assert main(["dashboard", *idle, str(tmp_path / "rows.csv"), "--out", str(page)]) == 0
+    assert page.read_text() == "1 rows"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{page}: 0 KB, 1 row of 1 file"
+    assert said[1:] == [f"nothing to show: {idle[0]} holds errors against bounds", f"nothing to show: {idle[1]} has no rows"]
 
 
 def test_the_command_prints_the_worst_and_keeps_all(tmp_path, monkeypatch, capsys):

@@ -127,7 +127,7 @@ def test_a_rehearsal_leaves_rows_a_log_and_a_summary(tmp_path, monkeypatch, caps
     sweep = read([tmp_path / "out" / "sweep.csv"])
     assert {m.name for m in methods.SWEEP} < set(sweep["method"]) and set(sweep["status"]) == {"ok"}
     summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "Tests: passed. Goals:" in summary and "1 not measured" in summary
+    assert "Tests: passed. Goals, rehearsed:" in summary and "1 not measured, which means nothing" in summary
     assert "Errors: 0 of" in summary and len(read([tmp_path / "out" / "bounds.csv"], BOUNDS))
     assert "$ pytest tests/test_closeness.py" in (tmp_path / "out" / "log.txt").read_text()
     assert "rehearsal" in capsys.readouterr().out
@@ -162,6 +162,12 @@ def test_a_missed_goal_is_told(tmp_path):
         and "0 pass, 1 miss, 0 not measured" in summary
         and "- x \\| &lt;script>" in summary
     )
+    assert "rehears" not in summary.lower()
+    about = ([goal], tmp_path / "rows.csv", where, "failed", errors, [], [])
+    rehearsed, _ = gpu.summarize(*about, rehearsal=True)
+    title, _, first, *rest = rehearsed.splitlines()
+    assert title.startswith("# Rehearsal without a GPU: a|b<c>") and first == gpu.REHEARSAL and "mean nothing" in first
+    assert any("0 pass, 1 miss, 0 not measured, which means nothing" in line for line in rest) and "| rehearsed: miss |" in rehearsed
     assert gpu.summarize([goal], tmp_path / "absent.csv", where, "failed", errors, [], [])[1]["not measured"] == 1
     assert goals.GOALS is GOALS
 
