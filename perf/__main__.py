@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train a small transformer on real text with torch's loss and with ours")
     demo.add_argument("--out", type=Path, default=Path("lossfuse-demo.png"), help="the picture to write (default: %(default)s)")
-    demo.add_argument("--steps", type=whole(1), default=40, help="training steps of each model (default: %(default)s)")
+    demo.add_argument("--steps", type=whole(1), default=30, help="training steps of each model (default: %(default)s)")
 
     bench = commands.add_parser("bench", help="time, memory and error of every method on named cases or your own shapes")
     bench.add_argument(

@@ -1,6 +1,7 @@
 """The same small transformer trained on the same real text with torch's loss and with ours, in turn, step by step."""
 
 import io
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,19 +15,34 @@ from torch import Tensor
 
 import lossfuse
 
-from . import interrupts
+from . import interrupts, tables
 from .corpus import batches, standard_library_sources, train_tokenizer
+from .memory import MemoryProfile, profile_memory
 from .mistakes import Mistake
 from .model import Transformer
-from .protocol import Step, Timing, peak_extra_bytes, synchronize
+from .protocol import Step, Timing, peak_extra_bytes, synchronize, time_interleaved
 from .rows import require_writable, write_atomically
 
 if TYPE_CHECKING:
+    import altair as alt
     from rich.console import Console
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {"F.cross_entropy": F.cross_entropy, "lossfuse": lossfuse.cross_entropy}
 TORCH, OURS = LOSSES
+# (model, tokens, their next ones) -> the loss of a training step, and the colour of its curve
+STEPS: dict[str, tuple[Callable[[Transformer, Tensor, Tensor], Tensor], str]] = {
+    "torch": (lambda model, tokens, target: F.cross_entropy(model(tokens).flatten(0, 1), target), "#9aa5b1"),
+    "drop-in": (lambda model, tokens, target: lossfuse.cross_entropy(model(tokens).flatten(0, 1), target), "#4c78a8"),
+    "in place": (lambda model, tokens, target: lossfuse.cross_entropy(model(tokens).flatten(0, 1), target, inplace=True), "#e0a458"),
+    "linear": (
+        lambda model, tokens, target: lossfuse.linear_cross_entropy(model.hidden(tokens).flatten(0, 1), model.head.weight, target),
+        "#d1495b",
+    ),
+}
+STEP_REPEATS = 3
+# of the CPUs: with more load than that times say little
+BUSY = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class Setup:
 
     vocab_size: int = 32768
     characters: int = 12_000_000
-    steps: int = 40
+    steps: int = 30
     batch: int = 8
     length: int = 128
     width: int = 128
@@ -46,8 +62,8 @@ class Setup:
 
     @property
     def about_seconds(self) -> int:
-        """On two quiet CPU cores with the default sizes: 20 s before the first step, then 1 s for a step of both models."""
-        return 20 + self.steps
+        """On two quiet CPU cores with the default sizes: 20 s before the first step, 1 s for one of both models, 10 s for whole steps."""
+        return 30 + self.steps
 
 
 @dataclass
@@ -82,10 +98,19 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Of a whole training step: forward, loss, backward, optimizer."""
+
+    timing: Timing
+    profile: MemoryProfile
+
+
+@dataclass(frozen=True)
 class Result:
-    """Both runs and what they ran on."""
+    """Both runs, whole steps of one model with its loss computed in several ways, and what they ran on."""
 
     runs: dict[str, Run]
+    costs: dict[str, Cost]
     device: torch.device
     logits_bytes: int
     rows: int
@@ -119,7 +144,31 @@ def train(setup: Setup, device: torch.device, say: Callable[[str], None], advanc
     logits = runs[OURS].model(tokens.to(device)).flatten(0, 1)
     for run in runs.values():
         run.extra_bytes = peak_extra_bytes(Step(partial(_gradient, run.loss_fn, logits, target.to(device).flatten())), device)
-    return Result(runs, device, logits.numel() * logits.element_size(), len(logits), vocab_size)
+    size, rows = logits.numel() * logits.element_size(), len(logits)
+    del logits
+    say(f"whole training steps of one model, its loss computed in {len(STEPS)} ways")
+    costs = whole_steps(runs[TORCH], tokens.to(device), target.to(device).flatten(), device)
+    return Result(runs, costs, device, size, rows, vocab_size)
+
+
+def whole_steps(run: Run, tokens: Tensor, target: Tensor, device: torch.device) -> dict[str, Cost]:
+    """Times, interleaved, then memory of each way to compute the loss of a training step."""
+
+    def step(name: str) -> None:
+        interrupts.check()
+        run.optimizer.zero_grad()
+        STEPS[name][0](run.model, tokens, target).backward()
+        run.optimizer.step()
+
+    times = time_interleaved({name: Step(partial(step, name)) for name in STEPS}, device, STEP_REPEATS)
+    # torch 2.13: its profiler writes two lines to stderr each time
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    costs = {}
+    for name in STEPS:
+        # of what is freed while it is recorded the profiler must know the size
+        run.optimizer.zero_grad()
+        costs[name] = Cost(times[name], profile_memory(partial(step, name), device=device, warmup=0))
+    return costs
 
 
 def _gradient(loss_fn: Loss, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -147,19 +196,27 @@ def picture(result: Result, path: Path) -> None:
         size=width,
     )
 
-    def bars(title: str, unit: str, values: list[float]) -> alt.LayerChart:
-        frame = pd.DataFrame({"with": names, "value": values})
-        top = alt.Scale(domain=[0, 1.15 * max(values)], nice=False)
-        base = alt.Chart(frame, title=title, width=190, height=300).encode(
-            x=alt.X("with:N", title=None, sort=names, axis=alt.Axis(labelAngle=0, ticks=False)), y=alt.Y("value:Q", title=unit, scale=top)
+    def bars(title: str, unit: str, values: dict[str, float], scale: alt.Scale) -> alt.LayerChart:
+        frame = pd.DataFrame({"with": list(values), "value": list(values.values())})
+        top = alt.Scale(domain=[0, 1.15 * max(values.values())], nice=False)
+        base = alt.Chart(frame, title=title, width=210, height=300).encode(
+            x=alt.X("with:N", title=None, sort=list(values), axis=alt.Axis(labelAngle=0, ticks=False)),
+            y=alt.Y("value:Q", title=unit, scale=top),
         )
         label = base.mark_text(dy=-9, fontSize=13).encode(text=alt.Text("value:Q", format=",.0f"))
         return base.mark_bar().encode(color=alt.Color("with:N", scale=scale, legend=None)) + label
 
-    chart = left | bars("Loss, forward + backward", "ms", [run.timing.p50 for run in result.runs.values()])
-    memory = [run.extra_bytes for run in result.runs.values() if run.extra_bytes is not None]
+    loss = left | bars("Loss, forward + backward", "ms", {name: run.timing.p50 for name, run in result.runs.items()}, scale)
+    memory = {name: run.extra_bytes / 2**20 for name, run in result.runs.items() if run.extra_bytes is not None}
     if len(memory) == len(names):
-        chart |= bars("Peak memory beyond logits", "MiB", [extra / 2**20 for extra in memory])
+        loss |= bars("Peak memory beyond logits", "MiB", memory, scale)
+    ways = alt.Scale(domain=list(result.costs), range=[STEPS[name][1] for name in result.costs])
+    steps = (
+        _memory_over_time(result.costs, ways)
+        | bars("The whole step", "ms", {name: cost.timing.p50 for name, cost in result.costs.items()}, ways)
+        | bars("Its peak memory", "MiB", {name: cost.profile.peak_bytes / 2**20 for name, cost in result.costs.items()}, ways)
+    )
+    chart = alt.vconcat(loss.resolve_scale(color="independent"), steps.resolve_scale(color="independent"), spacing=30)
     caption = (
         f"{result.rows} tokens x {result.vocab_size:,} classes, fp32, {result.device.type}, logits {result.logits_bytes / 2**20:.0f} MiB"
     )
@@ -168,6 +225,38 @@ def picture(result: Result, path: Path) -> None:
     drawn = io.BytesIO()
     chart.configure_view(stroke=None).configure_axis(grid=False).save(drawn, format="png", scale_factor=2)
     write_atomically(path, drawn.getvalue())
+
+
+def _memory_over_time(costs: dict[str, Cost], scale: "alt.Scale") -> "alt.Chart":
+    """One curve for each way, from the beginning of a step to its end."""
+    import altair as alt
+    import pandas as pd
+
+    frames = []
+    for name, cost in costs.items():
+        changes = cost.profile.frame()
+        # of many changes within a moment the highest and the last
+        moment = (changes["ms"] * (300 / max(changes["ms"].max(), 1e-9))).astype(int)
+        kept = sorted({0, *changes["bytes"].groupby(moment).idxmax(), *moment.index[~moment.duplicated(keep="last")]})
+        part = changes.loc[kept, ["ms", "bytes"]]
+        frames.append(pd.DataFrame({"ms": part["ms"], "MiB": part["bytes"] / 2**20, "with": name}))
+    chart = alt.Chart(pd.concat(frames), title="Memory of one training step", width=420, height=300)
+    legend = alt.Legend(title=None, orient="top-right", symbolType="square", symbolStrokeWidth=5)
+    return chart.mark_line(interpolate="step-after", strokeWidth=1.8).encode(
+        x=alt.X("ms:Q", title="ms since the step began, while it is recorded"),
+        y=alt.Y("MiB:Q", title="MiB beyond the start"),
+        color=alt.Color("with:N", scale=scale, legend=legend),
+    )
+
+
+def busy() -> str | None:
+    """A sentence if other programs keep the CPUs busy."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load < BUSY * cpus:
+        return None
+    return f"This machine is busy: a load of {load:.1f} on {cpus} CPUs. Times are longer than on a quiet one, and ratios may be wrong."
 
 
 def show(result: Result, console: "Console") -> None:
@@ -195,6 +284,21 @@ def show(result: Result, console: "Console") -> None:
         shares = [extra / result.logits_bytes for extra in (theirs.extra_bytes, ours.extra_bytes)]
         costs.add_row("in units of the logits", *(f"{share:.2f}" for share in shares), "")
     console.print(costs)
+    show_steps(result.costs, console)
+
+
+def show_steps(costs: dict[str, Cost], console: "Console") -> None:
+    """Time and memory of whole training steps, each beside torch's."""
+    first = next(iter(costs.values()))
+    columns = [tables.Column("a training step with the loss", right=False), tables.Column("ms"), tables.Column("faster")]
+    columns += [tables.Column("peak memory"), tables.Column("of torch's")]
+    lines = []
+    for name, cost in costs.items():
+        ratio, share = first.timing.p50 / cost.timing.p50, cost.profile.peak_bytes / max(first.profile.peak_bytes, 1)
+        lines.append(
+            tables.Line([name, f"{cost.timing.p50:.0f}", f"{ratio:.2f}", f"{cost.profile.peak_bytes / 2**20:,.0f} MiB", f"{share:.0%}"])
+        )
+    tables.show(console, columns, lines, "Forward, loss, backward and optimizer of one model")
 
 
 def main(out: Path, setup: Setup) -> Result:
@@ -215,6 +319,8 @@ def main(out: Path, setup: Setup) -> Result:
     console.print(f"[bold]lossfuse {lossfuse.__version__}[/bold] on {where}, torch {torch.__version__}")
     console.print(f"This trains on real text, {setup.steps} steps with torch's loss and {setup.steps} with ours:", highlight=False)
     console.print(f"about {setup.about_seconds} s on two quiet CPU cores, several times as long on a busy machine.", highlight=False)
+    if (noise := busy()) is not None:
+        console.print(noise, style="yellow", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         # a bar of unknown length moves while text is read and the tokenizer trained

@@ -1,5 +1,6 @@
 """The demo, small: real text, a real tokenizer, both losses agreeing, a table and a picture."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,25 @@ def test_both_losses_train_alike_and_are_drawn(tmp_path, capsys):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "Training loss" in printed and "peak memory beyond logits" in printed
+    assert list(result.costs) == list(demo.STEPS) == ["torch", "drop-in", "in place", "linear"]
+    peaks = [cost.profile.peak_bytes for cost in result.costs.values()]
+    assert peaks[0] > peaks[1] > peaks[2] > 0 and peaks[0] > peaks[3] > 0
+    for name, cost in result.costs.items():
+        assert re.search(rf"^\W*{name}\W+{cost.timing.p50:.0f} ", printed, re.MULTILINE), name
+
+
+def test_whole_steps_compute_the_same_loss():
+    torch.manual_seed(0)
+    model, tokens = demo.Transformer(600, 16, 16, 1, 2), torch.randint(0, 600, (4, 17))
+    losses = [loss(model, tokens[:, :-1], tokens[:, 1:].flatten()) for loss, _ in demo.STEPS.values()]
+    assert [loss.item() for loss in losses] == pytest.approx([losses[0].item()] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.9, None), (1.0, "a load of 1.0 on 2 CPUs"), (7.25, "a load of 7.2 on 2 CPUs")])
+def test_a_busy_machine_is_said(load, said, monkeypatch):
+    monkeypatch.setattr(demo.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: 2)
+    assert said is None if demo.busy() is None else said in demo.busy()
 
 
 def test_what_comes_and_how_long_it_takes_is_said_first(tmp_path, capsys, monkeypatch):
@@ -49,7 +69,7 @@ def test_what_comes_and_how_long_it_takes_is_said_first(tmp_path, capsys, monkey
 
     def read(limit):
         said = capsys.readouterr().out
-        assert "7 steps" in said and "about 27 s on two quiet CPU cores" in said
+        assert "7 steps" in said and "about 37 s on two quiet CPU cores" in said
         raise Read
 
     monkeypatch.setattr(demo, "standard_library_sources", read)
