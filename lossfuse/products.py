@@ -44,7 +44,9 @@ class Weight:
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int = 0) -> None:
         v, d = weight.shape
         self._weight = weight
-        self._step = block_classes(v, max(d, rows), weight.dtype, dtype)
+        # beside such a block of the weight there are as large ones of the logits' gradient and of the weight's
+        width = 4 * max(d, rows) if rows else d
+        self._step = block_classes(v, width, weight.dtype, dtype)
         # one piece for all: a CPU's allocator keeps what is given back in pieces of this size
         self._room = None if weight.dtype == dtype else torch.empty(self._step, d, dtype=dtype, device=weight.device)
         self.whole = self._step >= v

@@ -179,7 +179,7 @@ METHODS = [
     Method("F.linear_cross_entropy", "head", _torch_chunked_head),
     Method("lossfuse linear", "head", _our_linear),
     Method("lossfuse linear stats", "head", lambda: _our_linear_stats),
-    # products in bf16 are slow on most CPUs
+    # most CPUs multiply in fp32 and round, which saves them less
     Method("lossfuse linear lean", "head", lambda: _our_linear(options=LEAN), devices=GPU, dtypes=("bf16",)),
     Method("lossfuse linear leanest", "head", lambda: _our_linear(options=LEANEST), devices=GPU, dtypes=("bf16",)),
     # 25 times the logits, and products in fp32

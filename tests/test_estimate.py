@@ -6,6 +6,7 @@ import torch
 for name in ("pandas", "rich"):
     pytest.importorskip(name)
 
+from lossfuse import products  # noqa: E402
 from lossfuse.perf import methods, problems  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.cases import DTYPES, MODES, named  # noqa: E402
@@ -61,6 +62,15 @@ def test_zeros_and_ones_are_an_input_and_ids_are_hardly_one():
     assert needs["lossfuse ids in place"].inputs == logits + 1024 * 64 * 8
     # a number for each block of labels
     assert needs["lossfuse ids in place"].bytes < logits / 500
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("mode", ["no_grad", "forward+backward"])
+def test_lean_takes_half_of_the_memory_on_a_cpu_too(amx, mode, monkeypatch):
+    monkeypatch.setattr(products, "_has_amx", lambda: amx)
+    problem = problems.load(named("128x512x10016", CPU), torch.bfloat16, CPU)
+    default, lean = (peak_of(problem.step(methods._our_linear(options=options), mode, False)) for options in (None, methods.LEAN))
+    assert lean < 0.5 * default
 
 
 @pytest.mark.slow
