@@ -4,22 +4,16 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from .methods import OURS
-from .shown import FIELDS, SPLIT, prepare
+from .pages import THEMES, theme
+from .shown import FIELDS, SPLIT, dtypes, prepare
 
 if TYPE_CHECKING:
     import pandas as pd
 
 STEP = 18
-FONT = "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
-THEMES = {
-    "light": {"ink": "#1c2430", "soft": "#5c6876", "line": "#e3e7ec", "strong": "#aeb7c2", "accent": "#c53943", "warn": "#9a5b00"},
-    "dark": {"ink": "#e8ecf1", "soft": "#9ba7b5", "line": "#2b333e", "strong": "#596675", "accent": "#ff8095", "warn": "#f0b357"},
-}
-
-
 CHARTS = ("time", "share", "memory", "error", "history")
 VALUE_COLUMN = {"time": 66, "share": 50, "memory": 118, "error": 104}
-METHOD, CASE, SHAPE = (f"split(datum.value, '\\u001f')[{part}]" for part in (1, 0, 2))
+CASE, METHOD, SHAPE, OTHER = (f"split(datum.value, '\\u001f')[{part}]" for part in range(4))
 
 
 def spec(name: str, width: int | None = None) -> dict[str, Any]:
@@ -40,7 +34,8 @@ def _by_case(name: str, width: int | None) -> Any:
     import altair as alt
 
     # the head of a case has no method: its key is case, nothing, shape
-    label = f"{SHAPE} ? {CASE} + ' \u00b7 ' + {SHAPE} : narrow ? replace({METHOD}, 'cross_entropy', 'ce') : {METHOD}"
+    name_of = f"(narrow ? replace({METHOD}, 'cross_entropy', 'ce') : {METHOD}) + ({METHOD} && {OTHER} ? ' \u2020' : '')"
+    label = f"{SHAPE} ? {CASE} + ' \u00b7 ' + {SHAPE} : {name_of}"
     ours = f"indexof({METHOD}, 'lossfuse') == 0 && {METHOD} != 'lossfuse reference'"
     strong = alt.condition(f"{SHAPE} || {ours}", alt.value("bold"), alt.value("normal"))
     axis = alt.Axis(
@@ -54,9 +49,17 @@ def _by_case(name: str, width: int | None) -> Any:
     log = alt.Scale(type="log", nice=False, padding=10, range=room)
     linear = alt.Scale(zero=True, nice=False, range=room)
     paint, tip = alt.Color("color:N", scale=None), alt.ExprRef("datum.tip")
+    # rows of another run are hollow
+    solid: dict[str, Any] = {
+        "fill": alt.Fill("color:N", scale=None), "stroke": alt.Stroke("color:N", scale=None),
+        "fillOpacity": alt.condition("datum.other", alt.value(0.15), alt.value(1)),
+        "strokeOpacity": alt.condition("datum.other", alt.value(1), alt.value(0)),
+    }  # fmt: skip
 
     def x(field: str, scale: alt.Scale, labels: str = "~g") -> alt.X:
-        axis = alt.Axis(orient="top", format=labels, tickCount=4, title=None, domain=False, ticks=False)
+        axis = alt.Axis(orient="top", format=labels, tickCount=4, title=None, domain=False, ticks=False, labelSeparation=4)
+        if labels == "~e":
+            axis.labelExpr = "replace(replace(datum.label, '+', ''), /e0$/, '')"
         if scale is log:
             axis.gridOpacity = alt.condition("indexof('125', format(datum.value, '.0e')[0]) >= 0", alt.value(1), alt.value(0))
         return alt.X(f"{field}:Q", scale=scale, axis=axis)
@@ -65,17 +68,17 @@ def _by_case(name: str, width: int | None) -> Any:
         layers = [
             base.mark_tick(style="ideal", thickness=2, height=STEP).encode(x=x("ideal", log)),
             base.mark_rule(strokeWidth=2.5, opacity=0.5, tooltip=tip).encode(x=x("ms_lo", log), x2="ms_hi:Q", color=paint),
-            base.mark_circle(size=70, opacity=1, tooltip=tip).encode(x=x("ms", log), color=paint),
+            base.mark_point(shape="circle", size=62, strokeWidth=1.6, opacity=1, tooltip=tip).encode(x=x("ms", log), **solid),
         ]
     elif name == "share":
         one = alt.Chart(alt.InlineData(values=[{}])).mark_rule(style="ideal", strokeWidth=2)
         layers = [
             one.encode(x=alt.datum(1, scale=linear)),
-            base.mark_bar(cornerRadiusEnd=2, tooltip=tip).encode(x=x("share", linear, "~%"), color=paint),
+            base.mark_bar(cornerRadiusEnd=2, tooltip=tip).encode(x=x("share", linear, "~%"), **solid),
             base.mark_rule(style="spread", strokeWidth=1.2, tooltip=tip).encode(x=x("share_lo", linear, "~%"), x2="share_hi:Q"),
         ]
     elif name == "memory":
-        layers = [base.mark_bar(cornerRadiusEnd=2, tooltip=tip).encode(x=x("logits", linear), color=paint)]
+        layers = [base.mark_bar(cornerRadiusEnd=2, tooltip=tip).encode(x=x("logits", linear), **solid)]
     else:
         ring, dot = (base.mark_point(size=48, filled=filled, opacity=1, strokeWidth=1.8, tooltip=tip) for filled in (False, True))
         layers = [ring.encode(x=x("loss_error", log, "~e"), color=paint), dot.encode(x=x("grad_error", log, "~e"), color=paint)]
@@ -85,7 +88,7 @@ def _by_case(name: str, width: int | None) -> Any:
     for i, text in enumerate(texts):
         value = base.mark_text(style="value", align="right", dx=-i * VALUE_COLUMN[name] * 0.57, tooltip=tip)
         layers.append(value.encode(x=alt.value("width"), text=f"{text}:N"))
-    gap = "gap" if name == "memory" else "problem"
+    gap = {"memory": "gap", "share": "share_gap"}.get(name, "problem")
     layers.append(base.mark_text(style="gap", align="left", dx=2, tooltip=tip).encode(x=alt.value(0), text=f"{gap}:N"))
     return alt.layer(*layers)
 
@@ -114,35 +117,21 @@ def _history() -> Any:
     return alt.layer(*layers, height=300)
 
 
-def theme(name: str) -> dict[str, Any]:
-    """The Vega configuration of a theme."""
-    paper = THEMES[name]
-    axis = {"labelColor": paper["soft"], "titleColor": paper["soft"], "gridColor": paper["line"], "labelFontSize": 12, "titleFontSize": 12}
-    return {
-        "background": None, "padding": {"left": 0, "right": 0, "top": 5, "bottom": 5}, "font": FONT,
-        "view": {"stroke": None}, "aria": False,
-        "axis": axis | {"titleFontWeight": "normal"}, "axisY": {"labelColor": paper["ink"]},
-        "style": {
-            "ideal": {"color": paper["strong"]}, "spread": {"color": paper["ink"]},
-            "value": {"color": paper["ink"], "fontSize": 12}, "gap": {"color": paper["warn"], "fontSize": 12, "fontStyle": "italic"},
-        },
-        "title": {"color": paper["ink"], "subtitleColor": paper["soft"]},
-    }  # fmt: skip
-
-
 def pictures(frame: "pd.DataFrame") -> dict[str, bytes]:
     """Time and memory of each op on the device measured last, PNG by file name, for light and for dark pages."""
     import vl_convert
 
     rows, _ = prepare(frame)
-    shown = [row for row in rows if row["latest"]]
+    shown = [row for row in rows if row["shown"] and not row["other"]]
     made = {}
+    place = ""
     if shown:
         place = max(shown, key=lambda row: row["date"])["place"]
         shown = [row for row in shown if row["place"] == place]
+    headings = {"logits": "Cross entropy of logits", "head": "Linear layer and cross entropy", "labels": "Binary cross entropy of labels"}
     for op in OURS:
         mine = [row for row in shown if row["op"] == op]
-        for key, wanted in (("dtype", ("bf16", "fp16", "fp32")), ("mode", ("forward+backward", "forward", "no_grad"))):
+        for key, wanted in (("dtype", dtypes(place)), ("mode", ("forward+backward", "forward", "no_grad"))):
             found = {row[key] for row in mine}
             first = next((value for value in wanted if value in found), min(found, default=""))
             mine = [row for row in mine if row[key] == first]
@@ -152,7 +141,9 @@ def pictures(frame: "pd.DataFrame") -> dict[str, bytes]:
             continue
         lines = _lines(mine)
         panels = []
-        for name, title in (("time", "Time, ms: the tick is the roofline"), ("memory", "Peak memory, in units of the logits")):
+        bounded = any(row["ideal"] for row in mine)
+        titles = {"time": "Time, ms" + ": the tick is the roofline" * bounded, "memory": "Peak memory, in units of the logits"}
+        for name, title in titles.items():
             panel = spec(name, 420) | {"height": STEP * len(lines), "title": {"text": title, "anchor": "start", "frame": "group"}}
             panels.append({key: value for key, value in panel.items() if key not in ("params", "config", "$schema", "autosize")})
             for layer in panel["layer"]:
@@ -160,9 +151,9 @@ def pictures(frame: "pd.DataFrame") -> dict[str, bytes]:
                     layer["encoding"]["y"]["scale"]["domain"] = lines
         gutter = 24 + 6.4 * max(len(row["method"]) for row in mine)
         first_row = mine[0]
-        facts = [place, first_row["dtype"], first_row["mode"].replace("+", " + "), f"torch {first_row['torch']}", first_row["commit"]]
-        titles = {"logits": "Cross entropy of logits", "head": "Linear layer and cross entropy", "labels": "Binary cross entropy of labels"}
-        heading = {"text": titles[op], "subtitle": ", ".join(filter(None, facts)), "fontSize": 17, "subtitleFontSize": 12, "offset": 18}
+        commits = dict.fromkeys(row["commit"] for row in mine)
+        facts = [place, first_row["dtype"], first_row["mode"].replace("+", " + "), f"torch {first_row['torch']}", *commits]
+        heading = {"text": headings[op], "subtitle": ", ".join(filter(None, facts)), "fontSize": 17, "subtitleFontSize": 12, "offset": 18}
         for paper in THEMES:
             whole = {
                 "hconcat": panels, "spacing": 40, "padding": 16,

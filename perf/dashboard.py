@@ -1,47 +1,38 @@
 """One page that opens from disk: what lossfuse saves, by case, method and version, from the rows that were measured."""
 
-import base64
-import functools
-import hashlib
 import html
-import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .charts import CHARTS, STEP, THEMES, pictures, spec, theme
+from .charts import CHARTS, STEP, pictures, spec
 from .methods import BASELINE, OURS
+from .pages import THEMES, page, theme
 from .rows import BOUNDS, BadRows, holds, read, write_atomically
-from .shown import FIELDS, prepare, summary
+from .shown import FIELDS, dtypes, prepare, summary
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SUMMARY = (
-    "place", "op", "dtype", "mode", "case", "shape", "reason", "faster", "within_spread", "saved", "saved_share", "share",
-    "faster_text", "time_text", "saved_text", "memory_text", "why", "memory_why",
+    "place", "op", "dtype", "mode", "case", "shape", "reason", "faster", "within_spread", "saved", "saved_share", "share", "bound",
+    "faster_text", "time_text", "saved_text", "memory_text", "peer", "peer_faster", "peer_within_spread", "peer_faster_text", "peer_text",
+    "why", "memory_why",
 )  # fmt: skip
 
 
 def build(frame: "pd.DataFrame") -> str:
     """The page, complete: rows, charts, scripts and style in one HTML text that asks nothing of a network."""
     rows, left_out = prepare(frame)
-    page = {
+    data = {
         "rows": _columns(rows, FIELDS),
         "summary": _columns(summary(rows), SUMMARY),
         "step": STEP,
         "charts": {name: spec(name) for name in CHARTS},
         "themes": {name: theme(name) for name in THEMES},
         "names": {"ours": OURS, "baseline": BASELINE},
+        "dtypes": {row["place"]: dtypes(row["place"]) for row in rows},
     }
-    template = (Path(__file__).parent / "dashboard.html").read_text(encoding="utf-8")
-    bundle = _bundle()
-    scripts = [bundle, *re.findall(r'<script(?: type="module")?>(?!@@)(.*?)</script>', template, re.DOTALL)]
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
-    # inside a script element only < can end the text
-    data = json.dumps(page, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"scripts": hashes, "bundle": bundle, "data": data, "header": _header(rows), "warnings": _warnings(rows, left_out)}
-    return re.sub(r"@@(\w+)@@", lambda match: parts[match[1]], template)
+    return page("dashboard.html", data, header=_header(rows), warnings=_warnings(rows, left_out))
 
 
 def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
@@ -74,13 +65,6 @@ def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
     print("\n".join([*written, *(f"nothing to show: {line}" for line in idle)]))
 
 
-@functools.cache
-def _bundle() -> str:
-    import vl_convert
-
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script").replace("<!--", "\\x3c!--")
-
-
 def _columns(records: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
     """For each name its distinct values and where each record's is among them: what rows say repeats."""
     columns = {}
@@ -93,7 +77,7 @@ def _columns(records: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str,
 def _header(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "<p>There are no rows to show: measure some first.</p>"
-    newest = max(rows, key=lambda row: (row["date"], row["latest"]))
+    newest = max(rows, key=lambda row: (row["date"], row["shown"]))
     facts = {
         "device" if len({row["place"] for row in rows}) == 1 else "devices": "; ".join(dict.fromkeys(row["place"] for row in rows)),
         "torch": newest["torch"], "triton": newest["triton"], "lossfuse": newest["lossfuse"],
@@ -104,11 +88,11 @@ def _header(rows: list[dict[str, Any]]) -> str:
 
 
 def _warnings(rows: list[dict[str, Any]], left_out: int) -> str:
-    shown = [row for row in rows if row["latest"]]
+    shown = [row for row in rows if row["shown"]]
     dirty, red = sum(row["commit"].endswith("*") for row in shown), sum(row["tests"] == "failed" for row in shown)
     said = [
-        f"{dirty} of the {len(shown)} newest rows were measured with uncommitted changes; their commit has a *." * bool(dirty),
-        f"{red} of the {len(shown)} newest rows belong to a commit whose tests failed; no ratio is made of them." * bool(red),
+        f"{dirty} of the {len(shown)} rows in the charts were measured with uncommitted changes; their commit has a *." * bool(dirty),
+        f"{red} of the {len(shown)} rows in the charts belong to a commit whose tests failed; no ratio is made of them." * bool(red),
         f"{left_out} rows are left out: their case has had another shape since." * bool(left_out),
     ]
     return "".join(f'<p class="warning">{line}</p>' for line in said if line)

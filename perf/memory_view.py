@@ -1,11 +1,12 @@
 """A memory profile shown: a table, a picture, a page; and the command for a training step of the user's."""
 
+import html
 import importlib
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 
 from .memory import MemoryProfile, profile_memory
 from .mistakes import Mistake
+from .pages import THEMES, page, theme
 from .rows import destination
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".html", ".csv")
 COLOURS = ["#4c78a8", "#e0a458", "#6ba292", "#b279a2", "#9ecae9", "#d98a7b", "#8c9f5e"]
-OTHERS = "others"
+OTHERS = "other allocations"
 GREY, INK, RED = "#c9d1d9", "#3c4650", "#d1495b"
 
 
@@ -50,63 +52,137 @@ def _held_by(profile: MemoryProfile, places: list[str], moments: int = 200) -> "
     return held.loc[keep].melt("ms", var_name="where", value_name="bytes")
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What one place, or all others together, hold at the peak, as it is shown."""
+
+    label: str
+    bytes: int
+    count: int
+    value: str
+    stack: tuple[str, ...]
+    colour: str | None  # None: all others
+
+
+def _held_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Held]:
+    """The places that hold most at the peak, then all other allocations, of which some may be gone by then."""
+    shown = [group for group in profile.alive[: min(top, len(COLOURS))] if group.share >= 0.002] or list(profile.alive[:1])
+    rest = profile.alive[len(shown) :]
+
+    def value(size: int) -> str:
+        return f"{_size(size)}, {size / max(profile.peak_bytes, 1):.1%}"
+
+    made = [
+        _Held(group.where, group.bytes, group.count, value(group.bytes), group.stack[:12], colour)
+        for group, colour in zip(shown, COLOURS, strict=False)
+    ]
+    named, held, most = {group.where for group in shown}, 0, 0
+    for change in profile.timeline:
+        if change.where not in named:
+            held += change.change
+            most = max(most, held)
+    # less than a pixel of the picture is not said
+    if rest or most > 0.002 * profile.peak_bytes:
+        label = OTHERS + f" ({len(rest)} {'place' if len(rest) == 1 else 'places'})" * bool(rest)
+        size = sum(group.bytes for group in rest)
+        if most > size:
+            label += f", up to {_size(most)} at another time"
+        made.append(_Held(label, size, sum(group.count for group in rest), value(size), (), None))
+    return made
+
+
+def _timeline(profile: MemoryProfile, held: list[_Held], width: int | str, others: "str | alt.ExprRef") -> "alt.LayerChart":
+    """Memory over time, coloured by who holds it."""
+    import altair as alt
+    import pandas as pd
+
+    end = profile.timeline[-1].ms
+    unit, divisor = _unit(profile.peak_bytes)
+    places = [one.label for one in held if one.colour]
+    names = [*places, OTHERS]
+    colours: list[Any] = [*COLOURS[: len(places)], others]
+
+    areas = _held_by(profile, places)
+    areas["held"], areas["rank"] = areas["bytes"] / divisor, areas["where"].map(names.index)
+    ticks = alt.Axis(title="ms since the call began", tickCount=8, labelOverlap=True, labelSeparation=8, grid=False)
+    x = alt.X("ms:Q", axis=ticks, scale=alt.Scale(domain=[0, max(end, 1e-6)], nice=False))
+    ceiling = alt.Scale(domain=[0, 1.15 * max(profile.peak_bytes, 1) / divisor], nice=False)
+    title: dict[str, Any] = {"title": f"{unit} beyond the start", "titleAngle": 0, "titleAlign": "left", "titleX": 0, "titleY": -8}
+    y = alt.Y("held:Q", axis=alt.Axis(**title, tickCount=6), scale=ceiling)
+    colour = alt.Color("where:N", legend=None, scale=alt.Scale(domain=names, range=colours))
+    area = alt.Chart(areas).mark_area(interpolate="step-after", opacity=0.9).encode(x=x, y=y.stack("zero"), color=colour, order="rank:Q")
+    label = f"peak {_size(profile.peak_bytes)}"
+    peak = pd.DataFrame({"ms": [profile.peak_ms], "held": [profile.peak_bytes / divisor], "label": [label]})
+    peak_chart = alt.Chart(peak).encode(x=x)
+    late = profile.peak_ms > end / 2
+    text = peak_chart.mark_text(align="right" if late else "left", dx=-7 if late else 7, dy=-10, color=RED, fontSize=13, fontWeight="bold")
+    return alt.layer(
+        area,
+        peak_chart.mark_rule(color=RED, strokeDash=[4, 3]),
+        peak_chart.mark_point(color=RED, filled=True, size=45, opacity=1).encode(y=y),
+        text.encode(y=y, text="label:N"),
+    ).properties(width=width, height=300)
+
+
+def _headline(profile: MemoryProfile) -> tuple[str, str]:
+    where = f"{profile.device}, torch {torch.__version__}, peak after {profile.peak_ms:.1f} ms"
+    return f"Peak memory: {_size(profile.peak_bytes)} beyond the start", f"{where}; {_size(profile.end_bytes)} still held at the end"
+
+
 def timeline_chart(profile: MemoryProfile, top: int = 7) -> "alt.VConcatChart":
     """Memory over time, coloured by the (at most 7) places that hold most at the peak, over bars of what each of them holds there."""
     import altair as alt
     import pandas as pd
 
-    width, end = 760, profile.timeline[-1].ms
-    unit, divisor = _unit(profile.peak_bytes)
-    shown = [group for group in profile.alive[: min(top, len(COLOURS))] if group.share >= 0.002] or list(profile.alive[:1])
-    rest = profile.alive[len(shown) :]
-    names = [*(group.where for group in shown), OTHERS]
-    colour = alt.Color("where:N", legend=None, scale=alt.Scale(domain=names, range=[*COLOURS[: len(shown)], GREY]))
+    width, held = 760, _held_at_peak(profile, top)
+    charts: list[Any] = [_timeline(profile, held, width, GREY)]
+    if held:
+        names = [one.label if one.colour else OTHERS for one in held]
+        rows = [(name, one.label, one.bytes, one.count, one.value, " < ".join(one.stack)) for name, one in zip(names, held, strict=True)]
+        bars = pd.DataFrame(rows, columns=["where", "label", "bytes", "count", "value", "stack"])
+        base = alt.Chart(bars).encode(y=alt.Y("where:N", sort=names, title=None, axis=None))
+        size = alt.X("bytes:Q", axis=None, scale=alt.Scale(domain=[0, max(bars["bytes"], default=1)], nice=False))
+        colour = alt.Color("where:N", legend=None, scale=alt.Scale(domain=names, range=[one.colour or GREY for one in held]))
+        tooltip = ["label:N", "bytes:Q", "count:Q", "value:N", "stack:N"]
+        who = alt.layer(
+            base.mark_bar(height=8, yOffset=9, cornerRadius=2).encode(x=size, color=colour, tooltip=tooltip),
+            base.mark_point(shape="square", filled=True, size=70, xOffset=5, yOffset=-5, opacity=1).encode(x=alt.value(0), color=colour),
+            base.mark_text(align="left", dx=16, dy=-5, limit=width - 166, color=INK, fontSize=12).encode(x=alt.value(0), text="label:N"),
+            base.mark_text(align="right", dy=-5, color=INK, fontSize=12).encode(x=alt.value(width), text="value:N"),
+        ).properties(width=width, height=alt.Step(36), title=alt.Title("Held at the peak", fontSize=13, anchor="start"))
+        charts.append(who.resolve_scale(color="independent"))
 
-    areas = _held_by(profile, names[:-1])
-    areas["held"], areas["rank"] = areas["bytes"] / divisor, areas["where"].map(names.index)
-    x = alt.X("ms:Q", title="ms since the call began", scale=alt.Scale(domain=[0, max(end, 1e-6)], nice=False))
-    ceiling = alt.Scale(domain=[0, 1.15 * max(profile.peak_bytes, 1) / divisor], nice=False)
-    y = alt.Y("held:Q", title=f"{unit} beyond the start", scale=ceiling)
-    area = alt.Chart(areas).mark_area(interpolate="step-after", opacity=0.9).encode(x=x, y=y.stack("zero"), color=colour, order="rank:Q")
-    peak_label = f"peak {_size(profile.peak_bytes)} at {profile.peak_ms:.1f} ms"
-    peak = pd.DataFrame({"ms": [profile.peak_ms], "held": [profile.peak_bytes / divisor], "label": [peak_label]})
-    peak_chart = alt.Chart(peak).encode(x=x)
-    late = profile.peak_ms > end / 2
-    label = peak_chart.mark_text(align="right" if late else "left", dx=-7 if late else 7, dy=-10, color=RED, fontSize=13, fontWeight="bold")
-    timeline = alt.layer(
-        area,
-        peak_chart.mark_rule(color=RED, strokeDash=[4, 3]),
-        peak_chart.mark_point(color=RED, filled=True, size=45, opacity=1).encode(y=y),
-        label.encode(y=y, text="label:N"),
-    ).properties(width=width, height=300)
-
-    rows = [(group.where, group.where, group.bytes, group.count, " < ".join(group.stack[:12])) for group in shown]
-    if rest:
-        rows.append((OTHERS, f"{len(rest)} more", sum(group.bytes for group in rest), sum(group.count for group in rest), ""))
-    bars = pd.DataFrame(rows, columns=["where", "label", "bytes", "count", "stack"])
-    bars["value"] = [f"{_size(size)}, {size / profile.peak_bytes:.1%}" for size in bars["bytes"]]
-    base = alt.Chart(bars).encode(y=alt.Y("where:N", sort=names, title=None, axis=None))
-    held = alt.X("bytes:Q", axis=None, scale=alt.Scale(domain=[0, max(bars["bytes"], default=1)], nice=False))
-    tooltip = ["label:N", "bytes:Q", "count:Q", "value:N", "stack:N"]
-    who = alt.layer(
-        base.mark_bar(height=8, yOffset=9, cornerRadius=2).encode(x=held, color=colour, tooltip=tooltip),
-        base.mark_text(align="left", dy=-5, limit=width - 150, color=INK, fontSize=12).encode(x=alt.value(0), text="label:N"),
-        base.mark_text(align="right", dy=-5, color=INK, fontSize=12).encode(x=alt.value(width), text="value:N"),
-    ).properties(width=width, height=alt.Step(36), title=alt.Title("Held at the peak; grey is all else", fontSize=13, anchor="start"))
-
-    caption = f"{profile.device}, torch {torch.__version__}; {_size(profile.end_bytes)} still held at the end"
-    headline = f"Peak memory: {_size(profile.peak_bytes)} beyond the start"
-    chart = alt.vconcat(timeline, who, spacing=26) if rows else alt.vconcat(timeline)
-    chart = chart.properties(title=alt.Title(headline, subtitle=caption, anchor="start", fontSize=16, offset=14), padding=16)
+    title, facts = _headline(profile)
+    chart = alt.vconcat(*charts, spacing=26).resolve_scale(color="independent")
+    chart = chart.properties(title=alt.Title(title, subtitle=facts, anchor="start", fontSize=16, offset=14), padding=16)
     chart = chart.configure_axis(grid=False, labelColor=INK, titleColor=INK, domainColor=GREY, tickColor=GREY)
     return chart.configure_view(stroke=None).configure_title(color=INK, subtitleColor=INK)
 
 
-class _HtmlSafe(json.JSONEncoder):
-    """A name like '</script>' ends no script: JSON may write '<' as an escape."""
+def timeline_page(profile: MemoryProfile) -> str:
+    """The chart as a page that fits any width, light or dark, and asks nothing of a network."""
+    import altair as alt
 
-    def encode(self, value: object) -> str:
-        return super().encode(value).replace("<", "\\u003c")
+    held = _held_at_peak(profile)
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    spec = _timeline(profile, held, "container", alt.ExprRef("others")).properties(autosize=fit).to_dict()
+    title, facts = map(html.escape, _headline(profile))
+    data = {"spec": {name: value for name, value in spec.items() if name != "config"}, "themes": {name: theme(name) for name in THEMES}}
+    return page("memory.html", data, title=title, facts=facts, held=_list(held))
+
+
+def _list(held: list[_Held]) -> str:
+    most = max((one.bytes for one in held), default=0) or 1
+    lines = []
+    for one in held:
+        times = f" ({one.count} allocations)" * (one.count > 1 and one.colour is not None)
+        paint = f"background: {one.colour or 'var(--others)'}"
+        name = f'<span><i style="{paint}"></i>{html.escape(one.label + times)}</span>'
+        bar = f'<div class="bar" style="width: {100 * one.bytes / most:.2f}%; {paint}"></div>'
+        stack = "".join(f"<div>{html.escape(step)}</div>" for step in one.stack)
+        details = f"<details><summary>stack</summary>{stack}</details>" * bool(stack)
+        lines.append(f"<li><div>{name}<span>{one.value}</span></div>{bar}{details}</li>")
+    return "<h2>Held at the peak</h2>\n<ul>\n" + "\n".join(lines) + "\n</ul>" if lines else ""
 
 
 def save(profile: MemoryProfile, path: Path | str) -> None:
@@ -123,9 +199,7 @@ def save(profile: MemoryProfile, path: Path | str) -> None:
         if suffix == ".csv":
             profile.frame().to_csv(partial, index=False)
         elif suffix == ".html":
-            # "view source" in the menu would write the names unescaped, and the editor is on the network
-            menu = {"actions": {"export": True, "source": False, "compiled": False, "editor": False}}
-            timeline_chart(profile).save(partial, inline=True, embed_options=menu, json_kwds={"cls": _HtmlSafe})
+            partial.write_text(timeline_page(profile), encoding="utf-8", errors="replace")
         else:
             timeline_chart(profile).save(partial, scale_factor=2 if suffix == ".png" else 1)
         os.replace(partial, path)

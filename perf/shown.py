@@ -1,4 +1,4 @@
-"""Rows as people see them: the latest of each, ours against torch's, numbers as words."""
+"""Rows as people see them: one run of each case, ours against torch's and others', numbers as words."""
 
 import math
 import re
@@ -12,21 +12,26 @@ from .rows import TEXT
 if TYPE_CHECKING:
     import pandas as pd
 
-# found by search: 3:1 on white and on the dark page, and within an op 0.058 apart in OKLab for protan and deutan eyes too; ours are warm
+# found by search: 3:1 on white and on the dark page, and within an op 0.05 apart in OKLab for protan and deutan eyes too; ours are warm
 COLORS = {
-    "lossfuse": "#c53943", "lossfuse linear": "#c53943", "lossfuse in place": "#d7676a", "lossfuse reference": "#8d6263",
+    "lossfuse": "#c53943", "lossfuse linear": "#c53943", "lossfuse in place": "#d7676a", "lossfuse torch": "#b56f3d",
+    "lossfuse ids": "#974783", "lossfuse ids in place": "#bf56b5", "lossfuse stats": "#974783", "lossfuse stats lean": "#bf56b5",
+    "lossfuse linear stats": "#974783", "lossfuse linear lean": "#bf56b5", "lossfuse linear leanest": "#f16015",
+    "lossfuse reference": "#8d6263", "lossfuse linear reference": "#8d6263",
     "F.cross_entropy": "#8197a7", "linear + F.cross_entropy": "#8197a7", "F.binary_cross_entropy_with_logits": "#8197a7",
     "F.cross_entropy(x.float())": "#76778e", "linear + F.cross_entropy(x.float())": "#76778e",
     "F.binary_cross_entropy_with_logits(x.float())": "#76778e",
     "torch.compile": "#437fca", "F.linear_cross_entropy": "#196b95", "Liger": "#55957f", "CCE": "#a78651", "quack": "#bb8321",
-    "flash-attention": "#6559b1", "fla": "#567019",
+    "flash-attention": "#6559b1", "fla": "#567019", "F.cross_entropy + stats": "#5b92fb",
+    "scatter + F.binary_cross_entropy_with_logits": "#5b92fb",
 }  # fmt: skip
 OTHERS = ("#5b86a8", "#a07cb5", "#7f8c4a", "#4f9a9c", "#8a6f5c")
+CASE = ("place", "op", "dtype", "mode", "case")
 SPLIT = "\x1f"  # between the parts of a line's key; no text from a row keeps its control characters
 # what the page is sent of each row, shown or needed to choose and draw
 FIELDS = (
-    "place", "op", "dtype", "mode", "case", "method", "latest", "line", "head", "run", "color", "status", "problem", "gap", "note",
-    "ms", "ms_lo", "ms_hi", "ideal", "share", "share_lo", "share_hi", "logits", "loss_error", "grad_error",
+    "place", "op", "dtype", "mode", "case", "method", "shown", "other", "line", "head", "run", "color", "status", "problem", "gap", "note",
+    "ms", "ms_lo", "ms_hi", "ideal", "share", "share_lo", "share_hi", "share_gap", "logits", "loss_error", "grad_error",
     "time_text", "spread_text", "ideal_text", "share_text", "memory_text", "logits_text", "loss_text", "grad_text",
     "shape", "repeats", "commit", "tests", "date", "versions",
 )  # fmt: skip
@@ -35,7 +40,8 @@ FIELDS = (
 def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
     """Every row with what the page shows of it, in the order of the lines, and how many were left out because a case had another shape.
 
-    A row is ``latest`` if it is the last of its device, settings, case, dtype, mode and method.
+    A row is ``shown`` if it belongs to the one run that is shown of its case, or if its method was not measured in that run and this is its
+    newest row: ``other`` says so. The rest is history.
     """
     import pandas as pd
 
@@ -52,10 +58,14 @@ def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
         left_out, frame = int((~current).sum()), frame[current]
     else:
         left_out = 0
-    keys = ["place", "op", "dtype", "mode", "case", "method"]
-    frame = frame.drop_duplicates([*keys, "date", "commit"], keep="last")
-    frame = frame.assign(latest=~frame.duplicated(keys, keep="last"))
+    frame = frame.drop_duplicates([*CASE, "method", "date", "commit"], keep="last")
     records = [_record({str(name): value for name, value in row.items()}) for row in frame.to_dict("records")]
+    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in records:
+        cases.setdefault(tuple(row[key] for key in CASE), []).append(row)
+    for rows in cases.values():
+        _choose_run(rows)
+        _require_bound(rows)
     return sorted(records, key=lambda row: (_case_rank(row), _method_rank(row["method"]))), left_out
 
 
@@ -71,13 +81,15 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     errors = [number["loss_error"], number["grad_error"]]
     dirty = "*" if row["dirty"] else ""
     packages = [("torch", row["torch"]), ("triton", row["triton"]), ("lossfuse", row["lossfuse"]), ("", row["package"])]
+    line, head = f"{row['case']}{SPLIT}{row['method']}", f"{row['case']}{SPLIT}{SPLIT}{row['shape']}"
     run = f"{row['date']}{SPLIT}{row['commit'] or 'no commit'}{dirty}"
     return row | {
-        "line": f"{row['case']}{SPLIT}{row['method']}", "head": f"{row['case']}{SPLIT}{SPLIT}{row['shape']}", "run": run,
+        "shown": False, "other": "", "line": line, "head": head, "run": run,
         "color": color(row["method"]), "problem": "" if ok else row["status"],
         "gap": row["status"] if not ok else "" if peak is not None else "not measured",
         "commit": row["commit"] + dirty, "peak": peak, "ms": ms, "ms_lo": lo if bounded else None, "ms_hi": hi if bounded else None,
         "ideal": ideal, "share": share, "logits": logits, "loss_error": _positive(errors[0]), "grad_error": _positive(errors[1]),
+        "share_gap": "" if ok else row["status"],
         "share_lo": _finite(ideal / hi) if share and bounded and ideal and hi else None,
         "share_hi": _finite(ideal / lo) if share and bounded and ideal and lo else None,
         "time_text": _time(ms), "spread_text": f"{_time(lo)} \u2013 {_time(hi)}" if bounded else "", "ideal_text": _time(ideal),
@@ -88,19 +100,46 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _choose_run(rows: list[dict[str, Any]]) -> None:
+    """Mark the rows of one case, oldest first, that are shown: the newest run with ours and torch's, and what only other runs have."""
+    ours, base = (names.get(rows[0]["op"]) for names in (OURS, BASELINE))
+    methods: dict[str, set[str]] = {}
+    for row in rows:
+        methods.setdefault(row["run"], set()).add(row["method"])
+    order = {run: place for place, run in enumerate(methods)}
+    chosen = max(methods, key=lambda run: (len({ours, base} & methods[run]), ours in methods[run], order[run]))
+    newest = {row["method"]: row for row in rows}
+    for row in rows:
+        if row["run"] == chosen:
+            row["shown"] = True
+        elif row["method"] not in methods[chosen] and row is newest[row["method"]]:
+            row |= {"shown": True, "other": "another run", "line": row["line"] + 2 * SPLIT + "other"}
+
+
+def _require_bound(rows: list[dict[str, Any]]) -> None:
+    """Take the roofline from each run of a case in which a method was faster than it: it was no bound there."""
+    beaten = {row["run"] for row in rows if row["share"] and (row["share_lo"] or row["share"]) > 1}
+    for row in rows:
+        if row["run"] in beaten:
+            row |= dict.fromkeys(("ideal", "share", "share_lo", "share_hi")) | {"share_text": ""}
+            row["ideal_text"] += ", not a bound" * bool(row["ideal_text"])
+            row["share_gap"] = row["problem"] or "not a bound"
+
+
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours against torch's, one record per device, op, dtype, mode and case.
+    """Ours against torch's and against the fastest of the others, one record per device, op, dtype, mode and case.
 
     Only ``ok`` rows of the same run are compared: what was not interleaved drifts apart, and a red commit has no ratio.
     """
-    ours = [row for row in rows if row["latest"] and row["method"] == OURS.get(row["op"])]
-    keys = ("place", "op", "dtype", "mode", "case")
-    theirs = {(*(row[key] for key in keys), row["run"]): row for row in rows if row["method"] == BASELINE.get(row["op"])}
-    return [_compared(row, theirs.get((*(row[key] for key in keys), row["run"]))) for row in ours]
+    runs: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["shown"] and not row["other"]:
+            runs.setdefault(tuple(row[key] for key in CASE), {})[row["method"]] = row
+    return [_compared(run, OURS[op], BASELINE[op]) for (_, op, *_), run in runs.items() if OURS.get(op) in run]
 
 
-def _compared(ours: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
-    name, why = BASELINE[ours["op"]], ""
+def _compared(run: dict[str, dict[str, Any]], our_name: str, name: str) -> dict[str, Any]:
+    ours, base, why = run[our_name], run.get(name), ""
     if ours["status"] != "ok":
         why = f"{ours['method']}: {ours['status']}"
     elif ours["tests"] == "failed":
@@ -111,25 +150,37 @@ def _compared(ours: dict[str, Any], base: dict[str, Any] | None) -> dict[str, An
         why = f"{name}: {base['status']}"
     elif ours["ms"] is None or base["ms"] is None:
         why = "no time"
-    faster = saved = share = None
-    within, memory_why = False, why
+    faster = saved = share = peer = None
+    memory_why = why
     if base is not None and not why:
         faster = _finite(base["ms"] / ours["ms"])
-        if ours["ms_lo"] and base["ms_lo"]:
-            within = bool(max(ours["ms_lo"], base["ms_lo"]) <= min(ours["ms_hi"], base["ms_hi"]))
+        # a form of the baseline, as F.cross_entropy(x.float()) is, is no peer
+        peers = [row for row in run.values() if row["ms"] and not row["method"].startswith(("lossfuse", name))]
+        peer = min(peers, key=lambda row: row["ms"], default=None)
         if ours["peak"] is None or base["peak"] is None:
             memory_why = "not measured"
         else:
             saved = base["peak"] - ours["peak"]
             share = _finite(saved / base["peak"]) if base["peak"] else None
-    return {key: ours[key] for key in ("place", "op", "dtype", "mode", "case", "shape")} | {
+    peer_faster = _finite(peer["ms"] / ours["ms"]) if peer else None
+    return {key: ours[key] for key in (*CASE, "shape")} | {
         "share": None if ours["tests"] == "failed" else ours["share"],
         "reason": CASES[ours["case"]].reason if ours["case"] in CASES else "",
-        "faster": faster, "within_spread": within, "saved": saved, "saved_share": share,
+        "bound": ours["share_gap"] != "not a bound",
+        "faster": faster, "within_spread": faster is not None and _overlap(ours, base), "saved": saved, "saved_share": share,
         "faster_text": _times(faster), "saved_text": _saved(saved, share),
         "time_text": _change("time_text", base, ours), "memory_text": _change("memory_text", base, ours),
+        "peer": peer["method"] if peer else "", "peer_faster": peer_faster, "peer_within_spread": _overlap(ours, peer),
+        "peer_faster_text": _times(peer_faster),
+        "peer_text": ", ".join(filter(None, (peer["method"], peer["time_text"], peer["memory_text"]))) if peer else "",
         "why": why, "memory_why": memory_why,
     }  # fmt: skip
+
+
+def _overlap(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    if other is None or not (one["ms_lo"] and other["ms_lo"]):
+        return False
+    return bool(max(one["ms_lo"], other["ms_lo"]) <= min(one["ms_hi"], other["ms_hi"]))
 
 
 def _change(field: str, base: dict[str, Any] | None, ours: dict[str, Any]) -> str:
@@ -139,7 +190,8 @@ def _change(field: str, base: dict[str, Any] | None, ours: dict[str, Any]) -> st
 
 def _method_rank(method: str) -> tuple[int, str]:
     known = list(COLORS)
-    return known.index(method) if method in COLORS else 3 if method.startswith("lossfuse") else len(known), method
+    unknown = known.index("lossfuse reference") if method.startswith("lossfuse") else len(known)
+    return known.index(method) if method in COLORS else unknown, method
 
 
 def _case_rank(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -184,7 +236,9 @@ def _bytes(count: float | None) -> str:
 
 
 def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}\u00d7" if value == 0 or 0.01 <= abs(value) < 100 else f"{digits(value)}\u00d7"
+    if value is not None and 0 < value < 0.01:
+        return "<0.01\u00d7"
+    return "" if value is None else f"{value:.2f}\u00d7" if abs(value) < 100 else f"{digits(value)}\u00d7"
 
 
 def _percent(value: float | None) -> str:
@@ -192,7 +246,10 @@ def _percent(value: float | None) -> str:
 
 
 def _error(value: float | None) -> str:
-    return "" if value is None else re.sub(r"e([+-])0+", r"e\1", f"{value:.0e}") if value else "0"
+    if not value:
+        return "" if value is None else "0"
+    digit, _, power = f"{value:.0e}".partition("e")
+    return f"{digit}e{int(power)}" if int(power) else digit
 
 
 def _saved(saved: float | None, share: float | None) -> str:
@@ -207,6 +264,14 @@ def _shape(op: str, n: int, v: int, d: float) -> str:
     if op == "labels" and _finite(d) is not None:
         return f"{int(n):,} \u00d7 {int(v):,}, {int(d):,} of them 1"
     return " \u00d7 ".join(f"{int(size):,}" for size in ((n, v) if _finite(d) is None else (n, d, v)))
+
+
+def dtypes(place: str) -> tuple[str, ...]:
+    """The dtypes of a device, the one that says most first: most CPUs have no bf16 instructions, and a GPU trains in bf16.
+
+    Devices of rows are told apart by their names: of a CPU that ends in its threads.
+    """
+    return ("fp32", "bf16", "fp16") if re.search(r", \d+ threads(?: \(|$)", place) else ("bf16", "fp16", "fp32")
 
 
 def color(method: str) -> str:

@@ -1,9 +1,8 @@
 """The page of rows: its numbers, what a browser draws of it without a network, and strings that would rather be scripts."""
 
+import itertools
 import math
 import re
-import shutil
-import subprocess
 
 import pytest
 
@@ -12,11 +11,10 @@ for name in ("altair", "pandas", "vl_convert"):
 
 import pandas as pd  # noqa: E402
 
+from browsers import apart, browser, contrast, opened  # noqa: E402
 from fake_rows import many, row  # noqa: E402
-from lossfuse.perf import charts, dashboard, rows, shown  # noqa: E402
+from lossfuse.perf import charts, dashboard, methods, pages, rows, shown  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 EVIL = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "<!--<script>", "__proto__", "&lt;b&gt;'\"")
 FEW = {"llama2": (8192, None, 32000), "gemma3": (4096, None, 262144), "head-qwen": (16384, 2048, 151936)}
 SCRIPTS = re.compile(r"<script[^>]*>.*?</script>", re.DOTALL)
@@ -29,17 +27,6 @@ def framed(*records):
 
 def summarized(*records):
     return shown.summary(shown.prepare(framed(*records))[0])
-
-
-def opened(page, tmp_path, address="", *options):
-    """The page's elements after its scripts have run in a browser that finds no other machine, and what they said to the console."""
-    path = tmp_path / "page.html"
-    path.write_text(page, encoding="utf-8")
-    fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr"]
-    budget = ["--virtual-time-budget=8000", "--dump-dom", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [CHROMIUM, *fixed, *budget, *(options or ["--window-size=1400,1000"]), path.as_uri() + address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def drawn(dom, name):
@@ -87,11 +74,58 @@ def test_the_head_is_compared_with_the_linear_layer():
     assert one["faster"] == 2.0 and one["shape"] == "16,384 \u00d7 2,048 \u00d7 151,936" and one["reason"].startswith("Qwen 3")
 
 
-def test_only_the_last_run_is_latest_and_an_earlier_shape_is_left_out():
+def test_only_the_last_run_is_shown_and_an_earlier_shape_is_left_out():
     dates = [f"2026-11-0{day}T00:00:00+00:00" for day in (1, 3, 2)]
     kept, left_out = shown.prepare(framed(*(row(date=date, commit=date[:10]) for date in dates), row(date="2026-10-01", n=8)))
     assert left_out == 1 and len(kept) == 3
-    assert [one["date"] for one in kept if one["latest"]] == [dates[1]]
+    assert [one["date"] for one in kept if one["shown"]] == [dates[1]]
+
+
+DAYS = [f"2026-11-0{day}T00:00:00+00:00" for day in range(1, 5)]
+
+
+def test_one_run_of_a_case_is_shown_and_what_it_did_not_measure_is_marked():
+    """Times of different runs drift apart: side by side and unmarked they make another ratio than the summary's."""
+    measured = {"lossfuse": (0, 1, 3), TORCH: (0, 1, 2), "torch.compile": (0, 1), "lossfuse stats": (2, 3), "Liger": (0,)}
+    kept, _ = shown.prepare(framed(*(row(method=name, date=DAYS[i], commit=f"c{i}") for name, days in measured.items() for i in days)))
+    seen = {one["method"]: (one["date"], one["other"]) for one in kept if one["shown"]}
+    assert seen == {
+        **dict.fromkeys(("lossfuse", TORCH, "torch.compile"), (DAYS[1], "")),
+        "lossfuse stats": (DAYS[3], "another run"), "Liger": (DAYS[0], "another run"),
+    }  # fmt: skip
+    # without a run that has both: the newest with ours
+    kept, _ = shown.prepare(framed(*(row(method=name, date=DAYS[i]) for i, name in enumerate(("lossfuse", TORCH, "Liger")))))
+    assert {one["method"] for one in kept if one["shown"] and not one["other"]} == {"lossfuse"}
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_a_roofline_that_a_method_beats_is_no_bound(spread):
+    """In bf16 on a CPU without it, torch's products take longer than a head that computes in fp32."""
+    times = {} if spread else {"ms_p20": None, "ms_p80": None}
+    slow, run = {"method": TORCH, "ms_p50": 2.0, "ms_p80": 2.1, "date": DAYS[0], **times}, {"date": DAYS[1], **times}
+    kept, _ = shown.prepare(framed(row(**slow), row(**run, ideal_ms=1.2), row(**run | {"method": TORCH}, ideal_ms=1.2)))
+    assert [one["share_text"] for one in kept if one["date"] == DAYS[0]] == ["45%"], "another run keeps its own"
+    beaten = [one for one in kept if one["date"] == DAYS[1]]
+    assert [(one["share"], one["ideal"], one["share_text"], one["share_gap"]) for one in beaten] == [(None, None, "", "not a bound")] * 2
+    assert beaten[0]["ideal_text"] == "1.20 ms, not a bound"
+    (one,) = shown.summary(kept)
+    assert one["share"] is None and not one["bound"]
+    (near,) = shown.prepare(framed(row(ideal_ms=1.02)))[0]
+    assert near["share"] == 1.02, "within its spread"
+
+
+def test_the_fastest_other_method_is_of_the_same_run_and_no_form_of_the_baseline():
+    base, ours = row(method=TORCH, ms_p50=3.0, ms_p20=2.9, ms_p80=3.1), row(ms_p50=1.5, ms_p20=1.4, ms_p80=1.6)
+    others = [
+        row(method="torch.compile", ms_p50=1.2, ms_p20=1.1, ms_p80=1.45), row(method="Liger", ms_p50=1.9),
+        row(method=f"{TORCH}(x.float())"), row(method="lossfuse in place"), row(method="quack", status="wrong"),
+        row(method="CCE", ms_p50=0.5, date=DAYS[0]),
+    ]  # fmt: skip
+    (one,) = summarized(base, ours, *others)
+    assert one["peer"] == "torch.compile" and one["peer_faster"] == pytest.approx(0.8) and one["peer_within_spread"]
+    assert (one["peer_faster_text"], one["peer_text"]) == ("0.80\u00d7", "torch.compile, 1.20 ms, 500 MiB")
+    (alone,) = summarized(base, ours)
+    assert (alone["peer"], alone["peer_faster"], alone["peer_text"]) == ("", None, "")
 
 
 def test_memory_is_in_units_of_the_logits_and_what_failed_has_no_numbers():
@@ -110,11 +144,35 @@ def test_digits_and_units():
     assert texts == ["0", "0.0123", "1.23", "12.3", "1,000", "1,230", "1e+300", "-2.50"]
     assert [shown._time(ms) for ms in (None, 0.05, 3.14159, 20_000)] == ["", "50.0 \u00b5s", "3.14 ms", "20.0 s"]
     assert [shown._bytes(count) for count in (0, 2048, 3 * 2**20, 2**40)] == ["0 B", "2.00 KiB", "3.00 MiB", "1,020 GiB"]
+    errors = [shown._error(value) for value in (None, 0, 1.0, 3.6, 0.0862, 4e-7, 2e10, 1e-10)]
+    assert errors == ["", "0", "1", "4", "9e-2", "4e-7", "2e10", "1e-10"]
+    assert [shown._times(value) for value in (0, 4e-5, 0.013, 1.5, 250)] == [
+        "0.00\u00d7",
+        "<0.01\u00d7",
+        "0.01\u00d7",
+        "1.50\u00d7",
+        "250\u00d7",
+    ]
 
 
 def test_a_method_keeps_its_colour():
     assert shown.color("Liger") == shown.COLORS["Liger"] and shown.color("never seen") in shown.OTHERS
     assert shown.color("lossfuse next") not in shown.OTHERS
+
+
+@pytest.mark.parametrize("op", methods.OURS)
+def test_colours_of_one_chart_are_told_apart_on_both_pages(op):
+    colors = {method.name: shown.color(method.name) for method in methods.METHODS if method.op == op}
+    assert min(contrast(color, paper) for color in colors.values() for paper in ("#ffffff", "#12161c")) >= 3
+    near = {(a, b): round(apart(colors[a], colors[b]), 3) for a, b in itertools.combinations(colors, 2)}
+    assert {pair: distance for pair, distance in near.items() if distance < 0.05} == {}
+
+
+def test_a_cpu_shows_fp32_first_and_a_gpu_bf16():
+    firsts = {
+        place: shown.dtypes(place)[0] for place in ("AMD EPYC, 2 threads", "Xeon, 64 threads (THP_MEM_ALLOC_ENABLE=1)", "NVIDIA H100")
+    }
+    assert list(firsts.values()) == ["fp32", "fp32", "bf16"]
 
 
 @browser
@@ -131,7 +189,10 @@ def test_a_browser_draws_everything_without_a_network(tmp_path):
     # 2 cases of 7 methods, of which Liger is wrong on gemma3
     assert marks(drawn(dom, "time"), "symbol") == 13 and marks(drawn(dom, "error"), "symbol") == 26
     assert "wrong" in drawn(dom, "time") and "gradient differs" in dom
-    assert "as fast" in dom and "less peak memory" in dom
+    assert f"as fast as {TORCH}" in dom and "as fast as quack" in dom and "less peak memory" in dom
+    # of two devices the one measured last, which is a CPU
+    assert f"lossfuse against {TORCH}, fp32, forward + backward" in dom and '<details id="filters" open' in dom
+    assert re.search('id="others"[^>]* hidden', dom) and re.search('id="astray"[^>]* hidden', dom)
     assert marks(drawn(dom, "history"), "symbol") == 21
 
 
@@ -141,6 +202,9 @@ def test_an_address_chooses_what_is_drawn_and_a_phone_has_room(tmp_path):
     address = "#op=head&mode=no_grad&hide=Liger&place=NVIDIA+H100+80GB+HBM3&dtype=nonsense"
     dom, console = opened(page, tmp_path, address, "--window-size=390,844", "--blink-settings=preferredColorScheme=0")
     assert not console and 'data-drawn="1"' in dom
+    (said,) = re.findall(r'<p id="astray"[^>]*role="status">([^<]*)</p>', dom)
+    assert said == "The address names dtype nonsense, which is not in the rows to choose from; showing bf16."
+    assert '<details id="filters">' in dom, "on a phone the filters are folded"
     time = drawn(dom, "time")
     texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", time))
     assert {"lossfuse linear", "linear + F.ce", "CCE"} <= texts and not {"Liger", "lossfuse"} & texts
@@ -158,7 +222,7 @@ def test_foreign_strings_are_only_text(tmp_path):
         row(case=text, method=text, note=text, device=EVIL[0], settings=EVIL[1], commit=text, torch=text, package=text) for text in EVIL
     ]
     page = dashboard.build(framed(*strange, *(one | {"status": "failed", "mode": "forward"} for one in strange)))
-    written = page.replace(dashboard._bundle(), "")
+    written = page.replace(pages.bundle(), "")
     assert "<script>alert" not in written and "<img" not in written and written.count("</script>") == 4
     # without the policy that would stop a script anyway, and with a pointer over every mark for its tooltip
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
@@ -173,6 +237,31 @@ def test_foreign_strings_are_only_text(tmp_path):
     assert "data-harmed" not in dom and not console
     assert 'data-tip="seen"' in dom, "no tooltip was shown"
     assert "<img" not in SCRIPTS.sub("", dom) and marks(drawn(dom, "time"), "symbol") == len(EVIL)
+
+
+@browser
+def test_charts_summary_and_headline_agree(tmp_path):
+    """Of one run; what is of another is marked. Bars grow with speed on one scale, and more memory is not less by a negative number."""
+    old, new = ({"date": day, "commit": day[:10], "peak_extra_bytes": 1e9} for day in DAYS[:2])
+    records = [
+        row(**new, ms_p50=2.0), row(**new | {"peak_extra_bytes": 0.98e9}, method=TORCH, ms_p50=4.0),
+        row(**new, ms_p50=2.0, case="gpt2"), row(**new | {"peak_extra_bytes": 0.98e9}, method=TORCH, ms_p50=1.0, case="gpt2"),
+        row(**old, ms_p50=9.0), row(**old, ms_p50=3.5, method="Liger"),
+    ]  # fmt: skip
+    dom, console = opened(dashboard.build(framed(*records)), tmp_path)
+    assert not console
+    time, page = drawn(dom, "time"), SCRIPTS.sub("", dom)
+    texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", time))
+    assert {"2.00 ms", "4.00 ms", "3.50 ms", "Liger \u2020"} <= texts and "9.00 ms" not in texts
+    assert re.search(r'id="others"(?![^>]*hidden)', dom) and "another run" in page
+    assert "2%</b>more peak memory" in page and not re.search(r"[-\u2212]\d+%", page)
+    bars = [float(width) for width in re.findall(r'<i class="(?:lost)?" style="[^"]*width: ([\d.]+)%', page)]
+    # of twice as fast the whole scale, of half as fast a quarter of it; memory is lost in both
+    assert bars[0::2] == [100, 25] and bars[1] == bars[3] and page.count('<i class="lost"') == 2
+    assert page.count("no other in this run") == 2
+    dom, console = opened(dashboard.build(framed(row(ideal_ms=4.0), row(method=TORCH, ideal_ms=4.0, ms_p50=3.9))), tmp_path)
+    assert not console and "</b>of the roofline" not in dom and "The roofline is not a bound here" in drawn(dom, "share")
+    assert "No fraction of the roofline is shown for llama2: torch's copy of the logits in bf16 alone took longer" in dom
 
 
 @browser

@@ -1,7 +1,10 @@
 """The memory profiler: bytes exact, places named, recording always off afterwards, pictures that no name can break."""
 
+import html
 import io
+import itertools
 import json
+import re
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -17,9 +20,11 @@ import pandas as pd  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import lossfuse  # noqa: E402
+from browsers import browser, opened  # noqa: E402
 from lossfuse.perf import memory, memory_view  # noqa: E402
 from lossfuse.perf.memory import Alive, Change, MemoryProfile, profile_memory  # noqa: E402
 from lossfuse.perf.memory_view import load_step, save, timeline_chart  # noqa: E402
+from lossfuse.perf.pages import THEMES  # noqa: E402
 
 N, V = 64, 1000
 LOGITS_BYTES = 4 * N * V
@@ -325,10 +330,36 @@ def test_html_is_offline_and_no_name_escapes_into_it(nasty, tmp_path):
     save(nasty, tmp_path / "memory.html")
     page = (tmp_path / "memory.html").read_text(encoding="utf-8")
     assert NASTY not in page and "</script><script>alert" not in page
-    spec = json.loads(page.split("const spec = ")[1].split(";\n")[0])
-    assert NASTY in json.dumps(spec).replace('\\"', '"'), "the name itself must survive"
-    assert '"source": false' in page, "view source would write the spec unescaped"
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    assert NASTY in json.dumps(json.loads(data)).replace('\\"', '"') and html.escape(NASTY) in page, "the name itself must survive"
+    assert "source: false" in page, "view source would write the spec unescaped"
     assert '<script src="http' not in page and 'type="text/javascript" src=' not in page
+
+
+@browser
+def test_the_page_has_a_title_fits_a_phone_and_names_what_is_grey(nasty, tmp_path):
+    save(nasty, tmp_path / "memory.html")
+    page = (tmp_path / "memory.html").read_text(encoding="utf-8")
+    dom, console = opened(page, tmp_path, "", "--window-size=390,844", "--blink-settings=preferredColorScheme=0")
+    assert not console and 'data-drawn="1"' in dom and "<title>Peak memory: 8.8 KiB beyond the start</title>" in dom
+    shown = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", dom, flags=re.DOTALL)
+    # chromium's narrowest window has 485 pixels
+    assert max(float(width) for width in re.findall(r'<svg[^>]* width="([\d.]+)"', shown)) <= 485
+    assert "other allocations (2 places)" in shown and "peak 8.8 KiB" in shown and html.escape(NASTY, quote=False) in shown
+    assert THEMES["dark"]["ink"] in shown and THEMES["light"]["ink"] not in shown
+    # every label has room for itself and a gap, in pixels of 12 pixels' type
+    labels = re.findall(r'<text [^>]*transform="translate\(([\d.]+),[\d.]+\)"[^>]*opacity="1">([\d.,]+)</text>', shown)
+    across = sorted({float(x): text for x, text in labels if float(x) >= 0}.items())
+    assert len(across) > 2 and all(b - a > 7 * len(text) for (a, text), (b, _) in itertools.pairwise(across))
+
+
+def test_what_is_gone_by_the_peak_is_counted_among_the_others():
+    profile = on_cpu(lambda: (torch.zeros(500).sum().item(), torch.ones(1000)))
+    held = memory_view._held_at_peak(profile)
+    assert [(one.label, one.bytes) for one in held] == [
+        (profile.alive[0].where, 4000),
+        ("other allocations, up to 2.0 KiB at another time", 0),
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".csv"])
@@ -379,7 +410,7 @@ def test_no_spike_is_lost_in_the_picture():
 def test_chart_shows_seven_places_and_the_rest(nasty):
     spec = timeline_chart(nasty).to_dict()
     (bars,) = (rows for rows in spec["datasets"].values() if "count" in rows[0])
-    assert [row["label"] for row in bars] == [group.where for group in nasty.alive[:7]] + ["2 more"]
+    assert [row["label"] for row in bars] == [group.where for group in nasty.alive[:7]] + ["other allocations (2 places)"]
     assert bars[-1]["bytes"] == sum(group.bytes for group in nasty.alive[7:])
 
 
