@@ -21,6 +21,7 @@ from .fused_rows import class_of, unless_unread
 from .launch import family, multiprocessors, on_device_of
 from .softmax_rows import UNFUSED, target_weight
 from .tile_math import (
+    HIGHEST,
     LOWEST,
     NO_CLASS,
     exp_flushed,
@@ -70,7 +71,8 @@ def part_stats(x, bias_ptr, start, y, any_y, V, scale, softcap, shortfalls_ptr, 
     if any_y:
         z_y = tl.sum(tl.where(offs_v[None, :] == y[:, None], z, 0.0), 1)
     top = tl.maximum(tl.max(z, 1), LOWEST)
-    e = exp_flushed(z - top[:, None])
+    # a +inf logit makes excess +inf, and a NaN logit NaN
+    e = exp_flushed(z - tl.minimum(top, HIGHEST)[:, None])
     # those at the top are counted apart from the others, to whom a 1 would cost digits
     excess = tl.sum(tl.where(e == 1.0, 0.0, e), 1) + (tl.sum(tl.where(e == 1.0, 1.0, 0.0), 1) - 1.0)
     shortfall = tl.zeros([x.shape[0]], tl.float32)
@@ -212,13 +214,16 @@ def merge_tiles_kernel(
 
     row_max, excess = lse_merge(tops, excesses)
     log_sum = log1p_from_minus_one(excess)
+    lse = row_max + log_sum
+    # as in torch, a +inf logit leaves no loss
+    log_sum = tl.where(row_max == float("inf"), float("nan"), log_sum)
     readable = y >= 0
     z_y = tl.load(target_logit_ptr + offs_n, mask=readable, other=0.0)
     w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
     loss = id_loss(z_y, w_y, row_max, log_sum, 0.0, 0.0, V, None, lse_square_scale)
     tl.store(loss_ptr + offs_n, unless_unread(y, loss), mask=mask_n)
     if lse_ptr is not None:
-        tl.store(lse_ptr + offs_n, unless_unread(y, row_max + log_sum), mask=mask_n)
+        tl.store(lse_ptr + offs_n, unless_unread(y, lse), mask=mask_n)
         tl.store(target_logprob_ptr + offs_n, unless_unread(y, (z_y - row_max) - log_sum), mask=mask_n)
     if entropy_ptr is not None:
         entropy = log_sum + shortfall_merge(tops, excesses, shortfalls) / (1.0 + excess)

@@ -29,6 +29,7 @@ from .tile_math import (
     id_loss,
     id_slopes,
     lse_finish,
+    lse_of,
     lse_square,
     lse_start,
     lse_update,
@@ -190,7 +191,7 @@ def row_loss_kernel(
         if smoothing is not None:
             tl.store(shard_ptr + 2 * N + row, row_shortfall)
     if lse_ptr is not None:
-        tl.store(lse_ptr + row, unless_unread(row_max + log_sum, ignored, readable))
+        tl.store(lse_ptr + row, unless_unread(lse_of(row_max, log_sum), ignored, readable))
     if logprob_ptr is not None:
         tl.store(logprob_ptr + row, unless_unread((z_y - row_max) - log_sum, ignored, readable))
     if entropy_ptr is not None:
@@ -355,7 +356,7 @@ def soft_row_loss_kernel(
     if shard_ptr is not None:
         tl.store(shard_ptr + row, row_shortfall)
     if lse_ptr is not None:
-        tl.store(lse_ptr + row, row_max + log_sum)
+        tl.store(lse_ptr + row, lse_of(row_max, log_sum))
     if logprob_ptr is not None:
         row_given_mass, row_given_shortfall = shortfall_finish(given_mass, given_shortfall, top, row_max)
         tl.store(logprob_ptr + row, -(row_given_mass * log_sum + row_given_shortfall))

@@ -13,6 +13,8 @@ import triton.language as tl
 
 # stands for "no logit seen yet"; finite, so that -inf logits subtract from it without NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# a distance from it is +inf for a logit of +inf, and not NaN
+HIGHEST = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 # stands for "no class seen yet"; above every class
 NO_CLASS = tl.constexpr(2147483647)
@@ -95,11 +97,12 @@ def lse_start(BLOCK_V: tl.constexpr):
 
 @triton.jit
 def lse_update(top, ties, rest, z):
-    """Fold one tile into the running state; -inf adds nothing and NaN stays in ``rest``."""
+    """Fold one tile into the running state; -inf adds nothing, and NaN alone makes ``rest`` NaN."""
     d = z - top
     e = tl.exp(-tl.abs(d))
     higher = d > 0
-    equal = d == 0
+    # not d == 0, which is false for a second +inf
+    equal = z == top
     rest = tl.where(higher, (rest + ties) * e, tl.where(equal, rest, rest + e))
     ties = tl.where(higher, 1.0, tl.where(equal, ties + 1.0, ties))
     return tl.where(higher, z, top), ties, rest
@@ -107,13 +110,20 @@ def lse_update(top, ties, rest, z):
 
 @triton.jit
 def lse_finish(top, ties, rest):
-    """Lanes -> (row maximum, log of the sum of exp(z - maximum)); NaN if a logit was +inf, as torch."""
+    """Lanes -> (row maximum, log of the sum of exp(z - maximum)); both NaN for a NaN logit, only the second for +inf."""
     row_max = tl.max(top, 0)
     at_max = top == row_max
     others = tl.sum(tl.where(at_max, rest, (rest + ties) * tl.exp(top - row_max)), 0)
     count = tl.sum(tl.where(at_max, ties, 0.0), 0)
     log_sum = log1p_from_minus_one(others + (count - 1.0))
-    return row_max, tl.where(row_max == float("inf"), float("nan"), log_sum)
+    log_sum = tl.where(row_max == float("inf"), float("nan"), log_sum)
+    return tl.where(others == others, row_max, float("nan")), log_sum
+
+
+@triton.jit
+def lse_of(row_max, log_sum):
+    """The log-sum-exp of what ``lse_finish`` returns: +inf for a +inf logit, as in torch.logsumexp."""
+    return tl.where(row_max == float("inf"), row_max, row_max + log_sum)
 
 
 @triton.jit
@@ -130,7 +140,7 @@ def lse_join(top, excess, other_top, other_excess):
     """``lse_merge`` of two slices, elementwise."""
     higher = top >= other_top
     row_max = tl.maximum(top, other_top)
-    moved = exp_flushed(tl.minimum(top, other_top) - row_max) * (1.0 + tl.where(higher, other_excess, excess))
+    moved = exp_flushed(tl.minimum(top, other_top) - tl.minimum(row_max, HIGHEST)) * (1.0 + tl.where(higher, other_excess, excess))
     return row_max, tl.where(higher, excess, other_excess) + moved
 
 

@@ -5,17 +5,20 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import family_ops, reference, sigmoid_ops
 from .consumed import Owner, may_consume
 from .dispatch import forms_gradient_in_forward, makes_graph, pick, pick_or_torch, writes_in_place
 from .inputs import LOGIT_DTYPES, flatten, require_tensor
 from .reduce import denominator, reduce_rows
-from .sigmoid_inputs import check_broadcast, check_labels, flatten_labels
+from .sigmoid_inputs import check_broadcast, check_labels, flatten_labels, same_elements
 from .spec import loss_spec, require_bool, resolve_reduction
+from .synonyms import hints_at_names
 from .targets import require_ids_in_range, values_are_at_hand
 
 
+@hints_at_names
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -72,6 +75,12 @@ def binary_cross_entropy_with_logits(
     the CPU "mean" and "sum" form the gradient in the forward, but for float16. Triton reads and writes the logits once for that, where it
     is in place. Other than two-dimensional layouts without a single stride, and weights broadcast across them, are copied once.
     """
+    if has_torch_function_variadic(input, target, weight, pos_weight):
+        made: Tensor = handle_torch_function(
+            binary_cross_entropy_with_logits, (input, target, weight, pos_weight),
+            input, target, weight, size_average, reduce, reduction, pos_weight, ignore_index=ignore_index, inplace=inplace, impl=impl,
+        )  # fmt: skip
+        return made
     reduction = resolve_reduction(reduction, size_average, reduce)
     rows = flatten_labels(input, target, weight, pos_weight, ignore_index)
     require_bool("inplace", inplace)
@@ -97,6 +106,7 @@ def binary_cross_entropy_with_logits(
     return loss.sum() / input.numel() if reduction == "mean" else loss.sum()
 
 
+@hints_at_names
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -136,12 +146,20 @@ def binary_cross_entropy(
     Memory: that of torch's operator, and a copy in float32 of half-precision input; with "triton" the gradients alone, and for "none" the
     losses.
     """
+    if has_torch_function_variadic(input, target, weight):
+        made: Tensor = handle_torch_function(
+            binary_cross_entropy, (input, target, weight), input, target, weight, size_average, reduce, reduction, impl=impl
+        )
+        return made
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_labels(input, target, "probabilities")
     if not target.is_floating_point():
-        raise TypeError(f"target has dtype {target.dtype} but must be floating point, of the shape of input")
+        raise TypeError(f"target has dtype {target.dtype} but must be floating point, of the shape of input; pass target.float()")
     if target.shape != input.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; expected the same")
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; expected the same"
+            + same_elements(target, input)
+        )
     weight = check_broadcast("weight", weight, input)
     backend = pick_or_torch(impl, input, target, weight)
     if values_are_at_hand(input):
@@ -166,6 +184,7 @@ def binary_cross_entropy(
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
+@hints_at_names
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None, *, impl: str = "auto"
 ) -> Tensor:
@@ -195,6 +214,9 @@ def log_softmax(
     Memory: the result, and the gradient; two copies in float32 for half precision on a CPU. "triton" reads a row once where it fits one
     program (``kernels/launch.py``), otherwise twice, and copies once what is not contiguous along ``dim``.
     """
+    if has_torch_function_unary(input):
+        made: Tensor = handle_torch_function(log_softmax, (input,), input, dim, _stacklevel, dtype, impl=impl)
+        return made
     require_tensor("input", input)
     if dtype is not None:
         input = input.to(dtype)
@@ -203,7 +225,7 @@ def log_softmax(
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1
         if not torch.compiler.is_compiling():
-            warnings.warn(f"log_softmax without dim takes dim={dim}; pass it", UserWarning, stacklevel=_stacklevel - 1)
+            warnings.warn(f"log_softmax without dim takes dim={dim}; pass it", UserWarning, stacklevel=_stacklevel)
     backend = pick_or_torch(impl, input)
     if backend == "torch":
         # torch's on a CPU rounds the log-sum to the dtype too: entries near 0 are off by a third of themselves in bfloat16
@@ -217,6 +239,7 @@ def log_softmax(
     return logp.reshape(moved.shape).movedim(-1, dim)
 
 
+@hints_at_names
 def nll_loss(
     input: Tensor,
     target: Tensor,
@@ -252,9 +275,17 @@ def nll_loss(
 
     Memory: O(N), and the gradient.
     """
+    if has_torch_function_variadic(input, target, weight):
+        made: Tensor = handle_torch_function(
+            nll_loss, (input, target, weight), input, target, weight, size_average, ignore_index, reduce, reduction, impl=impl
+        )
+        return made
     reduction = resolve_reduction(reduction, size_average, reduce)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8")
+    require_tensor("input", input)
+    require_tensor("target", target)
+    if target.is_floating_point() and input.is_floating_point():
+        remedy = "; of probabilities there is only cross_entropy" if target.shape == input.shape else "; pass target.long()"
+        raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8{remedy}")
     rows = flatten(input, target, weight, ignore_index)
     if pick_or_torch(impl, rows.input, rows.target, rows.class_weight) == "triton":
         loss = family_ops.nll(rows.input, rows.target, rows.class_weight, ignore_index)

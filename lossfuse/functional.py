@@ -5,19 +5,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import linear_ops, ops, reference
 from .autograd import ReducedLoss, RowLoss
 from .consumed import Owner, may_consume
 from .dispatch import forms_gradient_in_forward, known_in_forward, makes_graph, pick, wanted_of_head, writes_in_place
 from .distributed import local_head, local_logits, shard_options, shared, whole_head, whole_logits
-from .inputs import HeadRows, autocast_operands, check_head, check_normalizer, flatten, flatten_head, main_grad_of
+from .inputs import (
+    EXCHANGED,
+    HeadRows,
+    autocast_operands,
+    check_head,
+    check_normalizer,
+    flatten,
+    flatten_head,
+    main_grad_of,
+    require_tensor,
+)
 from .reduce import denominator, reduce_rows
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
+from .synonyms import hints_at_names
 from .targets import require_ids_in_range
 
 
+@hints_at_names
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -109,10 +121,11 @@ def cross_entropy(
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867; z-loss is de
     Brebisson and Vincent, arXiv:1604.08859.
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_variadic(input, target, weight):
         made: Tensor = handle_torch_function(
-            cross_entropy, (input,), input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, softcap=softcap,
-            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, inplace=inplace, shard=shard, impl=impl,
+            cross_entropy, (input, target, weight),
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, softcap=softcap, logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale, normalizer=normalizer, inplace=inplace, shard=shard, impl=impl,
         )  # fmt: skip
         return made
     input, target, weight, shard = local_logits(input, target, weight, shard)
@@ -146,6 +159,7 @@ def cross_entropy(
     return reduce_rows(loss, rows, reduction, divisor)
 
 
+@hints_at_names
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -215,6 +229,13 @@ def linear_cross_entropy(
     Source: chunks of logits whose gradient is formed in the forward are Liger-Kernel's (Hsu et al., arXiv:2410.10989); dropping ignored
     rows before the products is Wijmans et al., "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
     """
+    if has_torch_function_variadic(input, linear_weight, target):
+        made: Tensor = handle_torch_function(
+            linear_cross_entropy, (input, linear_weight, target), input, linear_weight, target, linear_bias=linear_bias, weight=weight,
+            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale, normalizer=normalizer, shard=shard, options=options, impl=impl,
+        )  # fmt: skip
+        return made
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias, target, weight, shard = local_head(input, linear_weight, linear_bias, target, weight, shard)
@@ -284,7 +305,7 @@ def head_call(
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         if shard is not None:
             raise ValueError(f"linear_weight has shape {tuple(linear_weight.shape)} but with shard it must be (C, D)")
-        return _logits_of_many(input, linear_weight, linear_bias, options, impl)
+        return _logits_of_many(input, linear_weight, linear_bias, target, options, impl)
     rows = flatten_head(input, linear_weight, linear_bias, target, weight, spec.ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
     for name in ("logits_dtype", "acc_dtype"):
@@ -303,9 +324,18 @@ def head_call(
     return HeadCall(rows, backend, divisor, main_grad, needs, forms_gradients, settings)
 
 
-def _logits_of_many(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: LinearOptions, impl: str) -> Tensor:
+def _logits_of_many(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, options: LinearOptions, impl: str
+) -> Tensor:
     """(N, D) and (C, d1, ..., dK, D) -> logits (N, C, d1, ..., dK)."""
     check_head(input, linear_weight, linear_bias)
+    require_tensor("target", target)
+    rows = linear_weight.shape[:-1]
+    if input.dim() == 2 and rows[0] != input.shape[0] and target.shape in (rows, (*rows, input.shape[0])):
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} but linear_weight has shape {tuple(linear_weight.shape)} and input"
+            f" {tuple(input.shape)}{EXCHANGED}"
+        )
     if input.dim() != 2:
         raise ValueError(
             f"linear_weight has shape {tuple(linear_weight.shape)}, so input must be (N, D), but input has shape {tuple(input.shape)}"

@@ -1,6 +1,7 @@
 """Checks of tensors, and the flattening of any shape torch takes to rows of logits."""
 
 import contextlib
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -102,10 +103,19 @@ def _shape(t: Tensor) -> str:
 def require_tensor(name: str, value: object) -> None:
     """TypeError for anything else, and for tensors without strides."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__} but must be a Tensor")
+        raise TypeError(f"{name} is a {type(value).__name__} but must be a Tensor{_tensor_of(name, value)}")
     if value.layout != torch.strided or value.is_nested:
         what = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} is a tensor that is {what} but must be dense")
+
+
+def _tensor_of(name: str, value: object) -> str:
+    """What to pass for an object that has the tensor."""
+    if isinstance(value, torch.nn.Linear) and name == "linear_weight":
+        return "; pass linear_weight=head.weight and linear_bias=head.bias"
+    if isinstance(getattr(value, "logits", None), Tensor) and name == "input":
+        return "; pass its .logits"
+    return ""
 
 
 def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, shard: VocabShard | None = None) -> Rows:
@@ -113,7 +123,8 @@ def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
     require_tensor("input", input)
     require_tensor("target", target)
     if input.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"input has dtype {input.dtype} but logits must be float64, float32, bfloat16 or float16")
+        exchanged = "; the order is (input, target)" if input.dtype in ID_DTYPES and target.is_floating_point() else ""
+        raise TypeError(f"input has dtype {input.dtype} but logits must be float64, float32, bfloat16 or float16{exchanged}")
     if input.dim() == 0:
         raise ValueError("input has shape () but logits must be (C), (N, C) or (N, C, d1, ..., dK)")
     class_dim = 0 if input.dim() == 1 else 1
@@ -145,7 +156,9 @@ def flatten_head(
     require_tensor("target", target)
     num_classes, width = linear_weight.shape
     batch_shape = input.shape[:-1]
-    _check_target(target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index, shard is not None)
+    _check_target(
+        target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index, shard is not None, hidden=tuple(input.shape)
+    )
     if weight is not None:
         _check_weight(weight, input, num_classes, shard)
     hidden = input if input.dim() == 2 else input.reshape(batch_shape.numel(), width)
@@ -175,7 +188,10 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
     if linear_weight.dim() < 2:
         raise ValueError(f"linear_weight has shape {_shape(linear_weight)} but must be (C, D) or (C, d1, ..., dK, D)")
     if linear_weight.shape[-1] != input.shape[-1]:
-        raise ValueError(f"linear_weight has shape {_shape(linear_weight)} but input has shape {_shape(input)}; the last sizes must agree")
+        remedy = "; pass linear_weight.T" if linear_weight.dim() == 2 and linear_weight.shape[0] == input.shape[-1] else ""
+        raise ValueError(
+            f"linear_weight has shape {_shape(linear_weight)} but input has shape {_shape(input)}; the last sizes must agree{remedy}"
+        )
     if linear_weight.shape[:-1].numel() == 0 and not empty:
         raise ValueError(f"linear_weight has shape {_shape(linear_weight)}: there must be a class")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
@@ -183,6 +199,10 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
             f"linear_bias has shape {_shape(linear_bias)} but linear_weight has shape {_shape(linear_weight)};"
             f" expected {tuple(linear_weight.shape[:-1])}"
         )
+
+
+# the order of LigerFusedLinearCrossEntropyLoss
+EXCHANGED = "; are input and linear_weight exchanged? The order is (input, linear_weight, target)"
 
 
 def main_grad_of(linear_weight: Tensor) -> Tensor:
@@ -244,8 +264,16 @@ def _rows(t: Tensor, class_dim: int, batch_shape: torch.Size) -> Tensor:
 
 
 def _check_target(
-    target: Tensor, device: torch.device, logits_shape: tuple[int, ...], batch_shape: torch.Size, ignore_index: int, cut: bool
+    target: Tensor,
+    device: torch.device,
+    logits_shape: tuple[int, ...],
+    batch_shape: torch.Size,
+    ignore_index: int,
+    cut: bool,
+    *,
+    hidden: tuple[int, ...] | None = None,
 ) -> None:
+    """Against the shape of the logits, which ``hidden`` states are made to."""
     if target.device != device:
         raise ValueError(f"target is on {target.device} but input is on {device}")
     shape, of_logits = tuple(target.shape), tuple(logits_shape)
@@ -254,7 +282,7 @@ def _check_target(
         if not target.is_floating_point():
             raise TypeError(
                 f"target has the shape of the logits, {shape}, so it holds class probabilities and must be floating point,"
-                f" but has dtype {target.dtype}"
+                f" but has dtype {target.dtype}; pass target.float(), or the ids of its classes"
             )
         if target.dtype not in LOGIT_DTYPES:
             raise TypeError(f"target has dtype {target.dtype} but probabilities must be float64, float32, bfloat16 or float16")
@@ -265,10 +293,38 @@ def _check_target(
     if target.shape != batch_shape and not (len(of_logits) == 1 and shape == (1,)):
         raise ValueError(
             f"target has shape {shape} but the logits have shape {of_logits}; expected class ids of shape {tuple(batch_shape)}"
-            f" or probabilities of shape {of_logits}"
+            f" or probabilities of shape {of_logits}{_remedy(shape, of_logits, hidden)}"
         )
     if target.dtype not in ID_DTYPES:
-        raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8")
+        remedy = "; pass target.long()" if target.is_floating_point() else ""
+        raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8{remedy}")
+
+
+def _remedy(target: tuple[int, ...], logits: tuple[int, ...], hidden: tuple[int, ...] | None) -> str:
+    """What makes a target of this shape and the input fit; of hidden states the rows are all but the last dimension."""
+    if hidden is not None and len(logits) == 2 and target in (logits[1:], logits[::-1]):
+        return EXCHANGED
+    rows, same_rank = logits[:-1], len(target) == len(logits) - 1
+    last = len(logits) > 2 and hidden is None
+    flat = "input.flatten(0, -2) and target.flatten()"
+    ids = math.prod(target)
+    if last and target == rows:
+        return f"; if classes are the last dimension, pass {flat}, or input.transpose(1, -1)"
+    if same_rank and rows and target[:-1] == rows[:-1] and abs(target[-1] - rows[-1]) == 1:
+        # a language model's targets are the next tokens
+        every = ":, " * (len(rows) - 1)
+        cut = f"input[{every}:-1]" if target[-1] < rows[-1] else f"target[{every}1:]"
+        if not last:
+            return f"; if row i predicts target i + 1, pass {cut}"
+        flat = flat.replace("input", cut) if target[-1] < rows[-1] else flat.replace("target", cut)
+        return f"; if classes are the last dimension and row i predicts target i + 1, pass {flat}"
+    if len(rows) > 1 and len(target) == 1 and ids == math.prod(rows):
+        return "; if classes are the last dimension, pass input.flatten(0, -2)" if last else "; pass input.flatten(0, -2)"
+    if len(rows) == 1 and len(target) > 1 and ids == rows[0]:
+        return "; pass target.flatten()"
+    if len(logits) == 2 and target == logits[1:]:
+        return "; if classes are the first dimension, pass input.T"
+    return ""
 
 
 def _check_weight(weight: Tensor, input: Tensor, num_classes: int, shard: VocabShard | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from . import functional, statistics
+from . import family, functional, statistics
 from .distributed import shared
 from .inputs import Targets
 from .lazy_head import Shaping
@@ -42,7 +42,9 @@ def _cross_entropy(
 
 
 @handles(functional.cross_entropy, statistics.cross_entropy_stats)
-def _ours(input: LazyLogits, *args: Any, **options: Any) -> Any:
+def _ours(input: Any, *args: Any, **options: Any) -> Any:
+    if not isinstance(input, LazyLogits):
+        return NotImplemented
     names = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
     options = {**dict(zip(names, args, strict=False)), **options}
     target, scale, cap = options.pop("target"), options.pop("logit_scale"), options.pop("softcap")
@@ -62,11 +64,14 @@ def _ours(input: LazyLogits, *args: Any, **options: Any) -> Any:
     # there are none to write over
     require_bool("inplace", options.pop("inplace", False))
     reads: dict[str, bool] = {name: options.pop(name) for name in ("entropy", "argmax") if name in options}
-    made = _loss(input._but(shaping=shaping), target, options, reads or None)
-    if input._rows.dtype == torch.float64 != input._shaping.dtype:
-        # ours is float64 for logits of that dtype alone
-        made = tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, made)
-    return made
+    return _in_our_dtype(input, _loss(input._but(shaping=shaping), target, options, reads or None))
+
+
+def _in_our_dtype(input: LazyLogits, made: Any) -> Any:
+    """float64 for logits of that dtype alone."""
+    if input._rows.dtype != torch.float64 or input._shaping.dtype == torch.float64:
+        return made
+    return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, made)
 
 
 @handles(F.nll_loss)
@@ -83,6 +88,25 @@ def _nll_loss(
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
     return _torchs(input, _loss(input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}))
+
+
+@handles(family.nll_loss)
+def _our_nll_loss(
+    input: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    impl: str = "auto",
+) -> Any:
+    if not isinstance(input, LazyLogits) or input._shaping.kind != "logp" or input._shaping.factor != 1.0 or target.is_floating_point():
+        return NotImplemented
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "impl": impl}
+    return _in_our_dtype(input, _loss(input, target, options))
 
 
 @handles(T.gather, torch.gather)

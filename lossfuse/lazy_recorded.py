@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import family
 from .lazy_head import Shaping
 from .lazy_logits import LazyLogits, T, can_be, handles, of_classes
 
@@ -111,8 +112,14 @@ def _normalised(kind: str) -> Callable[..., Any]:
     return handler
 
 
-handles(F.log_softmax, torch.log_softmax, T.log_softmax, torch.special.log_softmax)(_normalised("logp"))
+_log_softmax = _normalised("logp")
+handles(F.log_softmax, torch.log_softmax, T.log_softmax, torch.special.log_softmax)(_log_softmax)
 handles(F.softmax, torch.softmax, T.softmax, torch.special.softmax)(_normalised("p"))
+
+
+@handles(family.log_softmax)
+def _our_log_softmax(x: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, *, impl: str = "auto") -> Any:
+    return _log_softmax(x, dim, dtype=dtype) if impl in ("auto", "torch") else NotImplemented
 
 
 # --- dtype and memory

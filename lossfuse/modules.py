@@ -7,11 +7,30 @@ from torch import Tensor
 
 from . import family, functional
 from .spec import LinearOptions, LossSpec, VocabShard, resolve_reduction
+from .synonyms import hints_at_names
+
+
+def _require_options(module: torch.nn.Module, *given: object) -> None:
+    """TypeError for the tensors of a call, given to the constructor; before anything looks at their values."""
+    if any(isinstance(value, Tensor) for value in given):
+        name = type(module).__name__
+        takes = "input" if isinstance(module, torch.nn.LogSoftmax) else "input, target"
+        raise TypeError(f"{name}(...) takes options and is then called with tensors: {name}()({takes})")
+
+
+def _require_class_weight(module: torch.nn.Module, weight: Tensor | None) -> None:
+    if isinstance(weight, Tensor) and weight.dim() != 1:
+        name = type(module).__name__
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} but must be (C), the weight of each class; to compute a loss of logits, call"
+            f" {name}()(input, target)"
+        )
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss`` computed by ``lossfuse.cross_entropy``, with its keywords; isinstance and checkpoints agree."""
 
+    @hints_at_names
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -28,6 +47,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         shard: VocabShard | None = None,
         impl: str = "auto",
     ) -> None:
+        _require_options(self, size_average, ignore_index, reduce, reduction)
+        _require_class_weight(self, weight)
         reduction = resolve_reduction(reduction, size_average, reduce)
         LossSpec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
@@ -63,6 +84,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     and drawn as torch's are, so that checkpoints agree. To tie the head to an embedding, set ``loss.linear.weight``.
     """
 
+    @hints_at_names
     def __init__(
         self,
         in_features: int,
@@ -82,6 +104,11 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         options: LinearOptions | None = None,
         impl: str = "auto",
     ) -> None:
+        if isinstance(in_features, Tensor) or isinstance(num_classes, Tensor):
+            raise TypeError(
+                "LinearCrossEntropyLoss(in_features, num_classes, ...) makes a head and is then called with tensors:"
+                " LinearCrossEntropyLoss(in_features, num_classes)(input, target); for a head of your own, call linear_cross_entropy"
+            )
         reduction = resolve_reduction(reduction, None, None)
         LossSpec(-100 if ignore_index is None else ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
         if weight is not None and tuple(weight.shape) != (num_classes,):
@@ -127,17 +154,20 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
 class LogSoftmax(torch.nn.LogSoftmax):
     """``torch.nn.LogSoftmax`` computed by ``lossfuse.log_softmax``."""
 
+    @hints_at_names
     def __init__(self, dim: int | None = None, *, impl: str = "auto") -> None:
+        _require_options(self, dim)
         super().__init__(dim)
         self.impl = impl
 
     def forward(self, input: Tensor) -> Tensor:
-        return family.log_softmax(input, self.dim, _stacklevel=5, impl=self.impl)
+        return family.log_softmax(input, self.dim, _stacklevel=6, impl=self.impl)
 
 
 class NLLLoss(torch.nn.NLLLoss):
     """``torch.nn.NLLLoss`` computed by ``lossfuse.nll_loss``; isinstance and checkpoints agree."""
 
+    @hints_at_names
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -148,6 +178,8 @@ class NLLLoss(torch.nn.NLLLoss):
         *,
         impl: str = "auto",
     ) -> None:
+        _require_options(self, size_average, ignore_index, reduce, reduction)
+        _require_class_weight(self, weight)
         reduction = resolve_reduction(reduction, size_average, reduce)
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
         self.impl = impl
@@ -161,6 +193,7 @@ class NLLLoss(torch.nn.NLLLoss):
 class BCELoss(torch.nn.BCELoss):
     """``torch.nn.BCELoss`` computed by ``lossfuse.binary_cross_entropy``; isinstance and checkpoints agree."""
 
+    @hints_at_names
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -170,6 +203,7 @@ class BCELoss(torch.nn.BCELoss):
         *,
         impl: str = "auto",
     ) -> None:
+        _require_options(self, size_average, reduce, reduction)
         super().__init__(weight, reduction=resolve_reduction(reduction, size_average, reduce))
         self.impl = impl
 
@@ -180,6 +214,7 @@ class BCELoss(torch.nn.BCELoss):
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """``torch.nn.BCEWithLogitsLoss`` computed by ``lossfuse.binary_cross_entropy_with_logits``; isinstance and checkpoints agree."""
 
+    @hints_at_names
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -192,6 +227,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         inplace: bool = False,
         impl: str = "auto",
     ) -> None:
+        _require_options(self, size_average, reduce, reduction)
         super().__init__(weight, reduction=resolve_reduction(reduction, size_average, reduce), pos_weight=pos_weight)
         self.ignore_index = ignore_index
         self.inplace = inplace

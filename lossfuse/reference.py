@@ -135,10 +135,15 @@ def _expected_nll(z: Tensor, q: Tensor) -> Tensor:
 
 
 def _logsumexp(z: Tensor) -> Tensor:
-    """torch's, whose slope is exp(z - lse) and has no digits left where a row is far from 0: here the maximum is taken off first."""
+    """torch's, whose slope is exp(z - lse) and has no digits left where a row is far from 0: here the maximum is taken off first.
+
+    A +inf logit makes it +inf, as in torch, and all of its row's gradient NaN, as that of the loss is.
+    """
     top = z.amax(-1, keepdim=True).detach()
+    infinite = top[:, 0] == torch.inf
     top = torch.where(top.isfinite(), top, 0.0)
-    return (z - top).logsumexp(-1) + top[:, 0]
+    lse = (z - top).logsumexp(-1) + top[:, 0]
+    return torch.where(infinite, torch.inf, lse * _one_or_nan(~infinite, lse))
 
 
 def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:

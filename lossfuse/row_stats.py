@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .spec import LossSpec
@@ -60,6 +61,11 @@ class ShardRows(NamedTuple):
     given_shortfall: Tensor | None
     mean_shortfall: Tensor | None  # (N,) of row_max - z over the shard's own softmax, for the entropy
     argmax: Tensor | None  # (N,) int64, the first of the shard's classes with row_max, counted from its own first
+
+
+def log_sum_exp(row_max: Tensor, log_sum: Tensor) -> Tensor:
+    """The log-sum-exp of rows: +inf for a +inf logit, as in torch.logsumexp, although its ``log_sum`` is NaN."""
+    return torch.where(row_max == torch.inf, row_max, row_max + log_sum)
 
 
 def no_class(spec: LossSpec) -> int:

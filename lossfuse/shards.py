@@ -7,7 +7,7 @@ and ``log_sum`` keeps its digits near 0. Shards are summed in the order they com
 import torch
 from torch import Tensor
 
-from .row_stats import RowStats, ShardRows, Wants, no_class
+from .row_stats import RowStats, ShardRows, Wants, log_sum_exp, no_class
 from .spec import LossSpec
 
 # rows of numbers that a gradient of a shard is made from
@@ -100,7 +100,7 @@ def row_loss(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec,
 def row_stats(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int) -> RowStats:
     """``row_loss`` and the statistics of N whole rows; what their gradients take is ``kept``."""
     loss = row_loss(row, target, weight_sum, spec, num_classes)
-    lse = row.row_max + row.log_sum
+    lse = log_sum_exp(row.row_max, row.log_sum)
     if row.mass is not None:
         assert row.given_mass is not None and row.given_shortfall is not None
         logprob = -(row.given_mass * row.log_sum + row.given_shortfall)

@@ -32,7 +32,7 @@ def flatten_labels(input: Tensor, target: Tensor, weight: Tensor | None, pos_wei
     elif target.shape != input.shape:
         raise ValueError(
             f"target has shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; expected the same, or int64 ids of shape"
-            " (N, P) for an input of (N, V); nothing is broadcast"
+            f" (N, P) for an input of (N, V); nothing is broadcast{same_elements(target, input)}"
         )
     weight = check_broadcast("weight", weight, input)
     pos_weight = check_broadcast("pos_weight", pos_weight, input)
@@ -63,6 +63,13 @@ def check_labels(input: Tensor, target: Tensor, what: str) -> None:
         raise TypeError(f"target has dtype {target.dtype} but must be float64, float32, bfloat16 or float16")
 
 
+def same_elements(target: Tensor, input: Tensor, of_labels: str = "") -> str:
+    """What to pass for a target that differs in dimensions of size 1, such as (N,) for an output of (N, 1)."""
+    if target.numel() == input.numel() and [n for n in target.shape if n != 1] == [n for n in input.shape if n != 1]:
+        return f"; pass target.view_as(input){of_labels}"
+    return ""
+
+
 def check_broadcast(name: str, t: Tensor | None, input: Tensor) -> Tensor | None:
     """A weight as a view of the shape of input."""
     if t is None:
@@ -88,9 +95,10 @@ def _check_lists(target: Tensor, input: Tensor) -> None:
         raise TypeError(
             f"target has dtype {target.dtype} and shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; expected floating"
             " point of that shape, or int64 ids of shape (N, P), P other than V, for an input of (N, V)"
+            + ("; pass target.float()" if target.shape == input.shape else "")
         )
     if input.dim() != 2 or target.dim() != 2 or target.shape[0] != input.shape[0]:
         raise ValueError(
             f"target has shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; ids of the labels that are 1 must be (N, P),"
-            " rows padded with ignore_index, for an input of (N, V)"
+            " rows padded with ignore_index, for an input of (N, V)" + same_elements(target, input, of_labels=".float()")
         )

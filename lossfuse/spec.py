@@ -234,7 +234,7 @@ def resolve_reduction(reduction: str, size_average: bool | None, reduce: bool | 
         average = size_average is None or size_average
         reduction = "none" if reduce is not None and not reduce else "mean" if average else "sum"
         if not torch.compiler.is_compiling():
-            warnings.warn(f"size_average and reduce are deprecated, use reduction={reduction!r} instead", UserWarning, stacklevel=3)
+            warnings.warn(f"size_average and reduce are deprecated, use reduction={reduction!r} instead", UserWarning, stacklevel=4)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r} but must be one of 'none', 'mean', 'sum'")
     return reduction

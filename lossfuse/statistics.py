@@ -1,11 +1,11 @@
 """The public functions that return what people read off logits beside the loss, from the same pass."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import linear_stats_ops, ops, reference, stats_ops
 from .dispatch import forms_gradient_in_forward, pick
@@ -15,6 +15,7 @@ from .inputs import Targets, check_normalizer, flatten
 from .reduce import denominator, reduce_rows
 from .row_stats import Wants
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
+from .synonyms import hints_at_names
 from .targets import require_ids_in_range
 
 
@@ -30,6 +31,21 @@ class LossStats(NamedTuple):
     n_valid: Tensor
 
 
+_new = LossStats.__new__
+
+
+def _of_fields_or_iterable(cls: type[LossStats], *values: Any, **named: Any) -> LossStats:
+    # Tensor.__torch_function__ converts the tensors of any tuple and rebuilds it from one iterable, as if it were no NamedTuple
+    if len(values) == 1 and not named and not isinstance(values[0], Tensor):
+        return cls._make(values[0])
+    return _new(cls, *values, **named)
+
+
+# a NamedTuple takes no __new__ in its body, and a subclass with one is no NamedTuple to torch.compile
+LossStats.__new__ = _of_fields_or_iterable  # type: ignore[method-assign, assignment]
+
+
+@hints_at_names
 def cross_entropy_stats(
     input: Tensor,
     target: Tensor,
@@ -93,9 +109,10 @@ def cross_entropy_stats(
     Source: an entropy beside the loss of a policy is Williams and Peng, "Function optimization using connectionist reinforcement learning
     algorithms", Connection Science 3 (1991).
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_variadic(input, target, weight):
         made: LossStats = handle_torch_function(
-            cross_entropy_stats, (input,), input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
+            cross_entropy_stats, (input, target, weight),
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
             softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy,
             argmax=argmax, shard=shard, impl=impl,
         )  # fmt: skip
@@ -126,6 +143,7 @@ def cross_entropy_stats(
     return loss_stats(reduce_rows(loss, rows, reduction, divisor), stats, rows, spec, reduction, divisor, wants)
 
 
+@hints_at_names
 def linear_cross_entropy_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -172,6 +190,14 @@ def linear_cross_entropy_stats(
 
     Source: as ``linear_cross_entropy`` and ``cross_entropy_stats``.
     """
+    if has_torch_function_variadic(input, linear_weight, target):
+        returned: LossStats = handle_torch_function(
+            linear_cross_entropy_stats, (input, linear_weight, target), input, linear_weight, target, linear_bias=linear_bias,
+            weight=weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy, argmax=argmax, shard=shard,
+            options=options, impl=impl,
+        )  # fmt: skip
+        return returned
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias, target, weight, shard = local_head(input, linear_weight, linear_bias, target, weight, shard)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import inspect
 import itertools
 
 import pytest
@@ -83,6 +84,147 @@ REFUSED = {
     "normalizer a string": (TypeError, "normalizer is a str", (X, IDS), {"normalizer": "4"}),
     "impl": (ValueError, "impl is 'cuda' but must be one of 'auto', 'triton', 'torch', 'reference'", (X, IDS), {"impl": "cuda"}),
 }
+
+
+B, T, V = 2, 3, 7
+SEQUENCES, TOKENS = torch.randn(B, T, V), torch.arange(B * T).view(B, T)
+HIDDEN, HEAD = torch.randn(B * T, 5), torch.randn(V, 5)
+FLAT_IDS = TOKENS.flatten()
+LAST = "; if classes are the last dimension, pass "
+ORDER = "; are input and linear_weight exchanged? The order is (input, linear_weight, target)"
+
+
+class Output:
+    logits = X
+
+
+# arguments that do not fit -> how the sentence ends; of every function that takes them
+REMEDIES = {
+    "classes last": (LAST + "input.flatten(0, -2) and target.flatten(), or input.transpose(1, -1)", (SEQUENCES, TOKENS)),
+    "classes last, flat ids": (LAST + "input.flatten(0, -2)", (SEQUENCES, FLAT_IDS)),
+    "classes last, target short": (
+        "; if classes are the last dimension and row i predicts target i + 1, pass input[:, :-1].flatten(0, -2) and target.flatten()",
+        (SEQUENCES, TOKENS[:, 1:]),
+    ),
+    "classes last, target long": (
+        "; if classes are the last dimension and row i predicts target i + 1, pass input.flatten(0, -2) and target[:, 1:].flatten()",
+        (SEQUENCES[:, 1:], TOKENS),
+    ),
+    "flat logits": ("; pass target.flatten()", (SEQUENCES.flatten(0, 1), TOKENS)),
+    "a column of ids": ("; pass target.flatten()", (X, IDS[:, None])),
+    "rows short": ("; if row i predicts target i + 1, pass target[1:]", (X[1:], IDS)),
+    "rows long": ("; if row i predicts target i + 1, pass input[:-1]", (X, IDS[1:])),
+    "classes first": ("; if classes are the first dimension, pass input.T", (X.T, IDS)),
+    "exchanged": ("; the order is (input, target)", (IDS, X)),
+    "ids as floats": ("; pass target.long()", (X, IDS.float())),
+    "zeros and ones": ("; pass target.float(), or the ids of its classes", (X, torch.nn.functional.one_hot(IDS, 7))),
+    "a model's output": ("; pass its .logits", (Output(), IDS)),
+}
+HEAD_REMEDIES = {
+    "exchanged": (ORDER, (HEAD, HIDDEN, FLAT_IDS)),
+    "exchanged, of sequences": (ORDER, (HEAD, HIDDEN.view(B, T, 5), TOKENS)),
+    "exchanged, of probabilities": (ORDER, (HEAD, HIDDEN, torch.rand(B * T, V))),
+    "transposed": ("; pass linear_weight.T", (HIDDEN, HEAD.T, FLAT_IDS)),
+    "a module": ("; pass linear_weight=head.weight and linear_bias=head.bias", (HIDDEN, torch.nn.Linear(5, V), FLAT_IDS)),
+    "flat ids": ("; pass input.flatten(0, -2)", (HIDDEN.view(B, T, 5), HEAD, FLAT_IDS)),
+    "flat rows": ("; pass target.flatten()", (HIDDEN, HEAD, TOKENS)),
+    "target short": ("; if row i predicts target i + 1, pass input[:, :-1]", (HIDDEN.view(B, T, 5), HEAD, TOKENS[:, 1:])),
+    "target long": ("; if row i predicts target i + 1, pass target[:, 1:]", (HIDDEN.view(B, T, 5)[:, 1:], HEAD, TOKENS)),
+}
+BINARY_REMEDIES = {
+    "a column of outputs": ("; pass target.view_as(input)", (torch.rand(4, 1), torch.ones(4))),
+    "a column of targets": ("; pass target.view_as(input)", (torch.rand(4), torch.ones(4, 1))),
+    "integers": ("; pass target.float()", (torch.rand(4, 2), torch.ones(4, 2, dtype=torch.int64))),
+}
+OF_LOGITS = (lossfuse.cross_entropy, lossfuse.cross_entropy_stats, lossfuse.nll_loss)
+WITH_REMEDY = [
+    *((f, *case) for f in OF_LOGITS for name, case in REMEDIES.items() if name != "zeros and ones" or f is not lossfuse.nll_loss),
+    *((f, *case) for f in (lossfuse.linear_cross_entropy, lossfuse.linear_cross_entropy_stats) for case in HEAD_REMEDIES.values()),
+    *((f, *case) for f in (lossfuse.binary_cross_entropy, lossfuse.binary_cross_entropy_with_logits) for case in BINARY_REMEDIES.values()),
+    (
+        lossfuse.binary_cross_entropy_with_logits,
+        "; pass target.view_as(input).float()",
+        (torch.rand(4, 1), torch.ones(4, dtype=torch.int64)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "remedy", "args"), WITH_REMEDY, ids=lambda a: getattr(a, "__name__", None))
+def test_a_common_mistake_is_answered_by_its_remedy(function, remedy, args):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        function(*args)
+    assert str(caught.value).endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("input", "target"), [(SEQUENCES.flatten(0, -2), FLAT_IDS), (SEQUENCES.transpose(1, -1), TOKENS)], ids=["flat", "transposed"]
+)
+def test_the_remedies_of_sequences_are_the_loss(input, target):
+    want = torch.nn.functional.cross_entropy(SEQUENCES.reshape(-1, V), FLAT_IDS)
+    torch.testing.assert_close(lossfuse.cross_entropy(input, target), want)
+
+
+FOREIGN = {
+    "z_loss": (lossfuse.cross_entropy, "lse_square_scale"),
+    "logit_softcapping": (lossfuse.cross_entropy_stats, "softcap"),
+    "temperature": (lossfuse.cross_entropy, "logit_scale=1 / temperature"),
+    "bias": (lossfuse.linear_cross_entropy, "linear_bias"),
+    "shift": (lossfuse.linear_cross_entropy, "input[..., :-1, :] and target[..., 1:]: shift both before the call"),
+    "accum_e_fp32": (lossfuse.linear_cross_entropy_stats, "options=lossfuse.LinearOptions(acc_dtype=torch.float32), the default"),
+    "ignored_index": (lossfuse.nll_loss, "ignore_index"),
+    "inplace_backward": (lossfuse.cross_entropy, "inplace"),
+    "labels": (lossfuse.binary_cross_entropy, "target"),
+    "logits": (lossfuse.log_softmax, "input"),
+    "logits_scaling": (lossfuse.CrossEntropyLoss, "logit_scale=1 / logits_scaling"),
+    "class_weights": (lossfuse.NLLLoss, "weight"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_keyword_of_another_library_is_answered_by_ours(name):
+    function, ours = FOREIGN[name]
+    with pytest.raises(TypeError) as caught:
+        function(**{name: 1})
+    called = f"{function.__name__}.__init__" if isinstance(function, type) else function.__name__
+    assert str(caught.value) == f"{called}() got an unexpected keyword argument {name!r}; here it is {ours}"
+
+
+def test_every_hint_is_at_an_argument_of_some_function():
+    from lossfuse.synonyms import _USES
+
+    public = [getattr(lossfuse, name) for name in lossfuse.__all__ if name[0].islower()]
+    known = {p for function in public for p in inspect.signature(function).parameters}
+    assert {ours for ours, _ in _USES.values()} <= known
+
+
+def test_other_refusals_of_arguments_are_pythons():
+    with pytest.raises(TypeError, match=r"^cross_entropy\(\) got an unexpected keyword argument 'bias'$"):
+        lossfuse.cross_entropy(X, IDS, bias=None)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'target'"):
+        lossfuse.cross_entropy(X)
+
+
+def test_signatures_are_those_of_the_source():
+    parameters = inspect.signature(lossfuse.cross_entropy).parameters
+    assert [*parameters][:3] == ["input", "target", "weight"] and parameters["impl"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+@pytest.mark.parametrize("module", ["CrossEntropyLoss", "NLLLoss", "BCELoss", "BCEWithLogitsLoss", "LogSoftmax"])
+def test_tensors_given_to_a_constructor_are_answered_by_the_call(module):
+    args = (X,) if module == "LogSoftmax" else (X, IDS)
+    with pytest.raises(TypeError, match=rf"{module}\(\.\.\.\) takes options and is then called with tensors: {module}\(\)\(input"):
+        getattr(lossfuse, module)(*args)
+    with pytest.raises(TypeError, match=rf"argument 'input'; call the module: {module}\(\.\.\.\)\(input, target\)"):
+        getattr(lossfuse, module)(input=X)
+
+
+def test_logits_are_no_class_weights():
+    for module in (lossfuse.CrossEntropyLoss, lossfuse.NLLLoss):
+        with pytest.raises(ValueError, match=rf"weight has shape \(4, 7\) but must be \(C\).*call {module.__name__}\(\)\(input, target\)"):
+            module(X)
+    with pytest.raises(TypeError, match="makes a head and is then called with tensors"):
+        lossfuse.LinearCrossEntropyLoss(HIDDEN, HEAD)
 
 
 @pytest.mark.parametrize("name", REFUSED)

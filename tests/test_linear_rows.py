@@ -272,9 +272,20 @@ def test_statistics_of_undefined_rows(device, value):
     assert loss[0] == lse[0] == target_logprob[0] == entropy[0] == 0.0 and classes[0] == -1
     for t in (loss, target_logprob, entropy):
         assert t[1:].isnan().all()
-    # as torch.logsumexp, but for +inf
-    assert (lse[1:] == -INF).all() if value == -INF else lse[1:].isnan().all()
+    torch.testing.assert_close(lse[1:], torch.full((2,), value, device=device), rtol=0, atol=0, equal_nan=True)
     assert ((classes[1:] >= 0) & (classes[1:] < 300)).all()
+
+
+@pytest.mark.parametrize("at", [(3, 5), (3, 100), (3, TILE_V + 7), (200, 2 * TILE_V + 1)], ids=str)
+def test_several_infinite_logits(device, at):
+    """In one part of a tile, in several parts and in several tiles; a NaN beside them is a NaN."""
+    hidden, weight, target = head(2, 3 * TILE_V, 24, device=device, ignored=0.0)
+    hidden[1, 3] = NAN
+    bias = torch.zeros(3 * TILE_V, device=device)
+    bias[list(at)] = INF
+    loss, lse, target_logprob, entropy, _ = our_stats(hidden, weight, target, bias)
+    assert lse[0] == INF and lse[1].isnan()
+    assert all(t.isnan().all() for t in (loss, target_logprob, entropy))
 
 
 @pytest.mark.parametrize("options", [{}, {"lse_square_scale": 0.1, "softcap": 9.0, "logit_scale": 0.0}], ids=["plain", "all"])

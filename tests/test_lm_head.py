@@ -139,6 +139,7 @@ READERS = {
     ),
     "nll of log_softmax": lambda z: F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), TARGET.view(-1)),
     "nll, weighted": lambda z: nn.NLLLoss(CLASS_WEIGHT)(nn.LogSoftmax(-1)(z.view(-1, V)), TARGET.view(-1)),
+    "our nll_loss of our log_softmax": lambda z: lossfuse.nll_loss(lossfuse.log_softmax(z, -1).view(-1, V), TARGET.view(-1), CLASS_WEIGHT),
     "log_softmax and gather": lambda z: z.log_softmax(-1).gather(-1, VALID.unsqueeze(-1)).squeeze(-1).sum(),
     "gather": lambda z: torch.gather(z, -1, VALID.unsqueeze(-1)).sum(),
     "probability of the target": lambda z: z.softmax(-1).gather(-1, VALID.unsqueeze(-1)).sum(),

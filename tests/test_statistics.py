@@ -415,6 +415,7 @@ class TestHardRows:
         got = ours(place, dirty, target, reduction="none")
         for name in FLOATS:
             assert not getattr(got, name)[:3].isfinite().any()
+            assert getattr(got, name)[1].isnan() or name == "lse"
             torch.testing.assert_close(getattr(got, name)[3:], getattr(whole, name)[3:], rtol=1e-6, atol=0)
         classes = got.argmax.tolist()
         assert classes[:2] + classes[3:] == [0, 250, *whole.argmax[3:].tolist()]
@@ -424,6 +425,30 @@ class TestHardRows:
         grads = [differentiated(s, [leaf], ups)[0] for s, leaf in ((got, dirty), (whole, x))]
         assert grads[0][:3].isnan().any(1).all()
         torch.testing.assert_close(grads[0][3:], grads[1][3:], rtol=1e-5, atol=1e-9)
+
+    @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+    @pytest.mark.parametrize("of_head", [False, True], ids=["logits", "head"])
+    def test_an_infinite_logit_has_an_infinite_lse_and_nothing_else(self, place, of_head, soft):
+        """As torch.logsumexp has it, however many there are, but beside a NaN; every gradient of its row is NaN."""
+        x, target = logits_and_ids(5, 700, device=place.device, ignored=0.0)
+        target = probabilities(5, 700).detach().to(place.device) if soft else target
+        x = x.detach()
+        x[0, 250], x[1, 3], x[1, 600], x[2], x[3, 9], x[3, 500] = INF, INF, INF, INF, INF, NAN
+        weight = ()
+        if of_head:
+            # 2 * 3e38 is INF in float32, and 0 * INF would be NaN
+            weight = (torch.where(x.isfinite(), x, 3e38).T.contiguous(),)
+            x = torch.diag(torch.tensor([2.0, 2.0, 2.0, NAN, 1.0], device=place.device))
+        x.requires_grad_()
+        function = lossfuse.linear_cross_entropy_stats if of_head else lossfuse.cross_entropy_stats
+        got = function(x, *weight, target, reduction="none", lse_square_scale=0.1, impl=place.impl)
+        assert got.lse[:3].tolist() == got.z_loss[:3].tolist() == [INF] * 3
+        assert got.lse[3].isnan() and got.lse[4].isfinite()
+        for t in (got.loss, got.target_logprob, got.entropy):
+            assert t[:4].isnan().all() and t[4].isfinite()
+        (dx,) = torch.autograd.grad(got.lse.sum(), x)
+        assert dx[:4].isnan().all()
+        assert dx[4].isfinite().all() or of_head
 
     @pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e30, 0.0], ids=str)
     def test_masked_by_a_large_negative_number(self, place, value):

@@ -294,8 +294,21 @@ def test_undefined_rows(device, at, value, soft):
     x[1, at] = value
     got = ours(x, target)
     for name in NAMES:
-        assert got[name].isnan().tolist() == [False, True, False], name
+        undefined = got[name] == INF if name == "lse" and value == INF else got[name].isnan()
+        assert undefined.tolist() == [False, True, False], name
     assert 0 <= got["argmax"][1] < 2500
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+@pytest.mark.parametrize("at", [(0, 1), (7, 2055), (2047, 4096)], ids=str)
+def test_several_infinite_logits(device, at, soft):
+    """In several lanes and blocks; a NaN beside them is a NaN."""
+    x, target = case(soft, 3, 5000, device, ignored=0.0)
+    x[:2, at] = INF
+    x[1, 2048] = NAN
+    got = ours(x, target)
+    assert got["lse"][0] == INF and got["lse"][1].isnan() and got["lse"][2].isfinite()
+    assert got["argmax"][0] == at[0]
 
 
 @pytest.mark.parametrize(("soft", "scale"), [(False, None), (True, None), (False, -0.5)], ids=["ids", "probabilities", "negative scale"])

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..row_stats import RowStats, Upstream, Wants, no_class
+from ..row_stats import RowStats, Upstream, Wants, log_sum_exp, no_class
 from ..spec import LossSpec
 from . import threads
 
@@ -300,7 +300,7 @@ def _id_rows(
         loss += spec.lse_square_scale * (row_max + log_sum).square_()
     columns = [loss]
     if wants is not None:
-        columns += [row_max + log_sum, margin - log_sum]
+        columns += [log_sum_exp(row_max, log_sum), margin - log_sum]
         if wants.entropy:
             columns.append(log_sum - spread / (others + e_y))
     columns = [torch.where(ignored, 0.0, torch.where(valid, column, torch.nan)) for column in columns]
@@ -344,13 +344,14 @@ def _soft_rows(
         if _spreads(up, wants):
             moments, spread = moments_of(p, d.clone())
         p.scatter_(1, top, 0.0)
-        others = p.sum(-1, keepdim=True)
+        # the NaN that a +inf logit makes stood at the top
+        others = torch.where(row_max == torch.inf, torch.nan, p.sum(-1, keepdim=True))
         mass = q.sum(-1, keepdim=True)
         log_sum, sum_exp = torch.log1p(others), 1.0 + others
         lse = row_max + log_sum
         loss[rows] = mass * log_sum - (q * d).sum(-1, keepdim=True) + spec.lse_square_scale * lse * lse
         if wants is not None:
-            all_lse[rows], all_top[rows] = lse, top
+            all_lse[rows], all_top[rows] = log_sum_exp(row_max, log_sum), top
             target_logprob[rows] -= t.sum(-1, keepdim=True) * log_sum
             if wants.entropy:
                 entropy[rows] = log_sum - spread / sum_exp
