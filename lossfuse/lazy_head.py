@@ -4,10 +4,11 @@ Whoever wants them later gets them from the head's own forward, or is told that 
 """
 
 import math
+import types
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Protocol, cast
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .cut_heads import Cut
+from .deferrable import HeadState, is_own_forward
 from .spec import LinearOptions
 from .wrappers import Lenders, Lent, held, is_plain_linear, lent
 
@@ -29,10 +31,15 @@ STALE = (
 
 @dataclass
 class LogitsReport:
-    """What became of the logits of a fused head: operations by name, and how often."""
+    """What became of the logits of a fused head: operations by name, and how often.
+
+    ``fused``, losses and statistics that ran without logits; ``made``, operations that materialized them, "forward" where the call of the
+    head was not deferred; ``calls``, how often the model has called the head, in any mode.
+    """
 
     fused: Counter[str] = field(default_factory=Counter)
     made: Counter[str] = field(default_factory=Counter)
+    calls: int = field(default=0, repr=False, compare=False)
 
 
 class Finder(Protocol):
@@ -41,6 +48,8 @@ class Finder(Protocol):
     model: nn.Module
     report: LogitsReport
     options: LinearOptions
+    row_wise: bool
+    evaluation: bool
     closed: bool
 
     def close(self) -> None:
@@ -48,6 +57,9 @@ class Finder(Protocol):
 
     def finds(self, head: nn.Module) -> bool:
         """Whether it is this; if not, what it is is fused from now on."""
+
+    def not_deferred(self, why: str) -> None:
+        """Count a call of the head that was wanted deferred, and say why it is not, once."""
 
 
 class HeadForward:
@@ -57,8 +69,9 @@ class HeadForward:
         self.head = head
         self.instance_forward = instance_forward
         self.finder = finder
-        # classes and dtype of the logits of a head that must be asked, by what decides them
+        # classes and dtype of the logits of a head that must be asked, by what decides them, in the state it was in
         self.known: dict[Any, tuple[int, torch.dtype]] = {}
+        self.known_in: Any = None
         self.lenders = Lenders()
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -67,13 +80,40 @@ class HeadForward:
         made: Tensor = type(self.head).forward(self.head, *args, **kwargs)
         return made
 
+    @property
+    def is_linear(self) -> bool:
+        """Return True if the head is a plain ``nn.Linear`` with plain parameters and the forward of its class."""
+        head = self.head
+        own = self.instance_forward is None or is_own_forward(head, self.instance_forward)
+        return is_plain_linear(head) and own and type(head.weight) in (Tensor, nn.Parameter) and type(head.bias) in PLAIN
+
     def leave(self, head: nn.Module) -> None:
         """Give a head back the forward it had."""
         # at no time has it neither
-        if self.instance_forward is not None:
-            head.forward = self.instance_forward
-        else:
-            del head.__dict__["forward"]
+        for slot in SLOTS:
+            if head.__dict__.get(slot) is not self:
+                continue
+            if self.instance_forward is not None:
+                head.__dict__[slot] = self.instance_forward
+            elif slot == "forward":
+                del head.__dict__[slot]
+            else:
+                head.__dict__[slot] = types.MethodType(type(head).forward, head)
+
+
+# where the forward of a module's instance is; accelerate's hooks keep the one they found in the second
+SLOTS = ("forward", "_old_forward")
+PLAIN = (Tensor, nn.Parameter, type(None))
+
+
+def fused_forward(head: nn.Module) -> HeadForward | None:
+    """What ``fuse_lm_head`` has put into a head."""
+    return next((f for slot in SLOTS if isinstance(f := head.__dict__.get(slot), HeadForward)), None)
+
+
+def version_of(t: Tensor) -> int:
+    # tensors of inference mode have none
+    return 0 if t.is_inference() else t._version
 
 
 class Source:
@@ -84,16 +124,21 @@ class Source:
         self.hidden = hidden
         self.cut = cut
         head, kind = forward.head, hidden.device.type
-        plain = is_plain_linear(head) and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
-        self.linear = plain or cut is not None
+        self.linear = forward.is_linear or cut is not None
         self.weight: Tensor | None = cast(nn.Linear, head).weight if self.linear else None
         self.bias: Tensor | None = cast(nn.Linear, head).bias if self.linear else None
         # float64 is none of autocast's business
         casts = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
         self.autocast = torch.get_autocast_dtype(kind) if casts else None
+        self.grad = torch.is_grad_enabled()
         self.parameters = tuple(head.parameters())
-        self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, p._version) for p in self.parameters]
+        self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, version_of(p)) for p in self.parameters]
         self.watch("the hidden states", hidden)
+        # a linear head is its weight and bias; of any other, whatever its forward may look at
+        self.state = None if self.linear else HeadState(head, draws=forward.finder.row_wise)
+        if self.state is not None:
+            for what, t in self.state.tensors():
+                self.watch(what, t)
         # FSDP1 puts views in place of parameters
         operands = [t for t in (*self.parameters, self.weight, self.bias) if t is not None]
         self.needed = [(t, t.shape) for t in operands]
@@ -110,7 +155,7 @@ class Source:
         self.lazies: list[weakref.ref[Any]] = []
 
     def watch(self, what: str, t: Tensor) -> None:
-        self.watched.append((what, t, t._version))
+        self.watched.append((what, t, version_of(t)))
 
     def watch_lent(self, found: list[Lent]) -> None:
         """What an optimizer's step changes where the head's own parameters are copies."""
@@ -139,11 +184,29 @@ class Source:
                 for hook in self.begins.values():
                     t.register_hook(hook)
 
-    def require_unchanged(self, *, calls_head: bool = True) -> None:
+    def require_unchanged(self, *, calls_head: bool | None = None) -> None:
+        """Raise if what the logits are made of has changed; with ``calls_head``, also if the head has other parameters or modules by now."""
         require_unchanged(self.watched)
+        if not (self.cut is not None or not self.linear if calls_head is None else calls_head):
+            return
         # torch.func.functional_call puts others in their place for the time of a call
-        if calls_head and any(mine is not now for mine, now in zip_longest(self.parameters, self.forward.head.parameters())):
+        if any(mine is not now for mine, now in zip_longest(self.parameters, self.forward.head.parameters())):
             raise RuntimeError(STALE.format(what="a parameter of the head"))
+        what = None if self.state is None else self.state.changed(self.forward.head)
+        if what is not None:
+            raise RuntimeError(STALE.format(what=what))
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The head as it was at the call, of these hidden states."""
+        if self.linear and self.cut is None:
+            assert self.weight is not None
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        # the classes of its parameters may have functions of their own, which are off while a function of lazy logits runs
+        with torch._C._EnableTorchFunction(), nullcontext() if self.state is None else self.state.restored():
+            return self.forward.original(hidden)
+
+    def random(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.state is None else self.state.random(self.hidden.device)
 
     @contextmanager
     def as_called(self) -> Iterator[None]:
@@ -159,8 +222,12 @@ class Source:
             return (
                 (len(self.weight), self.autocast or self.weight.dtype) if fits and self.weight.shape[1] == self.hidden.shape[-1] else None
             )
+        assert self.state is not None
         device = self.hidden.device
         key = self.hidden.dtype, self.autocast, device, tuple(p.shape for p in self.parameters)
+        flags = self.state.flags()
+        if self.forward.known_in != flags:
+            self.forward.known, self.forward.known_in = {}, flags
         if key not in self.forward.known:
             if self.hidden.numel() == 0:
                 return None
@@ -174,22 +241,22 @@ class Source:
 
     def original(self, hidden: Tensor | None = None) -> Tensor:
         self.require_unchanged()
-        with torch.enable_grad(), self.as_called():
-            return self.forward.original(self.hidden if hidden is None else hidden)
+        with torch.set_grad_enabled(self.grad), self.as_called(), self.random():
+            return self.run(self.hidden if hidden is None else hidden)
 
     def make(self) -> Tensor:
         if self.made is None:
             self.made = self.original()
-            self.made_version = self.made._version
+            self.made_version = version_of(self.made)
             self.is_read(self.made)
-        elif self.made._version != self.made_version:
+        elif version_of(self.made) != self.made_version:
             raise RuntimeError(STALE.format(what="what was made of others like them"))
         return self.made
 
 
 def require_unchanged(watched: Iterable[tuple[str, Tensor, int]]) -> None:
     for what, t, version in watched:
-        if t._version != version:
+        if version_of(t) != version:
             raise RuntimeError(STALE.format(what=what))
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .cut_heads import Cut, as_replicas, local_arguments, localised, redistributed, replicas
-from .lazy_head import STALE, Shaping, Source, require_unchanged
+from .lazy_head import STALE, Shaping, Source, require_unchanged, version_of
 from .wrappers import modules_told, told_by
 
 UNSEEN = (
@@ -342,24 +342,24 @@ class _Expression:
         self.grad = torch.is_grad_enabled()
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         tensors = (t for t in tree_leaves(self.arguments) if isinstance(t, Tensor))
-        self.watched = [(f"an argument of {_name(func)}", t, t._version) for t in tensors]
+        self.watched = [(f"an argument of {_name(func)}", t, version_of(t)) for t in tensors]
 
     def value(self, *, inner: bool = False) -> Tensor:
         """``inner``, as an argument of a call that was recorded, it must be what it was then."""
         lazy = self.lazy()
         if lazy is not None and lazy._made is not None:
-            if inner and lazy._made._version != lazy._made_version:
+            if inner and version_of(lazy._made) != lazy._made_version:
                 raise RuntimeError(STALE.format(what="what was made of others like them"))
             return lazy._made
         made = self.source.make() if self.func is None else self._called(lambda x: x.value(inner=True) if isinstance(x, _Expression) else x)
         if lazy is not None:
-            lazy._made, lazy._made_version = made, made._version
+            lazy._made, lazy._made_version = made, version_of(made)
         return made
 
     def again(self, cut: dict[int, Tensor]) -> Tensor:
         """With a graph of its own: who has used what was made may have freed its. It ends at ``cut``, by the tensors they stand for."""
         lazy = self.lazy()
-        if lazy is not None and lazy._made is not None and lazy._made._version != lazy._made_version:
+        if lazy is not None and lazy._made is not None and version_of(lazy._made) != lazy._made_version:
             return lazy._made
         if self.func is None:
             return self.source.original(cut.get(id(self.source.hidden)))
@@ -413,7 +413,7 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
                 report.made[name] += 1
             if lazy._intercepted:
                 value = _Value.apply(lazy)
-                lazy._made, lazy._made_version = value, value._version
+                lazy._made, lazy._made_version = value, version_of(value)
             else:
                 lazy._expression.value()
     assert lazy._made is not None

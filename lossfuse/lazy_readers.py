@@ -232,7 +232,7 @@ def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: 
         # in the backward again
         source.require_unchanged()
         with torch.set_grad_enabled(torch.is_grad_enabled() and x._of_head):
-            z = source.forward.original(hidden)[:, : shaping.num_classes]
+            z = source.run(hidden)[:, : shaping.num_classes]
         if shaping.bias is not None:
             z = z + shaping.bias / shaping.scale
         if reads is None:
@@ -244,7 +244,8 @@ def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: 
     wants: dict[str, Any] = reads or {}
     cpu = rows.device.type == "cpu"
     step = chunk_rows(len(rows), rows.shape[-1], shaping.num_classes, rows.dtype, source.forward.finder.options, cpu=cpu)
-    parts = [checkpoint(part, h, some, use_reentrant=False) for h, some in zip(rows.split(step), t.split(step), strict=True)]
+    with source.random():
+        parts = [checkpoint(part, h, some, use_reentrant=False) for h, some in zip(rows.split(step), t.split(step), strict=True)]
     losses, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
     of = Targets(t, options.get("weight"), lead)
     divisor = divisor_of(of, shaping.num_classes, losses.dtype, ignore_index, reduction, normalizer)
