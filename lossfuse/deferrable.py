@@ -29,7 +29,7 @@ _NORMS = {nn.LayerNorm, nn.RMSNorm}
 _PARAMETRIZATIONS = {"_WeightNorm", "_Orthogonal"}
 # packages of peft.tuners whose layers add to, scale, rotate or replace the product of a Linear
 _TUNERS = {
-    "adalora", "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "lily",
+    "adalora", "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3",
     "loha", "lokr", "lora", "lycoris_utils", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning",
     "tinylora", "trainable_tokens", "tuners_utils", "unilora", "vblora", "vera", "waveft", "_buffer_dict",
 }  # fmt: skip
