@@ -29,6 +29,9 @@ STALE = (
 )
 
 
+READS = "reads of fused logits"
+
+
 @dataclass
 class LogitsReport:
     """What became of the logits of a fused head: operations by name, and how often.
@@ -147,6 +150,8 @@ class Source:
         # who waits for a backward to begin, and what has been read, whose backward that is
         self.begins: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
         self.results: list[weakref.ref[Tensor]] = []
+        # in the metadata of nodes of the graph that are reads of these logits
+        self.mark = object()
         # the logits themselves, once somebody has needed them, and when that was
         self.made: Tensor | None = None
         self.made_version = 0
@@ -177,12 +182,32 @@ class Source:
                 t.register_hook(hook)
         return handle
 
-    def is_read(self, result: Any) -> None:
+    def is_read(self, result: Any, *, past_logits: bool = True) -> None:
+        """Tell those who wait for the backward of ``result``, whose gradient goes past the logits, or through them."""
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.requires_grad:
+                # a view that is written to, as by masked_fill_, gets another node above that of its base
+                nodes = [of.grad_fn for of in (t, t._base) if of is not None and past_logits]
+                for node in nodes:
+                    if node is not None:
+                        node.metadata.setdefault(READS, set()).add(self.mark)
                 self.results.append(weakref.ref(t))
                 for hook in self.begins.values():
                     t.register_hook(hook)
+
+    def is_passed(self, outputs: Any) -> bool:
+        """Whether a gradient of ``outputs`` goes past these logits, because something in their graph was read without making them."""
+        todo = [t.grad_fn if isinstance(t, Tensor) else getattr(t, "node", None) for t in tree_leaves(outputs)]
+        seen = set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if self.mark in node.metadata.get(READS, ()):
+                return True
+            todo += [following for following, _ in node.next_functions]
+        return False
 
     def require_unchanged(self, *, calls_head: bool | None = None) -> None:
         """Raise if what the logits are made of has changed; with ``calls_head``, also if the head has other parameters or modules by now."""
@@ -248,7 +273,7 @@ class Source:
         if self.made is None:
             self.made = self.original()
             self.made_version = version_of(self.made)
-            self.is_read(self.made)
+            self.is_read(self.made, past_logits=False)
         elif version_of(self.made) != self.made_version:
             raise RuntimeError(STALE.format(what="what was made of others like them"))
         return self.made

@@ -24,8 +24,8 @@ from .lazy_head import STALE, Shaping, Source, require_unchanged, version_of
 from .wrappers import modules_told, told_by
 
 UNSEEN = (
-    "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that,"
-    " or lossfuse.unfuse_lm_head(model)"
+    "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that"
+    " (logits.retain_grad()), or lossfuse.unfuse_lm_head(model)"
 )
 
 
@@ -260,6 +260,8 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
                 result._expression.is_call(func, *given)
             return result
     args, kwargs = given
+    if func in GRADIENTS:
+        _require_on_the_way(func, args, kwargs)
     if _writes(func, kwargs):
         # whatever else has been made of these logits was made of what they were
         _make_all(lazies, func)
@@ -289,6 +291,16 @@ def _past_wrapper(lazy: LazyLogits) -> LazyLogits:
         lazy._unwrapped._expression.is_call(T.clone, (inner,), {})
         lazy._source.tell(tell)
     return lazy._unwrapped
+
+
+def _require_on_the_way(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise if a gradient is asked for with respect to logits that it goes past."""
+    at = 1 if func is torch.autograd.grad else 5
+    inputs = args[at] if len(args) > at else kwargs.get("inputs")
+    outputs = args[0] if args else kwargs["outputs" if at == 1 else "tensors"]
+    with torch._C.DisableTorchFunctionSubclass():
+        if any(x._source.is_passed(outputs) for x in _lazies_of(inputs)):
+            raise RuntimeError(UNSEEN.format(name=f"torch.autograd.{_name(func)}"))
 
 
 def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
@@ -450,6 +462,7 @@ METADATA = {
 LAYOUT = {T.stride, T.is_contiguous, T.storage_offset}
 # of whose first argument only dtype and device matter
 FACTORIES = {getattr(T, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")}
+GRADIENTS = {torch.autograd.grad, torch.autograd.backward}
 WATCHES_GRADIENT = {T.register_hook, T.retain_grad, T.register_post_accumulate_grad_hook}
 # beside names that end with an underscore
 WRITE = {
