@@ -210,7 +210,7 @@ class Source:
         return False
 
     def require_unchanged(self, *, calls_head: bool | None = None) -> None:
-        """Raise if what the logits are made of has changed; with ``calls_head``, also if the head has other parameters or modules by now."""
+        """Raise if what the logits are made of has changed; with ``calls_head``, also if the head has other parameters by now."""
         require_unchanged(self.watched)
         if not (self.cut is not None or not self.linear if calls_head is None else calls_head):
             return

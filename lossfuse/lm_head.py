@@ -33,10 +33,10 @@ def fuse_lm_head(
 
     In training mode, with gradients enabled, the call of the head is then deferred: it returns logits that are not made. They have the
     shape, dtype and device of logits. Scaling by a number, ``tanh``, casts, a bias, slices of classes and any indexing or reshaping of rows
-    are recorded; ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with any arguments, ``lossfuse.cross_entropy``, ``log_softmax`` followed by
-    ``gather``, ``nll_loss`` or a sum over classes, ``logsumexp``, ``argmax`` and entropies run ``linear_cross_entropy`` or its statistics
-    instead. Any other use makes the logits as the model would have, bit for bit, and warns once, naming the operation. In eval mode and
-    under ``no_grad`` the head is the model's own, but with ``evaluation``; in ``generate()`` always.
+    are recorded; ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with any arguments, ``lossfuse.cross_entropy``, ``log_softmax`` followed
+    by ``gather``, ``nll_loss`` or a sum over classes, ``logsumexp``, ``argmax`` and entropies run ``linear_cross_entropy`` or its
+    statistics instead. Any other use makes the logits as the model would have, bit for bit, and warns once, naming the operation. In eval
+    mode and under ``no_grad`` the head is the model's own, unless ``evaluation=True``; in ``generate()`` always.
 
     Equal to the model without: losses and gradients up to rounding (logits of half-precision heads are float32 here).
 
@@ -159,8 +159,8 @@ def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
         )
     if isinstance(found, nn.Embedding):
         raise TypeError(
-            f"{by} of {kind} is an {type(found).__name__}, whose forward takes ids: the model multiplies by its weight itself, so that there"
-            " is no call to defer; pass head=, the module that returns the logits, or call lossfuse.linear_cross_entropy(hidden, weight,"
+            f"{by} of {kind} is an {type(found).__name__}, whose forward takes ids: the model multiplies by its weight itself, and there is"
+            " no call to defer; pass head=, the module that returns the logits, or call lossfuse.linear_cross_entropy(hidden, weight,"
             " target) in the model's forward"
         )
     if not isinstance(found, nn.Module):
@@ -292,11 +292,11 @@ class _HeadFinder:
         if torch.compiler.is_compiling() or self.calls is None or self.closed or model is not self.model:
             return
         if self.calls == self.report.calls:
+            head = "" if self.fused is None else f", a {type(self.fused).__name__}"
             self._warn(
-                f"the forward of {type(model).__name__} has not called its head"
-                f"{'' if self.fused is None else ', a ' + type(self.fused).__name__}, so that lossfuse.fuse_lm_head has fused nothing: the model"
-                " multiplies by the weight itself, or its head is another module. Pass head=, the module that returns the logits, or call"
-                " lossfuse.linear_cross_entropy in the forward"
+                f"the forward of {type(model).__name__} has not called its head{head}, so that lossfuse.fuse_lm_head has fused nothing: the"
+                " model multiplies by the weight itself, or its head is another module. Pass head=, the module that returns the logits, or"
+                " call lossfuse.linear_cross_entropy in the forward"
             )
         self.calls = None
 
@@ -307,7 +307,7 @@ class _HeadFinder:
     def _warn(self, message: str) -> None:
         if message not in self.warned and not torch.compiler.is_compiling():
             self.warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warnings.warn(message, UserWarning, stacklevel=_frames_to_the_user())
 
     def close(self) -> None:
         self.closed = True
@@ -331,6 +331,14 @@ class _HeadFinder:
         if self.fused is not None and forward is not None:
             forward.leave(self.fused)
         self.fused = None
+
+
+def _frames_to_the_user() -> int:
+    """The ``stacklevel`` at which a function that warns names a line that is neither ours nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("lossfuse", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 _kept: set[Any] = set()
