@@ -99,7 +99,7 @@ def class_of(m: nn.Module) -> type:
     return next(c for c in kind.__mro__[1:] if issubclass(c, nn.Module)) if is_fsdp2(m) else kind
 
 
-def _obstacle_of(m: nn.Module, first: bool) -> str | None:
+def _obstacle_of(m: Any, first: bool) -> str | None:
     kind = class_of(m)
     place, name = kind.__module__, kind.__name__
     if kind is nn.Linear:

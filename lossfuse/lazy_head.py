@@ -48,12 +48,15 @@ class LogitsReport:
 class Finder(Protocol):
     """Who knows which head a model has."""
 
-    model: nn.Module
     report: LogitsReport
     options: LinearOptions
     row_wise: bool
     evaluation: bool
     closed: bool
+
+    @property
+    def outermost(self) -> nn.Module:
+        """The model whose wrappers may hold the head's parameters."""
 
     def close(self) -> None:
         """Undo it."""
@@ -135,6 +138,7 @@ class Source:
         self.autocast = torch.get_autocast_dtype(kind) if casts else None
         self.grad = torch.is_grad_enabled()
         self.parameters = tuple(head.parameters())
+        self.trained = tuple(p.requires_grad for p in self.parameters)
         self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, version_of(p)) for p in self.parameters]
         self.watch("the hidden states", hidden)
         # a linear head is its weight and bias; of any other, whatever its forward may look at
@@ -146,7 +150,7 @@ class Source:
         operands = [t for t in (*self.parameters, self.weight, self.bias) if t is not None]
         self.needed = [(t, t.shape) for t in operands]
         self.lent: list[Lent] = []
-        self.watch_lent(forward.lenders(self.parameters, forward.finder.model))
+        self.watch_lent(forward.lenders(self.parameters, forward.finder.outermost))
         # who waits for a backward to begin, and what has been read, whose backward that is
         self.begins: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
         self.results: list[weakref.ref[Tensor]] = []
@@ -187,7 +191,7 @@ class Source:
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.requires_grad:
                 # a view that is written to, as by masked_fill_, gets another node above that of its base
-                nodes = [of.grad_fn for of in (t, t._base) if of is not None and past_logits]
+                nodes: list[Any] = [of.grad_fn for of in (t, t._base) if of is not None and past_logits]
                 for node in nodes:
                     if node is not None:
                         node.metadata.setdefault(READS, set()).add(self.mark)
@@ -197,7 +201,7 @@ class Source:
 
     def is_passed(self, outputs: Any) -> bool:
         """Whether a gradient of ``outputs`` goes past these logits, because something in their graph was read without making them."""
-        todo = [t.grad_fn if isinstance(t, Tensor) else getattr(t, "node", None) for t in tree_leaves(outputs)]
+        todo: list[Any] = [t.grad_fn if isinstance(t, Tensor) else getattr(t, "node", None) for t in tree_leaves(outputs)]
         seen = set()
         while todo:
             node = todo.pop()
@@ -227,7 +231,8 @@ class Source:
             assert self.weight is not None
             return nn.functional.linear(hidden, self.weight, self.bias)
         # the classes of its parameters may have functions of their own, which are off while a function of lazy logits runs
-        with torch._C._EnableTorchFunction(), nullcontext() if self.state is None else self.state.restored():
+        state = nullcontext() if self.state is None else self.state.restored()
+        with torch._C._EnableTorchFunction(), self.trained_as_called(), state:
             return self.forward.original(hidden)
 
     def random(self) -> AbstractContextManager[None]:
@@ -237,8 +242,20 @@ class Source:
     def as_called(self) -> Iterator[None]:
         kind = self.hidden.device.type
         # torch 2.8 hands a parameter that was cast under no_grad, without its gradient, to whoever casts it next
-        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+        with self.trained_as_called(), torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             yield
+
+    @contextmanager
+    def trained_as_called(self) -> Iterator[None]:
+        """With the parameters requiring grad that did at the call, as before PEFT switched to another adapter."""
+        other = [(p, was) for p, was in zip(self.parameters, self.trained, strict=True) if p.requires_grad != was and p.is_leaf]
+        try:
+            for p, was in other:
+                p.requires_grad_(was)
+            yield
+        finally:
+            for p, was in other:
+                p.requires_grad_(not was)
 
     def shape_of_logits(self) -> tuple[int, torch.dtype] | None:
         """(classes, dtype); None where the head had better be asked for its logits."""

@@ -158,7 +158,7 @@ class PlacedLogits(LazyLogits):
 
 def lazy_logits(source: Source, shaping: Shaping, rows: Tensor, class_dim: int | None = None, *, leaves: tuple[Tensor, ...]) -> LazyLogits:
     """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunctionSubclass(), source.trained_as_called():
         kind = LazyLogits if shaping.placements is None else PlacedLogits
         made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
         made._node = made.grad_fn

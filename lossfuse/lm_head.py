@@ -3,6 +3,7 @@
 import copy
 import sys
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ def fuse_lm_head(
         raise TypeError(f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions")
     require_bool("row_wise", row_wise)
     require_bool("evaluation", evaluation)
+    given = model
     if head is None:
         model = _without_adapters(model)
     _require_head(model, head)
@@ -100,6 +102,7 @@ def fuse_lm_head(
     if finder.is_over not in model._forward_hooks.values():
         model.register_forward_hook(finder.is_over)
     finder.name, finder.options, finder.row_wise, finder.evaluation = head, options, row_wise, evaluation
+    finder.given = weakref.ref(given)
     finder(model, ())
     return finder.report
 
@@ -118,9 +121,10 @@ def unfuse_lm_head(model: nn.Module) -> None:
 def _without_adapters(model: nn.Module) -> nn.Module:
     """The model in a ``PeftModel``, which outlives it (``merge_and_unload``)."""
     peft = sys.modules.get("peft")
-    while peft is not None and isinstance(model, peft.PeftModel):
-        model = model.get_base_model()
-    return model
+    inner: Any = model
+    while isinstance(inner, getattr(peft, "PeftModel", ())):
+        inner = inner.get_base_model()
+    return inner
 
 
 def _finder_of(model: nn.Module) -> "_HeadFinder | None":
@@ -242,6 +246,8 @@ class _HeadFinder:
         self.name: str | nn.Module | None = None
         self.options = LinearOptions()
         self.row_wise, self.evaluation = False, False
+        # the PeftModel around it, if that was given: FSDP2 may hold its parameters
+        self.given: weakref.ref[nn.Module] | None = None
         self.fused: nn.Module | None = None
         self.closed = False
         # how often the head had been called when a forward in training mode began
@@ -316,12 +322,20 @@ class _HeadFinder:
             for key in [key for key, hook in hooks.items() if hook == mine]:
                 del hooks[key]
 
+    @property
+    def outermost(self) -> nn.Module:
+        given = None if self.given is None else self.given()
+        return self.model if given is None else given
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "given": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "_HeadFinder":
         """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes, is not, and copies no model."""
         other = _HeadFinder(self.model)
         memo[id(self)] = other
         if id(self.model) in memo:
-            other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+            other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         else:
             other.closed = True
         return other

@@ -189,6 +189,42 @@ def test_logits_of_a_disabled_adapter_that_are_read_after_it_is_on_again():
     assert report.fused == {"gather": 1, "cross_entropy": 1} and not report.made
 
 
+SWITCHES = {
+    "another adapter": lambda model: model.set_adapter("other"),
+    "none": lambda model: model.base_model.disable_adapter_layers(),
+    "another scale": lambda model: [m.scale_layer(3.0) for m in model.modules() if hasattr(m, "scale_layer")],
+    "eval": lambda model: model.eval(),
+    "taken off": lambda model: model.unload(),
+}
+
+
+@pytest.mark.parametrize("when", ["before the loss", "before the backward"])
+@pytest.mark.parametrize("name", SWITCHES)
+def test_adapters_switched_after_the_forward(name, when):
+    """PEFT freezes what is not active; the loss and its gradients are those of the forward."""
+
+    def run(fuse):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(base(), peft.LoraConfig(r=2, init_lora_weights=False, **HEAD))
+        model.add_adapter("other", peft.LoraConfig(r=2, init_lora_weights=False, **HEAD))
+        model.train()
+        report = lossfuse.fuse_lm_head(model) if fuse else None
+        ids = torch.arange(24).view(2, 12)
+        logits = model(input_ids=ids).logits
+        if when == "before the loss":
+            SWITCHES[name](model)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        if when == "before the backward":
+            SWITCHES[name](model)
+        flags = [p.requires_grad for p in model.parameters()]
+        loss.backward()
+        assert [p.requires_grad for p in model.parameters()] == flags
+        assert report is None or (report.fused == {"cross_entropy": 1} and not report.made)
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    assert_same(run(True), run(False))
+
+
 def test_adapters_merged_before_the_loss_are_named():
     model = adapted(base(), "head")
     lossfuse.fuse_lm_head(model)
