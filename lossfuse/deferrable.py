@@ -27,6 +27,10 @@ _ACTIVATIONS = {
 _CONTAINERS = {nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Identity}
 _NORMS = {nn.LayerNorm, nn.RMSNorm}
 _PARAMETRIZATIONS = {"_WeightNorm", "_Orthogonal"}
+_OTHERS = {
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper"),
+    ("transformers.models.idefics.modeling_idefics", "IdeficsDecoupledLinear"),
+}
 # packages of peft.tuners whose layers add to, scale, rotate or replace the product of a Linear
 _TUNERS = {
     "adalora", "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3",
@@ -118,7 +122,7 @@ def _obstacle_of(m: Any, first: bool) -> str | None:
         return "draws one mask for all rows" if m.training and m.p > 0.0 else None
     if kind is parametrize.ParametrizationList or (place == parametrizations.__name__ and name in _PARAMETRIZATIONS):
         return None
-    if place == "torch.distributed.algorithms._checkpoint.checkpoint_wrapper" and name == "CheckpointWrapper":
+    if (place, name) in _OTHERS:
         return None
     known = {"peft": _obstacle_of_peft, "bitsandbytes": _obstacle_of_bitsandbytes, "torchao": _obstacle_of_torchao}.get(place.split(".")[0])
     return "is not known to compute each row alone" if known is None else known(m, place, name)

@@ -44,7 +44,7 @@ def fuse_lm_head(
     Args:
         model: any module. Transformers models are asked for ``get_output_embeddings()``, at every forward, so that the head may be wrapped
             or replaced (LoRA, a resized vocabulary) before or after. Models without that method are searched for a module called
-            ``lm_head``, ``output``, ``embed_out``, ``head`` or ``unembed``.
+            ``lm_head``, ``output``, ``embed_out``, ``head`` or ``unembed``; those that answer None, for all but ``output`` and ``head``.
         head: the head itself, or its name in ``model``, where that finds none or another. Of several heads (MusicGen) name one,
             ``head="lm_heads.0"``.
         options: of the linear form; see ``LinearOptions``. ``main_grad`` and heads other than ``nn.Linear`` do not go together.
@@ -121,10 +121,10 @@ def unfuse_lm_head(model: nn.Module) -> None:
 def _without_adapters(model: nn.Module) -> nn.Module:
     """The model in a ``PeftModel``, which outlives it (``merge_and_unload``)."""
     peft = sys.modules.get("peft")
-    inner: Any = model
-    while isinstance(inner, getattr(peft, "PeftModel", ())):
-        inner = inner.get_base_model()
-    return inner
+    while isinstance(model, getattr(peft, "PeftModel", ())):
+        ask: Any = model.get_base_model
+        model = ask()
+    return model
 
 
 def _finder_of(model: nn.Module) -> "_HeadFinder | None":
@@ -142,13 +142,14 @@ def _asked(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str]:
         except AttributeError:
             return None, f"no module {head!r}"
     ask: Any = getattr(model, "get_output_embeddings", None)
-    if callable(ask):
-        # a model that is asked knows; its `head` may be a classifier's
-        return ask(), "get_output_embeddings()"
-    for name in HEAD_NAMES:
+    asked = callable(ask)
+    if asked and (found := ask()) is not None:
+        return found, "get_output_embeddings()"
+    # what a model that says it has none calls `head` or `output` is a classifier's
+    for name in [name for name in HEAD_NAMES if not asked or name not in ("head", "output")]:
         if isinstance(found := getattr(model, name, None), nn.Module):
             return found, name
-    return None, "neither get_output_embeddings() nor " + ", ".join(HEAD_NAMES)
+    return None, "get_output_embeddings() returned None" if asked else "neither get_output_embeddings() nor " + ", ".join(HEAD_NAMES)
 
 
 def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
@@ -168,7 +169,6 @@ def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
             " target) in the model's forward"
         )
     if not isinstance(found, nn.Module):
-        by = "get_output_embeddings() returned None" if by == "get_output_embeddings()" else by
         raise ValueError(f"model is a {kind} in which no output head was found ({by}); pass head=, a module or its name")
 
 

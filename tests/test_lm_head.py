@@ -1183,7 +1183,11 @@ ERRORS = {
     ),
     "no such name": (lambda: lossfuse.fuse_lm_head(Tiny(), head="lm_haed"), ValueError, "no module 'lm_haed'"),
     "head of another kind": (lambda: lossfuse.fuse_lm_head(Tiny(), head=3), TypeError, "head is a int but must be a module, or the name"),
-    "it has none": (lambda: fused_as(lambda m: None), ValueError, r"no output head was found \(get_output_embeddings\(\) returned None\)"),
+    "it has none": (
+        lambda: fused_as(lambda m: setattr(m, "head", m.__dict__["_modules"].pop("lm_head"))),
+        ValueError,
+        r"no output head was found \(get_output_embeddings\(\) returned None\)",
+    ),
     "several": (
         lambda: fused_as(lambda m: m.heads),
         TypeError,
