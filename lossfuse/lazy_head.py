@@ -4,10 +4,11 @@ Whoever wants them later gets them from the head's own forward, or is told that 
 """
 
 import math
+import types
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Protocol, cast
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .cut_heads import Cut
+from .deferrable import HeadState, is_own_forward
 from .spec import LinearOptions
 from .wrappers import Lenders, Lent, held, is_plain_linear, lent
 
@@ -27,27 +29,43 @@ STALE = (
 )
 
 
+READS = "reads of fused logits"
+
+
 @dataclass
 class LogitsReport:
-    """What became of the logits of a fused head: operations by name, and how often."""
+    """What became of the logits of a fused head: operations by name, and how often.
+
+    ``fused``, losses and statistics that ran without logits; ``made``, operations that materialized them, "forward" where the call of the
+    head was not deferred; ``calls``, how often the model has called the head, in any mode.
+    """
 
     fused: Counter[str] = field(default_factory=Counter)
     made: Counter[str] = field(default_factory=Counter)
+    calls: int = field(default=0, repr=False, compare=False)
 
 
 class Finder(Protocol):
     """Who knows which head a model has."""
 
-    model: nn.Module
     report: LogitsReport
     options: LinearOptions
+    row_wise: bool
+    evaluation: bool
     closed: bool
+
+    @property
+    def outermost(self) -> nn.Module:
+        """The model whose wrappers may hold the head's parameters."""
 
     def close(self) -> None:
         """Undo it."""
 
     def finds(self, head: nn.Module) -> bool:
         """Whether it is this; if not, what it is is fused from now on."""
+
+    def not_deferred(self, why: str) -> None:
+        """Count a call of the head that was wanted deferred, and say why it is not, once."""
 
 
 class HeadForward:
@@ -57,8 +75,9 @@ class HeadForward:
         self.head = head
         self.instance_forward = instance_forward
         self.finder = finder
-        # classes and dtype of the logits of a head that must be asked, by what decides them
+        # classes and dtype of the logits of a head that must be asked, by what decides them, in the state it was in
         self.known: dict[Any, tuple[int, torch.dtype]] = {}
+        self.known_in: Any = None
         self.lenders = Lenders()
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -67,13 +86,40 @@ class HeadForward:
         made: Tensor = type(self.head).forward(self.head, *args, **kwargs)
         return made
 
+    @property
+    def is_linear(self) -> bool:
+        """Return True if the head is a plain ``nn.Linear`` with plain parameters and the forward of its class."""
+        head = self.head
+        own = self.instance_forward is None or is_own_forward(head, self.instance_forward)
+        return is_plain_linear(head) and own and type(head.weight) in (Tensor, nn.Parameter) and type(head.bias) in PLAIN
+
     def leave(self, head: nn.Module) -> None:
         """Give a head back the forward it had."""
         # at no time has it neither
-        if self.instance_forward is not None:
-            head.forward = self.instance_forward
-        else:
-            del head.__dict__["forward"]
+        for slot in SLOTS:
+            if head.__dict__.get(slot) is not self:
+                continue
+            if self.instance_forward is not None:
+                head.__dict__[slot] = self.instance_forward
+            elif slot == "forward":
+                del head.__dict__[slot]
+            else:
+                head.__dict__[slot] = types.MethodType(type(head).forward, head)
+
+
+# where the forward of a module's instance is; accelerate's hooks keep the one they found in the second
+SLOTS = ("forward", "_old_forward")
+PLAIN = (Tensor, nn.Parameter, type(None))
+
+
+def fused_forward(head: nn.Module) -> HeadForward | None:
+    """What ``fuse_lm_head`` has put into a head."""
+    return next((f for slot in SLOTS if isinstance(f := head.__dict__.get(slot), HeadForward)), None)
+
+
+def version_of(t: Tensor) -> int:
+    # tensors of inference mode have none
+    return 0 if t.is_inference() else t._version
 
 
 class Source:
@@ -84,24 +130,32 @@ class Source:
         self.hidden = hidden
         self.cut = cut
         head, kind = forward.head, hidden.device.type
-        plain = is_plain_linear(head) and forward.instance_forward is None and type(head.weight) in (Tensor, nn.Parameter)
-        self.linear = plain or cut is not None
+        self.linear = forward.is_linear or cut is not None
         self.weight: Tensor | None = cast(nn.Linear, head).weight if self.linear else None
         self.bias: Tensor | None = cast(nn.Linear, head).bias if self.linear else None
         # float64 is none of autocast's business
         casts = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
         self.autocast = torch.get_autocast_dtype(kind) if casts else None
+        self.grad = torch.is_grad_enabled()
         self.parameters = tuple(head.parameters())
-        self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, p._version) for p in self.parameters]
+        self.trained = tuple(p.requires_grad for p in self.parameters)
+        self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, version_of(p)) for p in self.parameters]
         self.watch("the hidden states", hidden)
+        # a linear head is its weight and bias; of any other, whatever its forward may look at
+        self.state = None if self.linear else HeadState(head, draws=forward.finder.row_wise)
+        if self.state is not None:
+            for what, t in self.state.tensors():
+                self.watch(what, t)
         # FSDP1 puts views in place of parameters
         operands = [t for t in (*self.parameters, self.weight, self.bias) if t is not None]
         self.needed = [(t, t.shape) for t in operands]
         self.lent: list[Lent] = []
-        self.watch_lent(forward.lenders(self.parameters, forward.finder.model))
+        self.watch_lent(forward.lenders(self.parameters, forward.finder.outermost))
         # who waits for a backward to begin, and what has been read, whose backward that is
         self.begins: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
         self.results: list[weakref.ref[Tensor]] = []
+        # in the metadata of nodes of the graph that are reads of these logits
+        self.mark = object()
         # the logits themselves, once somebody has needed them, and when that was
         self.made: Tensor | None = None
         self.made_version = 0
@@ -110,7 +164,7 @@ class Source:
         self.lazies: list[weakref.ref[Any]] = []
 
     def watch(self, what: str, t: Tensor) -> None:
-        self.watched.append((what, t, t._version))
+        self.watched.append((what, t, version_of(t)))
 
     def watch_lent(self, found: list[Lent]) -> None:
         """What an optimizer's step changes where the head's own parameters are copies."""
@@ -132,25 +186,71 @@ class Source:
                 t.register_hook(hook)
         return handle
 
-    def is_read(self, result: Any) -> None:
+    def is_read(self, result: Any, *, past_logits: bool = True) -> None:
+        """Tell those who wait for the backward of ``result``, whose gradient goes past the logits, or through them."""
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.requires_grad:
+                # a view that is written to, as by masked_fill_, gets another node above that of its base
+                nodes: list[Any] = [of.grad_fn for of in (t, t._base) if of is not None and past_logits]
+                for node in nodes:
+                    if node is not None:
+                        node.metadata.setdefault(READS, set()).add(self.mark)
                 self.results.append(weakref.ref(t))
                 for hook in self.begins.values():
                     t.register_hook(hook)
 
-    def require_unchanged(self, *, calls_head: bool = True) -> None:
+    def is_passed(self, outputs: Any) -> bool:
+        """Whether a gradient of ``outputs`` goes past these logits, because something in their graph was read without making them."""
+        todo: list[Any] = [t.grad_fn if isinstance(t, Tensor) else getattr(t, "node", None) for t in tree_leaves(outputs)]
+        seen = set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if self.mark in node.metadata.get(READS, ()):
+                return True
+            todo += [following for following, _ in node.next_functions]
+        return False
+
+    def require_unchanged(self, *, calls_head: bool | None = None) -> None:
+        """Raise if what the logits are made of has changed; with ``calls_head``, also if the head has other parameters by now."""
         require_unchanged(self.watched)
+        if not (self.cut is not None or not self.linear if calls_head is None else calls_head):
+            return
         # torch.func.functional_call puts others in their place for the time of a call
-        if calls_head and any(mine is not now for mine, now in zip_longest(self.parameters, self.forward.head.parameters())):
+        if any(mine is not now for mine, now in zip_longest(self.parameters, self.forward.head.parameters())):
             raise RuntimeError(STALE.format(what="a parameter of the head"))
+        what = None if self.state is None else self.state.changed(self.forward.head)
+        if what is not None:
+            raise RuntimeError(STALE.format(what=what))
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The head as it was at the call, of these hidden states."""
+        if self.linear and self.cut is None:
+            assert self.weight is not None
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        # the classes of its parameters may have functions of their own, which are off while a function of lazy logits runs
+        state = nullcontext() if self.state is None else self.state.restored()
+        with torch._C._EnableTorchFunction(), self.trained_as_called(), state:
+            return self.forward.original(hidden)
+
+    def random(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.state is None else self.state.random(self.hidden.device)
 
     @contextmanager
     def as_called(self) -> Iterator[None]:
         kind = self.hidden.device.type
         # torch 2.8 hands a parameter that was cast under no_grad, without its gradient, to whoever casts it next
-        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+        with self.trained_as_called(), torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             yield
+
+    def trained_as_called(self) -> AbstractContextManager[None]:
+        """With the parameters requiring grad that did at the call, as before PEFT switched to another adapter."""
+        other: list[tuple[Tensor, bool]] = [
+            (p, was) for p, was in zip(self.parameters, self.trained, strict=True) if p.requires_grad != was and p.is_leaf
+        ]
+        return _requiring_grad(other) if other else nullcontext()
 
     def shape_of_logits(self) -> tuple[int, torch.dtype] | None:
         """(classes, dtype); None where the head had better be asked for its logits."""
@@ -159,8 +259,12 @@ class Source:
             return (
                 (len(self.weight), self.autocast or self.weight.dtype) if fits and self.weight.shape[1] == self.hidden.shape[-1] else None
             )
+        assert self.state is not None
         device = self.hidden.device
         key = self.hidden.dtype, self.autocast, device, tuple(p.shape for p in self.parameters)
+        flags = self.state.flags()
+        if self.forward.known_in != flags:
+            self.forward.known, self.forward.known_in = {}, flags
         if key not in self.forward.known:
             if self.hidden.numel() == 0:
                 return None
@@ -174,22 +278,33 @@ class Source:
 
     def original(self, hidden: Tensor | None = None) -> Tensor:
         self.require_unchanged()
-        with torch.enable_grad(), self.as_called():
-            return self.forward.original(self.hidden if hidden is None else hidden)
+        with torch.set_grad_enabled(self.grad), self.as_called(), self.random():
+            return self.run(self.hidden if hidden is None else hidden)
 
     def make(self) -> Tensor:
         if self.made is None:
             self.made = self.original()
-            self.made_version = self.made._version
-            self.is_read(self.made)
-        elif self.made._version != self.made_version:
+            self.made_version = version_of(self.made)
+            self.is_read(self.made, past_logits=False)
+        elif version_of(self.made) != self.made_version:
             raise RuntimeError(STALE.format(what="what was made of others like them"))
         return self.made
 
 
+@contextmanager
+def _requiring_grad(flags: list[tuple[Tensor, bool]]) -> Iterator[None]:
+    try:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(not flag)
+
+
 def require_unchanged(watched: Iterable[tuple[str, Tensor, int]]) -> None:
     for what, t, version in watched:
-        if t._version != version:
+        if version_of(t) != version:
             raise RuntimeError(STALE.format(what=what))
 
 

@@ -20,12 +20,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .cut_heads import Cut, as_replicas, local_arguments, localised, redistributed, replicas
-from .lazy_head import STALE, Shaping, Source, require_unchanged
+from .lazy_head import STALE, Shaping, Source, require_unchanged, version_of
 from .wrappers import modules_told, told_by
 
 UNSEEN = (
-    "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that,"
-    " or lossfuse.unfuse_lm_head(model)"
+    "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that"
+    " (logits.retain_grad()), or lossfuse.unfuse_lm_head(model)"
 )
 
 
@@ -158,7 +158,7 @@ class PlacedLogits(LazyLogits):
 
 def lazy_logits(source: Source, shaping: Shaping, rows: Tensor, class_dim: int | None = None, *, leaves: tuple[Tensor, ...]) -> LazyLogits:
     """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunctionSubclass(), source.trained_as_called():
         kind = LazyLogits if shaping.placements is None else PlacedLogits
         made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
         made._node = made.grad_fn
@@ -260,6 +260,8 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
                 result._expression.is_call(func, *given)
             return result
     args, kwargs = given
+    if func in GRADIENTS:
+        _require_on_the_way(func, args, kwargs)
     if _writes(func, kwargs):
         # whatever else has been made of these logits was made of what they were
         _make_all(lazies, func)
@@ -289,6 +291,16 @@ def _past_wrapper(lazy: LazyLogits) -> LazyLogits:
         lazy._unwrapped._expression.is_call(T.clone, (inner,), {})
         lazy._source.tell(tell)
     return lazy._unwrapped
+
+
+def _require_on_the_way(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise if a gradient is asked for with respect to logits that it goes past."""
+    at = 1 if func is torch.autograd.grad else 5
+    inputs = args[at] if len(args) > at else kwargs.get("inputs")
+    outputs = args[0] if args else kwargs["outputs" if at == 1 else "tensors"]
+    with torch._C.DisableTorchFunctionSubclass():
+        if any(x._source.is_passed(outputs) for x in _lazies_of(inputs)):
+            raise RuntimeError(UNSEEN.format(name=f"torch.autograd.{_name(func)}"))
 
 
 def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
@@ -342,24 +354,24 @@ class _Expression:
         self.grad = torch.is_grad_enabled()
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         tensors = (t for t in tree_leaves(self.arguments) if isinstance(t, Tensor))
-        self.watched = [(f"an argument of {_name(func)}", t, t._version) for t in tensors]
+        self.watched = [(f"an argument of {_name(func)}", t, version_of(t)) for t in tensors]
 
     def value(self, *, inner: bool = False) -> Tensor:
         """``inner``, as an argument of a call that was recorded, it must be what it was then."""
         lazy = self.lazy()
         if lazy is not None and lazy._made is not None:
-            if inner and lazy._made._version != lazy._made_version:
+            if inner and version_of(lazy._made) != lazy._made_version:
                 raise RuntimeError(STALE.format(what="what was made of others like them"))
             return lazy._made
         made = self.source.make() if self.func is None else self._called(lambda x: x.value(inner=True) if isinstance(x, _Expression) else x)
         if lazy is not None:
-            lazy._made, lazy._made_version = made, made._version
+            lazy._made, lazy._made_version = made, version_of(made)
         return made
 
     def again(self, cut: dict[int, Tensor]) -> Tensor:
         """With a graph of its own: who has used what was made may have freed its. It ends at ``cut``, by the tensors they stand for."""
         lazy = self.lazy()
-        if lazy is not None and lazy._made is not None and lazy._made._version != lazy._made_version:
+        if lazy is not None and lazy._made is not None and version_of(lazy._made) != lazy._made_version:
             return lazy._made
         if self.func is None:
             return self.source.original(cut.get(id(self.source.hidden)))
@@ -413,7 +425,7 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
                 report.made[name] += 1
             if lazy._intercepted:
                 value = _Value.apply(lazy)
-                lazy._made, lazy._made_version = value, value._version
+                lazy._made, lazy._made_version = value, version_of(value)
             else:
                 lazy._expression.value()
     assert lazy._made is not None
@@ -450,6 +462,7 @@ METADATA = {
 LAYOUT = {T.stride, T.is_contiguous, T.storage_offset}
 # of whose first argument only dtype and device matter
 FACTORIES = {getattr(T, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")}
+GRADIENTS = {torch.autograd.grad, torch.autograd.backward}
 WATCHES_GRADIENT = {T.register_hook, T.retain_grad, T.register_post_accumulate_grad_hook}
 # beside names that end with an underscore
 WRITE = {

@@ -256,7 +256,7 @@ def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: 
         # in the backward again
         source.require_unchanged()
         with torch.set_grad_enabled(torch.is_grad_enabled() and x._of_head):
-            z = source.forward.original(hidden)[:, : shaping.num_classes]
+            z = source.run(hidden)[:, : shaping.num_classes]
         if shaping.bias is not None:
             z = z + shaping.bias / shaping.scale
         if reads is None:
@@ -267,8 +267,15 @@ def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: 
 
     wants: dict[str, Any] = reads or {}
     cpu = rows.device.type == "cpu"
-    step = chunk_rows(len(rows), rows.shape[-1], shaping.num_classes, rows.dtype, source.forward.finder.options, cpu=cpu)
-    parts = [checkpoint(part, h, some, use_reentrant=False) for h, some in zip(rows.split(step), t.split(step), strict=True)]
+    chunking = source.forward.finder.options
+    step = chunk_rows(len(rows), rows.shape[-1], shaping.num_classes, rows.dtype, chunking, cpu=cpu)
+    if chunking.chunk_bytes is None:
+        # the linear form holds one tensor of a chunk's logits; a LoRA layer's terms, their sum and its gradient are four. Freed blocks
+        # below 32 MiB stay in glibc's heap, in pieces
+        least = (64 << 20) // (4 * shaping.num_classes) if cpu else 1
+        step = min(step, max(-(-step // 4), least))
+    with source.random():
+        parts = [checkpoint(part, h, some, use_reentrant=False) for h, some in zip(rows.split(step), t.split(step), strict=True)]
     losses, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
     of = Targets(t, options.get("weight"), lead)
     divisor = divisor_of(of, shaping.num_classes, losses.dtype, ignore_index, reduction, normalizer)

@@ -21,9 +21,12 @@ from .targets import values_are_at_hand
 
 SPENT = (
     "a second backward needs the gradients of linear_cross_entropy again, but the first has handed them over; pass"
-    " options=LinearOptions(allow_retain_graph=True)"
+    " options=LinearOptions(allow_retain_graph=True), to fuse_lm_head where it has called this"
 )
-NO_SECOND_DERIVATIVE = "the linear form has no second derivative (create_graph=True) but with impl='reference'"
+NO_SECOND_DERIVATIVE = (
+    "the linear form has no second derivative (create_graph=True) but with impl='reference'; if fuse_lm_head has called it,"
+    " lossfuse.unfuse_lm_head(model)"
+)
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
 CHUNKS = "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored, bool allow_retain_graph"

@@ -1,6 +1,9 @@
 """Fusing the output head of a model, any model, and undoing it."""
 
 import copy
+import sys
+import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -9,48 +12,72 @@ from torch import Tensor, nn
 # what is recorded and what is read registers itself
 from . import lazy_logits, lazy_readers, lazy_recorded  # noqa: F401
 from .cut_heads import cut_of, is_cut, is_dtensor
+from .deferrable import obstacle
 from .dispatch import tangents_possible
 from .inputs import torch_func_active
-from .lazy_head import HeadForward, LogitsReport, Shaping, Source
-from .spec import LinearOptions
+from .lazy_head import SLOTS, HeadForward, LogitsReport, Shaping, Source, fused_forward
+from .spec import LinearOptions, require_bool
 from .wrappers import must_not_be_entered
 
 HEAD_NAMES = ("lm_head", "output", "embed_out", "head", "unembed")
 
 
-def fuse_lm_head(model: nn.Module, *, head: str | nn.Module | None = None, options: LinearOptions | None = None) -> LogitsReport:
+def fuse_lm_head(
+    model: nn.Module,
+    *,
+    head: str | nn.Module | None = None,
+    options: LinearOptions | None = None,
+    row_wise: bool = False,
+    evaluation: bool = False,
+) -> LogitsReport:
     """Fuse the output head of a model with whatever loss reads its logits, until ``unfuse_lm_head``.
 
-    In training mode, with gradients enabled, the head then returns logits that are not made. They have the shape, dtype and device of
-    logits. Scaling by a number, ``tanh``, casts, a bias, slices of classes and any indexing or reshaping of rows are recorded;
-    ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with any arguments, ``lossfuse.cross_entropy``, ``log_softmax`` followed by ``gather``,
-    ``nll_loss`` or a sum over classes, ``logsumexp``, ``argmax`` and entropies run ``linear_cross_entropy`` or its statistics instead.
-    Any other use makes the logits as the model would have, bit for bit, and warns once, naming the operation. In eval mode, under
-    ``no_grad`` and in ``generate()`` the head is the model's own.
+    In training mode, with gradients enabled, the call of the head is then deferred: it returns logits that are not made. They have the
+    shape, dtype and device of logits. Scaling by a number, ``tanh``, casts, a bias, slices of classes and any indexing or reshaping of rows
+    are recorded; ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with any arguments, ``lossfuse.cross_entropy``, ``log_softmax`` followed
+    by ``gather``, ``nll_loss`` or a sum over classes, ``logsumexp``, ``argmax`` and entropies run ``linear_cross_entropy`` or its
+    statistics instead. Any other use makes the logits as the model would have, bit for bit, and warns once, naming the operation. In eval
+    mode and under ``no_grad`` the head is the model's own, unless ``evaluation=True``; in ``generate()`` always.
 
     Equal to the model without: losses and gradients up to rounding (logits of half-precision heads are float32 here).
 
     Args:
         model: any module. Transformers models are asked for ``get_output_embeddings()``, at every forward, so that the head may be wrapped
-            or replaced (LoRA, a resized vocabulary) before or after. Others are searched for a module called ``lm_head``, ``output``,
-            ``embed_out``, ``head`` or ``unembed``.
-        head: the head itself, or its name in ``model``, where that finds none or another.
+            or replaced (LoRA, a resized vocabulary) before or after. Models without that method are searched for a module called
+            ``lm_head``, ``output``, ``embed_out``, ``head`` or ``unembed``; those that answer None, for all but ``output`` and ``head``.
+        head: the head itself, or its name in ``model``, where that finds none or another. Of several heads (MusicGen) name one,
+            ``head="lm_heads.0"``.
         options: of the linear form; see ``LinearOptions``. ``main_grad`` and heads other than ``nn.Linear`` do not go together.
+        row_wise: defer a head of an unknown class too. You promise that its forward computes every row alone (no convolution, shift,
+            normalization or quantization over rows), keeps no state (no counters, running averages or observers), has no side effects (no
+            auxiliary loss, no hooks that count), and gives the same result when it runs again with the same attributes and random state.
+            It is called for one row to learn the number of classes, for a chunk of rows at a time, and again in the backward. Its dropout
+            draws a mask for each chunk, from a seed that is drawn at the call. Unknown heads without this are called once, by the model,
+            with a warning.
+        evaluation: defer the head in eval mode, under ``no_grad`` and in ``inference_mode`` too, so that the loss of an evaluation takes
+            no memory for logits. Calls within ``generate()`` are never deferred. Tensors of ``inference_mode`` have no version, so hidden
+            states that are written to between head and loss are noticed everywhere but there.
 
     Returns:
         What becomes of the logits from now on, as counters of operations: ``fused`` and ``made``. A second call for the same model
         changes its options and returns the same report.
 
     Raises:
-        TypeError, ValueError: if no head can be found, naming what was looked for.
+        TypeError, ValueError: if no head can be found, naming what was looked for, or if what was found has no logits (an
+            ``nn.Embedding``, an ``nn.ModuleList``).
         RuntimeError, later: where logits are wanted after their hidden states or the head's parameters have been changed in place, as by
-            an optimizer's step; a model of torch has made them before.
+            an optimizer's step; a model of torch has made them before. In a second backward (``retain_graph=True``) of a mean or a sum,
+            but with ``options=LinearOptions(allow_retain_graph=True)``, and in a second derivative (``create_graph=True``). For a gradient
+            with respect to logits that a loss has been read off (``torch.autograd.grad(loss, logits)``).
 
-    A head that is a plain ``nn.Linear`` runs ``linear_cross_entropy``. Any other (adapters, wrappers, several layers) is called for a chunk
-    of rows at a time, and again in the backward.
+    A head that is a plain ``nn.Linear`` runs ``linear_cross_entropy``. Others that are deferred (adapters of PEFT, quantized linears of
+    bitsandbytes and torchao, ``nn.Sequential`` of row-wise modules; ``lossfuse/deferrable.py`` has the list) are called for a chunk of rows
+    at a time, and again in the backward, with the flags and modes they had when the model called them.
 
-    Nothing of the model changes but its head's ``forward`` and one forward hook of the model: state dict, tied weights, hooks, pickling and
-    ``copy.deepcopy`` (whose copy is fused too) are unaffected. Under ``torch.compile`` the head and the loss run outside the graphs.
+    A forward of the model in training mode that has not called its head, so that nothing can be fused, warns once.
+
+    Nothing of the model changes but its head's ``forward`` and two forward hooks of the model: state dict, tied weights, hooks, pickling
+    and ``copy.deepcopy`` (whose copy is fused too) are unaffected. Under ``torch.compile`` the head and the loss run outside the graphs.
 
     Under DDP, FSDP2 and tensor parallelism the head is fused too, called before or after them (docs/sharded_models.md). Parameters that
     FSDP2 has freed by the time logits are read are gathered again, so that reading is a collective: do it on every rank. Heads that are a
@@ -63,14 +90,20 @@ def fuse_lm_head(model: nn.Module, *, head: str | nn.Module | None = None, optio
     options = LinearOptions() if options is None else options
     if not isinstance(options, LinearOptions):
         raise TypeError(f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions")
-    if find_lm_head(model, head) is None:
-        where = f"no module {head!r}" if head is not None else "neither get_output_embeddings() nor " + ", ".join(HEAD_NAMES)
-        raise ValueError(f"model is a {type(model).__name__} in which no output head was found ({where}); pass head=, a module or its name")
+    require_bool("row_wise", row_wise)
+    require_bool("evaluation", evaluation)
+    given = model
+    if head is None:
+        model = _without_adapters(model)
+    _require_head(model, head)
     finder = _finder_of(model)
     if finder is None:
         finder = _HeadFinder(model)
         model.register_forward_pre_hook(finder)
-    finder.name, finder.options = head, options
+    if finder.is_over not in model._forward_hooks.values():
+        model.register_forward_hook(finder.is_over)
+    finder.name, finder.options, finder.row_wise, finder.evaluation = head, options, row_wise, evaluation
+    finder.given = weakref.ref(given)
     finder(model, ())
     return finder.report
 
@@ -78,10 +111,21 @@ def fuse_lm_head(model: nn.Module, *, head: str | nn.Module | None = None, optio
 def unfuse_lm_head(model: nn.Module) -> None:
     """Undo ``fuse_lm_head``, of this model, one in it or one around it; nothing of it is left. Others stay as they are."""
     for module in list(model.modules()):
-        forward = module.__dict__.get("forward")
         finders = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HeadFinder)]
-        for finder in (*finders, *([forward.finder] if isinstance(forward, LazyForward) else [])):
+        # one that was interrupted while it left
+        finders += [f for hook in module._forward_hooks.values() if isinstance(f := getattr(hook, "__self__", None), _HeadFinder)]
+        forward = fused_forward(module)
+        for finder in (*finders, *([] if forward is None else [forward.finder])):
             finder.close()
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The model in a ``PeftModel``, which outlives it (``merge_and_unload``)."""
+    peft = sys.modules.get("peft")
+    while isinstance(model, getattr(peft, "PeftModel", ())):
+        ask: Any = model.get_base_model
+        model = ask()
+    return model
 
 
 def _finder_of(model: nn.Module) -> "_HeadFinder | None":
@@ -89,20 +133,60 @@ def _finder_of(model: nn.Module) -> "_HeadFinder | None":
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _HeadFinder) and not hook.closed), None)
 
 
-def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module | None:
-    """The output head of a model, by ``head``, its own word or one of the usual names."""
+def _asked(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str]:
+    """The output head of a model by ``head``, its own word or one of the usual names, of whatever class, and who named it."""
     if isinstance(head, nn.Module):
-        return head
+        return head, "head"
     if head is not None:
         try:
-            return model.get_submodule(head)
+            return model.get_submodule(head), f"head={head!r}"
         except AttributeError:
-            return None
+            return None, f"no module {head!r}"
     ask: Any = getattr(model, "get_output_embeddings", None)
-    found = ask() if callable(ask) else None
-    if found is None:
-        found = next((m for name in HEAD_NAMES if isinstance(m := getattr(model, name, None), nn.Module)), None)
-    return found if isinstance(found, nn.Module) else None
+    asked = callable(ask)
+    if asked and (found := ask()) is not None:
+        return found, "get_output_embeddings()"
+    # what a model that says it has none calls `head` or `output` is a classifier's
+    for name in [name for name in HEAD_NAMES if not asked or name not in ("head", "output")]:
+        if isinstance(found := getattr(model, name, None), nn.Module):
+            return found, name
+    return None, "get_output_embeddings() returned None" if asked else "neither get_output_embeddings() nor " + ", ".join(HEAD_NAMES)
+
+
+def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
+    found, by = _asked(model, head)
+    kind = type(model).__name__
+    if isinstance(found, nn.ModuleList | nn.ModuleDict):
+        name = next((name for name, m in model.named_modules() if m is found), "lm_heads")
+        names = [f"{name}.{key}" for key in found._modules]
+        raise TypeError(
+            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules, each a head of its own;"
+            f" pass one of them, head={names[0] if names else name!r}"
+        )
+    if isinstance(found, nn.Embedding):
+        raise TypeError(
+            f"{by} of {kind} is an {type(found).__name__}, whose forward takes ids: the model multiplies by its weight itself, and there is"
+            " no call to defer; pass head=, the module that returns the logits, or call lossfuse.linear_cross_entropy(hidden, weight,"
+            " target) in the model's forward"
+        )
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"model is a {kind} in which no output head was found ({by}); pass head=, a module or its name")
+
+
+def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module | None:
+    """The output head of a model, by ``head``, its own word or one of the usual names."""
+    found, _ = _asked(model, head)
+    return found if isinstance(found, nn.Module) and not isinstance(found, nn.ModuleList | nn.ModuleDict | nn.Embedding) else None
+
+
+def is_generating() -> bool:
+    """Return True if the call comes from a ``generate()``, of transformers or of a model's own."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" or frame.f_globals.get("__name__", "").startswith("transformers.generation."):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 class LazyForward(HeadForward):
@@ -115,23 +199,26 @@ class LazyForward(HeadForward):
         return super().__new__(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        finder = self.finder
+        finder.report.calls += 1
         hidden: Any = args[0] if args else kwargs.get("input")
         plain = type(hidden) in (Tensor, nn.Parameter) or is_dtensor(hidden)
         plain = plain and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
-        training = self.head.training and torch.is_grad_enabled() and not torch_func_active() and not tangents_possible()
-        if not (plain and training) or torch.is_inference_mode_enabled() or hidden.is_inference():
+        if not plain or torch_func_active() or tangents_possible() or not self._is_wanted(hidden):
             return self.original(*args, **kwargs)
-        if not self.finder.finds(self.head):
+        if not finder.finds(self.head):
             # wrapped since, by an adapter
             return self.original(*args, **kwargs)
-        if must_not_be_entered(self.head):
-            # a group would reduce gradients of which half are missing
-            return self.original(*args, **kwargs)
+        why = must_not_be_entered(self.head)
         cut = None
-        if is_dtensor(hidden) or is_cut(self.head):
+        if why is None and (is_dtensor(hidden) or is_cut(self.head)):
             cut = cut_of(self.head, hidden, self.instance_forward, self.head.__dict__.get("forward") is not self)
-            if cut is None:
-                return self.original(*args, **kwargs)
+            why = "its parameters are sharded in a way that is not known" if cut is None else None
+        elif why is None and not self.is_linear:
+            why = obstacle(self.head, self.instance_forward, row_wise=finder.row_wise)
+        if why is not None:
+            finder.not_deferred(why)
+            return self.original(*args, **kwargs)
         source = Source(self, hidden, cut)
         made = source.shape_of_logits()
         if made is None:
@@ -139,6 +226,12 @@ class LazyForward(HeadForward):
         rows, placements = (hidden, None) if cut is None else (cut.rows, cut.placements)
         shaping = Shaping(*made, placements=placements)
         return lazy_logits.lazy_logits(source, shaping, rows, leaves=(hidden, *source.parameters))
+
+    def _is_wanted(self, hidden: Tensor) -> bool:
+        """Whether this is a call for a loss."""
+        if self.head.training and torch.is_grad_enabled() and not hidden.is_inference() and not torch.is_inference_mode_enabled():
+            return True
+        return self.finder.evaluation and not is_generating()
 
 
 class _HeadFinder:
@@ -153,8 +246,14 @@ class _HeadFinder:
         self.report = LogitsReport()
         self.name: str | nn.Module | None = None
         self.options = LinearOptions()
+        self.row_wise, self.evaluation = False, False
+        # the PeftModel around it, if that was given: FSDP2 may hold its parameters
+        self.given: weakref.ref[nn.Module] | None = None
         self.fused: nn.Module | None = None
         self.closed = False
+        # how often the head had been called when a forward in training mode began
+        self.calls: int | None = None
+        self.warned: set[str] = set()
 
     def finds(self, head: nn.Module) -> bool:
         """Whether it is this; if not, what it is is fused from now on."""
@@ -170,49 +269,91 @@ class _HeadFinder:
         if model is not self.model:
             # DataParallel's replica, whose head has this one's forward, and parameters on another device
             for module in model.modules():
-                forward = module.__dict__.get("forward")
-                if isinstance(forward, LazyForward) and forward.head is not module:
+                forward = fused_forward(module)
+                if forward is not None and forward.head is not module:
                     forward.leave(module)
             return
+        self.calls = self.report.calls if model.training and torch.is_grad_enabled() else None
         head = find_lm_head(self.model, self.name)
         if head is self.fused or self.closed:
             return
         self.release()
         if head is None:
             return
-        known = head.__dict__.get("forward")
-        if isinstance(known, LazyForward) and known.finder.closed:
-            # left in a copy
-            known = known.instance_forward
-        if isinstance(known, LazyForward):
+        for module in head.modules():
+            copied = fused_forward(module)
+            if copied is not None and copied.finder.closed:
+                copied.leave(module)
+        # within accelerate's hooks the weights are there
+        slot = next((slot for slot in reversed(SLOTS) if slot in head.__dict__), "forward")
+        known = fused_forward(head)
+        if known is not None:
             # fused by way of another model that has it
             self.report = known.finder.report
         else:
-            head.forward = LazyForward(head, known, self)
+            head.__dict__[slot] = LazyForward(head, head.__dict__.get(slot), self)
         self.fused = head
+
+    def is_over(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After a forward of the model: one that has not called the head cannot be fused."""
+        if torch.compiler.is_compiling() or self.calls is None or self.closed or model is not self.model:
+            return
+        if self.calls == self.report.calls:
+            head = "" if self.fused is None else f", a {type(self.fused).__name__}"
+            self._warn(
+                f"the forward of {type(model).__name__} has not called its head{head}, so that lossfuse.fuse_lm_head has fused nothing: the"
+                " model multiplies by the weight itself, or its head is another module. Pass head=, the module that returns the logits, or"
+                " call lossfuse.linear_cross_entropy in the forward"
+            )
+        self.calls = None
+
+    def not_deferred(self, why: str) -> None:
+        self.report.made["forward"] += 1
+        self._warn(f"lossfuse.fuse_lm_head leaves the head of {type(self.model).__name__} as it is, and its logits are made: {why}")
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warned and not torch.compiler.is_compiling():
+            self.warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=_frames_to_the_user())
 
     def close(self) -> None:
         self.closed = True
         self.release()
-        hooks = self.model._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is self]:
-            del hooks[key]
+        for hooks, mine in ((self.model._forward_pre_hooks, self), (self.model._forward_hooks, self.is_over)):
+            for key in [key for key, hook in hooks.items() if hook == mine]:
+                del hooks[key]
+
+    @property
+    def outermost(self) -> nn.Module:
+        given = None if self.given is None else self.given()
+        return self.model if given is None else given
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "given": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_HeadFinder":
         """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes, is not, and copies no model."""
         other = _HeadFinder(self.model)
         memo[id(self)] = other
         if id(self.model) in memo:
-            other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+            other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         else:
             other.closed = True
         return other
 
     def release(self) -> None:
-        forward = None if self.fused is None else self.fused.__dict__.get("forward")
-        if self.fused is not None and isinstance(forward, LazyForward):
+        forward = None if self.fused is None else fused_forward(self.fused)
+        if self.fused is not None and forward is not None:
             forward.leave(self.fused)
         self.fused = None
+
+
+def _frames_to_the_user() -> int:
+    """The ``stacklevel`` at which a function that warns names a line that is neither ours nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("lossfuse", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 _kept: set[Any] = set()

@@ -43,10 +43,13 @@ def is_plain_linear(head: nn.Module) -> bool:
     return type(head) is nn.Linear or (is_fsdp2(head) and isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward)
 
 
-def must_not_be_entered(head: nn.Module) -> bool:
-    """Whether a call of the head for the loss alone runs hooks of FSDP2's groups in it or of FSDP1, or lacks what ZeRO-3 has put aside."""
-    inside = any((m is not head and is_fsdp2(m)) or isinstance(m, _fsdp("FullyShardedDataParallel")) for m in head.modules())
-    return inside or any(hasattr(p, "ds_id") for p in head.parameters())
+def must_not_be_entered(head: nn.Module) -> str | None:
+    """Why a call of the head for the loss alone would go wrong: hooks of FSDP's groups in it, parameters that ZeRO-3 has put aside."""
+    if any(isinstance(m, _fsdp("FullyShardedDataParallel")) for m in head.modules()):
+        return "it is a unit of FullyShardedDataParallel (FSDP1); wrap the model and not its head, or use fully_shard"
+    if any(m is not head and is_fsdp2(m) for m in head.modules()):
+        return "a part of it is a unit of fully_shard; call fully_shard on the whole head"
+    return "its parameters are partitioned by ZeRO-3" if any(hasattr(p, "ds_id") for p in head.parameters()) else None
 
 
 class Lenders:

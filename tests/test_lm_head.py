@@ -1,5 +1,6 @@
 """``fuse_lm_head`` on a small model in plain torch: everything that may be done with its logits is what it was, or raises."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -67,6 +68,11 @@ class Tiny(nn.Module):
     def forward(self, ids):
         z = self.lm_head(torch.tanh(self.body(self.embedding(ids))) * 3)
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+
+
+def fuse_any(model, **options):
+    """As a caller does who knows that the heads of his own compute every row alone."""
+    return lossfuse.fuse_lm_head(model, row_wise=True, **options)
 
 
 IDS = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
@@ -177,11 +183,11 @@ def gradients(model, read, ids=IDS):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def same(model, read, *, rtol=2e-5, atol=2e-6):
+def same(model, read, *, rtol=2e-5, atol=2e-6, vouched=True):
     """Loss and every gradient, stock and fused; the fused model's report."""
     lossfuse.unfuse_lm_head(model)
     want, want_grads = gradients(model, read)
-    report = lossfuse.fuse_lm_head(model, options=SMALL)
+    report = lossfuse.fuse_lm_head(model, options=SMALL, row_wise=vouched)
     got, grads = gradients(model, read)
     assert got.dtype == want.dtype and got.shape == want.shape
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
@@ -251,12 +257,12 @@ def test_no_tensor_of_all_logits(head):
     ids, target = (torch.randint(0, V, (64, 64)) for _ in range(2))
     for fuse in (False, True):
         if fuse:
-            lossfuse.fuse_lm_head(model, options=lossfuse.LinearOptions(chunk_bytes=64 * 48 * 4))
+            fuse_any(model, options=lossfuse.LinearOptions(chunk_bytes=64 * 48 * 4))
         with Largest() as largest:
             ce(model(ids)[..., :-1, :].float(), target[:, 1:]).backward()
         logits = 64 * 63 * V * 4
         assert (largest.bytes < logits / 3) == fuse
-    assert lossfuse.fuse_lm_head(model).fused == {"cross_entropy": 1}
+    assert fuse_any(model).fused == {"cross_entropy": 1}
 
 
 # --- autograd
@@ -285,7 +291,7 @@ def test_gradient_of_an_added_bias(head):
     for fuse in (False, True):
         model, bias = Tiny(head), ROW.clone().requires_grad_()
         if fuse:
-            report = lossfuse.fuse_lm_head(model)
+            report = fuse_any(model)
         ce(model(IDS) * 0.5 + bias).backward()
         grads.append((bias.grad, model.body.weight.grad))
     torch.testing.assert_close(grads[1], grads[0])
@@ -455,6 +461,36 @@ def test_gradients_of_logits_that_a_loss_went_past():
     assert len(seen) == 1
 
 
+GRADIENTS_OF_LOGITS = {
+    "grad": lambda loss, z: torch.autograd.grad(loss, z),
+    "grad, unused allowed": lambda loss, z: torch.autograd.grad([loss], inputs=[z], allow_unused=True),
+    "backward": lambda loss, z: loss.backward(inputs=[z]),
+    "a function of the loss": lambda loss, z: torch.autograd.grad((loss * 2).exp(), z[:, :-1]),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS_OF_LOGITS)
+def test_gradients_with_respect_to_logits_that_a_loss_went_past(name):
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    z = model(IDS)
+    picked = z.log_softmax(-1).gather(-1, VALID.unsqueeze(-1))
+    picked.masked_fill_(VALID.unsqueeze(-1) == 0, 0.0)
+    for loss in (ce(z), picked.sum()):
+        with pytest.raises(RuntimeError, match="asks for the gradient of logits that a loss has been read off"):
+            GRADIENTS_OF_LOGITS[name](loss, z)
+    # of what has not gone past them there is one
+    with pytest.warns(UserWarning, match="makes the logits"):
+        torch.testing.assert_close(torch.autograd.grad(z.sum(), z)[0], torch.ones(B, T, V))
+
+
+def test_a_second_derivative_of_a_fused_head_names_the_remedy():
+    model = Tiny()
+    lossfuse.fuse_lm_head(model)
+    with pytest.raises(RuntimeError, match=r"no second derivative .*lossfuse.unfuse_lm_head\(model\)"):
+        torch.autograd.grad(ce(model(IDS)), model.body.weight, create_graph=True)
+
+
 def test_a_second_backward_of_two_reads():
     model = Tiny()
     lossfuse.fuse_lm_head(model)
@@ -481,7 +517,7 @@ class WithLoss(nn.Module):
 def test_a_step_between_loss_and_backward(head, reduction):
     """Torch raises; a head that is called again in the backward must not be another by then."""
     model = Tiny(head)
-    lossfuse.fuse_lm_head(model)
+    fuse_any(model)
     loss = F.cross_entropy(model(IDS).flatten(0, 1), TARGET.flatten(), reduction=reduction).sum()
     want = Tiny(head)
     F.cross_entropy(want(IDS).flatten(0, 1), TARGET.flatten(), reduction=reduction).sum().backward()
@@ -581,7 +617,7 @@ STALE = {
 def test_stale_logits_raise(name, head):
     model = Tiny(head)
     change, message = STALE[name]
-    lossfuse.fuse_lm_head(model)
+    fuse_any(model)
     held = []
     handle = model.lm_head.register_forward_pre_hook(lambda m, args: held.append(args[0]))
     z = model(IDS)
@@ -597,14 +633,14 @@ def test_functional_call_is_the_parameters_it_was_given():
     model = Tiny()
     others = {name: p.detach() * 2 for name, p in model.named_parameters()}
     want = torch.func.functional_call(model, others, (IDS,))
-    lossfuse.fuse_lm_head(model)
+    fuse_any(model)
     z = torch.func.functional_call(model, others, (IDS,))
-    with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
-        torch.sin(z)
+    with pytest.warns(UserWarning, match="sin makes"):
+        assert torch.equal(torch.sin(z), torch.sin(want))
     # a head that makes its logits again would make them of its own
     lora = Tiny("LoRA")
     whole = WithLoss(lora)
-    lossfuse.fuse_lm_head(lora)
+    fuse_any(lora)
     loss = torch.func.functional_call(whole, {n: (p.detach() * 2).requires_grad_() for n, p in whole.named_parameters()}, (IDS,))
     with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
         loss.backward()
@@ -612,6 +648,227 @@ def test_functional_call_is_the_parameters_it_was_given():
     got_grad = torch.func.grad(lambda p: ce(torch.func.functional_call(model, p, (IDS,))))(others)
     torch.testing.assert_close(got_grad, want_grad)
     assert want.shape == z.shape
+
+
+# --- which heads are deferred
+
+
+class Flagged(nn.Module):
+    """As an adapter that can be switched off."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.adapted, self.on, self.calls = nn.Linear(D, V), nn.Linear(D, V), True, 0
+        self.register_buffer("mask", torch.zeros(V))
+
+    def forward(self, h):
+        self.calls += 1
+        return (self.adapted(h) if self.on else self.base(h)) + self.mask
+
+
+class Shift(nn.Linear):
+    def forward(self, h):
+        return super().forward(h + F.pad(h, (0, 0, 1, -1)))
+
+
+class Doubled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        return made * 2 if func is F.linear else made
+
+
+def with_a_weight_of_its_own():
+    head = nn.Linear(D, V, bias=False)
+    head.weight = nn.Parameter(head.weight.data.as_subclass(Doubled))
+    return head
+
+
+def with_a_hook():
+    head = nn.Sequential(nn.Linear(D, D), nn.Linear(D, V))
+    head[0].register_forward_hook(lambda module, args, out: out * 2)
+    return head
+
+
+def with_another_forward(at):
+    head = nn.Sequential(nn.Linear(D, D), nn.Linear(D, V))
+    module = head.get_submodule(at)
+    own = module.forward
+    module.forward = lambda h: own(h) * 2
+    return head
+
+
+# heads -> why they are called by the model alone
+NOT_DEFERRED = {
+    "a class of the caller": (Flagged, "its Flagged is not known to compute each row alone"),
+    "a subclass that mixes rows": (lambda: Shift(D, V), "its Shift is not known"),
+    "one of its modules": (lambda: nn.Sequential(Shift(D, D), nn.Linear(D, V)), r"Shift \(0\) is not known"),
+    "a weight with functions of its own": (with_a_weight_of_its_own, "has a parameter of class Doubled"),
+    "dropout": (lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(D, V)), r"Dropout \(0\) draws one mask for all rows"),
+    "a hook inside": (with_a_hook, r"Linear \(0\) has hooks"),
+    "another forward": (lambda: with_another_forward(""), "the forward of its Sequential has been replaced"),
+    "another forward inside": (lambda: with_another_forward("1"), r"Linear \(1\) has a forward that has been replaced"),
+    "power iteration": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, V)), "_SpectralNorm .* is not known"),
+    "hidden states written over": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(D, V)), r"ReLU \(0\) writes over the hidden"),
+    "a norm over rows": (lambda: nn.Sequential(nn.LayerNorm((T, D)), nn.Linear(D, V)), r"LayerNorm \(0\) normalizes over several"),
+    "a softmax over rows": (lambda: nn.Sequential(nn.Softmax(1), nn.Linear(D, V)), r"Softmax \(0\) works along"),
+    "batch norm": (lambda: nn.Sequential(nn.BatchNorm1d(T), nn.Linear(D, V)), r"BatchNorm1d \(0\) is not known"),
+}
+
+
+def with_head(head):
+    model = Tiny()
+    model.lm_head = head
+    return model
+
+
+def seeded(make):
+    torch.manual_seed(1)
+    return make()
+
+
+def drawn(model, read):
+    torch.manual_seed(9)
+    return gradients(model, read)
+
+
+@pytest.mark.parametrize("name", NOT_DEFERRED)
+def test_a_head_that_cannot_be_repeated_is_the_models_own(name):
+    make, why = NOT_DEFERRED[name]
+    stock, model = (with_head(seeded(make)) for _ in range(2))
+    report = lossfuse.fuse_lm_head(model, options=SMALL)
+    want = drawn(stock, ce)
+    with pytest.warns(UserWarning, match=f"leaves the head of Tiny as it is.*{why}.*row_wise=True") as warned:
+        got = drawn(model, ce)
+    assert warned[0].filename == __file__
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert drawn(model, ce)[0] == drawn(stock, ce)[0] and report.made == {"forward": 2} and not report.fused
+    if name == "a class of the caller":
+        assert model.lm_head.calls == stock.lm_head.calls == 2
+
+
+DEFERRED = {
+    "layers": lambda: nn.Sequential(
+        nn.LayerNorm(D), nn.Dropout(0.0), nn.Linear(D, D), nn.ReLU(inplace=True), nn.RMSNorm(D), nn.Linear(D, V)
+    ),
+    "dropout that is off": lambda: nn.Sequential(nn.Dropout(0.5).eval(), nn.Linear(D, V)),
+    "weight norm": parametrized,
+    "weight norm inside": lambda: nn.Sequential(nn.Identity(), parametrized()),
+    "an older weight norm": lambda: older_weight_norm(nn.Linear(D, V)),
+    "an older weight norm inside": lambda: nn.Sequential(nn.GELU(), older_weight_norm(nn.Linear(D, V))),
+}
+
+
+def older_weight_norm(head):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(head)
+
+
+@pytest.mark.parametrize("name", DEFERRED)
+def test_a_head_of_known_modules_is_deferred(name):
+    report = same(with_head(seeded(DEFERRED[name])), ce, rtol=1e-4, atol=1e-5, vouched=False)
+    assert report.fused == {"cross_entropy": 1} and not report.made
+
+
+STATES = {
+    "a flag": lambda head: setattr(head, "on", False),
+    "the mode": lambda head: head.eval(),
+    "a new attribute": lambda head: setattr(head, "scale", 3.0),
+}
+
+
+class Vouched(Flagged):
+    def forward(self, h):
+        h = h if self.training else h * 0.5
+        return super().forward(h) * getattr(self, "scale", 1.0)
+
+
+@pytest.mark.parametrize("when", ["before the loss", "before the backward"])
+@pytest.mark.parametrize("read", [ce, lambda z: z.sin().sum()], ids=["read", "made"])
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.filterwarnings("ignore:sin makes the logits")
+def test_a_deferred_head_has_the_state_of_its_call(name, read, when):
+    model = with_head(Vouched())
+    want, want_grads = gradients(copy.deepcopy(model), read)
+    fuse_any(model, options=SMALL)
+    z = model(IDS)
+    if when == "before the loss":
+        STATES[name](model.lm_head)
+    got = read(z)
+    if when == "before the backward":
+        STATES[name](model.lm_head)
+    now = {k: v for k, v in model.lm_head.__dict__.items() if k != "calls"}
+    got.backward()
+    torch.testing.assert_close(got.detach(), want)
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, want_grads)
+    assert {k: v for k, v in model.lm_head.__dict__.items() if k != "calls"} == now
+
+
+def test_a_buffer_of_a_deferred_head_that_has_changed_is_named():
+    model = with_head(Flagged())
+    fuse_any(model)
+    z = model(IDS)
+    loss = ce(z)
+    model.lm_head.mask[:10] = -5.0
+    for stale in (loss.backward, lambda: ce(z), lambda: z.sin()):
+        with pytest.raises(RuntimeError, match="the buffer mask of the head has been changed"):
+            stale()
+
+
+def test_dropout_of_a_head_that_is_vouched_for_is_drawn_once_a_call():
+    model = with_head(nn.Sequential(nn.Dropout(0.5), nn.Linear(D, V)))
+    fuse_any(model, options=SMALL)
+    z = model(IDS)
+    first, again, other = ce(z), ce(z), ce(model(IDS))
+    assert first == again != other
+    first.backward(retain_graph=True)
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.eval()
+    again.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads, rtol=0, atol=0)
+
+
+# --- heads that are never called
+
+
+class Multiplies(Tiny):
+    def forward(self, ids):
+        return F.linear(self.body(self.embedding(ids)), self.lm_head.weight)
+
+
+def test_a_forward_that_does_not_call_its_head_says_so_once():
+    model = Multiplies()
+    lossfuse.fuse_lm_head(model)
+    with pytest.warns(UserWarning, match="the forward of Multiplies has not called its head, a Linear, .*has fused nothing") as warned:
+        for _ in range(2):
+            ce(model(IDS)).backward()
+    assert len(warned) == 1 and warned[0].filename == __file__
+    quiet = Multiplies()
+    lossfuse.fuse_lm_head(quiet)
+    quiet.body(torch.zeros(1, D))
+    with torch.no_grad():
+        quiet(IDS)
+    quiet.eval()(IDS)
+
+
+def test_a_head_that_is_called_within_another_model_or_a_checkpoint_is_called():
+    model = Tiny()
+    outer = WithLoss(model)
+    lossfuse.fuse_lm_head(model)
+    lossfuse.fuse_lm_head(outer, head="model.lm_head")
+    outer(IDS).backward()
+    checkpoint(outer, IDS, use_reentrant=False).backward()
+
+
+class Says(Tiny):
+    """A model that names its head, as those of transformers do."""
+
+    said: object = None
+
+    def get_output_embeddings(self):
+        return self.said(self)
 
 
 # --- dtypes
@@ -627,7 +884,7 @@ def test_dtypes(dtype, head, upcast):
     stock, model = Tiny(head).to(dtype), Tiny(head).to(dtype)
     truth, true_grads = gradients(copy.deepcopy(stock).double(), ce)
     want, want_grads = gradients(stock, read)
-    report = lossfuse.fuse_lm_head(model)
+    report = fuse_any(model)
     got, grads = gradients(model, read)
     assert report.fused and not report.made
     assert got.dtype == want.dtype and model(IDS).dtype == dtype
@@ -648,7 +905,7 @@ def test_autocast(head, double):
 
     def run(fuse, enabled):
         model = Tiny(head).double() if double else Tiny(head)
-        report = lossfuse.fuse_lm_head(model) if fuse else None
+        report = fuse_any(model) if fuse else None
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             z = model(IDS)
             loss, entropy = ce(z), (lambda lp: -(lp.exp() * lp).sum(-1))(z.log_softmax(-1))
@@ -675,7 +932,7 @@ def test_under_autocast_the_head_learns_from_logits_that_are_made(head):
     model = Tiny(head)
     with torch.autocast("cpu", torch.bfloat16):
         want, want_grads = gradients(model, read)
-    lossfuse.fuse_lm_head(model)
+    fuse_any(model)
     with torch.autocast("cpu", torch.bfloat16):
         got, grads = gradients(model, read)
     assert got == want
@@ -765,6 +1022,54 @@ def test_eval_no_grad_and_inference_are_the_models_own():
     assert not report.fused and not report.made
 
 
+MODES = {
+    "eval": lambda model: model.eval() and contextlib.nullcontext(),
+    "no_grad": lambda model: torch.no_grad(),
+    "inference": lambda model: torch.inference_mode(),
+    "eval, no_grad, autocast": lambda model: model.eval() and both(torch.no_grad(), torch.autocast("cpu", torch.bfloat16)),
+}
+
+
+@contextlib.contextmanager
+def both(one, other):
+    with one, other:
+        yield
+
+
+@pytest.mark.parametrize("head", ["linear with a bias", "Sequential"])
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_takes_no_memory_for_logits(mode, head):
+    model = Tiny(head, cap=3.0)
+    ids, target = (torch.randint(0, V, (64, 64)) for _ in range(2))
+    with MODES[mode](model):
+        want, logits = ce(model(ids), target), model(IDS)
+    options = lossfuse.LinearOptions(chunk_bytes=64 * 48 * 4)
+    report = lossfuse.fuse_lm_head(model, options=options, evaluation=True)
+    with MODES[mode](model), Largest() as largest:
+        got = ce(model(ids), target)
+    assert got.requires_grad == want.requires_grad and got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=1e-2 if "autocast" in mode else 1e-5, atol=1e-6)
+    assert largest.bytes < 64 * 64 * V * 4 / 3 and report.fused == {"cross_entropy": 1} and not report.made
+    with MODES[mode](model), pytest.warns(UserWarning, match="sin makes"):
+        made = model(IDS).sin()
+    assert torch.equal(made, logits.sin()) and made.requires_grad == logits.requires_grad
+
+
+def test_generate_has_the_models_own_head():
+    class Generates(Tiny):
+        def generate(self, ids):
+            for _ in range(3):
+                ids = torch.cat([ids, self(ids)[:, -1:].argmax(-1)], dim=1)
+            return ids
+
+    model = Generates().eval()
+    want = model.generate(IDS)
+    report = lossfuse.fuse_lm_head(model, evaluation=True)
+    with torch.no_grad():
+        assert torch.equal(model.generate(IDS), want)
+    assert not report.fused and not report.made and report.calls == 3
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_are_fused_and_their_own(how):
     model = Tiny("tied")
@@ -812,7 +1117,7 @@ def test_state_dict_goes_in_and_out():
 def test_a_head_that_is_replaced():
     """A larger vocabulary, a wrapper: the head is asked for at every forward."""
     model = Tiny()
-    report = lossfuse.fuse_lm_head(model)
+    report = fuse_any(model)
     first = model.lm_head
     ce(model(IDS))
     model.lm_head = Lora(first)
@@ -845,7 +1150,7 @@ def test_head_by_name_and_by_module():
 def test_two_heads_one_after_the_other():
     """Two models of which each has a head, in one step."""
     policy, value = Tiny(), Tiny("LoRA")
-    reports = [lossfuse.fuse_lm_head(m) for m in (policy, value)]
+    reports = [fuse_any(m) for m in (policy, value)]
     z, y = policy(IDS), value(IDS)
     (ce(z) + ce(y)).backward()
     with pytest.warns(UserWarning, match="cat makes") as warned:
@@ -864,6 +1169,12 @@ def test_hooks_of_the_head():
     assert seen == [(B, T, V)] * 2
 
 
+def fused_as(said):
+    model = Says()
+    model.heads, model.said = nn.ModuleList(nn.Linear(D, V) for _ in range(2)), lambda _: said(model)
+    return lossfuse.fuse_lm_head(model)
+
+
 ERRORS = {
     "no module": (lambda: lossfuse.fuse_lm_head("model"), TypeError, "model is a str but must be a torch.nn.Module"),
     "no head": (
@@ -873,6 +1184,24 @@ ERRORS = {
     ),
     "no such name": (lambda: lossfuse.fuse_lm_head(Tiny(), head="lm_haed"), ValueError, "no module 'lm_haed'"),
     "head of another kind": (lambda: lossfuse.fuse_lm_head(Tiny(), head=3), TypeError, "head is a int but must be a module, or the name"),
+    "it has none": (
+        lambda: fused_as(lambda m: setattr(m, "head", m.__dict__["_modules"].pop("lm_head"))),
+        ValueError,
+        r"no output head was found \(get_output_embeddings\(\) returned None\)",
+    ),
+    "several": (
+        lambda: fused_as(lambda m: m.heads),
+        TypeError,
+        "get_output_embeddings.* of Says is a ModuleList of 2 modules, each a head .* head='heads.0'",
+    ),
+    "an embedding": (lambda: fused_as(lambda m: m.embedding), TypeError, "of Says is an Embedding, whose forward takes ids"),
+    "an embedding by name": (
+        lambda: lossfuse.fuse_lm_head(Tiny(), head="embedding"),
+        TypeError,
+        "head='embedding' of Tiny is an Embedding",
+    ),
+    "row_wise": (lambda: lossfuse.fuse_lm_head(Tiny(), row_wise=1), TypeError, "row_wise is 1 but must be True or False"),
+    "evaluation": (lambda: lossfuse.fuse_lm_head(Tiny(), evaluation=None), TypeError, "evaluation is None but must be"),
     "options": (lambda: lossfuse.fuse_lm_head(Tiny(), options={}), TypeError, "options is a dict but must be a lossfuse.LinearOptions"),
 }
 
@@ -890,7 +1219,7 @@ def test_gradient_checkpointing(head, reentrant):
     """Of the body, and of head and loss together."""
     model = Tiny(head)
     want, want_grads = gradients(model, ce)
-    report = lossfuse.fuse_lm_head(model)
+    report = fuse_any(model)
     model.zero_grad()
     x = checkpoint(lambda e: torch.tanh(model.body(e)) * 3, model.embedding(IDS), use_reentrant=reentrant)
     loss = checkpoint(lambda h: ce(model.lm_head(h)), x, use_reentrant=reentrant)
@@ -906,7 +1235,7 @@ def test_compiled(head):
     torch.compiler.reset()
     model = Tiny(head, cap=2.0)
     want, want_grads = gradients(model, ce)
-    report = lossfuse.fuse_lm_head(model)
+    report = fuse_any(model)
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(2):
         model.zero_grad()
@@ -960,16 +1289,16 @@ def test_no_rows():
         assert same(Tiny(head), lambda z: ce(z[:0], TARGET[:0], reduction="sum")) is not None
 
 
-def test_memory_of_a_parameter_put_aside():
-    """As FSDP2 does after a head's forward: the loss has the weight it was given, and logits are not made of another."""
-    model = Tiny("linear")
+def test_a_parameter_put_aside():
+    """As FSDP2 does after a head's forward: loss and logits are of the weight that the call was given."""
+    model, stock = Tiny("linear"), Tiny("linear")(IDS)
     lossfuse.fuse_lm_head(model)
-    z, stock = model(IDS), ce(Tiny("linear")(IDS))
+    z = model(IDS)
     model.lm_head.weight = nn.Parameter(torch.zeros(V, D))
-    torch.testing.assert_close(ce(z), stock)
+    torch.testing.assert_close(ce(z), ce(stock))
     assert z._base is None
-    with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
-        torch.sin(z)
+    with pytest.warns(UserWarning, match="sin makes"):
+        assert torch.equal(torch.sin(z), torch.sin(stock))
 
 
 def replica_of(model):

@@ -229,7 +229,7 @@ def same_as_stock(layout, loss_of, *, model=None, fused=None, made=None):
     plain = copy.deepcopy(model)
     (batch,) = batches(1, dist.get_world_size())
     want_loss, want = one_step(plain, plain, loss_of, batch)
-    report = lossfuse.fuse_lm_head(model, options=OPTIONS)
+    report = lossfuse.fuse_lm_head(model, options=OPTIONS, row_wise=True)
     run, _ = layout(model)
     loss, got = one_step(run, model, loss_of, mine(batch))
     dist.all_reduce(loss)
@@ -434,7 +434,7 @@ OTHERS = {
         same_as_stock(GROUP, LOSSES["outside"], model=with_a_head_that_is_not_linear(), fused={"cross_entropy": 1}) and None
     ),
     "not linear, groups in it": lambda: (
-        same_as_stock(fsdp2("lm_head.base"), LOSSES["outside"], model=with_a_head_that_is_not_linear()) and None
+        same_as_stock(fsdp2("lm_head.base"), LOSSES["outside"], model=with_a_head_that_is_not_linear(), made={"forward": 1}) and None
     ),
     "bfloat16": lambda: mixed_precision(lambda **o: fsdp2(*BLOCKS, "lm_head", **o)),
     "bfloat16, norm and head": lambda: mixed_precision(lambda **o: fsdp2(*BLOCKS, ("norm", "lm_head"), **o)),
@@ -468,7 +468,7 @@ def same_of_classes(layout, loss_of, *, model=None, first=True, fused=None, made
     plain = copy.deepcopy(model)
     (batch,) = batches(1, 1)
     want_loss, want = one_step(plain, plain, loss_of, batch)
-    report = lossfuse.fuse_lm_head(model, options=OPTIONS) if first else None
+    report = lossfuse.fuse_lm_head(model, options=OPTIONS, row_wise=True) if first else None
     run, _ = layout(model)
     report = report or lossfuse.fuse_lm_head(model, options=OPTIONS)
     with Largest() as largest:
@@ -589,8 +589,9 @@ def a_parallel_llama(first):
     model = llama(vocab_size=312, num_attention_heads=4, num_key_value_heads=4).train()
     # around a head that was fused before its classes were cut, the head's own logits
     return same_of_classes(
-        layout, loss_of, model=model, first=first, fused={} if first else ONE, allowed=dist.get_world_size() * (312 * 32 + 1)
-    )
+        layout, loss_of, model=model, first=first, fused={} if first else ONE, made={"forward": 1} if first else {},
+        allowed=dist.get_world_size() * (312 * 32 + 1),
+    )  # fmt: skip
 
 
 ONE = {"cross_entropy": 1}
@@ -613,7 +614,9 @@ PARALLEL = {
     "a DTensor, made": lambda: same_of_classes(as_dtensor, made_of_a_dtensor, fused={}, made={"sin": 1}),
     "loss_parallel": lambda: same_of_classes(as_dtensor, under_loss_parallel, fused=ONE),
     "local classes": lambda: same_of_classes(cut_locally, of_local_classes, fused={}, made={"to_local": 1}),
-    "a head that is not linear": lambda: same_of_classes(to_replicas_inside, LOSSES["outside"], model=with_a_head_that_is_not_linear()),
+    "a head that is not linear": lambda: same_of_classes(
+        to_replicas_inside, LOSSES["outside"], model=with_a_head_that_is_not_linear(), made={"forward": 1}
+    ),
     "transformers": lambda: a_parallel_llama(first=False),
     "transformers, fused before": lambda: a_parallel_llama(first=True),
 }

@@ -40,7 +40,7 @@ def run(program: Program) -> None:
 
 
 def test_there_are_programs_and_all_say_what_they_need():
-    assert len(PROGRAMS) == 9
+    assert len(PROGRAMS) == 10
     assert all(p.values[0].code.startswith("# pip install lossfuse") for p in PROGRAMS)
 
 

@@ -134,6 +134,92 @@ def test_trainer_evaluates_with_metrics_as_without(needs_accelerate, tmp_path):
     assert seen[0].shape == (6, 12, VOCABULARY) and (seen[0] == seen[2]).all()
 
 
+def evaluated_by_transformers(model: Any, data: Any, path: Any) -> float:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(path), use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False)
+    return float(Trainer(model, arguments, eval_dataset=data).evaluate()["eval_loss"])
+
+
+def validated_by_lightning(model: Any, data: Any, path: Any) -> float:
+    lightning = pytest.importorskip("pytorch_lightning", reason="needs pytorch_lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.losses = model, []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert torch.is_inference_mode_enabled()
+            self.losses.append(float(self.model(**batch).loss))
+
+    module = Module()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": path}
+    trainer = lightning.Trainer(accelerator="cpu", **quiet)
+    trainer.validate(module, torch.utils.data.DataLoader(data, batch_size=8), verbose=False)
+    return sum(module.losses)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("evaluate", [evaluated_by_transformers, validated_by_lightning], ids=["Trainer", "Lightning"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_evaluation_that_wants_the_loss_alone_makes_no_logits(needs_accelerate, tmp_path, model, evaluate):
+    made, data = MODELS[model](), examples(8)
+    want = evaluate(made, data, tmp_path)
+    report = lossfuse.fuse_lm_head(made, evaluation=True)
+    assert evaluate(made, data, tmp_path) == pytest.approx(want, rel=1e-5)
+    assert report.fused == {"cross_entropy": 1} and not report.made
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampled", "beams"])
+def test_generate_of_transformers_never_meets_a_deferred_head(options):
+    model = llama().eval()
+    ids = torch.arange(2, 12).view(2, 5)
+
+    def generate() -> Tensor:
+        torch.manual_seed(0)
+        made: Tensor = model.generate(ids, max_new_tokens=5, pad_token_id=0, **options)
+        return made
+
+    want = generate()
+    report = lossfuse.fuse_lm_head(model, evaluation=True)
+    assert torch.equal(generate(), want)
+    assert not report.fused and not report.made
+
+
+@pytest.mark.parametrize("first", ["offloaded", "fused"])
+def test_a_frozen_head_whose_weights_accelerate_fetches(needs_accelerate, first):
+    from accelerate import cpu_offload
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.lm_head = nn.Linear(8, 8), nn.Linear(8, 30).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.lm_head(self.body(x))
+
+    def run(fused: bool) -> Any:
+        model = Model()
+        report = lossfuse.fuse_lm_head(model) if fused and first == "fused" else None
+        cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
+        report = lossfuse.fuse_lm_head(model) if fused and report is None else report
+        x = torch.arange(48.0).view(6, 8).sin()
+        for _ in range(2):
+            model.zero_grad()
+            loss = F.cross_entropy(model(x), torch.arange(6))
+            loss.backward()
+        made = model(x)
+        if report is not None:
+            assert report.fused == {"cross_entropy": 2} and type(made) is not Tensor
+            lossfuse.unfuse_lm_head(model)
+            assert type(model(x)) is Tensor
+        return loss.detach(), model.body.weight.grad
+
+    torch.testing.assert_close(run(True), run(False))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_label_smoother_of_transformers(model):
     """log_softmax of (B, T, V) logits, gathered and summed."""
