@@ -303,7 +303,6 @@ def show_steps(costs: dict[str, Cost], console: "Console") -> None:
 
 def main(out: Path, setup: Setup) -> Result:
     """Train, show, draw; Mistake, before anything is trained, for a picture that cannot be written."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if out.suffix != ".png":
@@ -313,7 +312,7 @@ def main(out: Path, setup: Setup) -> Result:
         require_writable(out)
     except OSError as error:
         raise Mistake(f"{out} cannot be written: {error.strerror or error}") from error
-    console = Console()
+    console = tables.console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"[bold]lossfuse {lossfuse.__version__}[/bold] on {where}, torch {torch.__version__}")

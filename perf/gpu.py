@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import sanitizer
+from . import sanitizer, tables
 from .bounds import exceeded
 from .cases import named
 from .environment import CHECKOUT, run_tests, stamp
@@ -73,9 +73,7 @@ def main(out: Path, minutes: float) -> int:
     1 if a test or a sanitizer failed, an error is beyond its bound or a goal was missed; 3 if something of it was not settled on a GPU;
     otherwise 0.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = tables.console()
     end = time.monotonic() + 60 * minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rehearsal = device.type == "cpu"
