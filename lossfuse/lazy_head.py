@@ -245,17 +245,10 @@ class Source:
         with self.trained_as_called(), torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             yield
 
-    @contextmanager
-    def trained_as_called(self) -> Iterator[None]:
+    def trained_as_called(self) -> AbstractContextManager[None]:
         """With the parameters requiring grad that did at the call, as before PEFT switched to another adapter."""
         other = [(p, was) for p, was in zip(self.parameters, self.trained, strict=True) if p.requires_grad != was and p.is_leaf]
-        try:
-            for p, was in other:
-                p.requires_grad_(was)
-            yield
-        finally:
-            for p, was in other:
-                p.requires_grad_(not was)
+        return _requiring_grad(other) if other else nullcontext()
 
     def shape_of_logits(self) -> tuple[int, torch.dtype] | None:
         """(classes, dtype); None where the head had better be asked for its logits."""
@@ -294,6 +287,17 @@ class Source:
         elif version_of(self.made) != self.made_version:
             raise RuntimeError(STALE.format(what="what was made of others like them"))
         return self.made
+
+
+@contextmanager
+def _requiring_grad(flags: list[tuple[Tensor, bool]]) -> Iterator[None]:
+    try:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(not flag)
 
 
 def require_unchanged(watched: Iterable[tuple[str, Tensor, int]]) -> None:

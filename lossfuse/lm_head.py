@@ -55,7 +55,8 @@ def fuse_lm_head(
             draws a mask for each chunk, from a seed that is drawn at the call. Unknown heads without this are called once, by the model,
             with a warning.
         evaluation: defer the head in eval mode, under ``no_grad`` and in ``inference_mode`` too, so that the loss of an evaluation takes
-            no memory for logits. Calls within ``generate()`` are never deferred.
+            no memory for logits. Calls within ``generate()`` are never deferred. Tensors of ``inference_mode`` have no version, so hidden
+            states that are written to between head and loss are noticed everywhere but there.
 
     Returns:
         What becomes of the logits from now on, as counters of operations: ``fused`` and ``made``. A second call for the same model
