@@ -11,8 +11,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ UNSEEN = (
     "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that"
     " (logits.retain_grad()), or lossfuse.unfuse_lm_head(model)"
 )
+WRITTEN = (
+    "these logits were never made, and {name} writes to them after some of their classes have been read as a view, which would not see it;"
+    " read those afterwards, clone() them, or lossfuse.unfuse_lm_head(model)"
+)
 
 
 class LazyLogits(Tensor):
@@ -37,6 +41,14 @@ class LazyLogits(Tensor):
     _rows: Tensor
     _class_dim: int
     _leaves: tuple[Tensor, ...]
+    # what is done to each row of the head's logits, for reads that need their values, and what its rows carry beside the hidden states
+    _program: Any
+    _carried: dict[int, Tensor]
+    # shared by those that torch would have view the same memory
+    _memory: object
+    # of a view of few classes, which has no dimension of classes: what computes it alone
+    _take: Callable[[], Tensor] | None
+    _taken: Tensor | None
     _expression: "_Expression"
     _node: Any
     _made: Tensor | None
@@ -44,12 +56,15 @@ class LazyLogits(Tensor):
     _unwrapped: "LazyLogits | None"
 
     @staticmethod
-    def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int) -> "LazyLogits":
-        lead = list(rows.shape[:-1])
-        lead.insert(class_dim, shaping.num_classes)
+    def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int, shape: Any = None) -> "LazyLogits":
+        lead = list(rows.shape[:-1] if shape is None else shape)
+        if shape is None:
+            lead.insert(class_dim, shaping.num_classes)
         self: LazyLogits = Tensor._make_wrapper_subclass(cls, lead, dtype=shaping.dtype, device=rows.device)
         self._source, self._shaping, self._rows, self._class_dim = source, shaping, rows, class_dim
         self._expression, self._made, self._node, self._unwrapped = _Expression(source, self), None, None, None
+        self._program, self._carried, self._memory, self._take, self._taken = None, {}, object(), None, None
+        source.widest = max(source.widest, shaping.num_classes)
         source.lazies.append(weakref.ref(self))
         return self
 
@@ -63,11 +78,25 @@ class LazyLogits(Tensor):
         rows: Tensor | None = None,
         class_dim: int | None = None,
         leaves: tuple[Tensor, ...] | None = None,
+        carried: dict[int, Tensor] | None = None,
+        copied: bool = False,
     ) -> "LazyLogits":
+        """The same but for what is given; a view of the same memory unless ``copied``."""
         if class_dim is None and not self._classes_last:
             class_dim = self._class_dim
-        leaves = self._leaves if leaves is None else leaves
-        return lazy_logits(self._source, shaping or self._shaping, self._rows if rows is None else rows, class_dim, leaves=leaves)
+        made = lazy_logits(
+            self._source,
+            shaping or self._shaping,
+            self._rows if rows is None else rows,
+            class_dim,
+            leaves=self._leaves if leaves is None else leaves,
+            program=self._program,
+            carried=self._carried if carried is None else carried,
+            loses_gradient=len(self._leaves) > 0,
+        )
+        if not copied:
+            made._memory = self._memory
+        return made
 
     @property
     def _classes_last(self) -> bool:
@@ -156,14 +185,60 @@ class PlacedLogits(LazyLogits):
         return value.full_tensor(grad_placements=grad_placements)
 
 
-def lazy_logits(source: Source, shaping: Shaping, rows: Tensor, class_dim: int | None = None, *, leaves: tuple[Tensor, ...]) -> LazyLogits:
-    """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``."""
+def lazy_logits(
+    source: Source,
+    shaping: Shaping,
+    rows: Tensor,
+    class_dim: int | None = None,
+    *,
+    leaves: tuple[Tensor, ...],
+    program: Any = None,
+    carried: dict[int, Tensor] | None = None,
+    loses_gradient: bool = False,
+    shape: Any = None,
+) -> LazyLogits:
+    """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``.
+
+    ``loses_gradient``, the program has a gradient that these do not have if they have no leaves.
+    """
     with torch._C.DisableTorchFunctionSubclass(), source.trained_as_called():
         kind = LazyLogits if shaping.placements is None else PlacedLogits
-        made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
+        made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim, shape), *leaves)
         made._node = made.grad_fn
         made._leaves = () if made._node is None else leaves
+        made._carried = carried or {}
+        detached = loses_gradient and not made._leaves
+        made._program = Step(torch.detach, (Program(program),)) if detached else program
     return made
+
+
+# --- what is done to a chunk of rows, and how it is run: lazy_chunks
+
+
+@dataclass(frozen=True)
+class Carried:
+    """An argument of a step that has a value, or V, for each row: which of the tensors that the rows carry."""
+
+    key: int
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A call that keeps each row to itself; among its arguments are programs and what rows carry."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grad: bool = True
+    autocast: torch.dtype | None = None
+    watched: tuple[tuple[str, Tensor, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """In the place of lazy logits among the arguments of a step: what makes their values, or None for the logits of the head."""
+
+    step: Step | None
 
 
 @contextmanager
@@ -241,7 +316,13 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         local = local_arguments(placed.device_mesh, leaves)
         known = None if local is None else known
         args, kwargs = given if local is None else tree_unflatten(local, tree)
-    if known is not None and all(x._source.made is None and not x._intercepted for x in lazies):
+    lazy_still = all(x._source.made is None and not x._intercepted for x in lazies)
+    if any(x._take is not None for x in lazies):
+        known = None
+        if lazy_still and all(x._made is None for x in lazies) and not _writes(func, kwargs) and func not in (*GRADIENTS, *WATCHES_GRADIENT):
+            args, kwargs = tree_map(lambda x: _taken(x, func) if isinstance(x, LazyLogits) and x._take is not None else x, given)
+            return func(*args, **kwargs)
+    if known is not None and lazy_still:
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
         result: Any = NotImplemented
@@ -249,14 +330,17 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         if _binds(takes, args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 result = handler(*args, **kwargs)
+        if isinstance(result, Written):
+            return result.value
         if result is not NotImplemented:
-            if not isinstance(result, LazyLogits):
+            made = _lazies_of(result)
+            if not made:
                 lazies[0]._source.forward.finder.report.fused[_name(func)] += 1
                 if placed is not None:
                     mesh = placed.device_mesh
                     result = tree_map(lambda t: as_replicas(t, mesh) if isinstance(t, Tensor) else t, result)
                 lazies[0]._source.is_read(result)
-            elif all(result is not x for x in lazies):
+            elif isinstance(result, LazyLogits) and result._expression.func is None and all(result is not x for x in lazies):
                 result._expression.is_call(func, *given)
             return result
     args, kwargs = given
@@ -316,6 +400,47 @@ def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
+class Written(NamedTuple):
+    """The result of a function that has written to lazy logits, by what was recorded."""
+
+    value: Any
+
+
+def written(x: LazyLogits, made: Any, func: Any, args: Any, kwargs: Any, *, value: Any) -> Any:
+    """Lazy logits become ``made``, which ``func``, that writes nothing, makes of the arguments; NotImplemented where others see the memory."""
+    if not isinstance(made, LazyLogits) or made._shaping.dtype != x._shaping.dtype or made.shape != x.shape:
+        return NotImplemented
+    others = (ref() for ref in x._source.lazies)
+    seen = any(other is not None and other is not x and other is not made and other._memory is x._memory for other in others)
+    # a write without gradient leaves the gradient as it was
+    alike = [id(t) for t in made._leaves] == [id(t) for t in x._leaves] and (torch.is_grad_enabled() or not x._leaves)
+    if seen or not alike or x._unwrapped is not None or x._source.cut is not None or x._source.taken:
+        return NotImplemented
+    expression = _Expression(x._source, x)
+    expression.is_call(func, args, kwargs)
+    x._expression.lazy = lambda: None
+    x._expression = expression
+    if x._node is not None:
+        x._node.expression = expression
+    x._shaping, x._rows, x._program, x._carried = made._shaping, made._rows, made._program, made._carried
+    return Written(value)
+
+
+def _taken(x: LazyLogits, func: Any) -> Tensor:
+    """The values of a view of few classes, computed alone; who writes to them is found out."""
+    if x._taken is None:
+        assert x._take is not None
+        with torch._C.DisableTorchFunctionSubclass():
+            with torch.set_grad_enabled(len(x._leaves) > 0):
+                x._taken = x._take()
+            source = x._source
+            source.watch("a view of some of their classes", x._taken.detach())
+            source.taken.append((x._taken, _uses(x._taken)))
+            source.forward.finder.report.fused[_name(x._expression.func)] += 1
+            source.is_read(x._taken)
+    return x._taken
+
+
 def _binds(takes: inspect.Signature, args: Any, kwargs: Any) -> bool:
     try:
         takes.bind(*args, **kwargs)
@@ -330,10 +455,17 @@ def _lazies_of(arguments: Any) -> list[LazyLogits]:
 
 def _make_all(lazies: list[LazyLogits], why: Any) -> None:
     for source in {id(x._source): x._source for x in lazies}.values():
+        if source.made is None and any(_uses(t) > before for t, before in source.taken):
+            raise RuntimeError(WRITTEN.format(name=_name(why)))
         for ref in source.lazies:
             other = ref()
             if other is not None:
                 _made(other, why)
+
+
+def _uses(t: Tensor) -> int:
+    """How many tensors view the memory of one."""
+    return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
 
 
 class _Expression:
