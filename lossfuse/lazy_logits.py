@@ -7,6 +7,7 @@ operations, bit for bit what they would have been. No model's code is known here
 """
 
 import inspect
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,6 +27,10 @@ from .wrappers import modules_told, told_by
 UNSEEN = (
     "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that"
     " (logits.retain_grad()), or lossfuse.unfuse_lm_head(model)"
+)
+MADE = (
+    "{name} makes the logits of a fused head, shape {rows} times {num_classes} classes, for it needs all of them at once or is not known;"
+    " docs/trainers.md lists what runs without logits"
 )
 WRITTEN = (
     "these logits were never made, and {name} writes to them after some of their classes have been read as a view, which would not see it;"
@@ -299,8 +304,10 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         like = args[0]._expression.like()
         if like is not None:
             return func(like, *args[1:], **kwargs)
-    if func in FACTORIES and isinstance(args[0], LazyLogits):
+    if func in OF_KIND and isinstance(args[0], LazyLogits) and args[0]._made is None:
         return func(torch.empty(0, dtype=args[0]._shaping.dtype, device=args[0]._rows.device), *args[1:], **kwargs)
+    if func in OF_LAYOUT and all(x._made is None for x in _lazies_of((args, kwargs))):
+        return _of_layout(func, args, kwargs)
     if func is T.register_hook and args[0]._made is None:
         hook = kwargs["hook"] if "hook" in kwargs else args[1]
         modules = modules_told(hook)
@@ -393,11 +400,27 @@ def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
         raise RuntimeError(UNSEEN.format(name=_name(func)))
     report = args[0]._source.forward.finder.report
     if not report.made["register_hook"]:
-        warnings.warn(UNSEEN.format(name="register_hook"), UserWarning, stacklevel=4)
+        warnings.warn(UNSEEN.format(name="register_hook"), UserWarning, stacklevel=frames_to_the_user())
     # from now on whoever reads these passes the hook
     args[0]._node = None
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def _of_layout(func: Any, args: Any, kwargs: Any) -> Any:
+    """A function for which shapes, dtypes and layouts will do, or that makes a tensor of the same."""
+    device = next(x._rows.device for x in _lazies_of((args, kwargs)))
+
+    def like(x: Any) -> Any:
+        if not isinstance(x, LazyLogits):
+            return x
+        known = x._expression.like()
+        return torch.empty(x.shape, dtype=x._shaping.dtype, device="meta") if known is None else known
+
+    args, kwargs = tree_map(like, (args, kwargs))
+    if _name(func).endswith("_like"):
+        kwargs = {**kwargs, "device": device if kwargs.get("device") is None else kwargs["device"]}
+    return func(*args, **kwargs)
 
 
 class Written(NamedTuple):
@@ -549,10 +572,9 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
                 report = source.forward.finder.report
                 if not report.made[name] and not torch.compiler.is_compiling():
                     warnings.warn(
-                        f"{name} makes the logits of a fused head, shape {tuple(source.hidden.shape[:-1])} times"
-                        f" {lazy._shaping.num_classes} classes; what is fused is said by lossfuse.fuse_lm_head",
+                        MADE.format(name=name, rows=tuple(source.hidden.shape[:-1]), num_classes=lazy._shaping.num_classes),
                         UserWarning,
-                        stacklevel=5,
+                        stacklevel=frames_to_the_user(),
                     )
                 report.made[name] += 1
             if lazy._intercepted:
@@ -562,6 +584,14 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
                 lazy._expression.value()
     assert lazy._made is not None
     return lazy._made
+
+
+def frames_to_the_user() -> int:
+    """The ``stacklevel`` at which a function that warns names the nearest line that is neither of this package nor of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("lossfuse", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _name(func: Any) -> str:
@@ -586,14 +616,23 @@ IDENTITY = {T.__hash__}
 METADATA = {
     *(getattr(T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_meta", "is_nested")),
     *(getattr(T, name).__get__ for name in ("is_leaf", "grad_fn", "grad", "itemsize", "is_quantized", "is_cpu", "is_mps", "is_xpu")),
-    *(getattr(T, name).__get__ for name in ("requires_grad", "nbytes", "_version", "_base")),
+    *(getattr(T, name).__get__ for name in ("requires_grad", "nbytes", "_version", "_base", "output_nr", "retains_grad", "name", "names")),
+    *(getattr(T, name).__get__ for name in ("is_mkldnn", "is_xla", "is_mtia", "is_ipu", "is_maia", "is_vulkan", "is_xpu", "is_sparse_csr")),
     *(getattr(T, name) for name in ("size", "dim", "numel", "nelement", "ndimension", "element_size", "get_device", "__len__")),
-    *(T.is_floating_point, T.is_complex, torch.is_floating_point, torch.is_complex, torch.numel, *IDENTITY),
+    *(T.is_inference, torch.is_inference, T.has_names, T.is_floating_point, T.is_complex, torch.is_floating_point, torch.is_complex, torch.numel, *IDENTITY),
 }
 # what follows from how they would be made
-LAYOUT = {T.stride, T.is_contiguous, T.storage_offset}
+LAYOUT = {T.stride, T.is_contiguous, T.storage_offset, T._is_view, T.dim_order}
 # of whose first argument only dtype and device matter
-FACTORIES = {getattr(T, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")}
+OF_KIND = {
+    *(getattr(T, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")),
+    *(T.is_conj, T.is_neg, T.is_signed, T.is_shared, T.is_pinned, torch.is_conj, torch.is_neg, torch.is_signed),
+}
+# for which everything but values is enough
+OF_LAYOUT = {
+    *(getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(torch.result_type, torch.is_same_size, T.is_same_size),
+}
 GRADIENTS = {torch.autograd.grad, torch.autograd.backward}
 WATCHES_GRADIENT = {T.register_hook, T.retain_grad, T.register_post_accumulate_grad_hook}
 # beside names that end with an underscore

@@ -140,7 +140,7 @@ STEPS += [
     # readers
     lambda z, s: z.max(-1, keepdim=True)[0], lambda z, s: z.max(), lambda z, s: z.min(-1)[0], lambda z, s: z.amin(-1), with_extremes,
     lambda z, s: z.mean(-1, keepdim=True), lambda z, s: z.mean((0, -1)), lambda z, s: z.sum(), lambda z, s: z.sum((0, 1, 2), keepdim=True),
-    lambda z, s: z.mean(0), lambda z, s: z.std(-1), lambda z, s: torch.linalg.vector_norm(z, dim=-1), lambda z, s: z.norm(dim=-1),
+    lambda z, s: z.mean(0), lambda z, s: z.std(-1) if z.dim() > 1 else z, lambda z, s: torch.linalg.vector_norm(z, dim=-1), lambda z, s: z.norm(dim=-1),
     lambda z, s: (z.topk(3, -1)[1] == one_for_each_row(z, s)[..., None]).any(-1), lambda z, s: torch.isnan(z).any(), lambda z, s: z.isfinite().all(),
     lambda z, s: (z > 0.1).sum(-1), lambda z, s: (z < 0.0).any(-1, keepdim=True), lambda z, s: (z > 0).double().mean(), categorical,
     lambda z, s: -(s.like(*z.shape).softmax(-1) * z.log_softmax(-1)).sum(-1), lambda z, s: (F.one_hot(one_for_each_row(z, s), z.shape[-1]) * z).sum(-1),
@@ -175,7 +175,8 @@ def compare(seeds):
         torch.manual_seed(seed)
         model = Model(random.Random(-1 - seed).choice(list(HEADS))).double()
         fused = copy.deepcopy(model)
-        lossfuse.fuse_lm_head(fused)
+        # chunks of 3 rows of 16 float64
+        lossfuse.fuse_lm_head(fused, options=lossfuse.LinearOptions(chunk_bytes=3 * 16 * 8))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
