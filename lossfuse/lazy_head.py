@@ -162,6 +162,11 @@ class Source:
         # whether a gradient goes past the logits
         self.read = False
         self.lazies: list[weakref.ref[Any]] = []
+        # values of views of few classes, computed alone, with how many tensors view their memory; the most classes of any of these logits
+        self.taken: list[tuple[Tensor, int]] = []
+        self.widest = 0
+        # what has been read as their logsumexp, to be known again when it is subtracted: its version, rows and shaping
+        self.lses: list[tuple[weakref.ref[Tensor], int, Tensor, "Shaping"]] = []
 
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, version_of(t)))
@@ -312,7 +317,8 @@ def require_unchanged(watched: Iterable[tuple[str, Tensor, int]]) -> None:
 class Shaping:
     """What becomes of a row of the head's output ``x``: ``z = scale * x + bias``, or ``cap * tanh(z)``, of the first classes.
 
-    ``kind`` says what of it a lazy tensor holds: "logits" z, or ``factor`` times one of "logp", "p", "p logp", "p z".
+    ``kind`` says what of it a lazy tensor holds: "logits" z, or ``factor`` times one of "logp", "p", "p logp", "p z"; or "other", what only
+    the program of the lazy tensor says.
     """
 
     num_classes: int
@@ -326,7 +332,7 @@ class Shaping:
     placements: tuple[Any, ...] | None = None
 
     def times(self, c: float) -> "Shaping | None":
-        if c == 0.0 or not math.isfinite(c):
+        if c == 0.0 or not math.isfinite(c) or self.kind == "other":
             return None
         if self.kind != "logits":
             return replace(self, factor=self.factor * c)

@@ -7,12 +7,13 @@ operations, bit for bit what they would have been. No model's code is known here
 """
 
 import inspect
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ UNSEEN = (
     "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that"
     " (logits.retain_grad()), or lossfuse.unfuse_lm_head(model)"
 )
+MADE = (
+    "{name} makes the logits of a fused head, shape {rows} times {num_classes} classes, for it needs all of them at once or is not known;"
+    " docs/trainers.md lists what runs without logits"
+)
+WRITTEN = (
+    "these logits were never made, and {name} writes to them after some of their classes have been read as a view, which would not see it;"
+    " read those afterwards, clone() them, or lossfuse.unfuse_lm_head(model)"
+)
 
 
 class LazyLogits(Tensor):
@@ -37,6 +46,14 @@ class LazyLogits(Tensor):
     _rows: Tensor
     _class_dim: int
     _leaves: tuple[Tensor, ...]
+    # what is done to each row of the head's logits, for reads that need their values, and what its rows carry beside the hidden states
+    _program: Any
+    _carried: dict[int, Tensor]
+    # shared by those that torch would have view the same memory
+    _memory: object
+    # of a view of few classes, which has no dimension of classes: what computes it alone
+    _take: Callable[[], Tensor] | None
+    _taken: Tensor | None
     _expression: "_Expression"
     _node: Any
     _made: Tensor | None
@@ -44,12 +61,15 @@ class LazyLogits(Tensor):
     _unwrapped: "LazyLogits | None"
 
     @staticmethod
-    def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int) -> "LazyLogits":
-        lead = list(rows.shape[:-1])
-        lead.insert(class_dim, shaping.num_classes)
+    def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int, shape: Any = None) -> "LazyLogits":
+        lead = list(rows.shape[:-1] if shape is None else shape)
+        if shape is None:
+            lead.insert(class_dim, shaping.num_classes)
         self: LazyLogits = Tensor._make_wrapper_subclass(cls, lead, dtype=shaping.dtype, device=rows.device)
         self._source, self._shaping, self._rows, self._class_dim = source, shaping, rows, class_dim
         self._expression, self._made, self._node, self._unwrapped = _Expression(source, self), None, None, None
+        self._program, self._carried, self._memory, self._take, self._taken = None, {}, object(), None, None
+        source.widest = max(source.widest, shaping.num_classes)
         source.lazies.append(weakref.ref(self))
         return self
 
@@ -63,11 +83,25 @@ class LazyLogits(Tensor):
         rows: Tensor | None = None,
         class_dim: int | None = None,
         leaves: tuple[Tensor, ...] | None = None,
+        carried: dict[int, Tensor] | None = None,
+        copied: bool = False,
     ) -> "LazyLogits":
+        """The same but for what is given; a view of the same memory unless ``copied``."""
         if class_dim is None and not self._classes_last:
             class_dim = self._class_dim
-        leaves = self._leaves if leaves is None else leaves
-        return lazy_logits(self._source, shaping or self._shaping, self._rows if rows is None else rows, class_dim, leaves=leaves)
+        made = lazy_logits(
+            self._source,
+            shaping or self._shaping,
+            self._rows if rows is None else rows,
+            class_dim,
+            leaves=self._leaves if leaves is None else leaves,
+            program=self._program,
+            carried=self._carried if carried is None else carried,
+            loses_gradient=len(self._leaves) > 0,
+        )
+        if not copied:
+            made._memory = self._memory
+        return made
 
     @property
     def _classes_last(self) -> bool:
@@ -156,14 +190,60 @@ class PlacedLogits(LazyLogits):
         return value.full_tensor(grad_placements=grad_placements)
 
 
-def lazy_logits(source: Source, shaping: Shaping, rows: Tensor, class_dim: int | None = None, *, leaves: tuple[Tensor, ...]) -> LazyLogits:
-    """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``."""
+def lazy_logits(
+    source: Source,
+    shaping: Shaping,
+    rows: Tensor,
+    class_dim: int | None = None,
+    *,
+    leaves: tuple[Tensor, ...],
+    program: Any = None,
+    carried: dict[int, Tensor] | None = None,
+    loses_gradient: bool = False,
+    shape: Any = None,
+) -> LazyLogits:
+    """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``.
+
+    ``loses_gradient``, the program has a gradient that these do not have if they have no leaves.
+    """
     with torch._C.DisableTorchFunctionSubclass(), source.trained_as_called():
         kind = LazyLogits if shaping.placements is None else PlacedLogits
-        made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim), *leaves)
+        made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim, shape), *leaves)
         made._node = made.grad_fn
         made._leaves = () if made._node is None else leaves
+        made._carried = carried or {}
+        detached = loses_gradient and not made._leaves
+        made._program = Step(torch.detach, (Program(program),)) if detached else program
     return made
+
+
+# --- what is done to a chunk of rows, and how it is run: lazy_chunks
+
+
+@dataclass(frozen=True)
+class Carried:
+    """An argument of a step that has a value, or V, for each row: which of the tensors that the rows carry."""
+
+    key: int
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A call that keeps each row to itself; among its arguments are programs and what rows carry."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grad: bool = True
+    autocast: torch.dtype | None = None
+    watched: tuple[tuple[str, Tensor, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """In the place of lazy logits among the arguments of a step: what makes their values, or None for the logits of the head."""
+
+    step: Step | None
 
 
 @contextmanager
@@ -224,8 +304,10 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         like = args[0]._expression.like()
         if like is not None:
             return func(like, *args[1:], **kwargs)
-    if func in FACTORIES and isinstance(args[0], LazyLogits):
+    if func in OF_KIND and isinstance(args[0], LazyLogits) and args[0]._made is None:
         return func(torch.empty(0, dtype=args[0]._shaping.dtype, device=args[0]._rows.device), *args[1:], **kwargs)
+    if func in OF_LAYOUT and all(x._made is None for x in _lazies_of((args, kwargs))):
+        return _of_layout(func, args, kwargs)
     if func is T.register_hook and args[0]._made is None:
         hook = kwargs["hook"] if "hook" in kwargs else args[1]
         modules = modules_told(hook)
@@ -241,7 +323,13 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         local = local_arguments(placed.device_mesh, leaves)
         known = None if local is None else known
         args, kwargs = given if local is None else tree_unflatten(local, tree)
-    if known is not None and all(x._source.made is None and not x._intercepted for x in lazies):
+    lazy_still = all(x._source.made is None and not x._intercepted for x in lazies)
+    if any(x._take is not None for x in lazies):
+        known = None
+        if lazy_still and all(x._made is None for x in lazies) and not _writes(func, kwargs) and func not in (*GRADIENTS, *WATCHES_GRADIENT):
+            args, kwargs = tree_map(lambda x: _taken(x, func) if isinstance(x, LazyLogits) and x._take is not None else x, given)
+            return func(*args, **kwargs)
+    if known is not None and lazy_still:
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
         result: Any = NotImplemented
@@ -249,14 +337,17 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         if _binds(takes, args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 result = handler(*args, **kwargs)
+        if isinstance(result, Written):
+            return result.value
         if result is not NotImplemented:
-            if not isinstance(result, LazyLogits):
+            made = _lazies_of(result)
+            if not made:
                 lazies[0]._source.forward.finder.report.fused[_name(func)] += 1
                 if placed is not None:
                     mesh = placed.device_mesh
                     result = tree_map(lambda t: as_replicas(t, mesh) if isinstance(t, Tensor) else t, result)
                 lazies[0]._source.is_read(result)
-            elif all(result is not x for x in lazies):
+            elif isinstance(result, LazyLogits) and result._expression.func is None and all(result is not x for x in lazies):
                 result._expression.is_call(func, *given)
             return result
     args, kwargs = given
@@ -309,11 +400,68 @@ def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
         raise RuntimeError(UNSEEN.format(name=_name(func)))
     report = args[0]._source.forward.finder.report
     if not report.made["register_hook"]:
-        warnings.warn(UNSEEN.format(name="register_hook"), UserWarning, stacklevel=4)
+        warnings.warn(UNSEEN.format(name="register_hook"), UserWarning, stacklevel=frames_to_the_user())
     # from now on whoever reads these passes the hook
     args[0]._node = None
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def _of_layout(func: Any, args: Any, kwargs: Any) -> Any:
+    """A function for which shapes, dtypes and layouts will do, or that makes a tensor of the same."""
+    device = next(x._rows.device for x in _lazies_of((args, kwargs)))
+
+    def like(x: Any) -> Any:
+        if not isinstance(x, LazyLogits):
+            return x
+        known = x._expression.like()
+        return torch.empty(x.shape, dtype=x._shaping.dtype, device="meta") if known is None else known
+
+    args, kwargs = tree_map(like, (args, kwargs))
+    if _name(func).endswith("_like"):
+        kwargs = {**kwargs, "device": device if kwargs.get("device") is None else kwargs["device"]}
+    return func(*args, **kwargs)
+
+
+class Written(NamedTuple):
+    """The result of a function that has written to lazy logits, by what was recorded."""
+
+    value: Any
+
+
+def written(x: LazyLogits, made: Any, func: Any, args: Any, kwargs: Any, *, value: Any) -> Any:
+    """Lazy logits become ``made``, which ``func``, that writes nothing, makes of the arguments; NotImplemented where others see the memory."""
+    if not isinstance(made, LazyLogits) or made._shaping.dtype != x._shaping.dtype or made.shape != x.shape:
+        return NotImplemented
+    others = (ref() for ref in x._source.lazies)
+    seen = any(other is not None and other is not x and other is not made and other._memory is x._memory for other in others)
+    # a write without gradient leaves the gradient as it was
+    alike = [id(t) for t in made._leaves] == [id(t) for t in x._leaves] and (torch.is_grad_enabled() or not x._leaves)
+    if seen or not alike or x._unwrapped is not None or x._source.cut is not None or x._source.taken:
+        return NotImplemented
+    expression = _Expression(x._source, x)
+    expression.is_call(func, args, kwargs)
+    x._expression.lazy = lambda: None
+    x._expression = expression
+    if x._node is not None:
+        x._node.expression = expression
+    x._shaping, x._rows, x._program, x._carried = made._shaping, made._rows, made._program, made._carried
+    return Written(value)
+
+
+def _taken(x: LazyLogits, func: Any) -> Tensor:
+    """The values of a view of few classes, computed alone; who writes to them is found out."""
+    if x._taken is None:
+        assert x._take is not None
+        with torch._C.DisableTorchFunctionSubclass():
+            with torch.set_grad_enabled(len(x._leaves) > 0):
+                x._taken = x._take()
+            source = x._source
+            source.watch("a view of some of their classes", x._taken.detach())
+            source.taken.append((x._taken, _uses(x._taken)))
+            source.forward.finder.report.fused[_name(x._expression.func)] += 1
+            source.is_read(x._taken)
+    return x._taken
 
 
 def _binds(takes: inspect.Signature, args: Any, kwargs: Any) -> bool:
@@ -330,10 +478,17 @@ def _lazies_of(arguments: Any) -> list[LazyLogits]:
 
 def _make_all(lazies: list[LazyLogits], why: Any) -> None:
     for source in {id(x._source): x._source for x in lazies}.values():
+        if source.made is None and any(_uses(t) > before for t, before in source.taken):
+            raise RuntimeError(WRITTEN.format(name=_name(why)))
         for ref in source.lazies:
             other = ref()
             if other is not None:
                 _made(other, why)
+
+
+def _uses(t: Tensor) -> int:
+    """How many tensors view the memory of one."""
+    return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
 
 
 class _Expression:
@@ -417,10 +572,9 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
                 report = source.forward.finder.report
                 if not report.made[name] and not torch.compiler.is_compiling():
                     warnings.warn(
-                        f"{name} makes the logits of a fused head, shape {tuple(source.hidden.shape[:-1])} times"
-                        f" {lazy._shaping.num_classes} classes; what is fused is said by lossfuse.fuse_lm_head",
+                        MADE.format(name=name, rows=tuple(source.hidden.shape[:-1]), num_classes=lazy._shaping.num_classes),
                         UserWarning,
-                        stacklevel=5,
+                        stacklevel=frames_to_the_user(),
                     )
                 report.made[name] += 1
             if lazy._intercepted:
@@ -430,6 +584,14 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
                 lazy._expression.value()
     assert lazy._made is not None
     return lazy._made
+
+
+def frames_to_the_user() -> int:
+    """The ``stacklevel`` at which a function that warns names the nearest line that is neither of this package nor of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("lossfuse", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _name(func: Any) -> str:
@@ -451,17 +613,33 @@ def _writes(func: Any, kwargs: Any) -> bool:
 T = Tensor
 # what is known of logits that are not made
 IDENTITY = {T.__hash__}
+_ATTRIBUTES = (
+    *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "requires_grad", "is_leaf", "grad_fn", "grad", "retains_grad"),
+    *("_version", "_base", "output_nr", "name", "names", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_xla", "is_mtia", "is_ipu", "is_maia"),
+    *("is_vulkan", "is_meta", "is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn"),
+)
+_METHODS = (
+    *("size", "dim", "numel", "nelement", "ndimension", "element_size", "get_device", "__len__", "is_floating_point", "is_complex"),
+    *("is_inference", "has_names"),
+)
 METADATA = {
-    *(getattr(T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_meta", "is_nested")),
-    *(getattr(T, name).__get__ for name in ("is_leaf", "grad_fn", "grad", "itemsize", "is_quantized", "is_cpu", "is_mps", "is_xpu")),
-    *(getattr(T, name).__get__ for name in ("requires_grad", "nbytes", "_version", "_base")),
-    *(getattr(T, name) for name in ("size", "dim", "numel", "nelement", "ndimension", "element_size", "get_device", "__len__")),
-    *(T.is_floating_point, T.is_complex, torch.is_floating_point, torch.is_complex, torch.numel, *IDENTITY),
+    # torch before 2.13 has names, and which devices there are changes
+    *(getattr(T, name).__get__ for name in _ATTRIBUTES if hasattr(T, name)),
+    *(getattr(owner, name) for name in _METHODS for owner in (T, torch) if hasattr(owner, name)),
+    *IDENTITY,
 }
 # what follows from how they would be made
-LAYOUT = {T.stride, T.is_contiguous, T.storage_offset}
+LAYOUT = {T.stride, T.is_contiguous, T.storage_offset, T._is_view, T.dim_order}
 # of whose first argument only dtype and device matter
-FACTORIES = {getattr(T, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")}
+OF_KIND = {
+    *(getattr(T, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")),
+    *(T.is_conj, T.is_neg, T.is_signed, T.is_shared, T.is_pinned, torch.is_conj, torch.is_neg, torch.is_signed),
+}
+# for which everything but values is enough
+OF_LAYOUT = {
+    *(getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(torch.result_type, torch.is_same_size, T.is_same_size),
+}
 GRADIENTS = {torch.autograd.grad, torch.autograd.backward}
 WATCHES_GRADIENT = {T.register_hook, T.retain_grad, T.register_post_accumulate_grad_hook}
 # beside names that end with an underscore

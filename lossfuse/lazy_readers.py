@@ -1,5 +1,6 @@
 """What reads logits as a loss or a statistic: the linear form of the hidden states, instead of logits."""
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from . import family, functional, statistics
 from .distributed import shared
 from .inputs import Targets
+from .lazy_chunks import read_chunks, together
 from .lazy_head import Shaping
-from .lazy_logits import LazyLogits, T, can_be, handles, of_classes
+from .lazy_logits import LazyLogits, T, handles, of_classes
+from .lazy_rows import gather, rows_along
+from .lazy_values import of_values, over_rows
 from .linear import chunk_rows
 from .reduce import divisor_of, reduce_rows
 from .spec import loss_spec, require_bool, resolve_reduction
@@ -34,10 +38,18 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    if not isinstance(input, LazyLogits) or input._shaping.kind != "logits":
+    if not isinstance(input, LazyLogits):
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
     options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    kind, factor = input._shaping.kind, input._shaping.factor
+    if kind == "logp" and factor == 1.0:
+        # log_softmax of those is what they are
+        input = input._but(shaping=replace(input._shaping, kind="logits"))
+    elif kind != "logits":
+        return loss_of_values(F.cross_entropy, input, target, options)
+    if isinstance(target, LazyLogits):
+        return loss_of_values(F.cross_entropy, input, target, options)
     return _torchs(input, _loss(input, target, options))
 
 
@@ -84,9 +96,11 @@ def _nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Any:
-    if not isinstance(input, LazyLogits) or input._shaping.kind != "logp" or input._shaping.factor != 1.0 or target.is_floating_point():
+    if not isinstance(input, LazyLogits) or isinstance(target, LazyLogits) or target.is_floating_point():
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
+    if input._shaping.kind != "logp" or input._shaping.factor != 1.0:
+        return loss_of_values(F.nll_loss, input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction})
     return _torchs(input, _loss(input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}))
 
 
@@ -111,9 +125,16 @@ def _our_nll_loss(
 
 @handles(T.gather, torch.gather)
 def _gather(x: Any, dim: Any, index: Any = None, *, sparse_grad: bool = False) -> Any:
-    one = isinstance(x, LazyLogits) and isinstance(index, Tensor) and x._classes_last and of_classes(x, dim)
-    if not one or tuple(index.shape) != (*x._rows.shape[:-1], 1) or sparse_grad or x._shaping.kind not in ("logits", "logp", "p"):
+    if not isinstance(x, LazyLogits) or not isinstance(index, Tensor) or isinstance(index, LazyLogits) or sparse_grad:
         return NotImplemented
+    if not of_classes(x, dim):
+        rest = index.dim() == x._rows.dim() and x._classes_last and isinstance(dim, int)
+        whole = rest and all(d == dim % x.dim() or n == m for d, (n, m) in enumerate(zip(index.shape, x.shape, strict=True)))
+        return rows_along(x, dim, index) if whole else NotImplemented
+    if not x._classes_last or index.shape[:-1] != x._rows.shape[:-1]:
+        return NotImplemented
+    if index.shape[-1] != 1 or x._shaping.kind not in ("logits", "logp", "p"):
+        return gather(x, index)
     read = _stats(x, index[..., 0])
     value = read.target_logprob
     if x._shaping.kind == "logits":
@@ -125,22 +146,38 @@ def _gather(x: Any, dim: Any, index: Any = None, *, sparse_grad: bool = False) -
 
 @handles(torch.take_along_dim, T.take_along_dim)
 def _take_along_dim(x: Any, indices: Any, dim: Any = None) -> Any:
-    return _gather(x, dim, indices)
+    if not isinstance(x, LazyLogits) or isinstance(indices, LazyLogits) or indices.dim() != x.dim() or not x._classes_last:
+        return NotImplemented
+    if not of_classes(x, dim):
+        return rows_along(x, dim, indices)
+    lead = x._rows.shape[:-1]
+    if any(n not in (1, rows) for n, rows in zip(indices.shape[:-1], lead, strict=True)):
+        return NotImplemented
+    return _gather(x, dim, indices.expand(*lead, -1))
 
 
 @handles(T.logsumexp, torch.logsumexp, torch.special.logsumexp)
 def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    if x._shaping.kind != "logits" or not of_classes(x, dim):
+    if not of_classes(x, dim):
         return NotImplemented
+    if x._shaping.kind != "logits":
+        return of_values(torch.logsumexp, x, keepdim)
     lse = _result(x, _stats(x).lse)
-    return lse.unsqueeze(x._class_dim) if keepdim else lse
+    if not keepdim:
+        return lse
+    lse = lse.unsqueeze(x._class_dim)
+    # to be known again when it is subtracted
+    x._source.lses.append((weakref.ref(lse), lse._version, x._rows, x._shaping))
+    return lse
 
 
 @handles(T.argmax, torch.argmax)
 def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-    if not of_classes(x, dim) or x._shaping.kind not in ("logits", "logp", "p") or x._shaping.factor <= 0.0:
+    if not of_classes(x, dim):
         return NotImplemented
+    if x._shaping.kind not in ("logits", "logp", "p") or x._shaping.factor <= 0.0:
+        return of_values(torch.argmax, x, keepdim)
     with torch.no_grad():
         argmax = _stats(x, argmax=True).argmax
     assert argmax is not None
@@ -149,10 +186,25 @@ def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
 
 @handles(T.sum, torch.sum)
 def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
-    dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    shaping = x._shaping
-    if not of_classes(x, dim) or shaping.kind not in ("logp", "p logp", "p z") or (dtype is not None and not can_be(x, dtype)):
+    floating = x._shaping.dtype.is_floating_point
+    return over_rows(x, dim, keepdim, lambda: _row_sums(x), torch.sum, dtype or (x._shaping.dtype if floating else torch.int64))
+
+
+@handles(T.mean, torch.mean)
+def _mean(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    if not x._shaping.dtype.is_floating_point:
         return NotImplemented
+    num_classes = x._shaping.num_classes
+    return over_rows(x, dim, keepdim, lambda: _row_sums(x) / num_classes, torch.mean, dtype or x._shaping.dtype)
+
+
+def _row_sums(x: LazyLogits) -> Tensor:
+    """The sum over classes, in the dtype it is summed in."""
+    shaping = x._shaping
+    if shaping.kind not in ("logp", "p logp", "p z"):
+        wide = torch.float64 if shaping.dtype == torch.float64 else torch.float32 if shaping.dtype.is_floating_point else torch.int64
+        made: Tensor = read_chunks(x, lambda z: z.sum(-1, dtype=wide))
+        return made
     if shaping.kind == "logp":
         # a target that is spread evenly over all classes
         zeros = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
@@ -163,8 +215,37 @@ def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.
         read = _stats(x, entropy=True)
         assert read.entropy is not None
         value = -read.entropy if shaping.kind == "p logp" else read.lse - read.entropy
-    value = (value * shaping.factor).to(dtype or shaping.dtype)
-    return value.unsqueeze(x._class_dim) if keepdim else value
+    return value * shaping.factor
+
+
+def loss_of_values(func: Any, x: LazyLogits, target: Any, options: dict[str, Any]) -> Any:
+    """A loss of torch, a chunk of rows at a time, of what the linear form has no word for, or against a target that is made of logits."""
+    weight, reduction = options.get("weight"), options["reduction"]
+    soft = target.is_floating_point()
+    classes_first = x._class_dim == min(x._rows.dim() - 1, 1)
+    if not classes_first or x._source.cut is not None or isinstance(weight, LazyLogits):
+        return NotImplemented
+    lead = x._rows.shape[:-1]
+    if isinstance(target, LazyLogits):
+        if not together(x, target) or target._shaping.num_classes != x._shaping.num_classes:
+            return NotImplemented
+        beside: Any = target
+    else:
+        beside = target.movedim(1, -1) if soft and target.dim() > 2 else target
+        if tuple(beside.shape) != (*lead, x._shaping.num_classes) if soft else tuple(beside.shape) != tuple(lead):
+            return NotImplemented
+    options = {**options, "reduction": "none"}
+    wide = torch.float64 if x._shaping.dtype == torch.float64 else torch.float32
+
+    def part(z: Tensor, t: Tensor) -> Tensor:
+        return func(z.to(wide), t.to(wide) if soft else t, **{**options, "weight": None if weight is None else weight.to(wide)})
+
+    losses = read_chunks(x, part, beside)
+    divisor = None
+    if reduction == "mean":
+        ids = torch.empty(lead.numel(), 0, device=losses.device) if soft else target.reshape(-1)
+        divisor = divisor_of(Targets(ids, weight, lead), x._shaping.num_classes, wide, options.get("ignore_index", -100), reduction, None)
+    return _torchs(x, losses if reduction == "none" else losses.sum() if divisor is None else losses.sum() / divisor)
 
 
 def _result(x: LazyLogits, value: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""What models do to logits between head and loss: recorded, not done.
+"""What models do to the elements of logits between head and loss: recorded, not done.
 
-Elementwise functions become part of the shaping, reshaping of rows happens to the hidden states. Handlers that cannot return
-NotImplemented, and the logits are made.
+Scaling, caps, biases and softmax become part of the shaping, which the linear form knows. Other functions that keep each row to itself are
+steps of the program, which runs on a chunk of rows. Handlers that cannot return NotImplemented, and the logits are made.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,15 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import family
+from .lazy_chunks import joined_leaves, step, together
 from .lazy_head import Shaping
-from .lazy_logits import LazyLogits, T, can_be, handles, of_classes
-
-
-def _reshaped(x: LazyLogits, shaping: Shaping | None) -> Any:
-    return NotImplemented if shaping is None else x._but(shaping=shaping)
-
-
-# --- elementwise
+from .lazy_logits import HANDLERS, LazyLogits, T, can_be, handles, of_classes, written
 
 
 def _number(c: Any) -> float | None:
@@ -34,87 +27,156 @@ def _number(c: Any) -> float | None:
     return None
 
 
+def _plain(t: Any) -> bool:
+    return isinstance(t, Tensor) and not isinstance(t, LazyLogits)
+
+
+# --- what the linear form knows
+
+
 @handles(T.mul, T.__mul__, T.__rmul__, torch.mul, T.multiply, torch.multiply)
 def _mul(x: Any, other: Any) -> Any:
-    if not isinstance(x, LazyLogits):
-        x, other = other, x
-    if isinstance(other, LazyLogits):
-        return _times_logarithm(x, other)
-    c = _number(other)
-    return NotImplemented if c is None else _reshaped(x, x._shaping.times(c))
-
-
-def _times_logarithm(x: LazyLogits, other: LazyLogits) -> Any:
-    """p * logp or p * z of the same logits, whose sum over classes is a statistic."""
-    if other._shaping.kind == "p":
-        x, other = other, x
-    kind = {"logp": "p logp", "logits": "p z"}.get(other._shaping.kind)
-    together = x._source is other._source and x._rows is other._rows and x._shaping.same_logits(other._shaping)
-    if x._shaping.kind != "p" or kind is None or not together or x._class_dim != other._class_dim:
-        return NotImplemented
-    dtype = torch.promote_types(x._shaping.dtype, other._shaping.dtype)
-    return x._but(shaping=replace(x._shaping, kind=kind, factor=x._shaping.factor * other._shaping.factor, dtype=dtype))
+    z, factor = (x, other) if isinstance(x, LazyLogits) else (other, x)
+    if isinstance(factor, LazyLogits):
+        return step(torch.mul, x, other, shaping=_times_logarithm(z, factor))
+    c = _number(factor)
+    if c is None:
+        scaled = _rows_times(z, factor, torch.mul)
+        return step(torch.mul, x, other) if scaled is None else scaled
+    return step(torch.mul, x, other, shaping=z._shaping.times(c))
 
 
 @handles(T.div, T.__truediv__, torch.div, T.true_divide, torch.true_divide, T.divide, torch.divide)
 def _div(x: Any, other: Any, *, rounding_mode: Any = None) -> Any:
     c = _number(other)
-    if not isinstance(x, LazyLogits) or rounding_mode is not None or not c:
-        return NotImplemented
-    return _reshaped(x, x._shaping.times(1.0 / c))
+    if not isinstance(x, LazyLogits) or rounding_mode is not None or c is None:
+        scaled = None if not isinstance(x, LazyLogits) or rounding_mode is not None else _rows_times(x, other, torch.div)
+        return step(torch.div, x, other, rounding_mode=rounding_mode) if scaled is None else scaled
+    return step(torch.div, x, other, shaping=x._shaping.times(1.0 / c) if c else None)
+
+
+def _rows_times(x: LazyLogits, factor: Any, func: Any) -> LazyLogits | None:
+    """A factor for all rows or for each one, of logits that are linear in their hidden states, scales those; None if they are not."""
+    source, shaping = x._source, x._shaping
+    if not _plain(factor) or factor.dim() > x._rows.dim() or factor.device not in (x._rows.device, torch.device("cpu")):
+        return None
+    linear = source.weight is not None and source.bias is None and source.cut is None and source.autocast is None
+    alone = shaping.kind == "logits" and shaping.bias is None and shaping.cap is None and x._classes_last and not x._carried
+    wide = x._rows.dtype.itemsize >= 4 and torch.promote_types(factor.dtype, x._rows.dtype) == x._rows.dtype == shaping.dtype
+    one = factor.dim() == 0 or (factor.shape[-1] == 1 and factor.device == x._rows.device)
+    learnt = factor.requires_grad and torch.is_grad_enabled()
+    if not (linear and alone and wide and one and factor.is_floating_point()) or (learnt and not x._of_head):
+        return None
+    rows = func(x._rows, factor)
+    if rows.shape != x._rows.shape:
+        return None
+    return x._but(rows=rows, leaves=(*x._leaves, factor) if learnt else None, copied=True)
+
+
+def _times_logarithm(x: LazyLogits, other: LazyLogits) -> Shaping | None:
+    """p * logp or p * z of the same logits, whose sum over classes is a statistic."""
+    if other._shaping.kind == "p":
+        x, other = other, x
+    kind = {"logp": "p logp", "logits": "p z"}.get(other._shaping.kind)
+    alike = together(x, other) and x._shaping.same_logits(other._shaping) and x._of_head == other._of_head
+    if x._shaping.kind != "p" or kind is None or not alike or len(joined_leaves([x, other])) != len(x._leaves):
+        return None
+    dtype = torch.promote_types(x._shaping.dtype, other._shaping.dtype)
+    return replace(x._shaping, kind=kind, factor=x._shaping.factor * other._shaping.factor, dtype=dtype)
 
 
 @handles(T.neg, T.__neg__, torch.neg, torch.negative, T.negative)
 def _neg(x: LazyLogits) -> Any:
-    return _reshaped(x, x._shaping.times(-1.0))
+    return step(torch.neg, x, shaping=x._shaping.times(-1.0))
 
 
 @handles(T.tanh, torch.tanh)
 def _tanh(x: LazyLogits) -> Any:
     shaping = x._shaping
-    return x._but(shaping=replace(shaping, cap=1.0)) if shaping.kind == "logits" and shaping.cap is None else NotImplemented
+    capped = replace(shaping, cap=1.0) if shaping.kind == "logits" and shaping.cap is None else None
+    return step(torch.tanh, x, shaping=capped)
 
 
 @handles(T.add, T.__add__, T.__radd__, torch.add)
 def _add(x: Any, other: Any, *, alpha: Any = 1) -> Any:
-    if not isinstance(x, LazyLogits):
-        x, other = other, x
-    one_row = isinstance(other, Tensor) and not isinstance(other, LazyLogits) and other.dim() > 0 and other.device == x.device
+    z, added = (x, other) if isinstance(x, LazyLogits) else (other, x)
+    shaping = _with_bias(z, added) if alpha == 1 else None
+    made = step(torch.add, x, other, alpha=alpha, shaping=shaping)
+    return _watched(made, added, shaping)
+
+
+@handles(T.sub, T.__sub__, torch.sub, T.subtract, torch.subtract)
+def _sub(x: Any, other: Any, *, alpha: Any = 1) -> Any:
+    if not isinstance(x, LazyLogits) or isinstance(other, LazyLogits) or alpha != 1:
+        return step(torch.sub, x, other, alpha=alpha)
+    number = isinstance(other, int | float) and not isinstance(other, bool)
+    shaping = _normalised_by(x, other)
+    if shaping is None and (number or (_plain(other) and not other.requires_grad and other.dtype != torch.bool)):
+        shaping = _with_bias(x, -other)
+    return _watched(step(torch.sub, x, other, shaping=shaping), other, shaping)
+
+
+@handles(T.__rsub__, torch.rsub)
+def _rsub(x: Any, other: Any, *, alpha: Any = 1) -> Any:
+    return step(torch.rsub, x, other, alpha=alpha)
+
+
+def _normalised_by(x: LazyLogits, other: Any) -> Shaping | None:
+    """The logarithm of probabilities, if ``other`` is what has been read as the logsumexp of the same logits."""
+    for ref, version, rows, shaping in x._source.lses:
+        if ref() is other and other._version == version and rows is x._rows and x._shaping.same_logits(shaping) and not x._carried:
+            alike = other.requires_grad == (len(x._leaves) > 0) and x._shaping.kind == "logits" and x._classes_last
+            return replace(x._shaping, kind="logp") if alike else None
+    return None
+
+
+def _with_bias(x: LazyLogits, other: Any) -> Shaping | None:
+    if isinstance(other, int | float) and not isinstance(other, bool):
+        other = torch.full((x._shaping.num_classes,), other, dtype=x._shaping.dtype, device=x._rows.device)
+    one_row = _plain(other) and other.dim() > 0 and other.device == x._rows.device
     fits = one_row and other.numel() == other.shape[-1] == x._shaping.num_classes and other.dim() <= x._rows.dim()
-    if not fits or alpha != 1 or not x._classes_last or torch.promote_types(other.dtype, x._shaping.dtype) != x._shaping.dtype:
-        return NotImplemented
+    if not fits or not x._classes_last or torch.promote_types(other.dtype, x._shaping.dtype) != x._shaping.dtype:
+        return None
     # it becomes a bias of the head, which must not cost it digits
     operands = x._source.autocast or x._rows.dtype
-    shaping = x._shaping.plus(other)
-    if shaping is None or (x._source.weight is not None and torch.promote_types(other.dtype, operands) != operands):
-        return NotImplemented
-    x._source.watch("what was added to them", other)
-    return x._but(shaping=shaping, leaves=(*x._leaves, other))
+    if x._source.weight is not None and torch.promote_types(other.dtype, operands) != operands:
+        return None
+    return x._shaping.plus(other)
+
+
+def _watched(made: Any, other: Any, shaping: Shaping | None) -> Any:
+    if made is not NotImplemented and shaping is not None and _plain(other):
+        made._source.watch("what was added to them", other)
+    return made
 
 
 @handles(T.exp, torch.exp)
 def _exp(x: LazyLogits) -> Any:
     shaping = x._shaping
-    return x._but(shaping=replace(shaping, kind="p")) if shaping.kind == "logp" and shaping.factor == 1.0 else NotImplemented
+    return step(torch.exp, x, shaping=replace(shaping, kind="p") if shaping.kind == "logp" and shaping.factor == 1.0 else None)
 
 
-def _normalised(kind: str) -> Callable[..., Any]:
+def _normalised(kind: str, func: Any) -> Callable[..., Any]:
     def handler(x: LazyLogits, dim: Any = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None) -> Any:
         if isinstance(_stacklevel, torch.dtype):
             dtype = _stacklevel
-        if not of_classes(x, dim) or x._shaping.kind != "logits" or (dtype is not None and not can_be(x, dtype)):
+        if not of_classes(x, dim):
             return NotImplemented
+        shaping = x._shaping
+        if (shaping.kind != "logits" and (shaping.kind, shaping.factor) != ("logp", 1.0)) or (dtype is not None and not can_be(x, dtype)):
+            return step(func, x, -1, dtype=dtype)
         # autocast computes them in float32, but on a CPU
         on = x._rows.device.type
         autocast = on != "cpu" and torch.is_autocast_enabled(on) and x._shaping.dtype.itemsize < 4
-        return x._but(shaping=replace(x._shaping, kind=kind, dtype=dtype or (torch.float32 if autocast else x._shaping.dtype)))
+        dtype_made = dtype or (torch.float32 if autocast else x._shaping.dtype)
+        return step(func, x, -1, dtype=dtype, shaping=replace(x._shaping, kind=kind, dtype=dtype_made))
 
     return handler
 
 
-_log_softmax = _normalised("logp")
+_log_softmax = _normalised("logp", torch.log_softmax)
 handles(F.log_softmax, torch.log_softmax, T.log_softmax, torch.special.log_softmax)(_log_softmax)
-handles(F.softmax, torch.softmax, T.softmax, torch.special.softmax)(_normalised("p"))
+handles(F.softmax, torch.softmax, T.softmax, torch.special.softmax)(_normalised("p", torch.softmax))
 
 
 @handles(family.log_softmax)
@@ -128,7 +190,8 @@ def _our_log_softmax(x: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype
 def _cast(x: LazyLogits, dtype: torch.dtype) -> Any:
     if dtype == x._shaping.dtype:
         return x
-    return x._but(shaping=replace(x._shaping, dtype=dtype)) if can_be(x, dtype) else NotImplemented
+    known = can_be(x, dtype) and x._shaping.kind != "other"
+    return step(T.to, x, dtype, shaping=replace(x._shaping, dtype=dtype) if known else None)
 
 
 @handles(T.float)
@@ -144,6 +207,26 @@ def _bfloat16(x: LazyLogits) -> Any:
 @handles(T.half)
 def _half(x: LazyLogits) -> Any:
     return _cast(x, torch.float16)
+
+
+@handles(T.double)
+def _double(x: LazyLogits) -> Any:
+    return _cast(x, torch.float64)
+
+
+@handles(T.bool)
+def _bool(x: LazyLogits) -> Any:
+    return _cast(x, torch.bool)
+
+
+@handles(T.int)
+def _int(x: LazyLogits) -> Any:
+    return _cast(x, torch.int32)
+
+
+@handles(T.long)
+def _long(x: LazyLogits) -> Any:
+    return _cast(x, torch.int64)
 
 
 @handles(T.type)
@@ -169,7 +252,7 @@ def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     here = device.type == x._rows.device.type and device.index in (None, x._rows.device.index)
     if not here:
         return NotImplemented
-    return x._but() if copy and dtype == x._shaping.dtype else _cast(x, dtype)
+    return x._but(copied=True) if copy and dtype == x._shaping.dtype else _cast(x, dtype)
 
 
 @handles(T.type_as)
@@ -177,9 +260,14 @@ def _type_as(x: Any, other: Tensor) -> Any:
     return _cast(x, other.dtype) if isinstance(x, LazyLogits) and other.device == x._rows.device else NotImplemented
 
 
-@handles(T.contiguous, T.clone, torch.clone)
-def _same(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
+@handles(T.contiguous)
+def _contiguous(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
     return x._but()
+
+
+@handles(T.clone, torch.clone)
+def _clone(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
+    return x._but(copied=True)
 
 
 @handles(T.detach, torch.detach)
@@ -187,109 +275,54 @@ def _detach(x: LazyLogits) -> LazyLogits:
     return x._but(rows=x._rows.detach(), leaves=())
 
 
-# --- rows
+# --- steps of the program
+
+_NAMES = (
+    *("abs", "absolute", "log", "log2", "log10", "log1p", "expm1", "sqrt", "rsqrt", "square", "reciprocal", "sigmoid", "relu", "sign"),
+    *("isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max", "pow"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum", "where", "masked_fill", "logical_and", "logical_or", "isneginf", "isposinf"),
+)
+_OPERATORS = ("pow", "rpow", "rtruediv", "rdiv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "invert", "abs")
+ELEMENTWISE = {
+    *(getattr(owner, name) for name in _NAMES for owner in (T, torch) if hasattr(owner, name)),
+    *(getattr(T, f"__{name}__") for name in _OPERATORS),
+    *(F.softplus, F.logsigmoid, torch.special.expit, torch.special.xlogy, torch.xlogy, T.xlogy, torch.special.entr),
+}
 
 
-@handles(T.view, T.reshape, torch.reshape)
-def _view(x: LazyLogits, *shape: Any) -> Any:
-    if len(shape) == 1 and isinstance(shape[0], tuple | list):
-        shape = tuple(shape[0])
-    if not x._classes_last or not shape or not all(isinstance(n, int) for n in shape):
-        return NotImplemented
-    rows, num_classes = math.prod(x._rows.shape[:-1]), x._shaping.num_classes
-    lead, last = shape[:-1], shape[-1]
-    if last == -1:
-        keeps = -1 not in lead and math.prod(lead) == rows
-    else:
-        known = math.prod(n for n in lead if n != -1)
-        keeps = last == num_classes and (known == rows or (lead.count(-1) == 1 and known > 0 and rows % known == 0))
-    return x._but(rows=x._rows.reshape(*lead, x._rows.shape[-1])) if keeps else NotImplemented
+def _elementwise(func: Any) -> Any:
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if kwargs.get("out") is not None else step(func, *args, **kwargs)
+
+    return handler
 
 
-@handles(T.view_as, T.reshape_as)
-def _view_as(x: Any, other: Tensor) -> Any:
-    return _view(x, tuple(other.shape)) if isinstance(x, LazyLogits) else NotImplemented
+for _func in ELEMENTWISE:
+    handles(_func)(_elementwise(_func))
 
 
-@handles(T.flatten, torch.flatten)
-def _flatten(x: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    dims = x._rows.dim()
-    first, last = start_dim % dims, end_dim % dims
-    if not x._classes_last or last >= dims - 1 or first > last:
-        return NotImplemented
-    return x._but(rows=x._rows.flatten(first, last))
+@handles(F.relu)
+def _relu(x: LazyLogits, inplace: bool = False) -> Any:
+    return NotImplemented if inplace else step(torch.relu, x)
 
 
-@handles(T.squeeze, torch.squeeze)
-def _squeeze(x: LazyLogits, dim: Any = None) -> Any:
-    if not x._classes_last or not isinstance(dim, int) or of_classes(x, dim):
-        return NotImplemented
-    return x._but(rows=x._rows.squeeze(dim % x._rows.dim()))
+# --- in place
+
+IN_PLACE = {
+    **{f"{name}_": getattr(T, name) for name in ("mul", "div", "add", "sub", "neg", "exp", "tanh", "clamp", "masked_fill", "pow", "relu")},
+    **{"__imul__": T.mul, "__itruediv__": T.div, "__iadd__": T.add, "__isub__": T.sub},
+}
 
 
-@handles(T.unsqueeze, torch.unsqueeze)
-def _unsqueeze(x: LazyLogits, dim: int) -> Any:
-    at = dim % (x._rows.dim() + 1)
-    return x._but(rows=x._rows.unsqueeze(at)) if x._classes_last and at < x._rows.dim() else NotImplemented
+def _in_place(func: Any) -> Any:
+    def handler(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, LazyLogits):
+            return NotImplemented
+        made = HANDLERS[func][0](x, *args, **kwargs)
+        return written(x, made, func, (x, *args), kwargs, value=x)
+
+    return handler
 
 
-@handles(T.__getitem__)
-def _getitem(x: LazyLogits, index: Any) -> Any:
-    if not x._classes_last:
-        return NotImplemented
-    index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, LazyLogits | list) or i is None or (isinstance(i, Tensor) and i.dtype == torch.uint8) for i in index):
-        return NotImplemented
-    taken = sum(i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else i is not Ellipsis for i in index)
-    dots = [n for n, i in enumerate(index) if i is Ellipsis]
-    reaches_classes = taken == x._rows.dim() or (len(dots) > 0 and dots[-1] < len(index) - 1)
-    if not reaches_classes:
-        return x._but(rows=x._rows[index]) if taken < x._rows.dim() and _index_stays(index) else NotImplemented
-    cut = index[-1]
-    if not isinstance(cut, slice) or cut.step not in (None, 1) or cut.start not in (None, 0) or not _index_stays(index[:-1]):
-        return NotImplemented
-    num_classes = len(range(*cut.indices(x._shaping.num_classes)))
-    shaping = x._shaping if num_classes == x._shaping.num_classes else x._shaping.cut(num_classes)
-    if shaping is None or num_classes == 0:
-        return NotImplemented
-    rows_index = (*index[:-1], slice(None))
-    return x._but(shaping=shaping, rows=x._rows[rows_index])
-
-
-def _index_stays(index: tuple[Any, ...]) -> bool:
-    """Whether hidden states indexed so have their width last, as the logits have their classes."""
-    return all((isinstance(i, int | slice | Tensor) and not isinstance(i, bool)) or i is Ellipsis for i in index)
-
-
-@handles(T.transpose, torch.transpose, T.swapaxes, torch.swapaxes, T.swapdims, torch.swapdims)
-def _transpose(x: LazyLogits, dim0: int, dim1: int) -> Any:
-    dims = x._rows.dim()
-    a, b = sorted((dim0 % dims, dim1 % dims))
-    if x._classes_last and dims == 3 and (a, b) == (1, 2):
-        return x._but(class_dim=1)
-    if not x._classes_last and dims == 3 and (a, b) == (1, 2):
-        return x._but(class_dim=2)
-    return NotImplemented
-
-
-@handles(T.permute, torch.permute)
-def _permute(x: LazyLogits, *dims: Any) -> Any:
-    order = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
-    n = x._rows.dim()
-    order = tuple(d % n for d in order)
-    if x._classes_last and order == (0, n - 1, *range(1, n - 1)):
-        return x._but(class_dim=1)
-    if x._class_dim == 1 and order == (0, *range(2, n), 1):
-        return x._but(class_dim=n - 1)
-    return NotImplemented
-
-
-@handles(T.movedim, torch.movedim, T.moveaxis, torch.moveaxis)
-def _movedim(x: LazyLogits, source: Any, destination: Any) -> Any:
-    n = x._rows.dim()
-    if not isinstance(source, int) or not isinstance(destination, int):
-        return NotImplemented
-    a, b = source % n, destination % n
-    if x._classes_last and (a, b) == (n - 1, 1):
-        return x._but(class_dim=1)
-    return x._but(class_dim=n - 1) if x._class_dim == 1 and (a, b) == (1, n - 1) else NotImplemented
+for _name, _func in IN_PLACE.items():
+    handles(getattr(T, _name))(_in_place(_func))

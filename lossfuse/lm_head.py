@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 # what is recorded and what is read registers itself
-from . import lazy_logits, lazy_readers, lazy_recorded  # noqa: F401
+from . import lazy_logits, lazy_readers, lazy_recorded, lazy_rows, lazy_values  # noqa: F401
 from .cut_heads import cut_of, is_cut, is_dtensor
 from .deferrable import obstacle
 from .dispatch import tangents_possible

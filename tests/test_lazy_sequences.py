@@ -88,6 +88,70 @@ STEPS = [
 ]  # fmt: skip
 
 
+def one_for_each_row(z, s):
+    return s.ids(z, *z.shape[:-1])
+
+
+def categorical(z, s):
+    made = torch.distributions.Categorical(logits=z)
+    return made.log_prob(one_for_each_row(z, s)) + made.entropy()
+
+
+def with_extremes(z, s):
+    """Rows that are equal, of which each has a part in the gradient of the largest."""
+    return torch.stack([z, z]).max() + z.min()
+
+
+# of rows: parts, shapes, order, several
+STEPS += [
+    lambda z, s: z.select(s.index % z.dim(), 0), lambda z, s: z.narrow(s.index % z.dim(), 0, 1), lambda z, s: z.unbind(1)[-1],
+    lambda z, s: z.split([1, z.shape[1] - 1], 1)[1], lambda z, s: z.chunk(2, s.index % 2)[-1], lambda z, s: z.tensor_split(2, 1)[0],
+    lambda z, s: z.index_select(s.index % 2, torch.tensor([0, 0, 1])), lambda z, s: z[[1, 0, 1]], lambda z, s: z[:, [0, 2]],
+    lambda z, s: z[0, None], lambda z, s: z[..., None, :], lambda z, s: z[torch.tensor([[0, 1], [1, 0]])], lambda z, s: z[::2],
+    lambda z, s: z[torch.arange(z.shape[0])[:, None], torch.tensor([0, 1])], lambda z, s: z[:, torch.tensor([True, False, True, True])],
+    lambda z, s: torch.stack(list(z), 1), lambda z, s: torch.cat([z[:1], z, z[1:]], 0), lambda z, s: torch.cat(z.unbind(1)),
+    lambda z, s: torch.cat([z * 2, z * 2], 1), lambda z, s: torch.cat([z, z.detach()]), lambda z, s: z.repeat(2, *[1] * (z.dim() - 1)),
+    lambda z, s: z.repeat_interleave(2, s.index % 2), lambda z, s: z.repeat_interleave(torch.tensor([2, 1]), 0), lambda z, s: z.flip(0, 1),
+    lambda z, s: z.flip(s.index % z.dim()), lambda z, s: z.roll(1, s.index % 2), lambda z, s: z.permute(*range(z.dim())[::-1]),
+    lambda z, s: z.transpose(0, 1), lambda z, s: z.transpose(s.index % z.dim(), 0), lambda z, s: z.unflatten(0, (-1, 2)),
+    lambda z, s: z.squeeze(), lambda z, s: z.flatten(s.index % 2, 1), lambda z, s: z.expand(-1, *z.shape[1:]),
+    lambda z, s: torch.take_along_dim(z, torch.tensor([[[1], [0]]]), 1), lambda z, s: z.movedim(0, 1),
+    lambda z, s: z.gather(0, torch.tensor([[[1]]]).expand(1, *z.shape[1:])), lambda z, s: torch.no_grad()(lambda: z[:, 1:])(),
+    # of elements: a value for each row or class, learnt ones, masks
+    lambda z, s: z / (s.like(*z.shape[:-1], 1) + 0.5), lambda z, s: z * s.like(z.shape[0], *[1] * (z.dim() - 1)).requires_grad_(),
+    lambda z, s: z * torch.nn.Parameter(s.like(()) + 0.5), lambda z, s: z - z.logsumexp(-1, keepdim=True), lambda z, s: z.div(0.7),
+    lambda z, s: z - z.detach().max(-1, keepdim=True)[0], lambda z, s: z - z.amax(-1, keepdim=True), lambda z, s: 1.0 - z,
+    lambda z, s: z.masked_fill(s.like(z.shape[-1]) > 0.7, -5.0), lambda z, s: z.masked_fill(s.like(*z.shape[:-1], 1) > 0.7, -2.0),
+    lambda z, s: torch.where(s.like(z.shape[-1]) > 0.5, z, -z), lambda z, s: z.clamp(min=-0.5), lambda z, s: (z > 0.1),
+    lambda z, s: (z > 0.1).double(), lambda z, s: z.sigmoid(), lambda z, s: F.softplus(z), lambda z, s: torch.no_grad()(z.softmax)(-1),
+    lambda z, s: z.softmax(-1).log(), lambda z, s: z.detach() * z, lambda z, s: torch.sin(z), lambda z, s: z.relu(), lambda z, s: z.abs() + 1e-3,
+    # classes
+    lambda z, s: z[..., [1, 3]], lambda z, s: z[:, -1, [2, 0, 2]], lambda z, s: z[..., -2], lambda z, s: z.select(-1, 1),
+    lambda z, s: z[0, :, torch.tensor([[1, 2], [0, 0]])], lambda z, s: z[..., s.like(z.shape[-1]) > 0.6], lambda z, s: z[..., 1:],
+    lambda z, s: z.index_select(-1, torch.tensor([4, 1])), lambda z, s: z.narrow(-1, 1, 3), lambda z, s: z[..., ::2],
+    lambda z, s: rows(z)[torch.arange(len(rows(z))), one_for_each_row(rows(z), s)], lambda z, s: z.gather(-1, s.ids(z, *z.shape[:-1], 3)),
+    lambda z, s: z[torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([[2], [3]])], lambda z, s: z[:, torch.tensor([0, 1]), torch.tensor([-1, 3])],
+    lambda z, s: z.take_along_dim(s.ids(z, *z.shape[:-1], 2), -1), lambda z, s: z[s.like(*z.shape[:-1]) > 0.5, 1],
+    # in place
+    lambda z, s: z.div_(0.7), lambda z, s: z.detach().mul_(2.0), lambda z, s: z.sub_(1.0), lambda z, s: z.clamp_(-1.0, 1.0),
+    lambda z, s: (z.__setitem__((..., slice(4, None)), -7.0), z)[1], lambda z, s: (z.__setitem__((..., [0, 2]), -3.0), z * 1.5)[1],
+    lambda z, s: (z.clone().mul_(3.0), z)[1], lambda z, s: (z[..., 0].mul_(2.0), z)[1], lambda z, s: (z[0].neg_(), z)[1],
+    lambda z, s: (z.__setitem__((..., 1), z[..., 1] + 1.0), z)[1], lambda z, s: torch.no_grad()(z.mul_)(2.0), lambda z, s: z.__imul__(2.0),
+    # readers
+    lambda z, s: z.max(-1, keepdim=True)[0], lambda z, s: z.max(), lambda z, s: z.min(-1)[0], lambda z, s: z.amin(-1), with_extremes,
+    lambda z, s: z.mean(-1, keepdim=True), lambda z, s: z.mean((0, -1)), lambda z, s: z.sum(), lambda z, s: z.sum((0, 1, 2), keepdim=True),
+    lambda z, s: z.mean(0), lambda z, s: z.std(-1) if z.dim() > 1 else z, lambda z, s: torch.linalg.vector_norm(z, dim=-1), lambda z, s: z.norm(dim=-1),
+    lambda z, s: (z.topk(3, -1)[1] == one_for_each_row(z, s)[..., None]).any(-1), lambda z, s: torch.isnan(z).any(), lambda z, s: z.isfinite().all(),
+    lambda z, s: (z > 0.1).sum(-1), lambda z, s: (z < -0.03).any(-1, keepdim=True), lambda z, s: (z > 0.07).double().mean(), categorical,
+    lambda z, s: -(s.like(*z.shape).softmax(-1) * z.log_softmax(-1)).sum(-1), lambda z, s: (F.one_hot(one_for_each_row(z, s), z.shape[-1]) * z).sum(-1),
+    lambda z, s: F.kl_div(z.log_softmax(-1), s.like(*z.shape).softmax(-1), reduction="batchmean"), lambda z, s: F.mse_loss(z, s.like(*z.shape)),
+    lambda z, s: F.mse_loss(z, (z * 0.5).detach(), reduction="none"), lambda z, s: F.l1_loss(s.like(*z.shape), z, reduction="sum"),
+    lambda z, s: F.cross_entropy(rows(z), (rows(z) * 0.5).softmax(-1)), lambda z, s: (z.softmax(-1) * (z.log_softmax(-1) - s.like(z.shape[-1]))).sum(-1),
+    lambda z, s: F.nll_loss(rows(z), one_for_each_row(rows(z), s), weight=s.like(z.shape[-1])), lambda z, s: F.multi_margin_loss(rows(z), one_for_each_row(rows(z), s)),
+    lambda z, s: F.binary_cross_entropy_with_logits(z[..., -1, 1], s.like(*z.shape[:-2])), lambda z, s: (z.softmax(-1).square()).sum(-1),
+]  # fmt: skip
+
+
 def done(model, seed):
     """Every tensor that a random sequence of steps makes, or the error of one, and the gradients of a mixture of them."""
     rng = random.Random(seed)
@@ -97,10 +161,12 @@ def done(model, seed):
         made = rng.choice(STEPS)(pool[at], Some(rng))
         pool.append(made)
     g = torch.Generator().manual_seed(seed)
-    mixed = [(z * torch.rand(z.shape, generator=g, dtype=torch.float64)).sum() for z in pool if z.requires_grad]
+    upstream = [torch.rand(z.shape, generator=g, dtype=torch.float64) for z in pool]
+    # a view that was taken under no_grad requires grad in torch, and has no graph
+    mixed = [(z * u).sum() for z, u in zip(pool, upstream, strict=True) if z.requires_grad]
     parameters = list(model.parameters())
     grads = torch.autograd.grad(sum(mixed), parameters, allow_unused=True, materialize_grads=True) if mixed else ()
-    return [z.detach() + 0 for z in pool], list(grads)
+    return [z.detach().cpu() + 0 for z in pool], list(grads)
 
 
 def compare(seeds):
@@ -109,12 +175,13 @@ def compare(seeds):
         torch.manual_seed(seed)
         model = Model(random.Random(-1 - seed).choice(list(HEADS))).double()
         fused = copy.deepcopy(model)
-        lossfuse.fuse_lm_head(fused)
+        # chunks of 3 rows of 16 float64
+        lossfuse.fuse_lm_head(fused, options=lossfuse.LinearOptions(chunk_bytes=3 * 16 * 8))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 want = done(model, seed)
-            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, ZeroDivisionError):
                 continue
             try:
                 got = done(fused, seed)
