@@ -53,7 +53,9 @@ def step(func: Callable[..., Any], *args: Any, shaping: Shaping | None = None, *
     if any(not together(x, other) for other in lazies[1:]) or (shaping is None and x._source.cut is not None):
         return NotImplemented
     carried = {key: t for other in lazies for key, t in other._carried.items()}
-    ends, watched, inside, like = list(joined_leaves(lazies)), [], [], []
+    ends, watched = list(joined_leaves(lazies)), []
+    inside: list[Any] = []
+    like: list[Any] = []
     autocast = _autocast(x)
     for a in leaves:
         if isinstance(a, LazyLogits):
@@ -186,7 +188,7 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
         source.require_unchanged()
         with torch.set_grad_enabled(torch.is_grad_enabled() and of_head), source.as_called():
             logits = source.run(hidden)
-        stop, memo = start + len(hidden), {}
+        stop, memo = start + len(hidden), dict[int, Tensor]()
         here = {key: t(start, stop) for key, t in carried.items()}
         return func(*(run(b.step, logits, here, memo) if isinstance(b, Program) else b(start, stop) for b in values_of))
 

@@ -166,7 +166,7 @@ class Source:
         self.taken: list[tuple[Tensor, int]] = []
         self.widest = 0
         # what has been read as their logsumexp, to be known again when it is subtracted: its version, rows and shaping
-        self.lses: list[tuple[weakref.ref[Tensor], int, Tensor, "Shaping"]] = []
+        self.lses: list[tuple[weakref.ref[Tensor], int, Tensor, Shaping]] = []
 
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, version_of(t)))

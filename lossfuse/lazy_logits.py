@@ -326,7 +326,12 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
     lazy_still = all(x._source.made is None and not x._intercepted for x in lazies)
     if any(x._take is not None for x in lazies):
         known = None
-        if lazy_still and all(x._made is None for x in lazies) and not _writes(func, kwargs) and func not in (*GRADIENTS, *WATCHES_GRADIENT):
+        if (
+            lazy_still
+            and all(x._made is None for x in lazies)
+            and not _writes(func, kwargs)
+            and func not in (*GRADIENTS, *WATCHES_GRADIENT)
+        ):
             args, kwargs = tree_map(lambda x: _taken(x, func) if isinstance(x, LazyLogits) and x._take is not None else x, given)
             return func(*args, **kwargs)
     if known is not None and lazy_still:
@@ -430,7 +435,7 @@ class Written(NamedTuple):
 
 
 def written(x: LazyLogits, made: Any, func: Any, args: Any, kwargs: Any, *, value: Any) -> Any:
-    """Lazy logits become ``made``, which ``func``, that writes nothing, makes of the arguments; NotImplemented where others see the memory."""
+    """Lazy logits become ``made``, the result of ``func``, which writes nothing; NotImplemented where others view the memory."""
     if not isinstance(made, LazyLogits) or made._shaping.dtype != x._shaping.dtype or made.shape != x.shape:
         return NotImplemented
     others = (ref() for ref in x._source.lazies)
@@ -495,7 +500,8 @@ class _Expression:
     """How a tensor is made of the logits of a source: a call among whose arguments are expressions; none for the logits themselves."""
 
     def __init__(self, source: Source, lazy: LazyLogits) -> None:
-        self.source, self.lazy = source, weakref.ref(lazy)
+        self.source = source
+        self.lazy: Callable[[], LazyLogits | None] = weakref.ref(lazy)
         self.num_classes, self.dtype = lazy._shaping.num_classes, lazy._shaping.dtype
         self.func: Any = None
         self.arguments: Any = ()

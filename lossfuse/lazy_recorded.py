@@ -123,8 +123,11 @@ def _rsub(x: Any, other: Any, *, alpha: Any = 1) -> Any:
 
 def _normalised_by(x: LazyLogits, other: Any) -> Shaping | None:
     """The logarithm of probabilities, if ``other`` is what has been read as the logsumexp of the same logits."""
+    if not isinstance(other, Tensor):
+        return None
     for ref, version, rows, shaping in x._source.lses:
-        if ref() is other and other._version == version and rows is x._rows and x._shaping.same_logits(shaping) and not x._carried:
+        same = rows is x._rows and x._shaping.same_logits(shaping) and not x._carried
+        if ref() is other and other._version == version and same:
             alike = other.requires_grad == (len(x._leaves) > 0) and x._shaping.kind == "logits" and x._classes_last
             return replace(x._shaping, kind="logp") if alike else None
     return None
@@ -280,7 +283,22 @@ def _detach(x: LazyLogits) -> LazyLogits:
 _NAMES = (
     *("abs", "absolute", "log", "log2", "log10", "log1p", "expm1", "sqrt", "rsqrt", "square", "reciprocal", "sigmoid", "relu", "sign"),
     *("isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max", "pow"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum", "where", "masked_fill", "logical_and", "logical_or", "isneginf", "isposinf"),
+    *(
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "maximum",
+        "minimum",
+        "where",
+        "masked_fill",
+        "logical_and",
+        "logical_or",
+        "isneginf",
+        "isposinf",
+    ),
 )
 _OPERATORS = ("pow", "rpow", "rtruediv", "rdiv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "invert", "abs")
 ELEMENTWISE = {
@@ -310,7 +328,10 @@ def _relu(x: LazyLogits, inplace: bool = False) -> Any:
 
 IN_PLACE = {
     **{f"{name}_": getattr(T, name) for name in ("mul", "div", "add", "sub", "neg", "exp", "tanh", "clamp", "masked_fill", "pow", "relu")},
-    **{"__imul__": T.mul, "__itruediv__": T.div, "__iadd__": T.add, "__isub__": T.sub},
+    "__imul__": T.mul,
+    "__itruediv__": T.div,
+    "__iadd__": T.add,
+    "__isub__": T.sub,
 }
 
 

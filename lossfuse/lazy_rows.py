@@ -294,7 +294,12 @@ def _alike(tensors: Any) -> bool:
     shaping, head = first._shaping, first._of_head
     for t in tensors:
         s = t._shaping
-        same = t._source is first._source and t._class_dim == first._class_dim and t._of_head == head and t._carried.keys() == first._carried.keys()
+        same = (
+            t._source is first._source
+            and t._class_dim == first._class_dim
+            and t._of_head == head
+            and t._carried.keys() == first._carried.keys()
+        )
         same = same and (s.kind, s.factor, s.dtype, s.placements) == (shaping.kind, shaping.factor, shaping.dtype, shaping.placements)
         if not same or not s.same_logits(shaping) or not same_program(t._program, first._program):
             return False
@@ -413,7 +418,7 @@ def _view_of_classes(x: LazyLogits, item: Any) -> Any:
     if isinstance(item, int):
         if not -num_classes <= item < num_classes:
             return NotImplemented
-        item, shape = item % num_classes, x._rows.shape[:-1]
+        item, shape = item % num_classes, tuple(x._rows.shape[:-1])
     else:
         kept = range(num_classes)[item]
         item, shape = slice(kept.start, kept.stop, kept.step), (*x._rows.shape[:-1], len(kept))
@@ -428,7 +433,14 @@ def _view_of_classes(x: LazyLogits, item: Any) -> Any:
     if x._source.cut is not None:
         return NotImplemented
     made = lazy_logits(
-        x._source, shaping, x._rows, leaves=x._leaves, program=x._program, carried=x._carried, loses_gradient=len(x._leaves) > 0, shape=shape
+        x._source,
+        shaping,
+        x._rows,
+        leaves=x._leaves,
+        program=x._program,
+        carried=x._carried,
+        loses_gradient=len(x._leaves) > 0,
+        shape=shape,
     )
     made._memory = x._memory
     alone = x._but()

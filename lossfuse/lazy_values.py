@@ -133,12 +133,14 @@ def _norm(x: LazyLogits, p: Any = "fro", dim: Any = None, keepdim: bool = False,
 
 
 def _pointwise(func: Any) -> Callable[..., Any]:
-    def handler(
-        input: Any, target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean", **options: Any
-    ) -> Any:
+    def handler(input: Any, target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean", **options: Any) -> Any:
         batchmean = reduction == "batchmean" and func is F.kl_div
         reduction = "sum" if batchmean else resolve_reduction(reduction, size_average, reduce)
-        if not (isinstance(input, Tensor) and isinstance(target, Tensor)) or input.shape != target.shape or options.pop("weight", None) is not None:
+        if (
+            not (isinstance(input, Tensor) and isinstance(target, Tensor))
+            or input.shape != target.shape
+            or options.pop("weight", None) is not None
+        ):
             return NotImplemented
         lazy = step(partial(func, reduction="none", **options), input, target)
         if lazy is NotImplemented or reduction == "none":

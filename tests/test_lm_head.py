@@ -130,7 +130,9 @@ RECORDED = {
     "a list as an index": lambda z: z[[1, 0]],
     "a tensor as an index": lambda z: z[torch.arange(B)[:, None], torch.arange(T).flip(0)],
     "None in an index": lambda z: z[:, None, ..., :],
-    "take_along_dim of rows": lambda z: torch.take_along_dim(z, torch.randperm(T, generator=torch.Generator().manual_seed(8))[None, :, None], 1),
+    "take_along_dim of rows": lambda z: torch.take_along_dim(
+        z, torch.randperm(T, generator=torch.Generator().manual_seed(8))[None, :, None], 1
+    ),
     "rows transposed": lambda z: z.transpose(0, 1).reshape(-1, V),
     "flip and roll": lambda z: z.flip(0).roll(1, 1),
     "unflatten": lambda z: z.unflatten(1, (-1, 2)),
@@ -307,7 +309,10 @@ def test_what_is_recorded_is_made_bit_for_bit(name):
 QUESTIONS = {
     **{name: (lambda z, name=name: getattr(z, name)()) for name in ("_is_view", "is_conj", "is_neg", "is_inference", "is_shared")},
     **{name: (lambda z, name=name: getattr(z, name)()) for name in ("is_pinned", "is_signed", "dim_order", "stride", "get_device")},
-    **{name: (lambda z, name=name: getattr(z, name)) for name in ("is_mkldnn", "is_xla", "is_mtia", "output_nr", "retains_grad", "itemsize")},
+    **{
+        name: (lambda z, name=name: getattr(z, name))
+        for name in ("is_mkldnn", "is_xla", "is_mtia", "output_nr", "retains_grad", "itemsize")
+    },
     "result_type": lambda z: torch.result_type(torch.zeros(3, dtype=torch.float16), z),
     "is_same_size": lambda z: z.is_same_size(torch.zeros(z.shape)),
     "zeros_like": lambda z: torch.zeros_like(z),
@@ -588,7 +593,7 @@ def test_gradients_with_respect_to_logits_that_a_loss_went_past(name):
             GRADIENTS_OF_LOGITS[name](loss, z)
     # of what has not gone past them there is one
     with pytest.warns(UserWarning, match="makes the logits"):
-        torch.testing.assert_close(torch.autograd.grad(z.sum(), z)[0], torch.ones(B, T, V))
+        torch.testing.assert_close(torch.autograd.grad(z.cpu().sum(), z)[0], torch.ones(B, T, V))
 
 
 def test_a_second_derivative_of_a_fused_head_names_the_remedy():
