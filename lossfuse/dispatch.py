@@ -40,7 +40,7 @@ def pick(impl: str, rows: Rows | HeadRows) -> str:
     if impl == "auto":
         # the interpreter is for those who ask for it by name
         compiled = rows.input.device.type in TRITON_DEVICES and not _triton_obstacle(rows.input, rows.target)
-        return "reference" if beyond else "triton" if compiled else "torch"
+        return "reference" if beyond or (torch.compiler.is_exporting() and rows.shard is None) else "triton" if compiled else "torch"
     _require_none(impl, beyond or (_triton_obstacle(rows.input, rows.target) if impl == "triton" else None))
     return impl
 
@@ -104,7 +104,7 @@ def known_in_forward(rows: HeadRows, divisor: Tensor | None) -> bool:
 
 def writes_in_place(backend: str) -> bool:
     """Whether a call may write over its logits here: nobody plans memory around it or keeps what it saved."""
-    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    traced = torch.compiler.is_compiling() or is_jit_tracing()
     return backend != "reference" and not traced and not _saved_tensors_hooks_active()
 
 
@@ -115,9 +115,16 @@ def _beyond_the_fast_paths(weights: Mapping[str, Tensor | None], *operands: Tens
             return f"{name} requires grad, and its gradient is only in the reference"
     if torch_func_active():
         return "a torch.func transform is active"
+    if is_jit_tracing():
+        return "torch.jit.trace records torch's own operators, of which only the reference is made"
     if tangents_possible() and any(t is not None and _has_tangent(t) for t in (*operands, *weights.values())):
         return "an argument carries a forward-mode tangent"
     return None
+
+
+def is_jit_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records the call, as an older ``torch.onnx.export`` does."""
+    return not torch.compiler.is_compiling() and bool(torch._C._is_tracing())
 
 
 def tangents_possible() -> bool:

@@ -137,7 +137,7 @@ def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
     _check_target(target, input.device, input.shape, batch_shape, ignore_index, shard is not None)
     if weight is not None:
         _check_weight(weight, input, num_classes, shard)
-    return Rows(_target_rows(target, class_dim, batch_shape), weight, batch_shape, _rows(input, class_dim, batch_shape), shard=shard)
+    return Rows(_target_rows(target, class_dim), weight, batch_shape, _rows(input, class_dim), shard=shard)
 
 
 def flatten_head(
@@ -154,15 +154,15 @@ def flatten_head(
         _require_shard(shard)
     check_head(input, linear_weight, linear_bias, empty=shard is not None)
     require_tensor("target", target)
-    num_classes, width = linear_weight.shape
+    num_classes = linear_weight.shape[0]
     batch_shape = input.shape[:-1]
     _check_target(
         target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index, shard is not None, hidden=tuple(input.shape)
     )
     if weight is not None:
         _check_weight(weight, input, num_classes, shard)
-    hidden = input if input.dim() == 2 else input.reshape(batch_shape.numel(), width)
-    ids = _target_rows(target, target.dim() - 1, batch_shape)
+    hidden = _rows(input, input.dim() - 1)
+    ids = _target_rows(target, target.dim() - 1)
     return HeadRows(ids, weight, batch_shape, hidden, linear_weight, linear_bias, shard=shard)
 
 
@@ -247,20 +247,23 @@ def _autocast_is_on(kind: str) -> bool:
     return available and torch.is_autocast_enabled(kind)
 
 
-def _target_rows(target: Tensor, class_dim: int, batch_shape: torch.Size) -> Tensor:
+def _target_rows(target: Tensor, class_dim: int) -> Tensor:
     """(N,) int64 ids, or (N, C) probabilities whose classes lie in ``class_dim``."""
     if target.is_floating_point():
-        return _rows(target, class_dim, batch_shape)
+        return _rows(target, class_dim)
     # asked first: torch takes longer to find that it has nothing to do
     ids = target if target.dim() == 1 else target.reshape(-1)
     return ids if ids.dtype == torch.int64 else ids.to(torch.int64)
 
 
-def _rows(t: Tensor, class_dim: int, batch_shape: torch.Size) -> Tensor:
+def _rows(t: Tensor, class_dim: int) -> Tensor:
     """(N, C) from a tensor whose classes lie in ``class_dim``; copies only when the other dimensions cannot be one stride."""
     if t.dim() == 2:
         return t
-    return t.movedim(class_dim, -1).reshape(batch_shape.numel(), t.shape[class_dim])
+    if t.dim() == 1:
+        return t[None]
+    # not reshape, whose sizes a tracer takes for constants
+    return t.movedim(class_dim, -1).flatten(0, -2)
 
 
 def _check_target(

@@ -4,6 +4,8 @@ import copy
 import sys
 import warnings
 import weakref
+from collections import Counter
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -105,6 +107,7 @@ def fuse_lm_head(
     finder.name, finder.options, finder.row_wise, finder.evaluation = head, options, row_wise, evaluation
     finder.given = weakref.ref(given)
     finder(model, ())
+    _compile_the_layers_alone(finder)
     return finder.report
 
 
@@ -194,7 +197,7 @@ class LazyForward(HeadForward):
 
     def __new__(cls, *args: Any) -> "LazyForward":
         # copies and unpickled ones come this way too
-        _keep_outside_graphs(lazy_logits, "_of_lazy")
+        _keep_outside_graphs(lazy_logits.LazyLogits, "__torch_function__")
         _keep_outside_graphs(cls, "__call__")
         return super().__new__(cls)
 
@@ -254,6 +257,8 @@ class _HeadFinder:
         # how often the head had been called when a forward in training mode began
         self.calls: int | None = None
         self.warned: set[str] = set()
+        # code objects of forwards that Dynamo leaves to Python
+        self.uncompiled: list[CodeType] = []
 
     def finds(self, head: nn.Module) -> bool:
         """Whether it is this; if not, what it is is fused from now on."""
@@ -314,11 +319,14 @@ class _HeadFinder:
     def _warn(self, message: str) -> None:
         if message not in self.warned and not torch.compiler.is_compiling():
             self.warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=_frames_to_the_user())
+            warnings.warn(message, UserWarning, stacklevel=lazy_logits.frames_to_the_user())
 
     def close(self) -> None:
         self.closed = True
         self.release()
+        for code in self.uncompiled:
+            _compile_again(code)
+        self.uncompiled = []
         for hooks, mine in ((self.model._forward_pre_hooks, self), (self.model._forward_hooks, self.is_over)):
             for key in [key for key, hook in hooks.items() if hook == mine]:
                 del hooks[key]
@@ -329,7 +337,7 @@ class _HeadFinder:
         return self.model if given is None else given
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "given": None}
+        return {**self.__dict__, "given": None, "uncompiled": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_HeadFinder":
         """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes, is not, and copies no model."""
@@ -348,21 +356,58 @@ class _HeadFinder:
         self.fused = None
 
 
-def _frames_to_the_user() -> int:
-    """The ``stacklevel`` at which a function that warns names a line that is neither ours nor torch's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("lossfuse", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
+OUTSIDE = (
+    "lossfuse.fuse_lm_head runs the head and the loss outside the graphs; compile the layers (model.model.compile()) instead of the whole"
+    " model, or call lossfuse.unfuse_lm_head(model)"
+)
+_disabled: set[Any] = set()
+# how many fused models keep a code object from Dynamo
+_uncompiled: Counter[CodeType] = Counter()
 
 
-_kept: set[Any] = set()
+def _compile_the_layers_alone(finder: _HeadFinder) -> None:
+    """Leave the forwards of a transformers model around its head to Python under ``torch.compile``.
+
+    Dynamo would break them at the head and at every operation on its logits. The model without its head is a module of its own there,
+    which is compiled as it is without fusing, in as many graphs.
+    """
+    model = finder.outermost
+    if not hasattr(finder.model, "loss_function") or finder.fused is None:
+        return
+    try:
+        # not public; without it there are more graphs
+        from torch._dynamo.eval_frame import skip_code
+    except ImportError:
+        return
+    around = [m for m in model.modules() if m is not finder.fused and any(inner is finder.fused for inner in m.modules())]
+    loss: Any = finder.model.loss_function
+    parts = [loss.__globals__.get(name) for name in loss.__code__.co_names] if isinstance(loss, FunctionType) else []
+    functions: list[Any] = [*(type(m).forward for m in around), loss, *(fn for fn in parts if isinstance(fn, FunctionType))]
+    for fn in functions:
+        while fn is not None:
+            code = getattr(fn, "__code__", None)
+            if isinstance(code, CodeType) and not getattr(fn, "__module__", "torch").startswith("torch.") and code not in finder.uncompiled:
+                finder.uncompiled.append(code)
+                _uncompiled[code] += 1
+                skip_code(code)
+            fn = getattr(fn, "__wrapped__", None)
 
 
-def _keep_outside_graphs(owner: Any, name: str) -> None:
-    """``torch.compiler.disable`` of a function by its place, for those who fuse a head: it imports Dynamo, and Triton with it."""
-    fn = getattr(owner, name)
-    if fn not in _kept:
-        fn = torch.compiler.disable(fn)
-        setattr(owner, name, fn)
-        _kept.add(fn)
+def _compile_again(code: CodeType) -> None:
+    _uncompiled[code] -= 1
+    if _uncompiled[code] <= 0:
+        from torch._C._dynamo.eval_frame import reset_code
+
+        del _uncompiled[code]
+        reset_code(code)
+
+
+def _keep_outside_graphs(owner: type, name: str) -> None:
+    """``torch.compiler.disable`` a method, once a head is fused and not before: it imports Dynamo, and Triton with it."""
+    if (owner, name) not in _disabled:
+        method = vars(owner)[name]
+        if isinstance(method, classmethod):
+            setattr(owner, name, classmethod(torch.compiler.disable(method.__func__, reason=OUTSIDE)))
+        else:
+            setattr(owner, name, torch.compiler.disable(method, reason=OUTSIDE))
+        _disabled.add((owner, name))

@@ -110,7 +110,8 @@ def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:
     # the same for any common offset, so this one is a constant; a +inf logit makes its row NaN here, and all of its gradient, as in torch
     top = z.amax(-1, keepdim=True).detach()
     z = z - torch.where(top == torch.inf, torch.nan, top)
-    is_target = torch.zeros_like(z, dtype=torch.bool).scatter(1, y, True)
+    # 1 for True, which torch.jit.trace cannot record here
+    is_target = torch.zeros_like(z, dtype=torch.bool).scatter(1, y, 1)
     others = z.masked_fill(is_target, -torch.inf)
     # logsumexp over nothing but -inf has a NaN gradient; its value is known
     nothing_else = (others == -torch.inf).all(-1)

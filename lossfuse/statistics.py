@@ -238,7 +238,7 @@ def loss_stats(
     """A reduced loss and the statistics of (N,) rows, in the shapes the caller knows."""
     lse, target_logprob, entropy, argmax = stats
     z_loss = spec.lse_square_scale * lse**2 if spec.lse_square_scale else torch.zeros_like(lse)
-    n_valid = torch.full((), len(rows.target), device=loss.device) if rows.soft else (rows.target != spec.ignore_index).sum()
+    n_valid = torch.full((), rows.target.shape[0], device=loss.device) if rows.soft else (rows.target != spec.ignore_index).sum()
     return LossStats(
         loss=loss,
         lse=lse.reshape(rows.batch_shape),

@@ -459,3 +459,31 @@ def test_loss_of_torchtune():
         return Run(losses=losses, model=model, report=report)
 
     assert_same_run(run(True), run(False), fused_by={"cross_entropy": 4 * STEPS})
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_compiled_model_of_transformers_has_as_many_graphs_as_without_fusing(model):
+    pytest.importorskip("transformers")
+    batch = {name: torch.stack([one[name] for one in examples(2)]) for name in ("input_ids", "labels")}
+
+    def graphs(net: Any) -> tuple[int, int, Tensor]:
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        loss = torch.compile(net, backend="aot_eager")(**batch).loss
+        loss.backward()
+        counted = torch._dynamo.utils.counters
+        return counted["stats"]["unique_graphs"], sum(counted["graph_break"].values()), loss.detach()
+
+    stock, net = MODELS[model]().train(), MODELS[model]().train()
+    want = graphs(stock)
+    report = lossfuse.fuse_lm_head(net)
+    got = graphs(net)
+    assert got[0] == want[0] and got[1] <= 2 and report.fused and not report.made
+    torch.testing.assert_close(got[2], want[2])
+    for p, q in zip(net.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"lossfuse.fuse_lm_head runs the head and the loss outside the graphs"):
+        torch.compile(net, backend="aot_eager", fullgraph=True)(**batch)
+    lossfuse.unfuse_lm_head(net)
+    assert graphs(net)[:2] == want[:2]
