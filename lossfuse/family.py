@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import family_ops, reference, sigmoid_ops
-from .consumed import Owner, may_consume
-from .dispatch import forms_gradient_in_forward, makes_graph, pick, pick_or_torch, writes_in_place
+from . import reference
+from .call.dispatch import forms_gradient_in_forward, makes_graph, pick, pick_or_torch, writes_in_place
+from .call.reduction import denominator, reduce_rows
+from .call.synonyms import hints_at_names
 from .inputs import LOGIT_DTYPES, flatten, require_tensor
-from .reduce import denominator, reduce_rows
-from .sigmoid_inputs import check_broadcast, check_labels, flatten_labels, same_elements
+from .label_inputs import check_broadcast, check_labels, flatten_labels, same_elements
+from .ops import labels
+from .ops import log_softmax as log_softmax_ops
+from .ops.inplace import Owner, may_consume
 from .spec import loss_spec, require_bool, resolve_reduction
-from .synonyms import hints_at_names
 from .targets import require_ids_in_range, values_are_at_hand
 
 
@@ -91,16 +93,16 @@ def binary_cross_entropy_with_logits(
     operands = (rows.logits, rows.target, rows.class_weight, rows.pos_weight)
     count = input.numel() if reduction == "mean" else 1
     if forms_gradient_in_forward(backend, rows, reduction, None, consume) and count:
-        total: Tensor = sigmoid_ops.ReducedLoss.apply(*operands, count, ignore_index, backend, owner)
+        total: Tensor = labels.ReducedLoss.apply(*operands, count, ignore_index, backend, owner)
         return total
     elementwise = reduction == "none"
     if backend == "reference":
-        sigmoid_ops.require_ids(rows.target, rows.logits, ignore_index)
+        labels.require_ids(rows.target, rows.logits, ignore_index)
         loss = reference.sigmoid_loss(*operands, ignore_index)
     elif makes_graph(rows):
-        loss = sigmoid_ops.Loss.apply(*operands, elementwise, ignore_index, backend, owner)
+        loss = labels.Loss.apply(*operands, elementwise, ignore_index, backend, owner)
     else:
-        loss = sigmoid_ops.sigmoid_loss(*operands, elementwise, ignore_index, backend)
+        loss = labels.sigmoid_loss(*operands, elementwise, ignore_index, backend)
     if elementwise:
         return loss.reshape(input.shape)
     return loss.sum() / input.numel() if reduction == "mean" else loss.sum()
@@ -174,7 +176,7 @@ def binary_cross_entropy(
         loss = reference.probability_loss(input, target, weight)
     elif backend == "triton":
         rows = flatten_labels(input, target, weight, None, -100)
-        loss = family_ops.probability_loss(rows.input, rows.target, rows.class_weight, reduction == "none")
+        loss = log_softmax_ops.probability_loss(rows.input, rows.target, rows.class_weight, reduction == "none")
         if reduction != "none":
             return loss.sum() if reduction == "sum" else loss.sum() / input.numel()
         return loss.reshape(input.shape)
@@ -235,7 +237,7 @@ def log_softmax(
         return reference.log_softmax(input, dim)
     moved = input.movedim(dim, -1)
     v = moved.shape[-1] if moved.dim() else 1
-    logp, _ = family_ops.log_softmax(moved.reshape(moved.numel() // v if v else 0, v))
+    logp, _ = log_softmax_ops.log_softmax(moved.reshape(moved.numel() // v if v else 0, v))
     return logp.reshape(moved.shape).movedim(-1, dim)
 
 
@@ -288,7 +290,7 @@ def nll_loss(
         raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8{remedy}")
     rows = flatten(input, target, weight, ignore_index)
     if pick_or_torch(impl, rows.input, rows.target, rows.class_weight) == "triton":
-        loss = family_ops.nll(rows.input, rows.target, rows.class_weight, ignore_index)
+        loss = log_softmax_ops.nll(rows.input, rows.target, rows.class_weight, ignore_index)
     else:
         require_ids_in_range(rows.target, rows.num_classes, ignore_index)
         loss = reference.nll_row_loss(rows.input, rows.target, rows.class_weight, ignore_index)

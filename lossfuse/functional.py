@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import linear_ops, ops, reference
-from .autograd import ReducedLoss, RowLoss
-from .consumed import Owner, may_consume
-from .dispatch import forms_gradient_in_forward, known_in_forward, makes_graph, pick, wanted_of_head, writes_in_place
-from .distributed import local_head, local_logits, shard_options, shared, whole_head, whole_logits
+from . import reference
+from .call.dispatch import forms_gradient_in_forward, known_in_forward, makes_graph, pick, wanted_of_head, writes_in_place
+from .call.dtensor import local_head, local_logits, shard_options, shared, whole_head, whole_logits
+from .call.reduction import denominator, reduce_rows
+from .call.synonyms import hints_at_names
 from .inputs import (
     EXCHANGED,
     HeadRows,
@@ -23,9 +23,11 @@ from .inputs import (
     main_grad_of,
     require_tensor,
 )
-from .reduce import denominator, reduce_rows
+from .ops import head as head_ops
+from .ops import library
+from .ops.gradients import ReducedLoss, RowLoss
+from .ops.inplace import Owner, may_consume
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
-from .synonyms import hints_at_names
 from .targets import require_ids_in_range
 
 
@@ -155,7 +157,7 @@ def cross_entropy(
     elif makes_graph(rows):
         loss = RowLoss.apply(rows.logits, rows.target, rows.weight_at_hand, spec, backend, owner)
     else:
-        loss, _ = ops.row_loss(rows.logits, rows.target, rows.weight_at_hand, *ops.options(spec, backend))
+        loss, _ = library.row_loss(rows.logits, rows.target, rows.weight_at_hand, *library.options(spec, backend))
     return reduce_rows(loss, rows, reduction, divisor)
 
 
@@ -199,7 +201,7 @@ def linear_cross_entropy(
         shard: which classes ``linear_weight`` and ``linear_bias`` are, where the ranks of a group have some each and all the same
             ``input``; see ``VocabShard``. None for DTensors, a weight placed ``Shard(0)`` and an ``input`` placed ``Replicate``.
         ignore_index: the id of positions that count for nothing, whatever their hidden states hold. None is -100, as in torch.
-        options: chunks, dtypes, what is kept; see ``LinearOptions``. The chunk's size follows from ``lossfuse.linear.chunk_rows``.
+        options: chunks, dtypes, what is kept; see ``LinearOptions``. The chunk's size follows from ``lossfuse.ops.head_chunks.chunk_rows``.
 
     Returns:
         As ``cross_entropy``: float32 (float64 for float64), ``()`` or the shape of the ids.
@@ -258,9 +260,9 @@ def linear_cross_entropy(
         loss: Tensor = reference.linear_row_loss(*head.operands, spec)
         return reduce_rows(loss, rows, reduction, divisor)
     if head.forms_gradients:
-        total: Tensor = linear_ops.linear_total(*head.operands, divisor, head.main_grad, *head.needs, *head.settings)[0]
+        total: Tensor = head_ops.linear_total(*head.operands, divisor, head.main_grad, *head.needs, *head.settings)[0]
         return total
-    loss = linear_ops.linear_row_loss(*head.operands, head.main_grad, *head.settings)
+    loss = head_ops.linear_row_loss(*head.operands, head.main_grad, *head.settings)
     return reduce_rows(loss, rows, reduction, divisor)
 
 
@@ -320,7 +322,7 @@ def head_call(
             require_ids_in_range(rows.target, rows.num_classes, spec.ignore_index)
     needs = wanted_of_head(rows)
     forms_gradients = reduction != "none" and any(needs) and known_in_forward(rows, divisor)
-    settings = (*linear_ops.chunk_options(options), *ops.options(spec, backend))
+    settings = (*head_ops.chunk_options(options), *library.options(spec, backend))
     return HeadCall(rows, backend, divisor, main_grad, needs, forms_gradients, settings)
 
 

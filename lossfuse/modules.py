@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import family, functional
+from .call.synonyms import hints_at_names
 from .spec import LinearOptions, LossSpec, VocabShard, resolve_reduction
-from .synonyms import hints_at_names
 
 
 def _require_options(module: torch.nn.Module, *given: object) -> None:

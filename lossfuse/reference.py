@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .inputs import without_autocast
-from .row_stats import RowStats, no_class
+from .row_types import RowStats, no_class
 from .spec import LossSpec
 
 

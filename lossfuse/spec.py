@@ -114,7 +114,7 @@ class LinearOptions:
     """How ``linear_cross_entropy`` goes about its work; what it computes stays the same.
 
     Args:
-        chunk_bytes: at most so many bytes of logits at a time; at least a row. None for the default of ``lossfuse.linear.chunk_rows``,
+        chunk_bytes: at most so many bytes of logits at a time; at least a row. None: the rule of ``lossfuse.ops.head_chunks.chunk_rows``,
             1 GiB on an accelerator and 256 MiB on a CPU, or more where that is less than the matrix products need. With ``shard`` of
             shards that are even, so that all ranks make as many chunks: a larger one takes as much more as it is larger.
         logits_dtype: of the logits of a chunk: float32, which is None (float64 for float64), or bfloat16 for bfloat16 operands.

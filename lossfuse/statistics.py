@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import linear_stats_ops, ops, reference, stats_ops
-from .dispatch import forms_gradient_in_forward, pick
-from .distributed import local_head, local_logits, shard_options, whole_head, whole_logits
+from . import reference
+from .call.dispatch import forms_gradient_in_forward, pick
+from .call.dtensor import local_head, local_logits, shard_options, whole_head, whole_logits
+from .call.reduction import denominator, reduce_rows
+from .call.synonyms import hints_at_names
 from .functional import head_call
 from .inputs import Targets, check_normalizer, flatten
-from .reduce import denominator, reduce_rows
-from .row_stats import Wants
+from .ops import head_stats, library, row_stats
+from .row_types import Wants
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
-from .synonyms import hints_at_names
 from .targets import require_ids_in_range
 
 
@@ -132,14 +133,14 @@ def cross_entropy_stats(
     divisor = denominator(rows, spec, reduction, normalizer)
     wants = wanted(entropy, argmax)
     if forms_gradient_in_forward(backend, rows, reduction, divisor, consume=False):
-        total, *stats = stats_ops.ReducedStats.apply(rows.logits, rows.target, rows.weight_at_hand, divisor, wants, spec, backend)
+        total, *stats = row_stats.ReducedStats.apply(rows.logits, rows.target, rows.weight_at_hand, divisor, wants, spec, backend)
         return loss_stats(total, stats, rows, spec, reduction, divisor, wants)
     if backend == "reference":
         if not rows.soft:
             require_ids_in_range(rows.target, rows.num_classes, ignore_index)
-        loss, *stats, _ = stats_ops.as_tensors(reference.row_stats(rows.logits, rows.target, rows.class_weight, spec))
+        loss, *stats, _ = row_stats.as_tensors(reference.row_stats(rows.logits, rows.target, rows.class_weight, spec))
     else:
-        loss, *stats, _ = stats_ops.row_stats(rows.logits, rows.target, rows.weight_at_hand, *wants, *ops.options(spec, backend))
+        loss, *stats, _ = row_stats.row_stats(rows.logits, rows.target, rows.weight_at_hand, *wants, *library.options(spec, backend))
     return loss_stats(reduce_rows(loss, rows, reduction, divisor), stats, rows, spec, reduction, divisor, wants)
 
 
@@ -217,12 +218,12 @@ def linear_cross_entropy_stats(
             normalizer=normalizer, entropy=entropy, argmax=argmax, options=options, impl=head.backend,
         )  # fmt: skip
     if head.forms_gradients and head.backend != "reference":
-        made = linear_stats_ops.linear_stats_total(*head.operands, head.divisor, head.main_grad, *head.needs, *wants, *head.settings)
+        made = head_stats.linear_stats_total(*head.operands, head.divisor, head.main_grad, *head.needs, *wants, *head.settings)
         return loss_stats(made[0], made[1:5], head.rows, spec, reduction, head.divisor, wants)
     if head.backend == "reference":
-        loss, *stats, _ = stats_ops.as_tensors(reference.linear_row_stats(*head.operands, spec))
+        loss, *stats, _ = row_stats.as_tensors(reference.linear_row_stats(*head.operands, spec))
     else:
-        loss, *stats = linear_stats_ops.linear_row_stats(*head.operands, head.main_grad, *wants, *head.settings)
+        loss, *stats = head_stats.linear_row_stats(*head.operands, head.main_grad, *wants, *head.settings)
     return loss_stats(reduce_rows(loss, head.rows, reduction, head.divisor), stats, head.rows, spec, reduction, head.divisor, wants)
 
 

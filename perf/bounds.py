@@ -37,7 +37,7 @@ from torch import Tensor
 
 import lossfuse
 
-from ..linear import chunk_rows, padded
+from ..ops.head_chunks import chunk_rows, padded
 from . import interrupts, tables
 from .cases import DTYPES, head_like_a_model, logits_like_a_model
 from .rows import BOUNDS, append

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends.chunked import LEAST_SEGMENTS, SEGMENT, block_rows, summed_rows, threads_for
-from ..backends.chunked_sigmoid import DENSE_BLOCKS, LISTED_BLOCKS, block_shape
-from ..linear import chunk_rows, padded
-from ..linear_ops import ROUNDED_BYTES
-from ..products import block_classes
+from ..backends.torch_labels import DENSE_BLOCKS, LISTED_BLOCKS, block_shape
+from ..backends.torch_rows import LEAST_SEGMENTS, SEGMENT, block_rows, summed_rows, threads_for
+from ..ops.head import ROUNDED_BYTES
+from ..ops.head_chunks import chunk_rows, padded
+from ..ops.matmul import block_classes
 from ..spec import LinearOptions
 from . import tables
 from .cases import DTYPES, IGNORED, Case, named

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..linear import chunk_rows, padded
-from ..row_stats import Wants
-from ..sharded import HEADER_INTS
-from ..shards import nothing
+from ..ops.head_chunks import chunk_rows, padded
+from ..row_types import Wants
 from ..spec import LinearOptions, LossSpec
+from ..vocab_parallel.backend import HEADER_INTS
+from ..vocab_parallel.merge import nothing
 from . import tables
 from .cases import DTYPES, named
 from .mistakes import Mistake

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lossfuse
 
-from ..linear import padded
+from ..ops.head_chunks import padded
 from .cases import DTYPES
 from .environment import version
 from .mistakes import Mistake

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import lossfuse
 
-from ..ops import backend
-from ..row_stats import Upstream, Wants
+from ..ops.library import backend
+from ..row_types import Upstream, Wants
 from ..spec import LossSpec
 from .environment import CHECKOUT, kill_all
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossfuse import LinearOptions
-from lossfuse.linear import ROW_ALIGNMENT, chunk_rows, padded
+from lossfuse.ops.head_chunks import ROW_ALIGNMENT, chunk_rows, padded
 
 GiB = 1 << 30
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -12,7 +12,9 @@ import torch.distributed as dist
 import lossfuse
 import program
 from closeness import assert_formula_close, assert_gradient_close, assert_product_close, assert_statistics_close
-from lossfuse import LinearOptions, VocabShard, linear, sharded, targets
+from lossfuse import LinearOptions, VocabShard, targets
+from lossfuse.ops import head_chunks
+from lossfuse.vocab_parallel import backend as shard_backend
 from options import COMBINATIONS, EVERYTHING, OPTIONS, differentiated, options_of, upstream, upstreams
 from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
@@ -420,7 +422,7 @@ def where_nobody_looks():
     x, ids = logits_and_ids(6, 37, ignored=0.0)
     local = mine(x, classes)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sharded, targets):
+        for module in (shard_backend, targets):
             patch.setattr(module, "values_are_at_hand", lambda t: False)
         for form in FORMS:
             check(form, TWO, False, EVERYTHING)
@@ -558,7 +560,7 @@ def weights_of_other_ranks_in_float16():
     wide = [t.detach().double().requires_grad_() for t in (hidden, head)]
     theirs = torch.autograd.grad(program.linear_cross_entropy(*wide, ids, None, weight.double()), wide)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "mixes", lambda device: True)
+        patch.setattr(head_chunks, "mixes", lambda device: True)
         for cuts in (TWO, ((37, 37), (0, 37))):
             classes = my_slice(cuts)
             leaves = [hidden, mine(head, classes, 0)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lossfuse
-from lossfuse import dispatch
+from lossfuse.call import dispatch
 
 X = torch.randn(4, 7)
 IDS = torch.tensor([0, 6, 3, 1])
@@ -190,7 +190,7 @@ def test_a_keyword_of_another_library_is_answered_by_ours(name):
 
 
 def test_every_hint_is_at_an_argument_of_some_function():
-    from lossfuse.synonyms import _USES
+    from lossfuse.call.synonyms import _USES
 
     public = [getattr(lossfuse, name) for name in lossfuse.__all__ if name[0].islower()]
     known = {p for function in public for p in inspect.signature(function).parameters}
@@ -298,7 +298,7 @@ class TestAChosenImplementation:
 
     def test_triton_must_be_installed(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr("lossfuse.dispatch.TRITON_INSTALLED", False)
+        monkeypatch.setattr("lossfuse.call.dispatch.TRITON_INSTALLED", False)
         with pytest.raises(ValueError, match="Triton is not installed"):
             lossfuse.cross_entropy(X, IDS, impl="triton")
 
@@ -313,7 +313,7 @@ class TestAChosenImplementation:
             lossfuse.cross_entropy(torch.autograd.forward_ad.make_dual(X, X), IDS, impl=impl)
 
     def test_auto_on_the_cpu_is_the_chunked_backend(self, monkeypatch):
-        from lossfuse import dispatch
+        from lossfuse.call import dispatch
         from lossfuse.inputs import flatten
 
         rows = flatten(X, IDS, None, -100)
@@ -324,7 +324,7 @@ class TestAChosenImplementation:
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_auto_on_a_gpu_is_triton(self):
-        from lossfuse import dispatch
+        from lossfuse.call import dispatch
         from lossfuse.inputs import flatten
 
         assert dispatch.pick("auto", flatten(X.cuda(), IDS.cuda(), None, -100)) == "triton"

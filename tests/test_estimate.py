@@ -6,7 +6,7 @@ import torch
 for name in ("pandas", "rich"):
     pytest.importorskip(name)
 
-from lossfuse import products  # noqa: E402
+from lossfuse.ops import matmul  # noqa: E402
 from lossfuse.perf import methods, problems  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.cases import DTYPES, MODES, named  # noqa: E402
@@ -67,7 +67,7 @@ def test_zeros_and_ones_are_an_input_and_ids_are_hardly_one():
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("mode", ["no_grad", "forward+backward"])
 def test_lean_takes_half_of_the_memory_on_a_cpu_too(amx, mode, monkeypatch):
-    monkeypatch.setattr(products, "_has_amx", lambda: amx)
+    monkeypatch.setattr(matmul, "_has_amx", lambda: amx)
     problem = problems.load(named("128x512x10016", CPU), torch.bfloat16, CPU)
     default, lean = (peak_of(problem.step(methods._our_linear(options=options), mode, False)) for options in (None, methods.LEAN))
     assert lean < 0.5 * default

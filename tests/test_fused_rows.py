@@ -9,7 +9,7 @@ import torch
 import mutants
 import program
 from closeness import assert_gradient_close, assert_loss_close
-from lossfuse.row_stats import Upstream
+from lossfuse.row_types import Upstream
 from lossfuse.spec import LossSpec
 from rows import class_weight, logits_and_ids, probabilities
 

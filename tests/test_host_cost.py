@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lossfuse
-from lossfuse import ops
+from lossfuse.ops import library
 from rows import logits_and_ids
 
 GRAD = pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
@@ -22,8 +22,8 @@ def no_launches(monkeypatch):
     """All but the kernels, and the look at the ids, which only the CPU takes; of CPU tensors, whether or not there is a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     null = SimpleNamespace(row_loss=lambda logits, *_: (torch.empty(len(logits)), torch.empty(2, len(logits))))
-    monkeypatch.setattr(ops, "backend", lambda impl, cut: null)
-    monkeypatch.setattr(ops, "require_ids_in_range", lambda *_: None)
+    monkeypatch.setattr(library, "backend", lambda impl, cut: null)
+    monkeypatch.setattr(library, "require_ids_in_range", lambda *_: None)
 
 
 def functions_called(call):

@@ -105,7 +105,7 @@ def test_the_wheel_built_from_the_sdist_computes_a_loss(tmp_path):
     wheel = build("--wheel", str(unpacked))
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"lossfuse"}
-    for name in ("lossfuse/py.typed", "lossfuse/kernels/softmax_rows.py", "lossfuse/perf/__main__.py", "lossfuse/backends/chunked.py"):
+    for name in ("lossfuse/py.typed", "lossfuse/kernels/softmax_rows.py", "lossfuse/perf/__main__.py", "lossfuse/backends/torch_rows.py"):
         assert name in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import lossfuse
 from allocations import Largest
 from closeness import assert_gradient_close
-from lossfuse.consumed import Consumed
+from lossfuse.ops.inplace import Consumed
 from options import COMPILERS
 from rows import logits_and_ids, probabilities
 
@@ -445,7 +445,7 @@ def test_a_write_that_stops_half_way_is_told(fast_place, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(lossfuse.ops, "backend", lambda impl, cut: types.SimpleNamespace(row_loss_and_grads=full))
+        patch.setattr(lossfuse.ops.library, "backend", lambda impl, cut: types.SimpleNamespace(row_loss_and_grads=full))
         call(logits, target, fast_place)
     with pytest.raises(RuntimeError, match=GONE):
         lossfuse.cross_entropy(logits, target)

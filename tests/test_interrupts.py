@@ -8,8 +8,8 @@ from torch import nn
 import lossfuse
 from interrupts import AtLine, lines
 from lossfuse import targets
-from lossfuse.backends import chunked, threads
-from lossfuse.consumed import Consumed
+from lossfuse.backends import threads, torch_rows
+from lossfuse.ops.inplace import Consumed
 from rows import logits_and_ids
 
 N, V = 6, 40
@@ -112,8 +112,8 @@ def test_every_line(name, every):
 @pytest.mark.parametrize("name", ["in place", pytest.param("none, in place", marks=pytest.mark.slow)])
 def test_every_line_where_threads_share_the_work(name, monkeypatch):
     """From the making of the threads on; those that write have stopped before anybody is told."""
-    monkeypatch.setattr(chunked, "THREAD_LEAST_BYTES", 64)
-    monkeypatch.setattr(chunked, "CPU_BLOCK_BYTES", 4 * V)
+    monkeypatch.setattr(torch_rows, "THREAD_LEAST_BYTES", 64)
+    monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 4 * V)
     monkeypatch.setattr(threads, "workers", lambda: 3)
     shared = []
     real = threads.run

@@ -217,7 +217,7 @@ def head_calls(draw):
     target = ignoring(torch.randint(0, v, (n,)), draw(st.sampled_from([0.0, 0.4])))
     options = draw(loss_options())
     sizes = draw(st.lists(st.integers(1, n), min_size=1, max_size=2))
-    return (hidden, weight, bias), target, options, [row * 4 * lossfuse.linear.padded(v) for row in sizes]
+    return (hidden, weight, bias), target, options, [row * 4 * lossfuse.ops.head_chunks.padded(v) for row in sizes]
 
 
 @holds_for(head_calls(), st.booleans())
@@ -372,8 +372,8 @@ def shards_of_rows(draw):
 @holds_for(shards_of_rows())
 def test_merging_merged_shards_is_merging_them_all(call):
     """Whichever neighbours are merged first."""
-    from lossfuse import shards
-    from lossfuse.row_stats import ShardRows
+    from lossfuse.row_types import ShardRows
+    from lossfuse.vocab_parallel import merge
 
     v, sizes, n, seed = call
     torch.manual_seed(seed)
@@ -401,7 +401,7 @@ def test_merging_merged_shards_is_merging_them_all(call):
         )  # fmt: skip
 
     def merged(parts, weights):
-        return shards.merge(ShardRows(*(None if c[0] is None else torch.stack(c) for c in zip(*parts, strict=True))), weights)
+        return merge.merge(ShardRows(*(None if c[0] is None else torch.stack(c) for c in zip(*parts, strict=True))), weights)
 
     starts = [0, *itertools.accumulate(sizes)]
     made = [say(a, b) for a, b in itertools.pairwise(starts)]

@@ -13,7 +13,8 @@ for name in ("pandas", "rich"):
     pytest.importorskip(name)
 
 import lossfuse  # noqa: E402
-from lossfuse import LinearOptions, VocabShard, linear_ops  # noqa: E402
+from lossfuse import LinearOptions, VocabShard  # noqa: E402
+from lossfuse.ops import head as head_ops  # noqa: E402
 from lossfuse.perf.__main__ import main  # noqa: E402
 from lossfuse.perf.cases import DTYPES, named  # noqa: E402
 from lossfuse.perf.estimate import estimate  # noqa: E402
@@ -92,11 +93,11 @@ def counting():
     for name, call in plain.items():
         setattr(dist, name, counted(name, call))
     # as on an accelerator: on a CPU the ranks of a head first compare all their rows, in a gather of its own
-    look, linear_ops.values_are_at_hand = linear_ops.values_are_at_hand, lambda t: False
+    look, head_ops.values_are_at_hand = head_ops.values_are_at_hand, lambda t: False
     try:
         yield calls, elements
     finally:
-        linear_ops.values_are_at_hand = look
+        head_ops.values_are_at_hand = look
         for name, call in plain.items():
             setattr(dist, name, call)
 
@@ -205,7 +206,7 @@ def test_ranks_hand_over_what_the_formulas_say(n):
 
 def count_memory(chunk_bytes):
     """A step of a head in float32, where a CPU and an accelerator do the same but for the CPU's blocks of a chunk."""
-    from lossfuse.backends.chunked import block_rows
+    from lossfuse.backends.torch_rows import block_rows
     from lossfuse.perf.memory import profile_memory
 
     torch.use_deterministic_algorithms(False)

@@ -8,8 +8,9 @@ import lossfuse
 import program
 from allocations import Largest, least_peak
 from closeness import assert_formula_close, assert_loss_close, assert_product_close
-from lossfuse import LinearOptions, functional, linear, products
-from lossfuse.backends import chunked
+from lossfuse import LinearOptions, functional
+from lossfuse.backends import torch_rows
+from lossfuse.ops import head_chunks, matmul
 from lossfuse.spec import LossSpec
 from options import COMBINATIONS, EVERYTHING, OPTIONS, options_of, upstream
 from rows import class_weight, head_and_ids, probabilities
@@ -25,7 +26,7 @@ SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"),
 
 def chunks_of(rows, v, itemsize=4, **options):
     """Options for chunks of so many rows."""
-    return LinearOptions(chunk_bytes=rows * linear.padded(v) * itemsize, **options)
+    return LinearOptions(chunk_bytes=rows * head_chunks.padded(v) * itemsize, **options)
 
 
 def differentiated(operands, target, weight=None, dloss=None, **options):
@@ -55,7 +56,7 @@ def check(operands, target, weight=None, dloss=None, *, impl="torch", chunks=Non
 def narrow(request, monkeypatch):
     """As on CUDA: products take half precision to fp32, and the gradient of a chunk is narrower than the logits whose place it takes."""
     if request.param:
-        monkeypatch.setattr(linear, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
     return request.param
 
 
@@ -198,15 +199,15 @@ class TestChunksAndDtypes:
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_a_weight_converted_in_blocks(self, monkeypatch, dtype):
-        monkeypatch.setattr(products, "BLOCK_BYTES", 5 * 8 * 4)
+        monkeypatch.setattr(matmul, "BLOCK_BYTES", 5 * 8 * 4)
         *operands, target = head_and_ids(9, 8, 37, dtype)
-        assert len(list(products.Weight(operands[1], torch.float32).blocks())) == 8
+        assert len(list(matmul.Weight(operands[1], torch.float32).blocks())) == 8
         for reduction in ("mean", "none"):
             check(operands, target, chunks=chunks_of(4, 37), reduction=reduction)
 
     @pytest.mark.parametrize("given", LEAN, ids=["logits", "sums", "both"])
     def test_lean_modes(self, monkeypatch, fast_place, given):
-        monkeypatch.setattr(products, "BLOCK_BYTES", 5 * 8 * 4)
+        monkeypatch.setattr(matmul, "BLOCK_BYTES", 5 * 8 * 4)
         *operands, target = head_and_ids(9, 8, 37, torch.bfloat16, device=fast_place.device)
         want = program.head_value_and_grads(operands, target)
         got = differentiated(operands, target, options=chunks_of(4, 37, **given), impl=fast_place.impl)
@@ -230,9 +231,9 @@ class TestChunksAndDtypes:
         (False, 64, 1024, torch.float32), (True, 64, 1024, torch.bfloat16), (True, 64, 1021, torch.float32), (True, 33, 1024, torch.float32)
     ])  # fmt: skip
     def test_a_cpu_multiplies_bfloat16_only_where_that_is_fast_and_right(self, monkeypatch, amx, d, v, dtype):
-        monkeypatch.setattr(products, "_has_amx", lambda: amx)
-        monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 100 * 256)
-        multiplied, largest, multiply = set(), 0, linear.product
+        monkeypatch.setattr(matmul, "_has_amx", lambda: amx)
+        monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * 100 * 256)
+        multiplied, largest, multiply = set(), 0, head_chunks.product
 
         def product(out, a, b, **how):
             nonlocal largest
@@ -240,7 +241,7 @@ class TestChunksAndDtypes:
             largest = max(largest, *(t.numel() for t in (a, b, out)))
             multiply(out, a, b, **how)
 
-        monkeypatch.setattr(linear, "product", product)
+        monkeypatch.setattr(head_chunks, "product", product)
         *operands, target = head_and_ids(100, d, v, torch.bfloat16)
         differentiated(operands, target, options=LinearOptions(**LEAN[-1]))
         assert multiplied == {dtype}
@@ -255,7 +256,7 @@ class TestChunksAndDtypes:
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_a_narrow_gradient_over_logits_by_kernels(self, monkeypatch, device, dtype, soft):
         """A row of it in the first bytes of the row it takes the place of."""
-        monkeypatch.setattr(linear, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
         *operands, target = head_and_ids(5, 8, 301, dtype, device)
         target = probabilities(5, 301, dtype, device).detach() if soft else target
         want = program.head_value_and_grads(operands, target)
@@ -299,7 +300,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_narrow_products_are_as_good_as_products_of_logits_made_float(self, monkeypatch, dtype):
-        monkeypatch.setattr(linear, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
         hidden, weight, bias, target = head_and_ids(256, 16, 64, dtype, ignored=0.1)
         operands = hidden, weight, bias
         want = program.head_value_and_grads(operands, target)
@@ -334,7 +335,7 @@ class TestPrecision:
     @pytest.mark.parametrize("n", [4, 4096], ids=lambda n: f"mean over {n}")
     def test_fp16_products_neither_overflow_nor_underflow(self, monkeypatch, n, value, retain):
         """Where products take fp16, the gradient of the logits is brought into its range: 1 / 4096 of a probability would be lost."""
-        monkeypatch.setattr(linear, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
         *operands, target = head_and_ids(4, 8, 37, torch.float16)
         options = chunks_of(3, 37, allow_retain_graph=retain)
         want = program.head_value_and_grads(operands, target, normalizer=n)
@@ -349,7 +350,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("names", [("weights of 1000",), ("weights of 1e-6",), ("a scale of 400",)], ids="".join)
     def test_fp16_products_with_large_and_small_factors(self, monkeypatch, names):
-        monkeypatch.setattr(linear, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
         hidden, weight, bias, target = head_and_ids(6, 8, 37, torch.float16)
         classes = {"weights of 1000": 2000.0, "weights of 1e-6": 2e-6}.get(names[0])
         options = {"logit_scale": 400.0} if classes is None else {}
@@ -380,9 +381,9 @@ def ran(monkeypatch):
 
     def product(out, *args, **kwargs):
         shapes.append(tuple(out.shape))
-        return products.product(out, *args, **kwargs)
+        return matmul.product(out, *args, **kwargs)
 
-    monkeypatch.setattr(linear, "product", product)
+    monkeypatch.setattr(head_chunks, "product", product)
     return shapes
 
 
@@ -463,13 +464,13 @@ class TestMemory:
             target = probabilities(n, v, dtype).detach()
         # the default of the blocks has a floor of MiBs
         options = chunks_of(16, v)
-        most = max(16 * linear.padded(v) * 4, v * d * 4)
-        head, needs = linear.Head(hidden, weight, bias), linear.Needs(True, True, True, False)
+        most = max(16 * head_chunks.padded(v) * 4, v * d * 4)
+        head, needs = head_chunks.Head(hidden, weight, bias), head_chunks.Needs(True, True, True, False)
         with Largest() as largest:
-            linear.row_loss_and_grads(head, target, None, torch.ones(()).expand(n), needs, LossSpec(), options, chunked)
+            head_chunks.row_loss_and_grads(head, target, None, torch.ones(()).expand(n), needs, LossSpec(), options, torch_rows)
         assert 0 < largest.bytes <= most < n * v
         with Largest() as largest:
-            linear.row_loss(head, target, None, LossSpec(label_smoothing=0.1), options, chunked)
+            head_chunks.row_loss(head, target, None, LossSpec(label_smoothing=0.1), options, torch_rows)
         assert 0 < largest.bytes <= most
 
     @pytest.mark.parametrize("reduction", [pytest.param("none", marks=pytest.mark.slow), "mean"])
@@ -493,7 +494,7 @@ class TestMemory:
             assert sums < peak < sums + (32 << 20) + (10 << 20)
         else:
             # malloc keeps some of the blocks of a converted weight that were freed
-            assert sums < peak < sums + (32 << 20) + 3 * products.BLOCK_BYTES + (10 << 20)
+            assert sums < peak < sums + (32 << 20) + 3 * matmul.BLOCK_BYTES + (10 << 20)
 
 
 class TestTheComparisonRejects:
@@ -507,18 +508,18 @@ class TestTheComparisonRejects:
     def test_a_weight_gradient_without_the_last_chunk(self, monkeypatch):
         def product(out, a, b, *, add=False):
             if not (add and a.shape[1] == 3):
-                products.product(out, a, b, add=add)
+                matmul.product(out, a, b, add=add)
 
-        monkeypatch.setattr(linear, "product", product)
+        monkeypatch.setattr(head_chunks, "product", product)
         *operands, target = head_and_ids(7, 6, 17, ignored=0.0)
         with pytest.raises(AssertionError, match="not close"):
             check(operands, target, chunks=chunks_of(4, 17))
 
     def test_hidden_gradients_scaled_twice(self, monkeypatch):
         def product(out, a, b, *, add=False):
-            products.product(out, a * 0.5 if out.shape[0] < 17 and out.shape[1] == 6 else a, b, add=add)
+            matmul.product(out, a * 0.5 if out.shape[0] < 17 and out.shape[1] == 6 else a, b, add=add)
 
-        monkeypatch.setattr(linear, "product", product)
+        monkeypatch.setattr(head_chunks, "product", product)
         self.rejected()
 
     def test_ignored_rows_that_count(self, monkeypatch):
@@ -527,7 +528,7 @@ class TestTheComparisonRejects:
 
     def test_a_row_gradient_in_place_of_another(self, monkeypatch):
         monkeypatch.setattr(
-            linear,
+            head_chunks,
             "_put_back",
             lambda some, kept, target: (
                 some if kept is None else some.new_zeros(len(target), *some.shape[1:]).index_copy_(0, kept.flip(0), some)

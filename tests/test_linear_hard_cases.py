@@ -9,7 +9,8 @@ import lossfuse
 import program
 from closeness import assert_loss_close
 from conftest import interpreted_only
-from lossfuse import LinearOptions, linear
+from lossfuse import LinearOptions
+from lossfuse.ops import head_chunks
 from rows import class_weight, head_and_ids, probabilities
 from test_linear import check, chunks_of, differentiated
 
@@ -23,7 +24,7 @@ DROP = [None, True, False]
 def narrow(request, monkeypatch):
     """As on CUDA, where products take half precision to fp32 and nothing is dropped unless asked for."""
     if request.param:
-        monkeypatch.setattr(linear, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
 
 
 @pytest.mark.parametrize("drop", DROP, ids=str)
@@ -70,7 +71,7 @@ class TestNothingCounts:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_an_ignored_row_with_an_infinite_grad_output(monkeypatch, dtype):
     """0 times it is nobody's gradient, and its size no unit of the others'."""
-    monkeypatch.setattr(linear, "mixes", lambda device: True)
+    monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
     *operands, _ = head_and_ids(4, 4, 9, dtype)
     target = torch.tensor([3, -100, 8, 3])
     options = chunks_of(3, 9, drop_ignored=False)
@@ -132,7 +133,7 @@ class TestNumbers:
             last_x, last_y, last_z = (size - 1 for size in builder.grid_dim)
             set_grid_idx(last_x - x, last_y - y, last_z - z)
 
-        monkeypatch.setattr(linear, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
         monkeypatch.setattr(builder, "set_grid_idx", reversed_grid_idx)
         v = 40000
         *operands, _ = head_and_ids(2, 3, v, torch.bfloat16)
@@ -254,7 +255,7 @@ def test_refused_before_anything_is_computed(name, monkeypatch):
     def never(*args, **kwargs):
         raise RuntimeError("computed")
 
-    monkeypatch.setattr(linear, "product", never)
+    monkeypatch.setattr(head_chunks, "product", never)
     monkeypatch.setattr(torch.nn.functional, "linear", never)
     with pytest.raises(error, match=words):
         lossfuse.linear_cross_entropy(*args, **options)
@@ -290,7 +291,7 @@ def test_a_target_out_of_range_names_its_row(place, monkeypatch, bad, reduction,
     def never(*args, **kwargs):
         raise RuntimeError("computed")
 
-    monkeypatch.setattr(linear, "product", never)
+    monkeypatch.setattr(head_chunks, "product", never)
     monkeypatch.setattr(torch.nn.functional, "linear", never)
     hidden = H.clone().requires_grad_()
     with pytest.raises(IndexError, match=rf"target of row 2 is {bad} but input has 7 classes; .* ignore_index=-100"):

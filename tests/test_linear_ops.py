@@ -10,7 +10,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
 import lossfuse
-from lossfuse import LinearOptions, linear_ops, ops
+from lossfuse import LinearOptions
+from lossfuse.ops import head as head_ops
+from lossfuse.ops import library
 from lossfuse.spec import LossSpec
 from options import COMPILERS
 from rows import class_weight, head_and_ids, probabilities
@@ -31,16 +33,16 @@ def test_opcheck(thrifty_fast_place, soft):
     # an interpreter is slow, and shapes do not depend on it
     for spec, b, classes, keep in cases[(impl, device) == ("triton", "cpu") :]:
         chunks = LinearOptions(chunk_bytes=2 * 32 * 4, allow_retain_graph=keep)
-        settings = (*linear_ops.chunk_options(chunks), *ops.options(spec, impl))
+        settings = (*head_ops.chunk_options(chunks), *library.options(spec, impl))
         head, needs = (hidden, weight, b, target, classes), (True, True, b is not None, soft)
-        torch.library.opcheck(linear_ops.linear_row_loss, (*head, None, *settings))
+        torch.library.opcheck(head_ops.linear_row_loss, (*head, None, *settings))
         divisor = torch.tensor(3.0, device=device)
         plain = tuple(None if t is None else t.detach() for t in head)
-        torch.library.opcheck(linear_ops.linear_total, (*plain, divisor, None, *needs, *settings))
+        torch.library.opcheck(head_ops.linear_total, (*plain, divisor, None, *needs, *settings))
         if keep:
             # the others hand their gradients over once
-            torch.library.opcheck(linear_ops.linear_total, (*head, divisor, None, *needs, *settings))
-        torch.library.opcheck(linear_ops.linear_grads, (*plain, torch.randn(4, device=device), None, None, None, *needs, *settings))
+            torch.library.opcheck(head_ops.linear_total, (*head, divisor, None, *needs, *settings))
+        torch.library.opcheck(head_ops.linear_grads, (*plain, torch.randn(4, device=device), None, None, None, *needs, *settings))
 
 
 def compiled_and_not(f, backend, operands, leaves):

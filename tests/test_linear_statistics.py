@@ -11,9 +11,11 @@ import lossfuse
 import program
 from allocations import Largest, least_peak
 from closeness import assert_formula_close, assert_product_close, assert_statistics_close
-from lossfuse import LinearOptions, linear, linear_ops, linear_stats_ops, ops
-from lossfuse.backends import chunked
-from lossfuse.row_stats import Upstream, Wants
+from lossfuse import LinearOptions
+from lossfuse.backends import torch_rows
+from lossfuse.ops import head as head_ops
+from lossfuse.ops import head_chunks, head_stats, library
+from lossfuse.row_types import Upstream, Wants
 from lossfuse.spec import LossSpec
 from options import DIFFERENTIABLE, EVERYTHING, OPTIONS, THRIFTY_COMBINATIONS, differentiated, options_of, upstreams
 from rows import class_weight, head_and_ids, probabilities
@@ -54,7 +56,7 @@ def check(operands, target, weight=None, names=DIFFERENTIABLE, *, impl="torch", 
 @pytest.fixture
 def narrow(monkeypatch):
     """As on CUDA: products take half precision to fp32, and the gradient of the logits is rounded before them."""
-    monkeypatch.setattr(linear, "mixes", lambda device: True)
+    monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
 
 
 class TestFormula:
@@ -500,14 +502,14 @@ class TestMemory:
         hidden, weight, bias, target = (t.detach() for t in head_and_ids(n, d, v, dtype))
         target = probabilities(n, v, dtype).detach() if soft else target
         options = chunks_of(16, v)
-        most = max(16 * linear.padded(v) * 4, v * d * 4)
-        head, needs, up = linear.Head(hidden, weight, bias), linear.Needs(True, True, True, False), torch.ones(n)
+        most = max(16 * head_chunks.padded(v) * 4, v * d * 4)
+        head, needs, up = head_chunks.Head(hidden, weight, bias), head_chunks.Needs(True, True, True, False), torch.ones(n)
         for upstream in (Upstream(up), Upstream(up, up, up, up)):
             with Largest() as largest:
-                linear.row_stats_and_grads(head, target, None, upstream, needs, Wants(True, True), LossSpec(), options, chunked)
+                head_chunks.row_stats_and_grads(head, target, None, upstream, needs, Wants(True, True), LossSpec(), options, torch_rows)
             assert 0 < largest.bytes <= most < n * v
         with Largest() as largest:
-            linear.row_stats(head, target, None, Wants(True, True), LossSpec(), options, chunked)
+            head_chunks.row_stats(head, target, None, Wants(True, True), LossSpec(), options, torch_rows)
         assert 0 < largest.bytes <= most
 
     @pytest.mark.slow
@@ -543,12 +545,12 @@ class TestTheComparisonRejects:
 
     @pytest.mark.parametrize("forgotten", ["loss", "lse", "target_logprob", "entropy"])
     def test_an_upstream_gradient_that_is_forgotten(self, monkeypatch, forgotten):
-        real = chunked.row_stats
+        real = torch_rows.row_stats
 
         def row_stats(z, t, w, spec, wants, up, *grads):
             return real(z, t, w, spec, wants, None if up is None else up._replace(**{forgotten: None}), *grads)
 
-        monkeypatch.setattr(chunked, "row_stats", row_stats)
+        monkeypatch.setattr(torch_rows, "row_stats", row_stats)
         self.rejected(reduction="none")
 
     def test_upstream_gradients_of_the_first_chunk_for_all(self, monkeypatch):
@@ -556,8 +558,8 @@ class TestTheComparisonRejects:
         self.rejected(reduction="none")
 
     def test_a_formed_gradient_where_an_entropy_wants_its_own(self, monkeypatch):
-        real = linear_ops.made_again
-        monkeypatch.setattr(linear_stats_ops, "made_again", lambda tensors, up, *rest: real(tensors, up._replace(entropy=None), *rest))
+        real = head_ops.made_again
+        monkeypatch.setattr(head_stats, "made_again", lambda tensors, up, *rest: real(tensors, up._replace(entropy=None), *rest))
         self.rejected()
 
 
@@ -568,15 +570,15 @@ class TestCompilers:
         hidden, weight, bias, target = head_and_ids(4, 5, 19, device=device)
         target = probabilities(4, 19, device=device) if soft else target
         chunks = LinearOptions(chunk_bytes=2 * 32 * 4, allow_retain_graph=True)
-        settings = (*linear_ops.chunk_options(chunks), *ops.options(LossSpec(-100, 0.1, 20.0, 0.7, 1e-3), impl))
+        settings = (*head_ops.chunk_options(chunks), *library.options(LossSpec(-100, 0.1, 20.0, 0.7, 1e-3), impl))
         head, needs = (hidden, weight, bias, target, class_weight(19, device)), (True, True, True, soft)
         plain, divisor = tuple(t.detach() for t in head), torch.tensor(3.0, device=device)
         for wants in (Wants(True, True), Wants(False, False))[: 1 if (impl, device) == ("triton", "cpu") else 2]:
-            torch.library.opcheck(linear_stats_ops.linear_row_stats, (*head, None, *wants, *settings))
-            torch.library.opcheck(linear_stats_ops.linear_stats_total, (*head, divisor, None, *needs, *wants, *settings))
+            torch.library.opcheck(head_stats.linear_row_stats, (*head, None, *wants, *settings))
+            torch.library.opcheck(head_stats.linear_stats_total, (*head, divisor, None, *needs, *wants, *settings))
         ups = [torch.randn(4, device=device) for _ in range(4)]
         for given in (ups, [None, ups[1], None, ups[3]]):
-            torch.library.opcheck(linear_ops.linear_grads, (*plain, *given, *needs, *settings))
+            torch.library.opcheck(head_ops.linear_grads, (*plain, *given, *needs, *settings))
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])

@@ -5,7 +5,7 @@ import torch
 
 import lossfuse
 from allocations import Largest, least_peak
-from lossfuse.backends import chunked
+from lossfuse.backends import torch_rows
 from lossfuse.spec import LossSpec
 from rows import logits_and_ids, probabilities
 
@@ -22,11 +22,11 @@ def test_nothing_larger_than_a_block_is_allocated(dtype, soft, options):
     target = probabilities(n, v, dtype).detach() if soft else target
     grad = torch.empty_like(x)
     with Largest() as largest:
-        chunked.row_loss_and_grads(x, target, None, torch.ones(()).expand(n), LossSpec(**options), grad, None)
-    assert 0 < largest.bytes <= chunked.CPU_BLOCK_BYTES < n * v * x.element_size() / 3
+        torch_rows.row_loss_and_grads(x, target, None, torch.ones(()).expand(n), LossSpec(**options), grad, None)
+    assert 0 < largest.bytes <= torch_rows.CPU_BLOCK_BYTES < n * v * x.element_size() / 3
     with Largest() as largest:
-        chunked.row_loss(x, target, None, LossSpec(**options))
-    assert 0 < largest.bytes <= chunked.CPU_BLOCK_BYTES
+        torch_rows.row_loss(x, target, None, LossSpec(**options))
+    assert 0 < largest.bytes <= torch_rows.CPU_BLOCK_BYTES
 
 
 def test_the_gradient_is_handed_over_not_copied():

@@ -7,8 +7,8 @@ import torch
 
 from conftest import GPU
 from guarded import Guards, Interpreter
-from lossfuse.backends import chunked, chunked_shards, chunked_sigmoid
-from lossfuse.row_stats import Upstream, Wants
+from lossfuse.backends import torch_labels, torch_rows, torch_shards
+from lossfuse.row_types import Upstream, Wants
 from lossfuse.spec import LossSpec
 from rows import class_weight, probabilities
 
@@ -304,9 +304,9 @@ def test_a_narrower_gradient_keeps_to_the_first_bytes_of_its_rows(force, v, way,
 @pytest.mark.parametrize(("v", "lead", "gap"), [(33, 5, 1), (95, 3, 8)])
 @pytest.mark.parametrize("name", [*CASES, "one pass", "one pass, every option"])
 def test_blocks_of_torch_code_keep_to_their_tensors(name, v, lead, gap, dtype, monkeypatch):
-    monkeypatch.setattr(chunked, "CPU_BLOCK_BYTES", 1 << 9)
-    monkeypatch.setattr(chunked_sigmoid, "CPU_BLOCK_BYTES", 1 << 9)
-    b = chunked_shards if name.startswith("shard") else chunked_sigmoid if "labels" in name else chunked
+    monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 1 << 9)
+    monkeypatch.setattr(torch_labels, "CPU_BLOCK_BYTES", 1 << 9)
+    b = torch_shards if name.startswith("shard") else torch_labels if "labels" in name else torch_rows
     options = EVERYTHING if name.endswith("every option") else {}
     run = CASES.get(name, lambda b, c: one_pass(b, c, options))
     check(run, b, v, lead, gap, dtype)

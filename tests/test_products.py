@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lossfuse
-from lossfuse import linear, products
+from lossfuse.ops import head_chunks, matmul
 
 N, D, V = 23, 16, 77
 
@@ -26,7 +26,7 @@ def mixed(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", wide(torch.mm))
     monkeypatch.setattr(torch, "addmm", wide(torch.addmm))
-    for module in (linear, products):
+    for module in (head_chunks, matmul):
         monkeypatch.setattr(module, "mixes", lambda device: True)
     return calls
 
@@ -101,7 +101,7 @@ def test_less_memory_and_fewer_digits(mixed, lean):
 
 def test_half_the_bytes_hold_the_gradient_over_the_logits():
     room = torch.empty(4, 32)
-    g = linear._gradient_over(room[:3, :21], torch.bfloat16)
+    g = head_chunks._gradient_over(room[:3, :21], torch.bfloat16)
     assert g.shape == (3, 21) and g.dtype == torch.bfloat16
     assert g.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
     assert [g[i].data_ptr() for i in range(3)] == [room[i].data_ptr() for i in range(3)]

@@ -12,9 +12,10 @@ import lossfuse
 import program
 from closeness import assert_gradient_close, assert_loss_close
 from conftest import PLACES, Place
-from lossfuse import linear, targets
-from lossfuse.dispatch import TRITON_INSTALLED
+from lossfuse import targets
+from lossfuse.call.dispatch import TRITON_INSTALLED
 from lossfuse.kernels import launch
+from lossfuse.ops import head_chunks
 from ranks import cases_on_ranks
 from rows import class_weight, logits_and_ids, probabilities
 from subjects import FUNCTIONS, Subject, two_rows
@@ -269,7 +270,7 @@ def test_the_weight_of_a_class_that_is_no_target_may_be_anything(subject, poison
 @pytest.mark.parametrize("head_subject", subjects(["head", "head statistics"]))
 def test_nor_is_it_in_the_unit_of_fp16_products(head_subject, poison, monkeypatch):
     """As on a GPU, where products take float16 and the gradient of the logits is brought into its range."""
-    monkeypatch.setattr(linear, "mixes", lambda device: True)
+    monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
     x, target = given(head_subject, dtype=torch.float16, ignored=0.0)
     weight = class_weight(V, head_subject.place.device)
     nobody = torch.tensor([c for c in range(V) if c not in target.tolist()][:1], device=x.device)

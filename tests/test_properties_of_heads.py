@@ -11,7 +11,7 @@ import lossfuse
 import program
 from closeness import GRADIENT_RTOL, assert_statistics_close, gradient_terms
 from draws import class_ids, holds_for, laid_out, loss_options, probabilities, seeds
-from lossfuse import linear
+from lossfuse.ops import head_chunks
 from options import DIFFERENTIABLE, differentiated, upstreams
 
 
@@ -111,7 +111,7 @@ def check(place, head, ups_of, statistics):
         torch.testing.assert_close(got.detach().double().cpu(), want.loss.detach(), rtol=rtol, atol=atol, equal_nan=True)
         grads = torch.autograd.grad(got, leaves, ups_of(want)["loss"].to(got))
     # where products take half precision, the gradient of the logits is rounded to it first
-    narrow = place.impl != "reference" and linear.mixes(torch.device(place.device))
+    narrow = place.impl != "reference" and head_chunks.mixes(torch.device(place.device))
     for name, g, leaf, w, s in zip(given, grads, leaves, want_grads, sizes, strict=True):
         assert g.dtype == leaf.dtype and g.shape == leaf.shape
         assert_sums_close(name, g, w, s, narrow=narrow and name != "target")

@@ -11,9 +11,11 @@ from torch import Tensor
 
 import mutants
 from closeness import assert_formula_close, assert_gradient_close, gradient_terms
-from lossfuse import ops, reference, shards
-from lossfuse.row_stats import ShardRows, Upstream, Wants
+from lossfuse import reference
+from lossfuse.ops import library
+from lossfuse.row_types import ShardRows, Upstream, Wants
 from lossfuse.spec import LossSpec
+from lossfuse.vocab_parallel import merge
 from options import EVERYTHING, OPTIONS, options_of
 from rows import logits_and_ids, probabilities
 
@@ -71,7 +73,7 @@ class Cut:
 
     def __init__(self, place, logits, target, weight=None, options=None, sizes=FEW, *, base=0, ignore_index=-100):
         assert sum(sizes) == logits.shape[1]
-        self.backend = ops.backend(place.impl, cut=True).backend
+        self.backend = library.backend(place.impl, cut=True).backend
         self.whole = logits, target, weight
         self.soft = target.is_floating_point()
         self.options, self.ignore_index, self.num_classes = options or {}, ignore_index, base + sum(sizes)
@@ -179,8 +181,8 @@ def merged_by_the_package(cut: Cut, made: list[ShardRows]):
     x, target, _ = cut.whole
     sums = torch.stack([x.new_tensor(s.v) if s.weight is None else s.weight.sum() for s in cut.shards]).float()
     columns = [m._replace(argmax=m.argmax + s.first) for m, s in zip(made, cut.shards, strict=True)]
-    row = shards.merge(ShardRows(*(None if c[0] is None else torch.stack(c) for c in zip(*columns, strict=True))), sums)
-    return shards.row_stats(row, target, sums.sum(), cut.spec(), cut.num_classes)
+    row = merge.merge(ShardRows(*(None if c[0] is None else torch.stack(c) for c in zip(*columns, strict=True))), sums)
+    return merge.row_stats(row, target, sums.sum(), cut.spec(), cut.num_classes)
 
 
 def assert_merged_alike(cut: Cut, made: list[ShardRows], stats: dict[str, Tensor], kept: Tensor):

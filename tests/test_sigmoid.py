@@ -8,7 +8,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 import lossfuse
 from allocations import Largest
 from closeness import assert_formula_close, assert_gradient_close, assert_loss_close
-from lossfuse.sigmoid_inputs import flatten_labels
+from lossfuse.label_inputs import flatten_labels
 from options import COMPILERS
 
 N, V = 5, 2060  # more than a block, ragged

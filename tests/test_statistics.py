@@ -14,9 +14,9 @@ import mutants
 import program
 from allocations import Largest
 from closeness import assert_formula_close, assert_gradient_close, assert_statistics_close
-from lossfuse import stats_ops
-from lossfuse.backends import chunked, threads
-from lossfuse.row_stats import Upstream, Wants
+from lossfuse.backends import threads, torch_rows
+from lossfuse.ops import row_stats
+from lossfuse.row_types import Upstream, Wants
 from lossfuse.spec import LossSpec
 from options import DIFFERENTIABLE, EVERYTHING, OPTIONS, THRIFTY_COMBINATIONS, differentiated, options_of, upstreams
 from rows import class_weight, logits_and_ids, probabilities
@@ -833,8 +833,8 @@ class TestThreadsAndMemory:
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_the_numbers_are_those_of_one_thread(self, dtype, soft, monkeypatch):
-        monkeypatch.setattr(chunked, "THREAD_LEAST_BYTES", 1 << 10)
-        monkeypatch.setattr(chunked, "CPU_BLOCK_BYTES", 1 << 13)
+        monkeypatch.setattr(torch_rows, "THREAD_LEAST_BYTES", 1 << 10)
+        monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 1 << 13)
         n, v = 131, 400
         x, target = logits_and_ids(n, v, dtype)
         target = probabilities(n, v, dtype) if soft else target
@@ -873,11 +873,11 @@ class TestThreadsAndMemory:
         grad, spec, up = torch.empty_like(x), LossSpec(**options), torch.ones(n)
         for upstream in (Upstream(up), Upstream(up, up, up, up)):
             with Largest() as largest:
-                chunked.row_stats(x, target, None, spec, Wants(True, True), upstream, grad, None)
-            assert 0 < largest.bytes <= chunked.CPU_BLOCK_BYTES < grad.nbytes / 3
+                torch_rows.row_stats(x, target, None, spec, Wants(True, True), upstream, grad, None)
+            assert 0 < largest.bytes <= torch_rows.CPU_BLOCK_BYTES < grad.nbytes / 3
         with Largest() as largest:
-            chunked.row_stats(x, target, None, spec, Wants(True, True), None, None, None)
-        assert 0 < largest.bytes <= chunked.CPU_BLOCK_BYTES
+            torch_rows.row_stats(x, target, None, spec, Wants(True, True), None, None, None)
+        assert 0 < largest.bytes <= torch_rows.CPU_BLOCK_BYTES
 
     def test_inputs_are_not_written_to(self, thrifty_place):
         x, target = logits_and_ids(6, 300, device=thrifty_place.device)
@@ -896,16 +896,16 @@ class TestCompilers:
         x, target = logits_and_ids(4, 19, device=device)
         target = probabilities(4, 19, device=device) if soft else target
         spec, weight = LossSpec(-100, 0.1, 20.0, 0.7, 1e-3), class_weight(19, device)
-        settings = stats_ops.options(spec, impl)
+        settings = row_stats.options(spec, impl)
         for wants in (Wants(True, True), Wants(False, False)):
-            torch.library.opcheck(stats_ops.row_stats, (x, target, weight, *wants, *settings))
-        *_, kept = stats_ops.row_stats(x, target, weight, True, True, *settings)
+            torch.library.opcheck(row_stats.row_stats, (x, target, weight, *wants, *settings))
+        *_, kept = row_stats.row_stats(x, target, weight, True, True, *settings)
         ups = [torch.randn(4, device=device, requires_grad=True) for _ in range(4)]
         for given in (ups, [None, ups[1], None, ups[3]]):
-            torch.library.opcheck(stats_ops.row_stats_grads, (x, target, weight, kept.detach(), *given, True, soft, *settings))
+            torch.library.opcheck(row_stats.row_stats_grads, (x, target, weight, kept.detach(), *given, True, soft, *settings))
         if impl == "torch":
             plain = (x.detach(), target.detach(), weight, ups[0].detach(), True, soft, True, True, *settings)
-            torch.library.opcheck(stats_ops.row_stats_and_grads, plain)
+            torch.library.opcheck(row_stats.row_stats_and_grads, plain)
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])

@@ -12,7 +12,7 @@ import torch
 import lossfuse
 import public
 from lossfuse import targets
-from lossfuse.backends import chunked, threads
+from lossfuse.backends import threads, torch_rows
 from lossfuse.spec import LossSpec
 from public import together
 from rows import head_and_ids, logits_and_ids, probabilities
@@ -21,8 +21,8 @@ from rows import head_and_ids, logits_and_ids, probabilities
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """So that a small call has many."""
-    monkeypatch.setattr(chunked, "THREAD_LEAST_BYTES", 1 << 10)
-    monkeypatch.setattr(chunked, "CPU_BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr(torch_rows, "THREAD_LEAST_BYTES", 1 << 10)
+    monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 1 << 13)
     monkeypatch.setattr(threads, "workers", lambda: 3)
 
 
@@ -38,9 +38,9 @@ def test_the_numbers_are_those_of_one_thread(dtype, options, soft, monkeypatch):
     used = []
     real = threads.run
     monkeypatch.setattr(threads, "run", lambda tasks, count: used.append((len(tasks), count)) or real(tasks, count))
-    loss = chunked.row_loss_and_grads(*arguments, got, None)
+    loss = torch_rows.row_loss_and_grads(*arguments, got, None)
     monkeypatch.setattr(threads, "workers", lambda: 1)
-    want_loss = chunked.row_loss_and_grads(*arguments, want, None)
+    want_loss = torch_rows.row_loss_and_grads(*arguments, want, None)
     assert len(used) == 1 and used[0][0] > 3 and used[0][1] == 3
     torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
@@ -49,8 +49,8 @@ def test_the_numbers_are_those_of_one_thread(dtype, options, soft, monkeypatch):
 def test_temporaries_of_all_threads_together_stay_what_they_are():
     for n, v, itemsize in ((1024, 32000, 2), (4096, 128256, 2), (64, 262144, 4)):
         for temporaries in (1, 7):
-            alone = chunked.block_rows(n, v, itemsize, 4, True, temporaries)
-            shared = chunked.block_rows(n, v, itemsize, 4, True, temporaries, 2)
+            alone = torch_rows.block_rows(n, v, itemsize, 4, True, temporaries)
+            shared = torch_rows.block_rows(n, v, itemsize, 4, True, temporaries, 2)
             # a row is the least
             assert shared == 1 or 2 * shared <= max(alone, 1) * 1.01
 

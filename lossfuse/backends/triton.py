@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import fused_rows, linear_rows, log_softmax_rows, sigmoid_rows, softmax_rows
-from ..row_stats import RowStats, ShardRows, Upstream, Wants
+from ..row_types import RowStats, ShardRows, Upstream, Wants
 from ..spec import LossSpec
 
 

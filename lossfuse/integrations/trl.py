@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..lazy_head import LogitsReport
-from ..linear import chunk_rows
-from ..lm_head import find_lm_head
+from ..lm_head.deferred_call import LogitsReport
+from ..lm_head.fuse import find_lm_head
+from ..ops.head_chunks import chunk_rows
 from ..spec import LinearOptions
 from ..statistics import LossStats, cross_entropy_stats, linear_cross_entropy_stats
 

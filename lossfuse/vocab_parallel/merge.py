@@ -7,8 +7,8 @@ and ``log_sum`` keeps its digits near 0. Shards are summed in the order they com
 import torch
 from torch import Tensor
 
-from .row_stats import RowStats, ShardRows, Wants, log_sum_exp, no_class
-from .spec import LossSpec
+from ..row_types import RowStats, ShardRows, Wants, log_sum_exp, no_class
+from ..spec import LossSpec
 
 # rows of numbers that a gradient of a shard is made from
 KEPT_ROWS = 5

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lazy_chunks import read_chunks, step
+from ..spec import resolve_reduction
+from .chunked_reads import read_chunks, step
 from .lazy_logits import HANDLERS, LazyLogits, T, handles, of_classes
-from .spec import resolve_reduction
 
 
 def of_values(func: Callable[..., Any], x: LazyLogits, keepdim: bool, *args: Any, keeps: bool = False, **options: Any) -> Any:

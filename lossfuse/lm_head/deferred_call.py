@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .cut_heads import Cut
+from ..spec import LinearOptions
 from .deferrable import HeadState, is_own_forward
-from .spec import LinearOptions
-from .wrappers import Lenders, Lent, held, is_plain_linear, lent
+from .fsdp import Lenders, Lent, held, is_plain_linear, lent
+from .tensor_parallel import Cut
 
 STALE = (
     "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them"

@@ -1,7 +1,7 @@
 """The operators of log_softmax, nll_loss and binary cross entropy of probabilities, where torch's own are not wanted: Triton's.
 
-As in ``ops``, opaque to compilers, a gradient nobody needs an empty tensor. Rows are (N, V); a loss of probabilities is (N, V), or the
-sums of rows, (N, 1).
+Opaque to compilers, as in ``library``; a gradient that is not needed is an empty tensor. Rows are (N, V); a loss of probabilities is
+(N, V), or the sums of rows, (N, 1).
 """
 
 from types import ModuleType
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .autograd import second_derivative
-from .ops import backend, library, new_grad, new_loss
-from .targets import require_ids_in_range
+from .. import reference
+from ..targets import require_ids_in_range
+from .gradients import second_derivative
+from .library import backend, library, new_grad, new_loss
 
 library.define("log_softmax(Tensor logits) -> (Tensor logp, Tensor stats)")
 library.define("log_softmax_grad(Tensor logits, Tensor stats, Tensor dlogp) -> Tensor dlogits")

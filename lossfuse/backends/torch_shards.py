@@ -1,4 +1,4 @@
-"""Torch code over blocks of rows for a shard of the classes: what ``chunked`` is where all classes are at hand.
+"""Torch code over blocks of rows for a shard of the classes: what ``torch_rows`` is where all classes are at hand.
 
 A gradient waits for what other shards say of its row, so logits are read twice.
 """
@@ -6,9 +6,9 @@ A gradient waits for what other shards say of its row, so logits are read twice.
 import torch
 from torch import Tensor
 
-from ..row_stats import ShardRows, Upstream, Wants
+from ..row_types import ShardRows, Upstream, Wants
 from ..spec import LossSpec
-from .chunked import FEATURE_BLOCKS, in_parts, largest, moments_of, multiply_in_place, prefer_huge_pages, shaped, times, zero_rows
+from .torch_rows import FEATURE_BLOCKS, in_parts, largest, moments_of, multiply_in_place, prefer_huge_pages, shaped, times, zero_rows
 
 __all__ = ["multiply_in_place", "shard_grads", "shard_rows"]
 
@@ -133,7 +133,7 @@ def shard_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given, from what ``shards.kept`` says of whole rows; ``dlogits`` may be ``logits``."""
+    """Fill the gradients that are given, from what ``merge.kept`` says of whole rows; ``dlogits`` may be ``logits``."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = None if class_weight is None else class_weight.to(dtype)
     up = Upstream(*(None if t is None else t.to(dtype)[:, None] for t in upstream))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .inputs import HeadRows, Rows, torch_func_active
+from ..inputs import HeadRows, Rows, torch_func_active
 
 IMPLS = ("auto", "triton", "torch", "reference")
 # device types Triton compiles for; ROCm calls itself cuda

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .spec import VocabShard
-from .wrappers import is_plain_linear
+from ..spec import VocabShard
+from .fsdp import is_plain_linear
 
 
 class Cut(NamedTuple):

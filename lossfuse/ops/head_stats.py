@@ -9,26 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import linear
-from .linear import Head, Needs
-from .linear_ops import (
-    CHUNKS,
-    GRADS,
-    HEAD,
-    N_CHUNKS,
-    NEEDS,
-    as_tensors,
-    checked_head_spec,
-    dloss_of,
-    handed_over,
-    made_again,
-    new_grads,
-    split,
-)
-from .ops import N_OPTIONS, OPTIONS, STATS, WANTS, backend_of, library, register
-from .row_stats import Upstream, Wants
-from .stats_ops import as_tensors as stats_as_tensors
-from .stats_ops import new_stats, without_gradient
+from ..row_types import Upstream, Wants
+from . import head_chunks
+from .head import CHUNKS, GRADS, HEAD, N_CHUNKS, NEEDS, as_tensors, checked_head_spec, dloss_of, handed_over, made_again, new_grads, split
+from .head_chunks import Head, Needs
+from .library import N_OPTIONS, OPTIONS, STATS, WANTS, backend_of, library, register
+from .row_stats import as_tensors as stats_as_tensors
+from .row_stats import new_stats, without_gradient
 
 library.define(f"linear_row_stats({HEAD}, Tensor? main_grad_buffer, {WANTS}, {CHUNKS}, {OPTIONS}) -> (Tensor loss, {STATS})")
 library.define(
@@ -45,7 +32,7 @@ def _row_stats(
 ) -> tuple[Tensor, ...]:
     wants, (chunks, loss_options) = Wants(*rest[:2]), split(rest[2:])
     spec = checked_head_spec(weight, target, loss_options)
-    made = linear.row_stats(Head(hidden, weight, bias), target, class_weight, wants, spec, chunks, backend_of(loss_options))
+    made = head_chunks.row_stats(Head(hidden, weight, bias), target, class_weight, wants, spec, chunks, backend_of(loss_options))
     return stats_as_tensors(made)[:-1]
 
 
@@ -68,7 +55,7 @@ def _total(
     needs, wants, (chunks, loss_options) = Needs(*rest[:4]), Wants(*rest[4:6]), split(rest[6:])
     spec = checked_head_spec(weight, target, loss_options)
     upstream = Upstream(dloss_of(hidden, divisor))
-    made, grads = linear.row_stats_and_grads(
+    made, grads = head_chunks.row_stats_and_grads(
         Head(hidden, weight, bias), target, class_weight, upstream, needs, wants, spec, chunks, backend_of(loss_options)
     )
     loss, *stats, _ = stats_as_tensors(made)

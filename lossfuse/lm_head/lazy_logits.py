@@ -1,8 +1,8 @@
 """Logits that are not made until somebody needs them.
 
 In training a fused head returns ``LazyLogits``: shape, dtype and device of logits, no storage. What models and trainers do between head
-and loss (scale, cap, cast, slice, reshape, add a bias) is recorded by ``lazy_recorded``; what reads them as a loss or a statistic
-(``lazy_readers``) runs the linear form on the hidden states; anything else makes the logits, by the head's own forward and the recorded
+and loss (scale, cap, cast, slice, reshape, add a bias) is recorded by ``recorded_ops``; what reads them as a loss or a statistic
+(``fused_ops``) runs the linear form on the hidden states; anything else makes the logits, by the head's own forward and the recorded
 operations, bit for bit what they would have been. No model's code is known here.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .cut_heads import Cut, as_replicas, local_arguments, localised, redistributed, replicas
-from .lazy_head import STALE, Shaping, Source, require_unchanged, version_of
-from .wrappers import modules_told, told_by
+from .deferred_call import STALE, Shaping, Source, require_unchanged, version_of
+from .fsdp import modules_told, told_by
+from .tensor_parallel import Cut, as_replicas, local_arguments, localised, redistributed, replicas
 
 UNSEEN = (
     "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that"
@@ -217,7 +217,7 @@ def lazy_logits(
     return made
 
 
-# --- what is done to a chunk of rows, and how it is run: lazy_chunks
+# --- what is done to a chunk of rows, and how it is run: chunked_reads
 
 
 @dataclass(frozen=True)

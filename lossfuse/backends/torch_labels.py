@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import threads
-from .chunked import CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES, TEMPORARY_BYTES, TEMPORARY_SHARE, prefer_huge_pages, threads_for
+from .torch_rows import CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES, TEMPORARY_BYTES, TEMPORARY_SHARE, prefer_huge_pages, threads_for
 
 # a block and what is made of it, alive at once
 LISTED_BLOCKS, DENSE_BLOCKS = 2, 6

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lazy_chunks import joined_leaves, read_chunks, same_program, step
+from .chunked_reads import joined_leaves, read_chunks, same_program, step
 from .lazy_logits import LazyLogits, T, handles, lazy_logits, of_classes, written
 
 # classes of a slice that are computed alone

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .wrappers import is_fsdp2, is_plain_linear
+from .fsdp import is_fsdp2, is_plain_linear
 
 # --- modules whose forward computes each row alone, keeps no state and draws no numbers
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import family
-from .lazy_chunks import joined_leaves, step, together
-from .lazy_head import Shaping
+from .. import family
+from .chunked_reads import joined_leaves, step, together
+from .deferred_call import Shaping
 from .lazy_logits import HANDLERS, LazyLogits, T, can_be, handles, of_classes, written
 
 

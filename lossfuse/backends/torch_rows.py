@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..row_stats import RowStats, Upstream, Wants, log_sum_exp, no_class
+from ..row_types import RowStats, Upstream, Wants, log_sum_exp, no_class
 from ..spec import LossSpec
 from . import threads
 

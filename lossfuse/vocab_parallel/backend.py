@@ -1,6 +1,6 @@
 """Losses whose classes are cut among the ranks of a group: what goes over the wire, and a backend made of one for a shard.
 
-A forward gathers a few numbers a row from every rank, in one collective; merged (``shards``), they are the same on every rank, and a
+A forward gathers a few numbers a row from every rank, in one collective; merged (``merge``), they are the same on every rank, and a
 gradient is made of them without another. With them goes what tells whether the ranks do the same thing: where their shards lie, what their
 options are, how their targets sum up, whether one of them is bad. On a CPU, and within ``debug_targets``, every rank looks at it and raises
 the same error; elsewhere all that is returned is NaN.
@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .row_stats import RowStats, ShardRows, Upstream, Wants
-from .shards import kept, merge, nothing, row_loss, row_stats
-from .spec import LossSpec
-from .targets import debugging, values_are_at_hand
+from ..row_types import RowStats, ShardRows, Upstream, Wants
+from ..spec import LossSpec
+from ..targets import debugging, values_are_at_hand
+from .merge import kept, merge, nothing, row_loss, row_stats
 
 # of a rank: where its classes lie, its options, what its targets sum up to, row of its first bad target (or -1), that target
 HEADER_INTS = 5
 
 
 class Sharded:
-    """What ``ops`` and ``linear`` ask of a backend, where rows are cut: ``backend`` for this shard, the group for the rows."""
+    """What ``ops`` asks of a backend, where rows are cut: ``backend`` for this shard, the group for the rows."""
 
     def __init__(self, backend: ModuleType) -> None:
         self.backend = backend

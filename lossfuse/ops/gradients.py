@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .consumed import GONE, Owner, is_sole_owner
-from .spec import LossSpec
+from .. import reference
+from ..spec import LossSpec
+from . import library
+from .inplace import GONE, Owner, is_sole_owner
 
 SPENT = f"a second backward, and a backward with create_graph=True, need the logits again, but {GONE}; pass inplace=False"
-NO_OPTIONS_GRAD = (None,) * len(ops.options(LossSpec(), "torch"))
+NO_OPTIONS_GRAD = (None,) * len(library.options(LossSpec(), "torch"))
 
 
 def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -35,7 +36,7 @@ def _row_loss_backward(ctx: Any, dloss: Tensor | None, dstats: None) -> tuple[Te
 def _row_loss_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     logits, target, class_weight, stats = ctx.saved_tensors
     needed = ctx.needs_input_grad[:2]
-    return wanted(ops.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options), *needed)
+    return wanted(library.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options), *needed)
 
 
 def _save_row_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -92,8 +93,8 @@ def second_derivative(
     return second[0], second[1] if len(leaves) > 1 else None, list(second[len(leaves) :])
 
 
-torch.library.register_autograd("lossfuse::row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=ops.library)
-torch.library.register_autograd("lossfuse::row_grads", _row_grads_backward, setup_context=_save_row_grads, lib=ops.library)
+torch.library.register_autograd("lossfuse::row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=library.library)
+torch.library.register_autograd("lossfuse::row_grads", _row_grads_backward, setup_context=_save_row_grads, lib=library.library)
 
 
 class ReducedLoss(torch.autograd.Function):
@@ -122,14 +123,14 @@ class ReducedLoss(torch.autograd.Function):
             # a number of the host goes with the launch, where a copy of it would be waited for
             scale = torch.ones((), dtype=dtype, device=logits.device) / (1.0 if divisor is None else divisor)
         dloss = scale.expand(logits.shape[0])
-        ctx.options, ctx.impl, ctx.consumed = ops.options(spec, impl), impl, owner is not None
+        ctx.options, ctx.impl, ctx.consumed = library.options(spec, impl), impl, owner is not None
         grads: tuple[Tensor, ...]
         if owner is not None:
             with writing(logits, owner) as dlogits:
-                loss, dtarget = ops.row_loss_and_grads_(dlogits, target, class_weight, dloss, needed[1], *ctx.options)
+                loss, dtarget = library.row_loss_and_grads_(dlogits, target, class_weight, dloss, needed[1], *ctx.options)
             grads = dlogits, dtarget
         else:
-            loss, *grads = ops.row_loss_and_grads(logits, target, class_weight, dloss, *needed, *ctx.options)
+            loss, *grads = library.row_loss_and_grads(logits, target, class_weight, dloss, *needed, *ctx.options)
             ctx.save_for_backward(logits, target, class_weight, dloss)
         ctx.formed = wanted(grads, *needed)
         total: Tensor = loss.sum()
@@ -146,8 +147,8 @@ def _gradients_again(ctx: Any) -> tuple[Tensor, Tensor]:
     stats = dloss.new_empty(0, len(logits))
     if ctx.impl == "triton" or ctx.options[-2] is not None:
         with torch.no_grad():
-            _, stats = ops.row_loss(logits, target, class_weight, *ctx.options)
-    grads: tuple[Tensor, Tensor] = ops.row_grads(logits, target, class_weight, stats, dloss, *ctx.needs_input_grad[:2], *ctx.options)
+            _, stats = library.row_loss(logits, target, class_weight, *ctx.options)
+    grads: tuple[Tensor, Tensor] = library.row_grads(logits, target, class_weight, stats, dloss, *ctx.needs_input_grad[:2], *ctx.options)
     return grads
 
 
@@ -161,15 +162,15 @@ class RowLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, impl: str, owner: Owner | None
     ) -> Tensor:
-        ctx.options, ctx.owner, ctx.spent = ops.options(spec, impl), owner, False
-        loss, stats = ops.row_loss(logits, target, class_weight, *ctx.options)
+        ctx.options, ctx.owner, ctx.spent = library.options(spec, impl), owner, False
+        loss, stats = library.row_loss(logits, target, class_weight, *ctx.options)
         ctx.save_for_backward(logits, target, class_weight, stats)
         result: Tensor = loss
         return result
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *row_gradients(ctx, dloss, _row_loss_gradients, ops.row_grads_), None, None, None, None
+        return *row_gradients(ctx, dloss, _row_loss_gradients, library.row_grads_), None, None, None, None
 
 
 def formed_gradients(ctx: Any, dtotal: Tensor, again: Callable[[Any], Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -241,7 +242,7 @@ def is_plain(dtotal: Tensor) -> bool:
 def multiply(grad: Tensor, dtotal: Tensor, impl: str) -> None:
     """grad *= dtotal: looked at on the CPU, where that is free, and on the device elsewhere."""
     if dtotal.device.type != "cpu":
-        ops.multiply_(grad, dtotal, impl)
+        library.multiply_(grad, dtotal, impl)
         return
     try:
         if float(dtotal) != 1.0:

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from . import family, functional, statistics
-from .distributed import shared
-from .inputs import Targets
-from .lazy_chunks import read_chunks, together
-from .lazy_head import Shaping
+from .. import family, functional, statistics
+from ..call.dtensor import shared
+from ..call.reduction import divisor_of, reduce_rows
+from ..inputs import Targets
+from ..ops.head_chunks import chunk_rows
+from ..spec import loss_spec, require_bool, resolve_reduction
+from ..statistics import LossStats
+from .chunked_reads import read_chunks, together
+from .deferred_call import Shaping
 from .lazy_logits import LazyLogits, T, handles, of_classes
-from .lazy_rows import gather, rows_along
-from .lazy_values import of_values, over_rows
-from .linear import chunk_rows
-from .reduce import divisor_of, reduce_rows
-from .spec import loss_spec, require_bool, resolve_reduction
-from .statistics import LossStats
+from .row_ops import gather, rows_along
+from .value_ops import of_values, over_rows
 
 # no target is it
 NO_ID = -(2**63)

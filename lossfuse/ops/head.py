@@ -1,4 +1,4 @@
-"""The operators of a head and their derivatives: what ``ops`` and ``autograd`` are for logits.
+"""The operators of a head and their derivatives: what ``ops.rows`` is for logits.
 
 ``linear_total`` is the strategy of the scalar reductions: it returns the loss with its gradients, all in one operator without side
 effects, and its backward multiplies them by one number. ``linear_row_loss`` keeps nothing but its arguments, and its backward,
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import linear
-from .autograd import is_plain, multiply
-from .linear import Gradients, Head, Needs
-from .ops import N_OPTIONS, OPTIONS, UPSTREAM, backend_of, checked_spec, library, new_loss, register
-from .row_stats import Upstream, Wants
-from .sharded import look_together
-from .spec import LinearOptions, LossSpec, loss_spec
-from .targets import values_are_at_hand
+from ..row_types import Upstream, Wants
+from ..spec import LinearOptions, LossSpec, loss_spec
+from ..targets import values_are_at_hand
+from ..vocab_parallel.backend import look_together
+from . import head_chunks
+from .gradients import is_plain, multiply
+from .head_chunks import Gradients, Head, Needs
+from .library import N_OPTIONS, OPTIONS, UPSTREAM, backend_of, checked_spec, library, new_loss, register
 
 SPENT = (
     "a second backward needs the gradients of linear_cross_entropy again, but the first has handed them over; pass"
@@ -65,7 +65,7 @@ def _row_loss(
 ) -> Tensor:
     chunks, loss_options = split(options)
     spec = checked_head_spec(weight, target, loss_options)
-    return linear.row_loss(Head(hidden, weight, bias), target, class_weight, spec, chunks, backend_of(loss_options))
+    return head_chunks.row_loss(Head(hidden, weight, bias), target, class_weight, spec, chunks, backend_of(loss_options))
 
 
 def _row_loss_shapes(hidden: Tensor, *rest: Any) -> Tensor:
@@ -79,10 +79,10 @@ def _grads(
     arguments = Head(hidden, weight, bias), target, class_weight
     how = loss_spec(*loss_options[:-1]), chunks, backend_of(loss_options)
     if upstream.only_loss and upstream.loss is not None:
-        _, grads = linear.row_loss_and_grads(*arguments, upstream.loss, needs, *how)
+        _, grads = head_chunks.row_loss_and_grads(*arguments, upstream.loss, needs, *how)
     else:
         wants = Wants(entropy=upstream.entropy is not None, argmax=False)
-        _, grads = linear.row_stats_and_grads(*arguments, upstream, needs, wants, *how)
+        _, grads = head_chunks.row_stats_and_grads(*arguments, upstream, needs, wants, *how)
     return as_tensors(grads, hidden)
 
 
@@ -106,7 +106,7 @@ def _total(
     chunks, loss_options = split(options[4:])
     spec = checked_head_spec(weight, target, loss_options)
     arguments = Head(hidden, weight, bias), target, class_weight, dloss_of(hidden, divisor)
-    loss, grads = linear.row_loss_and_grads(*arguments, needs, spec, chunks, backend_of(loss_options))
+    loss, grads = head_chunks.row_loss_and_grads(*arguments, needs, spec, chunks, backend_of(loss_options))
     total = loss.sum() if divisor is None else loss.sum() / divisor
     return total, *as_tensors(grads, hidden)
 

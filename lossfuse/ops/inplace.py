@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .inputs import Rows
+from ..inputs import Rows
 
 GONE = "these logits were consumed by a loss of lossfuse with inplace=True and their memory holds a gradient"
 

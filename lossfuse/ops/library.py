@@ -1,6 +1,6 @@
 """The operators of the package: opaque to compilers, with shapes for tracing. Torch only.
 
-They live in ``torch.ops.lossfuse``; those of a head are in ``linear_ops``. The functions of this module lead to them, or straight to
+They live in ``torch.ops.lossfuse``; those of a head are in ``ops.head``. The functions of this module lead to them, or straight to
 their kernels where an operator would do nothing but cost time.
 
 ``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .row_stats import Upstream
-from .sharded import Sharded, all_sum_over, keep_order
-from .shards import KEPT_ROWS
-from .spec import LossSpec, loss_spec
-from .targets import require_ids_in_range
+from ..row_types import Upstream
+from ..spec import LossSpec, loss_spec
+from ..targets import require_ids_in_range
+from ..vocab_parallel.backend import Sharded, all_sum_over, keep_order
+from ..vocab_parallel.merge import KEPT_ROWS
 
-_BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked"}
+_BACKENDS = {"triton": "..backends.triton", "torch": "..backends.torch_rows"}
 # where rows are cut by classes
-_SHARD_BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked_shards"}
+_SHARD_BACKENDS = {"triton": "..backends.triton", "torch": "..backends.torch_shards"}
 OPTIONS = (
     "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale,"
     " int? first_class, int? num_classes, str? group, str impl"

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import without_autocast
-from .products import Weight, mixes, narrow_on_cpu, product
-from .row_stats import RowStats, Upstream, Wants, no_class
-from .sharded import even_classes, gather
-from .spec import LinearOptions, LossSpec
+from ..inputs import without_autocast
+from ..row_types import RowStats, Upstream, Wants, no_class
+from ..spec import LinearOptions, LossSpec
+from ..vocab_parallel.backend import even_classes, gather
+from .matmul import Weight, mixes, narrow_on_cpu, product
 
 # elements on which a row of logits starts, so that every access to it is wide and cuBLAS likes its stride
 ROW_ALIGNMENT = 16

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .inputs import Targets, torch_func_active
-from .sharded import gather, look_together, process_group
-from .spec import LossSpec, VocabShard
+from ..inputs import Targets, torch_func_active
+from ..ops import library
+from ..spec import LossSpec, VocabShard
+from ..vocab_parallel.backend import gather, look_together, process_group
 
 
 def shard_options(shard: VocabShard | None) -> tuple[int, int, str] | tuple[()]:
@@ -37,7 +37,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # an addend of half precision is rounded, as gradients between modules are
-        return ops.all_sum(grad, ctx.group), None
+        return library.all_sum(grad, ctx.group), None
 
 
 # --- DTensors

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from .lazy_head import Shaping, Source, require_unchanged, version_of
+from ..ops.head_chunks import chunk_rows
+from .deferred_call import Shaping, Source, require_unchanged, version_of
 from .lazy_logits import Carried, LazyLogits, Program, Step, lazy_logits
-from .linear import chunk_rows
 
 _keys = itertools.count()
 

@@ -1,4 +1,4 @@
-"""The operators of statistics and their derivatives: what ``ops`` and ``autograd`` are for a loss alone.
+"""The operators of statistics and their derivatives: what ``ops.rows`` is for a loss alone.
 
 ``row_stats`` keeps what ``row_stats_grads`` wants back. ``ReducedStats`` is for a loss that is reduced to a number: its gradient is
 formed with the statistics, and serves if it turns out that nothing else gets one.
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .autograd import NO_OPTIONS_GRAD, is_plain, multiply, refuse_second_derivative, second_derivative
-from .ops import OPTIONS, STATS, UPSTREAM, WANTS, backend_of, checked_spec, library, new_grad, new_loss, options, register
-from .row_stats import RowStats, Upstream, Wants
-from .shards import KEPT_ROWS
-from .spec import LossSpec, loss_spec
+from .. import reference
+from ..row_types import RowStats, Upstream, Wants
+from ..spec import LossSpec, loss_spec
+from ..vocab_parallel.merge import KEPT_ROWS
+from .gradients import NO_OPTIONS_GRAD, is_plain, multiply, refuse_second_derivative, second_derivative
+from .library import OPTIONS, STATS, UPSTREAM, WANTS, backend_of, checked_spec, library, new_grad, new_loss, options, register
 
 _LOGITS = "Tensor logits, Tensor target, Tensor? class_weight"
 

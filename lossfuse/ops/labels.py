@@ -1,4 +1,4 @@
-"""The operators of binary cross entropy and their derivatives: what ``ops`` and ``autograd`` are for rows of classes.
+"""The operators of binary cross entropy and their derivatives: what ``ops.rows`` is for rows of classes.
 
 A loss is (N, V), or the sums of rows, (N, 1); ``dloss`` is whichever of the two its loss was.
 """
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .autograd import formed_gradients, row_gradients, second_derivative, wanted, writing
-from .consumed import Owner
-from .ops import library, new_grad
-from .targets import require_ids_in_range
+from .. import reference
+from ..targets import require_ids_in_range
+from .gradients import formed_gradients, row_gradients, second_derivative, wanted, writing
+from .inplace import Owner
+from .library import library, new_grad
 
-_BACKENDS = {"triton": ".backends.triton", "torch": ".backends.chunked_sigmoid"}
+_BACKENDS = {"triton": "..backends.triton", "torch": "..backends.torch_labels"}
 _TENSORS = "Tensor target, Tensor? weight, Tensor? pos_weight"
 _OPTIONS = "int ignore_index, str impl"
 
@@ -204,7 +204,7 @@ torch.library.register_autograd("lossfuse::sigmoid_grads", _grads_backward, setu
 
 
 class ReducedLoss(torch.autograd.Function):
-    """(N, V) logits -> the sum of all losses, over ``count`` of them; the gradient is formed in the forward, as in ``autograd``."""
+    """(N, V) logits -> the sum of all losses, over ``count`` of them; the gradient is formed in the forward, as in ``ops.rows``."""
 
     @staticmethod
     def forward(

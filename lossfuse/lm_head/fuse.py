@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..call.dispatch import tangents_possible
+from ..inputs import torch_func_active
+from ..spec import LinearOptions, require_bool
+
 # what is recorded and what is read registers itself
-from . import lazy_logits, lazy_readers, lazy_recorded, lazy_rows, lazy_values  # noqa: F401
-from .cut_heads import cut_of, is_cut, is_dtensor
+from . import fused_ops, lazy_logits, recorded_ops, row_ops, value_ops  # noqa: F401
 from .deferrable import obstacle
-from .dispatch import tangents_possible
-from .inputs import torch_func_active
-from .lazy_head import SLOTS, HeadForward, LogitsReport, Shaping, Source, fused_forward
-from .spec import LinearOptions, require_bool
-from .wrappers import must_not_be_entered
+from .deferred_call import SLOTS, HeadForward, LogitsReport, Shaping, Source, fused_forward
+from .fsdp import must_not_be_entered
+from .tensor_parallel import cut_of, is_cut, is_dtensor
 
 HEAD_NAMES = ("lm_head", "output", "embed_out", "head", "unembed")
 
@@ -73,7 +74,7 @@ def fuse_lm_head(
             with respect to logits that a loss has been read off (``torch.autograd.grad(loss, logits)``).
 
     A head that is a plain ``nn.Linear`` runs ``linear_cross_entropy``. Others that are deferred (adapters of PEFT, quantized linears of
-    bitsandbytes and torchao, ``nn.Sequential`` of row-wise modules; ``lossfuse/deferrable.py`` has the list) are called for a chunk of rows
+    bitsandbytes and torchao, ``nn.Sequential`` of row-wise modules; ``lossfuse/lm_head/deferrable.py`` has the list) are called for a chunk of rows
     at a time, and again in the backward, with the flags and modes they had when the model called them.
 
     A forward of the model in training mode that has not called its head, so that nothing can be fused, warns once.

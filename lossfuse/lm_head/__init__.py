@@ -1,0 +1,1 @@
+"""The head of a model, deferred until its logits are read."""

@@ -1,0 +1,1 @@
+"""The operators of torch.library, each with its autograd."""
