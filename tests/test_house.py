@@ -1,6 +1,7 @@
-"""The house as CONTRIBUTING draws it: each file has a line there and imports only from lines below; public names are documented."""
+"""The layers as CONTRIBUTING lists them: imports point down, without cycles; public names are documented."""
 
 import ast
+import graphlib
 import inspect
 import re
 from pathlib import Path
@@ -10,17 +11,21 @@ import pytest
 import lossfuse
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("lossfuse", "lossfuse/backends", "lossfuse/integrations", "kernels", "perf")
-LISTED = re.findall(r"^\| `([\w/]+\.py)` \| .+ \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+# from top to bottom, a row of the table each: folders and files
+LAYERS = [
+    re.findall(r"`([\w/.]+)`", names)
+    for names in re.findall(r"^\| (`.+`) \| .+ \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+]
+FOLDERS = ["perf", "kernels", "lossfuse", *(f"lossfuse/{init.parent.name}" for init in (ROOT / "lossfuse").glob("*/__init__.py"))]
 FILES = sorted(f"{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 
 
-def test_every_file_is_listed_once():
-    assert sorted(LISTED) == FILES
+def layers_of(file: str) -> list[int]:
+    return [i for i, names in enumerate(LAYERS) if file in names or f"{file.rpartition('/')[0]}/" in names]
 
 
 def imported(file: str) -> set[str]:
-    """Those of our files that one imports, at its top or later."""
+    """The files of this repository that a file imports, at its top or later."""
     names = {f.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f for f in FILES}
     names = {n if n.startswith("lossfuse") else f"lossfuse.{n}": f for n, f in names.items()}
     (own,) = (n for n, f in names.items() if f == file)
@@ -36,22 +41,32 @@ def imported(file: str) -> set[str]:
     return {names[n] for n in found & names.keys()} - {file}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_imports_point_down(file):
-    above = LISTED[: LISTED.index(file)]
-    assert imported(file).isdisjoint(above), "imports a file listed above it"
+IMPORTS = {file: imported(file) for file in FILES}
+
+
+def test_every_file_is_in_one_layer():
+    assert {file: layers for file in FILES if len(layers := layers_of(file)) != 1} == {}
+
+
+@pytest.mark.parametrize("layer", range(len(LAYERS)), ids=["+".join(names) for names in LAYERS])
+def test_imports_point_down(layer):
+    up = {(file, other) for file in FILES if layers_of(file) == [layer] for other in IMPORTS[file] if layers_of(other) < [layer]}
+    assert up == set()
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graphlib.TopologicalSorter(IMPORTS).prepare()
 
 
 def test_the_reference_and_the_kernels_have_few_readers():
     """Backends are judged by the reference, and one file launches kernels."""
-    readers = {file: imported(file) for file in FILES if not file.startswith("kernels/")}
-    assert not any("lossfuse/reference.py" in of for file, of in readers.items() if file.startswith("lossfuse/backends/"))
-    assert {file for file, of in readers.items() if any(f.startswith("kernels/") for f in of)} == {"lossfuse/backends/triton.py"}
+    assert not any("lossfuse/reference.py" in IMPORTS[file] for file in FILES if file.startswith("lossfuse/backends/"))
+    launching = {file for file in FILES if not file.startswith("kernels/") and any(f.startswith("kernels/") for f in IMPORTS[file])}
+    assert launching == {"lossfuse/backends/triton.py"}
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if not f.endswith("backends/__init__.py")])
-def test_a_file_says_what_it_is_about(file):
-    assert ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+def test_every_file_says_what_it_is_about():
+    assert [file for file in FILES if not ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))] == []
 
 
 @pytest.mark.parametrize("name", lossfuse.__all__)
