@@ -9,9 +9,10 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import reference
 from .call.dispatch import forms_gradient_in_forward, known_in_forward, makes_graph, pick, wanted_of_head, writes_in_place
-from .call.dtensor import local_head, local_logits, shard_options, shared, whole_head, whole_logits
+from .call.dtensor import local_head, local_logits, shard_options, shared
 from .call.reduction import denominator, reduce_rows
 from .call.synonyms import hints_at_names
+from .call.whole import whole_head, whole_logits
 from .inputs import (
     EXCHANGED,
     HeadRows,
@@ -25,8 +26,9 @@ from .inputs import (
 )
 from .ops import head as head_ops
 from .ops import library
-from .ops.gradients import ReducedLoss, RowLoss
+from .ops import rows as row_ops
 from .ops.inplace import Owner, may_consume
+from .ops.rows import ReducedLoss, RowLoss
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
 from .targets import require_ids_in_range
 
@@ -157,7 +159,7 @@ def cross_entropy(
     elif makes_graph(rows):
         loss = RowLoss.apply(rows.logits, rows.target, rows.weight_at_hand, spec, backend, owner)
     else:
-        loss, _ = library.row_loss(rows.logits, rows.target, rows.weight_at_hand, *library.options(spec, backend))
+        loss, _ = row_ops.row_loss(rows.logits, rows.target, rows.weight_at_hand, *library.options(spec, backend))
     return reduce_rows(loss, rows, reduction, divisor)
 
 

@@ -9,9 +9,10 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import reference
 from .call.dispatch import forms_gradient_in_forward, pick
-from .call.dtensor import local_head, local_logits, shard_options, whole_head, whole_logits
+from .call.dtensor import local_head, local_logits, shard_options
 from .call.reduction import denominator, reduce_rows
 from .call.synonyms import hints_at_names
+from .call.whole import whole_head, whole_logits
 from .functional import head_call
 from .inputs import Targets, check_normalizer, flatten
 from .ops import head_stats, library, row_stats

@@ -1,4 +1,4 @@
-"""The layers as CONTRIBUTING lists them: imports point down, without cycles; public names are documented."""
+"""The layers and walks of CONTRIBUTING: imports point down, without cycles, and steps name what exists; public names are documented."""
 
 import ast
 import graphlib
@@ -11,11 +11,11 @@ import pytest
 import lossfuse
 
 ROOT = Path(__file__).parent.parent
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # from top to bottom, a row of the table each: folders and files
-LAYERS = [
-    re.findall(r"`([\w/.]+)`", names)
-    for names in re.findall(r"^\| (`.+`) \| .+ \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
-]
+LAYERS = [re.findall(r"`([\w/.]+)`", names) for names in re.findall(r"^\| (`.+`) \| .+ \|$", CONTRIBUTING, re.M)]
+# file and names of each step
+STEPS = re.findall(r"^\d\. `([\w/]+\.py)` ((?:`[\w.]+`(?:, )?)+):", CONTRIBUTING, re.M)
 FOLDERS = ["perf", "kernels", "lossfuse", *(f"lossfuse/{init.parent.name}" for init in (ROOT / "lossfuse").glob("*/__init__.py"))]
 FILES = sorted(f"{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 
@@ -56,6 +56,19 @@ def test_imports_point_down(layer):
 
 def test_no_file_imports_itself_by_way_of_others():
     graphlib.TopologicalSorter(IMPORTS).prepare()
+
+
+def test_steps_of_the_walks_name_functions_that_exist():
+    missing = []
+    for file, names in STEPS:
+        defined = set()
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                inner = [n.name for n in node.body if isinstance(n, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+                defined |= {node.name, *(f"{node.name}.{name}" for name in inner)}
+        missing += [f"{file}: {name}" for name in re.findall(r"`([\w.]+)`", names) if name not in defined]
+    assert missing == []
+    assert len(STEPS) == len(re.findall(r"^\d\. ", CONTRIBUTING, re.M))
 
 
 def test_the_reference_and_the_kernels_have_few_readers():

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import HeadRows, Rows, Targets
-from ..ops import library
+from ..ops.library import all_sum
 from ..spec import LossSpec
 
 
@@ -41,7 +41,7 @@ def divisor_of(
         weights = F.pad(rows.weight_at_hand.to(dtype), (0, 1))
         y = target - rows.shard.start
         here = valid & (y >= 0) & (y < rows.classes_at_hand)
-        total: Tensor = library.all_sum(weights[torch.where(here, y, -1)].sum(), rows.shard.group_name)
+        total: Tensor = all_sum(weights[torch.where(here, y, -1)].sum(), rows.shard.group_name)
         return total
     # ignored rows may hold any id; clamp before it becomes an address
     weights = rows.class_weight.to(dtype)[target.clamp(0, num_classes - 1)]

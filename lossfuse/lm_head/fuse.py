@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call.dispatch import tangents_possible
+from ..call.dtensor import is_dtensor
 from ..inputs import torch_func_active
 from ..spec import LinearOptions, require_bool
 
@@ -20,7 +21,7 @@ from . import fused_ops, lazy_logits, recorded_ops, row_ops, value_ops  # noqa: 
 from .deferrable import obstacle
 from .deferred_call import SLOTS, HeadForward, LogitsReport, Shaping, Source, fused_forward
 from .fsdp import must_not_be_entered
-from .tensor_parallel import cut_of, is_cut, is_dtensor
+from .tensor_parallel import cut_of, is_cut
 
 HEAD_NAMES = ("lm_head", "output", "embed_out", "head", "unembed")
 

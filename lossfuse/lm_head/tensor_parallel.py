@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..call.dtensor import is_dtensor
 from ..spec import VocabShard
 from .fsdp import is_plain_linear
 
@@ -33,11 +34,6 @@ class Cut(NamedTuple):
 def _tensor() -> Any:
     # who has a DTensor has imported it
     return sys.modules.get("torch.distributed.tensor")
-
-
-def is_dtensor(t: Any) -> bool:
-    module = _tensor()
-    return module is not None and isinstance(t, module.DTensor)
 
 
 def is_cut(head: nn.Module) -> bool:

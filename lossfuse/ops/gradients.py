@@ -1,7 +1,6 @@
-"""The bridge to autograd: what is saved, which gradients are wanted. No arithmetic of the loss.
+"""What the operators share of autograd: gradients formed in the forward or written over the logits, and second derivatives.
 
-``row_loss`` and ``row_grads`` know their own derivatives, so compilers and double backward see operators; the derivative of the gradient
-comes from the reference. ``ReducedLoss`` is the one strategy that must know in the forward that a single number scales all rows.
+No arithmetic of the loss.
 """
 
 import contextlib
@@ -11,51 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..spec import LossSpec
-from . import library
 from .inplace import GONE, Owner, is_sole_owner
+from .library import multiply_, options
 
 SPENT = f"a second backward, and a backward with create_graph=True, need the logits again, but {GONE}; pass inplace=False"
-NO_OPTIONS_GRAD = (None,) * len(library.options(LossSpec(), "torch"))
-
-
-def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, class_weight, *options = inputs
-    ctx.save_for_backward(logits, target, class_weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.options = tuple(options)
-
-
-def _row_loss_backward(ctx: Any, dloss: Tensor | None, dstats: None) -> tuple[Tensor | None, ...]:
-    grads = (None, None) if dloss is None else _row_loss_gradients(ctx, dloss)
-    return *grads, None, *NO_OPTIONS_GRAD
-
-
-def _row_loss_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    logits, target, class_weight, stats = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:2]
-    return wanted(library.row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options), *needed)
-
-
-def _save_row_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, class_weight, _, dloss, need_dlogits, need_dtarget, *options = inputs
-    ctx.save_for_backward(logits, target, class_weight, dloss)
-    ctx.set_materialize_grads(False)
-    ctx.needed = (need_dlogits, need_dtarget)
-    ctx.spec = LossSpec(*options[:-1])
-
-
-def _row_grads_backward(ctx: Any, v_dlogits: Tensor | None, v_dtarget: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, target, class_weight, dloss = ctx.saved_tensors
-    refuse_second_derivative(ctx.spec)
-
-    def values(x: Tensor, t: Tensor) -> list[Tensor]:
-        return [reference.row_loss(x, t, class_weight, ctx.spec)]
-
-    ddlogits, ddtarget, (ddloss,) = second_derivative(values, logits, target, [dloss], (v_dlogits, v_dtarget))
-    return ddlogits, ddtarget, None, None, ddloss, None, None, *NO_OPTIONS_GRAD
+NO_OPTIONS_GRAD = (None,) * len(options(LossSpec(), "torch"))
 
 
 def refuse_second_derivative(spec: LossSpec) -> None:
@@ -91,86 +51,6 @@ def second_derivative(
         outputs, given = zip(*pairs, strict=True)
         second = torch.autograd.grad(outputs, [*leaves, *ups], given, create_graph=again, allow_unused=True)
     return second[0], second[1] if len(leaves) > 1 else None, list(second[len(leaves) :])
-
-
-torch.library.register_autograd("lossfuse::row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=library.library)
-torch.library.register_autograd("lossfuse::row_grads", _row_grads_backward, setup_context=_save_row_grads, lib=library.library)
-
-
-class ReducedLoss(torch.autograd.Function):
-    """(N, V) logits -> the sum of the row losses over ``divisor``; the gradient is formed in the forward, while a row is at hand.
-
-    The first backward hands that gradient over, so that memory holds it once. A later one, or one with a graph, makes its own; or raises
-    where the gradient was written over the logits, which have an ``owner`` then.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        class_weight: Tensor | None,
-        divisor: Tensor | None,
-        spec: LossSpec,
-        impl: str,
-        owner: Owner | None,
-    ) -> Tensor:
-        needed = ctx.needs_input_grad[:2]
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        if divisor is not None and divisor.device == logits.device:
-            scale = divisor.reciprocal()
-        else:
-            # a number of the host goes with the launch, where a copy of it would be waited for
-            scale = torch.ones((), dtype=dtype, device=logits.device) / (1.0 if divisor is None else divisor)
-        dloss = scale.expand(logits.shape[0])
-        ctx.options, ctx.impl, ctx.consumed = library.options(spec, impl), impl, owner is not None
-        grads: tuple[Tensor, ...]
-        if owner is not None:
-            with writing(logits, owner) as dlogits:
-                loss, dtarget = library.row_loss_and_grads_(dlogits, target, class_weight, dloss, needed[1], *ctx.options)
-            grads = dlogits, dtarget
-        else:
-            loss, *grads = library.row_loss_and_grads(logits, target, class_weight, dloss, *needed, *ctx.options)
-            ctx.save_for_backward(logits, target, class_weight, dloss)
-        ctx.formed = wanted(grads, *needed)
-        total: Tensor = loss.sum()
-        return total if divisor is None else total / divisor
-
-    @staticmethod
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        return *formed_gradients(ctx, dtotal, _gradients_again), None, None, None, None, None
-
-
-def _gradients_again(ctx: Any) -> tuple[Tensor, Tensor]:
-    logits, target, class_weight, dloss = ctx.saved_tensors
-    # a forward that forms a gradient keeps no statistics; the blocks of the torch backend make their own
-    stats = dloss.new_empty(0, len(logits))
-    if ctx.impl == "triton" or ctx.options[-2] is not None:
-        with torch.no_grad():
-            _, stats = library.row_loss(logits, target, class_weight, *ctx.options)
-    grads: tuple[Tensor, Tensor] = library.row_grads(logits, target, class_weight, stats, dloss, *ctx.needs_input_grad[:2], *ctx.options)
-    return grads
-
-
-class RowLoss(torch.autograd.Function):
-    """(N, V) logits -> (N,) losses: what autograd knows of the operator, without the operator's way there, which takes longer.
-
-    Where the logits have an ``owner``, the backward writes the gradient over them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, impl: str, owner: Owner | None
-    ) -> Tensor:
-        ctx.options, ctx.owner, ctx.spent = library.options(spec, impl), owner, False
-        loss, stats = library.row_loss(logits, target, class_weight, *ctx.options)
-        ctx.save_for_backward(logits, target, class_weight, stats)
-        result: Tensor = loss
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *row_gradients(ctx, dloss, _row_loss_gradients, library.row_grads_), None, None, None, None
 
 
 def formed_gradients(ctx: Any, dtotal: Tensor, again: Callable[[Any], Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -242,7 +122,7 @@ def is_plain(dtotal: Tensor) -> bool:
 def multiply(grad: Tensor, dtotal: Tensor, impl: str) -> None:
     """grad *= dtotal: looked at on the CPU, where that is free, and on the device elsewhere."""
     if dtotal.device.type != "cpu":
-        library.multiply_(grad, dtotal, impl)
+        multiply_(grad, dtotal, impl)
         return
     try:
         if float(dtotal) != 1.0:

@@ -1,11 +1,10 @@
-"""The operators of the package: opaque to compilers, with shapes for tracing. Torch only.
+"""What the operators of the package share: the library, pieces of schemas, backends by name. Torch only.
 
-They live in ``torch.ops.lossfuse``; those of a head are in ``ops.head``. The functions of this module lead to them, or straight to
+Operators live in ``torch.ops.lossfuse``, opaque to compilers, with shapes for tracing. The functions that lead to them go straight to
 their kernels where an operator would do nothing but cost time.
 
-``impl`` names a backend module, imported when it is first called. ``stats`` is what that backend wants back in ``row_grads``. A
-gradient nobody needs is an empty tensor, so that every mode returns as many results. An operator whose name ends in ``_`` writes the
-gradient over the logits.
+``impl`` names a backend module, imported when it is first called. A gradient that is not needed is an empty tensor, so that every mode
+returns as many results.
 """
 
 import functools
@@ -16,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..row_types import Upstream
 from ..spec import LossSpec, loss_spec
 from ..targets import require_ids_in_range
 from ..vocab_parallel.backend import Sharded, all_sum_over, keep_order
-from ..vocab_parallel.merge import KEPT_ROWS
 
 _BACKENDS = {"triton": "..backends.triton", "torch": "..backends.torch_rows"}
 # where rows are cut by classes
@@ -35,24 +32,6 @@ STATS = "Tensor lse, Tensor target_logprob, Tensor entropy, Tensor argmax"
 UPSTREAM = "Tensor? dloss, Tensor? dlse, Tensor? dlogprob, Tensor? dentropy"
 
 library = torch.library.Library("lossfuse", "DEF")
-library.define(f"row_loss(Tensor logits, Tensor target, Tensor? class_weight, {OPTIONS}) -> (Tensor loss, Tensor stats)")
-library.define(
-    "row_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dlogits, bool need_dtarget,"
-    f" {OPTIONS}) -> (Tensor dlogits, Tensor dtarget)"
-)
-library.define(
-    "row_loss_and_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dlogits, bool need_dtarget,"
-    f" {OPTIONS}) -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
-)
-
-library.define(
-    f"row_loss_and_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dtarget, {OPTIONS})"
-    " -> (Tensor loss, Tensor dtarget)"
-)
-library.define(
-    "row_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dtarget,"
-    f" {OPTIONS}) -> Tensor dtarget"
-)
 library.define("multiply_(Tensor(a!) t, Tensor factor, str impl) -> ()")
 library.define("all_sum(Tensor t, str group) -> Tensor")
 
@@ -102,14 +81,14 @@ def _leads_to_kernel(args: tuple[Any, ...], tensors: int) -> bool:
     return not keys & ~_PASSED
 
 
-def _entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+def entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
     """The operator ``name``, whose first ``tensors`` arguments are tensors or None, or its kernel."""
     operator = getattr(torch.ops.lossfuse, name).default
 
-    def entry(*args: Any) -> Any:
+    def direct(*args: Any) -> Any:
         return kernel(*args) if _leads_to_kernel(args, tensors) else operator(*args)
 
-    return entry
+    return direct
 
 
 @functools.cache
@@ -136,111 +115,9 @@ def new_grad(t: Tensor, needed: bool) -> Tensor:
     return torch.empty(t.shape if needed else (0,), dtype=t.dtype, device=t.device)
 
 
-def _new_grads(logits: Tensor, target: Tensor, need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor, Tensor]:
-    return new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
-
-
 def new_loss(logits: Tensor) -> Tensor:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-
-
-def _row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    spec = checked_spec(logits.shape[1], target, options)
-    loss, stats = backend_of(options).row_loss(logits, target, class_weight, spec)
-    return loss, stats
-
-
-def _row_loss_shapes(logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    loss = new_loss(logits)
-    n_stats = KEPT_ROWS if options[-2] else 0 if options[-1] == "torch" else 3 if target.is_floating_point() else 2
-    return loss, loss.new_empty(n_stats, logits.shape[0])
-
-
-def _row_grads(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    stats: Tensor,
-    dloss: Tensor,
-    need_dlogits: bool,
-    need_dtarget: bool,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
-    backend_of(options).row_grads(
-        logits,
-        target,
-        class_weight,
-        stats,
-        Upstream(dloss),
-        loss_spec(*options[:-1]),
-        dlogits if need_dlogits else None,
-        dtarget if need_dtarget else None,
-    )
-    return dlogits, dtarget
-
-
-def _row_grads_shapes(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    stats: Tensor,
-    dloss: Tensor,
-    need_dlogits: bool,
-    need_dtarget: bool,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    return _new_grads(logits, target, need_dlogits, need_dtarget)
-
-
-def _row_loss_and_grads(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    spec = checked_spec(logits.shape[1], target, options)
-    dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
-    loss: Tensor = backend_of(options).row_loss_and_grads(
-        logits, target, class_weight, dloss, spec, dlogits if need_dlogits else None, dtarget if need_dtarget else None
-    )
-    return loss, dlogits, dtarget
-
-
-def _row_loss_and_grads_shapes(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return new_loss(logits), *_new_grads(logits, target, need_dlogits, need_dtarget)
-
-
-def _row_loss_and_grads_(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
-) -> tuple[Tensor, Tensor]:
-    spec = checked_spec(logits.shape[1], target, options)
-    dtarget = new_grad(target, need_dtarget)
-    loss: Tensor = backend_of(options).row_loss_and_grads(
-        logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
-    )
-    return loss, dtarget
-
-
-def _row_loss_and_grads_shapes_(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
-) -> tuple[Tensor, Tensor]:
-    return new_loss(logits), new_grad(target, need_dtarget)
-
-
-def _row_grads_(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
-) -> Tensor:
-    dtarget = new_grad(target, need_dtarget)
-    spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
-    backend_of(options).row_grads(logits, target, class_weight, stats, Upstream(dloss), spec, logits, wanted)
-    return dtarget
-
-
-def _row_grads_shapes_(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, stats: Tensor, dloss: Tensor, need_dtarget: bool, *options: Any
-) -> Tensor:
-    return new_grad(target, need_dtarget)
 
 
 def _multiply_(t: Tensor, factor: Tensor, impl: str) -> None:
@@ -255,21 +132,8 @@ def _all_sum_shapes(t: Tensor, group: str) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-for _name, _impl, _shapes in (
-    ("row_loss", _row_loss, _row_loss_shapes),
-    ("row_grads", _row_grads, _row_grads_shapes),
-    ("row_loss_and_grads", _row_loss_and_grads, _row_loss_and_grads_shapes),
-    ("row_loss_and_grads_", _row_loss_and_grads_, _row_loss_and_grads_shapes_),
-    ("row_grads_", _row_grads_, _row_grads_shapes_),
-    ("multiply_", _multiply_, _multiply_shapes_),
-    ("all_sum", all_sum_over, _all_sum_shapes),
-):
-    register(_name, _impl, _shapes)
+register("multiply_", _multiply_, _multiply_shapes_)
+register("all_sum", all_sum_over, _all_sum_shapes)
 
-row_loss = _entry("row_loss", _row_loss, 3)
-row_grads = _entry("row_grads", _row_grads, 5)
-row_loss_and_grads = _entry("row_loss_and_grads", _row_loss_and_grads, 4)
-row_loss_and_grads_ = _entry("row_loss_and_grads_", _row_loss_and_grads_, 4)
-row_grads_ = _entry("row_grads_", _row_grads_, 5)
-multiply_ = _entry("multiply_", _multiply_, 2)
+multiply_ = entry("multiply_", _multiply_, 2)
 all_sum = torch.ops.lossfuse.all_sum.default
