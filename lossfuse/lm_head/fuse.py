@@ -75,8 +75,8 @@ def fuse_lm_head(
             with respect to logits that a loss has been read off (``torch.autograd.grad(loss, logits)``).
 
     A head that is a plain ``nn.Linear`` runs ``linear_cross_entropy``. Others that are deferred (adapters of PEFT, quantized linears of
-    bitsandbytes and torchao, ``nn.Sequential`` of row-wise modules; ``lossfuse/lm_head/deferrable.py`` has the list) are called for a chunk of rows
-    at a time, and again in the backward, with the flags and modes they had when the model called them.
+    bitsandbytes and torchao, ``nn.Sequential`` of row-wise modules; ``lossfuse/lm_head/deferrable.py`` has the list) are called for a chunk
+    of rows at a time, and again in the backward, with the flags and modes they had when the model called them.
 
     A forward of the model in training mode that has not called its head, so that nothing can be fused, warns once.
 
