@@ -1354,6 +1354,9 @@ def test_compiled(head):
         torch.testing.assert_close(loss.detach(), want)
         torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, want_grads)
     assert report.fused == {"cross_entropy": 2} and not report.made
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="lossfuse.fuse_lm_head runs the head and the loss outside the graphs"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(IDS)
 
 
 @pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")

@@ -40,7 +40,9 @@ def pick(impl: str, rows: Rows | HeadRows) -> str:
     if impl == "auto":
         # the interpreter is for those who ask for it by name
         compiled = rows.input.device.type in TRITON_DEVICES and not _triton_obstacle(rows.input, rows.target)
-        return "reference" if beyond or (torch.compiler.is_exporting() and rows.shard is None) else "triton" if compiled else "torch"
+        # what is recorded is run where this package need not be installed
+        recorded = rows.shard is None and (torch.compiler.is_exporting() or is_jit_tracing())
+        return "reference" if beyond or recorded else "triton" if compiled else "torch"
     _require_none(impl, beyond or (_triton_obstacle(rows.input, rows.target) if impl == "triton" else None))
     return impl
 
@@ -115,15 +117,13 @@ def _beyond_the_fast_paths(weights: Mapping[str, Tensor | None], *operands: Tens
             return f"{name} requires grad, and its gradient is only in the reference"
     if torch_func_active():
         return "a torch.func transform is active"
-    if is_jit_tracing():
-        return "torch.jit.trace records torch's own operators, of which only the reference is made"
     if tangents_possible() and any(t is not None and _has_tangent(t) for t in (*operands, *weights.values())):
         return "an argument carries a forward-mode tangent"
     return None
 
 
 def is_jit_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records the call, as an older ``torch.onnx.export`` does."""
+    """Return True if ``torch.jit.trace`` records the call, as the exporter to ONNX that builds on it does."""
     return not torch.compiler.is_compiling() and bool(torch._C._is_tracing())
 
 
