@@ -110,7 +110,7 @@ def require_tensor(name: str, value: object) -> None:
 
 
 def _tensor_of(name: str, value: object) -> str:
-    """What to pass for an object that has the tensor."""
+    """A hint for an object that holds the tensor, such as a model output."""
     if isinstance(value, torch.nn.Linear) and name == "linear_weight":
         return "; pass linear_weight=head.weight and linear_bias=head.bias"
     if isinstance(getattr(value, "logits", None), Tensor) and name == "input":
@@ -304,7 +304,7 @@ def _check_target(
 
 
 def _remedy(target: tuple[int, ...], logits: tuple[int, ...], hidden: tuple[int, ...] | None) -> str:
-    """What makes a target of this shape and the input fit; of hidden states the rows are all but the last dimension."""
+    """A hint how to make a target of this shape fit the input; the rows of hidden states are all dimensions but the last."""
     if hidden is not None and len(logits) == 2 and target in (logits[1:], logits[::-1]):
         return EXCHANGED
     rows, same_rank = logits[:-1], len(target) == len(logits) - 1

@@ -39,7 +39,7 @@ def check() -> None:
 
 
 def result_of(call: Callable[[], T]) -> T:
-    """What a long call returns that does not look for interrupts; meanwhile this thread does."""
+    """Run a long call that ignores interrupts in a thread of its own, while this thread listens for them."""
     made: list[T] = []
     raised: list[BaseException] = []
 

@@ -22,13 +22,13 @@ _keys = itertools.count()
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are, or view, the same memory in the same way."""
+    """Return True if two tensors are views of the same memory with the same layout."""
     alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
     return a is b or (alike and a.data_ptr() == b.data_ptr() and a.numel() > 0)
 
 
 def together(x: LazyLogits, other: LazyLogits) -> bool:
-    """Whether the rows of two lazy tensors are the same rows of one call of a head."""
+    """Return True if two lazy tensors have the same rows of the same call of a head."""
     if x._source is not other._source or x._class_dim != other._class_dim or not same_memory(x._rows, other._rows):
         return False
     return all(same_memory(t, other._carried[key]) for key, t in x._carried.items() if key in other._carried)
@@ -43,7 +43,7 @@ def joined_leaves(lazies: Sequence[LazyLogits]) -> tuple[Tensor, ...]:
 
 
 def step(func: Callable[..., Any], *args: Any, shaping: Shaping | None = None, **kwargs: Any) -> Any:
-    """What ``func``, which keeps each row to itself and the classes last, makes of lazy logits; ``shaping``, if there is a word for it.
+    """Record ``func``, which works row by row and keeps the classes last, on lazy logits; ``shaping`` if the linear form knows it.
 
     NotImplemented if an argument does not go along with the rows.
     """
@@ -115,7 +115,7 @@ def _fitted(t: Tensor, x: LazyLogits) -> Tensor | None:
 
 
 def _made_like(func: Any, like: list[Any], tree: Any, x: LazyLogits, autocast: bool) -> Tensor | None:
-    """What ``func`` makes of two rows, without values; None if it is not two rows again."""
+    """The result of ``func`` for two rows, without values; None unless it has two rows again."""
     # dtypes under autocast are those of the device
     device = x._rows.device if autocast else torch.device("meta")
 
@@ -134,7 +134,7 @@ def _made_like(func: Any, like: list[Any], tree: Any, x: LazyLogits, autocast: b
 
 
 def same_program(a: Any, b: Any) -> bool:
-    """Whether two programs do the same."""
+    """Return True if two programs compute the same."""
     if isinstance(a, Program) and isinstance(b, Program):
         return same_program(a.step, b.step)
     if isinstance(a, Step) and isinstance(b, Step):

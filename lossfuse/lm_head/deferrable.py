@@ -209,7 +209,7 @@ _ABSENT = object()
 
 
 class HeadState:
-    """What the output of a head depends on beside its parameters: its modes, flags, buffers and random numbers."""
+    """The state of a head, beside its parameters, that its output depends on: modes, flags, buffers and random numbers."""
 
     def __init__(self, head: nn.Module, *, draws: bool) -> None:
         self.modules = list(head.modules())
@@ -219,7 +219,7 @@ class HeadState:
         self.seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws and head.training else None
 
     def flags(self) -> Any:
-        """What of the state decides which modules of the head are called, to be compared."""
+        """The part of the state that decides which modules of the head are called, for comparison."""
         return _flags(self.attributes)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -230,7 +230,7 @@ class HeadState:
                     yield f"the attribute {name} of {type(m).__name__}", t
 
     def changed(self, head: nn.Module) -> str | None:
-        """What has changed since and cannot be put back, or None."""
+        """The name of state that has changed since the call and cannot be restored, or None."""
         modules = list(head.modules())
         if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
             return "a module of the head"

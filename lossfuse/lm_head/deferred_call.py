@@ -34,7 +34,7 @@ READS = "reads of fused logits"
 
 @dataclass
 class LogitsReport:
-    """What became of the logits of a fused head: operations by name, and how often.
+    """Operations on the logits of a fused head, by name and how often: ``fused`` without logits, ``made`` materialized them.
 
     ``fused``, losses and statistics that ran without logits; ``made``, operations that materialized them, "forward" where the call of the
     head was not deferred; ``calls``, how often the model has called the head, in any mode.
@@ -46,7 +46,7 @@ class LogitsReport:
 
 
 class Finder(Protocol):
-    """Who knows which head a model has."""
+    """The hook that knows which head a model has."""
 
     report: LogitsReport
     options: LinearOptions
@@ -62,7 +62,7 @@ class Finder(Protocol):
         """Undo it."""
 
     def finds(self, head: nn.Module) -> bool:
-        """Whether it is this; if not, what it is is fused from now on."""
+        """Return True if ``head`` is still the model's output head; otherwise fuse the new one and return False."""
 
     def not_deferred(self, why: str) -> None:
         """Count a call of the head that was wanted deferred, and say why it is not, once."""
@@ -113,7 +113,7 @@ PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 def fused_forward(head: nn.Module) -> HeadForward | None:
-    """What ``fuse_lm_head`` has put into a head."""
+    """The fused ``forward`` of a head, or None if the head is not fused."""
     return next((f for slot in SLOTS if isinstance(f := head.__dict__.get(slot), HeadForward)), None)
 
 
@@ -172,7 +172,7 @@ class Source:
         self.watched.append((what, t, version_of(t)))
 
     def watch_lent(self, found: list[Lent]) -> None:
-        """What an optimizer's step changes where the head's own parameters are copies."""
+        """The parameters that an optimizer updates where the parameters of the head are copies of them."""
         self.lent += found
         for one in found:
             self.watch("a parameter of the head", one.sharded)
@@ -205,7 +205,7 @@ class Source:
                     t.register_hook(hook)
 
     def is_passed(self, outputs: Any) -> bool:
-        """Whether a gradient of ``outputs`` goes past these logits, because something in their graph was read without making them."""
+        """Return True if the graph of ``outputs`` reads these logits without materializing them, so that they get no gradient from it."""
         todo: list[Any] = [t.grad_fn if isinstance(t, Tensor) else getattr(t, "node", None) for t in tree_leaves(outputs)]
         seen = set()
         while todo:

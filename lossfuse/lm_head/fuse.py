@@ -195,7 +195,7 @@ def is_generating() -> bool:
 
 
 class LazyForward(HeadForward):
-    """What a fused head has in place of its ``forward``."""
+    """The ``forward`` of a fused head: returns deferred logits, or calls the original."""
 
     def __new__(cls, *args: Any) -> "LazyForward":
         # copies and unpickled ones come this way too
@@ -233,7 +233,7 @@ class LazyForward(HeadForward):
         return lazy_logits.lazy_logits(source, shaping, rows, leaves=(hidden, *source.parameters))
 
     def _is_wanted(self, hidden: Tensor) -> bool:
-        """Whether this is a call for a loss."""
+        """Return True if a loss may be read from this call: training with gradients, or evaluation if that is deferred too."""
         if self.head.training and torch.is_grad_enabled() and not hidden.is_inference() and not torch.is_inference_mode_enabled():
             return True
         return self.finder.evaluation and not is_generating()
@@ -263,9 +263,9 @@ class _HeadFinder:
         self.uncompiled: list[CodeType] = []
 
     def finds(self, head: nn.Module) -> bool:
-        """Whether it is this; if not, what it is is fused from now on."""
+        """Return True if ``head`` is still the model's output head; otherwise fuse the new one and return False."""
         if self.closed:
-            # somebody else's wrapper still calls what has been undone
+            # another wrapper still calls a head that has been unfused
             return False
         if find_lm_head(self.model, self.name) is head:
             return True

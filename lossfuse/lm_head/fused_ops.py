@@ -1,4 +1,4 @@
-"""What reads logits as a loss or a statistic: the linear form of the hidden states, instead of logits."""
+"""Losses and statistics read from deferred logits, computed by the linear form from the hidden states."""
 
 import weakref
 from dataclasses import replace

@@ -109,12 +109,12 @@ class LazyLogits(Tensor):
 
     @property
     def _of_head(self) -> bool:
-        """Whether gradients go to the head and what it takes, or have been detached."""
+        """Return True if gradients reach the head and its input; False once detached."""
         return len(self._leaves) > 0 and self._leaves[0] is self._source.hidden
 
     @property
     def _intercepted(self) -> bool:
-        """Whether a function that autograd alone knows has been put between these and their logits."""
+        """Return True if an autograd function that bypasses ``__torch_function__`` stands between these and their logits."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.grad_fn is not self._node
 
@@ -129,7 +129,7 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Who comes here has not asked ``__torch_function__``; autograd, above, has recorded it."""
+        """Callers that bypass ``__torch_function__``, such as C++, arrive here, below autograd, which has recorded the call."""
         lazies = _lazies_of((args, kwargs))
         with _above_autograd():
             if func._schema.is_mutable:
@@ -256,7 +256,7 @@ def _above_autograd() -> Iterator[None]:
 
 
 class _Unmade(torch.autograd.Function):
-    """What autograd knows of logits that are not made, for readers that do not ask ``__torch_function__``: somebody's autograd.Function."""
+    """The autograd node of deferred logits, for readers that bypass ``__torch_function__``, such as a custom ``autograd.Function``."""
 
     @staticmethod
     def forward(ctx: Any, build: Callable[[], LazyLogits], *leaves: Tensor) -> LazyLogits:
@@ -569,7 +569,7 @@ class _Expression:
 
 
 def _made(lazy: LazyLogits, why: Any) -> Tensor:
-    """What the model would have had here."""
+    """Materialize the logits that the model would have here."""
     if lazy._made is None:
         source, name = lazy._source, _name(why)
         with source.present():
@@ -607,7 +607,7 @@ def _name(func: Any) -> str:
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
-    """Whether it writes to the memory of logits, or hands it to somebody who may."""
+    """Return True if a function writes to the memory of logits or returns a handle to it."""
     name = _name(func)
     schema = getattr(func, "_schema", None)
     if schema is not None:
@@ -669,10 +669,10 @@ def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def of_classes(x: LazyLogits, dim: Any) -> bool:
-    """Whether ``dim`` is the dimension of the classes."""
+    """Return True if ``dim`` is the dimension of the classes."""
     return isinstance(dim, int) and dim in (x._class_dim, x._class_dim - x._rows.dim())
 
 
 def can_be(x: LazyLogits, dtype: torch.dtype) -> bool:
-    """Whether what is fused has as many digits."""
+    """Return True if the fused computation is at least as precise as ``dtype``."""
     return dtype.is_floating_point and (dtype != torch.float64 or x._rows.dtype == torch.float64)

@@ -1,4 +1,4 @@
-"""What models do to the elements of logits between head and loss: recorded, not done.
+"""Elementwise operations between head and loss, recorded on deferred logits instead of computed.
 
 Scaling, caps, biases and softmax become part of the shaping, which the linear form knows. Other functions that keep each row to itself are
 steps of the program, which runs on a chunk of rows. Handlers that cannot return NotImplemented, and the logits are made.

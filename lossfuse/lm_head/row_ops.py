@@ -1,4 +1,4 @@
-"""What models do to rows of logits: done to the hidden states.
+"""Operations on rows of deferred logits, applied to the hidden states instead.
 
 Logits are the head of the hidden states row by row. So a function that selects, repeats, joins or reorders rows is called on the hidden
 states instead, with their last dimension where the logits have their classes, and on all else that rows carry.

@@ -98,7 +98,7 @@ def local_arguments(cut_mesh: Any, arguments: list[Any]) -> list[Any] | None:
 
 
 def as_replicas(result: Tensor, mesh: Any) -> Any:
-    """What every rank has made alike, as a DTensor's statistics are one."""
+    """A result that is equal on every rank, as a replicated DTensor."""
     return _tensor().DTensor.from_local(result, mesh, replicas(mesh), run_check=False)
 
 

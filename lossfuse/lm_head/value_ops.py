@@ -1,4 +1,4 @@
-"""What reads values of logits over their classes: functions of torch, called on a chunk of rows at a time."""
+"""Functions of torch that read values of deferred logits over their classes, called on a chunk of rows at a time."""
 
 from collections.abc import Callable
 from functools import partial

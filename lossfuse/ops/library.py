@@ -45,7 +45,7 @@ def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
 
 
 def register(name: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """What the operator ``name`` computes, and of what shapes and dtypes."""
+    """Register the kernel of the operator ``name``, and its results' shapes and dtypes for tracing."""
 
     @functools.wraps(shapes)
     def traced(*args: Any) -> Any:
@@ -68,7 +68,7 @@ _PASSED |= _keys(*(prefix + device for device in ("CPU", "CUDA", "XPU") for pref
 
 
 def _leads_to_kernel(args: tuple[Any, ...], tensors: int) -> bool:
-    """Whether a call of an operator is a call of its kernel: nobody compiles, differentiates, traces, transforms, watches or wraps."""
+    """Return True if no compiler, autograd, tracer, functorch, mode, profiler or subclass needs the dispatcher for this call."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return False
     operands = args[:tensors]
