@@ -16,10 +16,10 @@ import torch.multiprocessing
 import torch.nn.functional as F
 
 import lossfuse
-from lossfuse.backends import chunked, threads
+from lossfuse.backends import threads, torch_rows
 
 # so that a small call is shared out
-chunked.THREAD_LEAST_BYTES, chunked.CPU_BLOCK_BYTES = 1 << 10, 1 << 13
+torch_rows.THREAD_LEAST_BYTES, torch_rows.CPU_BLOCK_BYTES = 1 << 10, 1 << 13
 threads.workers = lambda: 3
 # Python 3.12 knows what this does
 warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
