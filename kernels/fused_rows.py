@@ -1,15 +1,15 @@
-"""Rows of logits and class ids -> loss and gradient, from one read and one write of the logits; the gradient may take their place.
+"""Loss and gradient of rows against class ids, from one read of the logits and one write.
 
-A program holds its piece of a row in registers between the two. Where a row fits one program, ``whole_row_kernel`` needs nothing else.
-Longer rows are cut into slices, one program each: ``split_row_kernel``. The programs of a row publish what their slice adds to the sum of
-exponentials and wait for one another, so they must run at the same time: a cooperative launch of no more programs than the device holds.
-Where that cannot be had, the two sweeps of ``softmax_rows`` read twice.
+A program holds its part of a row in registers between the two; the gradient may be written over the
+logits. Where a row fits one program, ``whole_row_kernel`` takes it. Longer rows are split into K
+slices, one program each: ``split_row_kernel``, whose programs exchange the statistics of their
+slices. Where that is not possible, the two sweeps of ``softmax_rows`` read the logits twice.
 
-N rows, V classes. What an ignored row, or one with a target outside [0, V), holds is not read.
+N rows, V classes, K slices. The logits of a row that is not valid are not read.
 """
 
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import triton
@@ -17,99 +17,90 @@ import triton.language as tl
 from torch import Tensor
 
 from . import softmax_rows
-from .launch import SWEEPS, FusedPlan, LaunchConfig, family, fused_plan, multiprocessors, on_device_of, resident_programs
-from .softmax_rows import UNFUSED, target_logit, target_weight, weight_sum
+from .launch import (
+    SWEEPS,
+    UNFUSED,
+    FusedPlan,
+    LossOptions,
+    family,
+    fused_plan,
+    multiprocessors,
+    on_device_of,
+    resident_programs,
+)
+from .row_access import (
+    IGNORED,
+    class_of,
+    class_weights,
+    mask_row,
+    narrower_over,
+    padding,
+    shaped_tile,
+    target_logit,
+    target_weight,
+    weight_sum,
+)
 from .tile_math import (
     LOWEST,
     exp_flushed,
+    id_grad_at_target,
+    id_grad_coefs,
+    id_grad_elsewhere,
     id_loss,
-    id_slopes,
     log1p_from_minus_one,
     lse_merge,
     only_if,
-    other_slope,
     shaped,
-    shaped_slope,
+    shaped_grad,
     shortfall_of,
-    target_slope,
 )
 
-CHANGING = ["N", "K", "G", "lead", "ignore_index"]
-
-
-# in place of a class: nothing of such a row is read
-IGNORED = tl.constexpr(-1)
-BAD = tl.constexpr(-2)
+# not specialized: they differ from batch to batch
+CHANGING = ["N", "K", "rows_in_flight", "lead", "ignore_index"]
 
 
 @triton.jit
-def class_of(y, V, ignore_index):
-    """A target as int32: a class, IGNORED, or BAD for one that does not exist."""
-    y = y.to(tl.int64)
-    return tl.where(y == ignore_index, IGNORED, tl.where((y >= 0) & (y < V), y, BAD)).to(tl.int32)
+def reload_class_weights(class_weight_ptr, offs_v, mask_v):
+    """A tile of class weights, loaded once more for the gradient."""
+    # volatile, so that the compiler does not hold the first load in a register for every class
+    return tl.load(class_weight_ptr + offs_v, mask=mask_v, other=0.0, volatile=True)
 
 
 @triton.jit
-def padding(scale, softcap):
-    """What stands for a logit that is not read."""
-    # a scale or a cap would turn -inf into another number or NaN; without them it saves a selection for every logit
-    return -float("inf") if scale is None and softcap is None else 0.0
-
-
-@triton.jit
-def shaped_tile(x, mask, scale, softcap):
-    """Logits and their padding as the loss sees them: fp32, -inf outside the mask."""
-    z = shaped(x.to(tl.float32), scale, softcap)
-    if scale is not None or softcap is not None:
-        z = tl.where(mask, z, -float("inf"))
-    return z
-
-
-@triton.jit
-def smoothing_mass(class_weight_ptr, offs_v, mask):
-    """fp32 weights of classes, 0 outside the mask."""
-    return tl.load(class_weight_ptr + offs_v, mask=mask, other=0.0) if class_weight_ptr is not None else tl.where(mask, 1.0, 0.0)
-
-
-@triton.jit
-def weights_again(class_weight_ptr, offs_v, mask):
-    """fp32 weights of classes for the gradient: read again, because kept since the sum they are a register for every class."""
-    return tl.load(class_weight_ptr + offs_v, mask=mask, other=0.0, volatile=True)
-
-
-@triton.jit
-def lane_sum(t, edge_t):
-    """The sum of a tile, and of the second if there is one."""
+def sum_of(t, edge_t):
+    """The sum of a tile, and of a second one that may be None."""
     return tl.sum(t, 0) if edge_t is None else tl.sum(t, 0) + tl.sum(edge_t, 0)
 
 
 @triton.jit
 def excess_of(top, e, edge_e):
-    """The sum of e = exp(z - top), less 1, to its last digits; -1 for no finite logit, NaN if a logit was NaN or +inf, as torch."""
-    total = lane_sum(e, edge_e)
+    """The excess of e = exp(z - top) with full relative accuracy around 0.
+
+    It is -1 if no logit is finite, and NaN if a logit is NaN or +inf, as in torch.
+    """
+    total = sum_of(e, edge_e)
     excess = total - 1.0
     if (total >= 1.0) & (total < 1.5):
-        # one class alone is at the top; the others are added up without it, where its 1 would cost them digits
-        excess = lane_sum(tl.where(e == 1.0, 0.0, e), None if edge_e is None else tl.where(edge_e == 1.0, 0.0, edge_e))
+        # one class alone is at the top: sum the others without its 1, which would round them
+        edge_rest = None if edge_e is None else tl.where(edge_e == 1.0, 0.0, edge_e)
+        excess = sum_of(tl.where(e == 1.0, 0.0, e), edge_rest)
     return tl.where(top == float("inf"), float("nan"), excess)
 
 
 @triton.jit
-def unless_unread(y, number):
-    """A number of a row; 0 if the row is ignored, NaN if its target is bad."""
-    return tl.where(y >= 0, number, tl.where(y == IGNORED, 0.0, float("nan")))
+def row_factors(y, row_max, excess, dloss):
+    """(row_max, log_sum, 1 / sum of exponentials, dloss) of a row, from which its gradient follows.
 
-
-@triton.jit
-def settled(y, row_max, excess, dloss):
-    """(row_max, log_sum, 1 / sum of exponentials, dloss), fit to make an unread row's gradient 0, or NaN for a bad target.
-
-    Nothing was read of such a row, so its exponentials are 0, and finite numbers here keep them so until dloss decides.
+    No logit of a row that is not valid was read, so its exponentials are 0. Finite factors keep
+    them 0, and then dloss, 0 or NaN, decides.
     """
-    readable = y >= 0
+    valid = y >= 0
     log_sum = log1p_from_minus_one(excess)
-    dloss = unless_unread(y, dloss)
-    return tl.where(readable, row_max, 0.0), tl.where(readable, log_sum, 0.0), tl.where(readable, 1.0 / (1.0 + excess), 0.0), dloss
+    dloss = mask_row(dloss, valid, y == IGNORED)
+    row_max = tl.where(valid, row_max, 0.0)
+    log_sum = tl.where(valid, log_sum, 0.0)
+    inv_sum = tl.where(valid, 1.0 / (1.0 + excess), 0.0)
+    return row_max, log_sum, inv_sum, dloss
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -135,68 +126,126 @@ def whole_row_kernel(
     """One row per program."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
-    drow_ptr = dlogits_ptr + row * stride_dlogits_n
+    dlogits_row_ptr = dlogits_ptr + row * stride_dlogits_n
     y = class_of(tl.load(target_ptr + row), V, ignore_index)
-    readable = y >= 0
+    valid = y >= 0
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
-    x = tl.load(row_ptr + offs_v, mask=only_if(readable, mask_v), other=padding(scale, softcap))
-    x_y = target_logit(row_ptr, y, readable)
-    w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
+    x_ptrs, mask_x = row_ptr + offs_v, only_if(valid, mask_v)
+    x = tl.load(x_ptrs, mask=mask_x, other=padding(scale, softcap))
+    x_y = target_logit(row_ptr, y, valid)
+    w_y = target_weight(class_weight_ptr, y, valid) if class_weight_ptr is not None else None
     w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
 
-    z = shaped_tile(x, only_if(readable, mask_v), scale, softcap)
+    z = shaped_tile(x, mask_x, scale, softcap)
     top = tl.maximum(tl.max(z, 0), LOWEST)
     shortfall = 0.0
     if smoothing is not None:
-        shortfall = shortfall_of(smoothing_mass(class_weight_ptr, offs_v, only_if(readable, mask_v)), z, top)
+        shortfall = shortfall_of(class_weights(class_weight_ptr, offs_v, mask_x), z, top)
     e = exp_flushed(z - top)
 
     dloss = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
-    row_max, log_sum, per_sum, dloss = settled(y, top, excess_of(top, e, None), dloss)
+    row_max, log_sum, inv_sum, dloss = row_factors(y, top, excess_of(top, e, None), dloss)
     z_y = shaped(x_y, scale, softcap)
     loss = id_loss(z_y, w_y, row_max, log_sum, w_sum, shortfall, V, smoothing, lse_square_scale)
-    tl.store(loss_ptr + row, unless_unread(y, loss))
+    tl.store(loss_ptr + row, mask_row(loss, valid, y == IGNORED))
 
     if softcap is not None:
-        # read again for the cap's slope: kept, it and what tanh was made of take several registers for every logit
-        x = tl.load(row_ptr + offs_v, mask=only_if(readable, mask_v), other=padding(scale, softcap), volatile=True)
-    # dlogits may be logits: every warp has read before one stores
+        # loaded once more for the derivative of the softcap: x and the terms of tanh would take
+        # several registers for every logit
+        x = tl.load(x_ptrs, mask=mask_x, other=padding(scale, softcap), volatile=True)
+    # dlogits may be logits: no warp stores before every warp has loaded
     tl.debug_barrier()
-    kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale)
-    factor, off_dloss = (kept + flat) * per_sum * dloss, off * dloss
-    w = weights_again(class_weight_ptr, offs_v, mask_v) if smoothing is not None and class_weight_ptr is not None else None
-    dx = other_slope(e, w, factor, off_dloss, smoothing) * shaped_slope(x.to(tl.float32), scale, softcap)
-    tl.store(drow_ptr + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
-    # the target's entry once more, after whichever thread has stored it: cheaper than a comparison for every class
+    target_coef, softmax_coef, smoothing_coef = id_grad_coefs(
+        w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale
+    )  # fmt: skip
+    e_coef = (target_coef + softmax_coef) * inv_sum * dloss
+    w = None
+    if smoothing is not None and class_weight_ptr is not None:
+        w = reload_class_weights(class_weight_ptr, offs_v, mask_v)
+    dz = id_grad_elsewhere(e, w, e_coef, smoothing_coef * dloss, smoothing)
+    dx = dz * shaped_grad(x.to(tl.float32), scale, softcap)
+    tl.store(dlogits_row_ptr + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+    # then the target's entry, over the one that some thread has stored: cheaper than a comparison
+    # for every class
     tl.debug_barrier()
-    dx_y = target_slope((z_y - row_max) - log_sum, w_y, kept, flat, off, smoothing) * dloss * shaped_slope(x_y, scale, softcap)
-    tl.store(drow_ptr + tl.where(readable, y, 0), dx_y.to(dlogits_ptr.dtype.element_ty), mask=readable)
+    logp_y = (z_y - row_max) - log_sum
+    dz_y = id_grad_at_target(logp_y, w_y, target_coef, softmax_coef, smoothing_coef, smoothing)
+    dx_y = dz_y * dloss * shaped_grad(x_y, scale, softcap)
+    tl.store(
+        dlogits_row_ptr + tl.where(valid, y, 0),
+        dx_y.to(dlogits_ptr.dtype.element_ty),
+        mask=valid,
+    )
+
+
+# Rows split over programs
+#
+# A row has K slices of SLICE classes, and rows_in_flight rows are computed at a time by
+# K * rows_in_flight programs. Program i holds slice i % K of row i // K and then of every
+# rows_in_flight-th row after it. For each row a program
+#
+#   1. has the logits of its slice in registers, computes (top, excess) of them and publishes the
+#      two as one 64-bit word, words[row, k]; with smoothing also (shortfall, mass);
+#   2. starts to load its slice of its next row, and the target of the row after that;
+#   3. waits until all K words of the row are there, and merges them in the order of the slices, so
+#      that all programs of the row compute the same bits;
+#   4. stores the gradient of its slice. The program of the target's slice stores the loss, or
+#      program 0 of the row if the row is not valid.
+#
+# A word is complete when it is not 0: the launcher passes zeros, and ``pack_word`` never gives 0.
+# Words are written once and belong to one row, so nothing is reset or reused. All that a word
+# announces is in the word itself, written by one atomic and read by one load, so that relaxed order
+# is enough. Between programs only the words are shared; logits and gradient in two cases:
+#
+# - Rows that do not start at 16 bytes share a group of 16 bytes with their neighbors. Loads and
+#   stores take whole groups, which lie in one slice, for the groups that are wholly the row's; the
+#   elements of its first and last group go one by one (``edge_elements``).
+# - The gradient may lie over the logits. With equal dtypes a slice lies over itself: a program
+#   stores what only it has loaded, after a barrier between its warps. A narrower gradient lies over
+#   slices of lower classes, which other programs load: class c over the logit of class c // 2.
+#   A program stores only after it has seen all words of the row, and a word cannot be computed
+#   before every load of its slice has returned: ``top`` depends on all logits of the slice and on
+#   the target's logit. THIS DATA DEPENDENCY IS THE ONLY ORDER BETWEEN THE LOADS OF ONE PROGRAM AND
+#   THE STORES OF ANOTHER. A change that publishes a word before a load has been used, or loads
+#   logits again after it, breaks it silently: some rows are wrong, on some runs. That is why a
+#   softcap, which loads logits again, does not run here with a narrower gradient.
+#
+# The grid is cooperative, because step 3 spins: if one program of a row were not resident, the
+# others would hold the SMs and wait for it forever. A cooperative launch starts all programs or
+# fails, and the launcher asks for no more than the device holds. Every program publishes the word
+# of a row before it waits for that row, and the programs of a row take the same rows in the same
+# order, so they never wait in a circle.
+#
+# PHASE is 0 for all of this. Triton's interpreter runs programs one after the other, so a program
+# that waits would never return; there two launches do the work: PHASE 1 does step 1 for all rows,
+# PHASE 2 the rest, without waiting. A narrower gradient then relies on the order of the programs: a
+# slice is only overwritten by programs that run after its own.
 
 
 @triton.jit
-def packed(high, low):
-    """Two fp32 in a word that is not 0: the last bit of the second is set."""
+def pack_word(high, low):
+    """Two fp32 as an int64 that is not 0: the last bit of the second is set."""
     high = high.to(tl.int32, bitcast=True).to(tl.int64) << 32
     return high | ((low.to(tl.int32, bitcast=True) | 1).to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
-def unpacked(word):
-    """The two, the second without its last bit, so that 0 and -1 come back as themselves."""
+def unpack_word(word):
+    """The two fp32. The last bit of the second is cleared, so that 0 and -1 are exact."""
     low = (word & 0xFFFFFFFE).to(tl.int32)
     return (word >> 32).to(tl.int32).to(tl.float32, bitcast=True), low.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def collected(word_ptr, ks, K, PHASE: tl.constexpr):
-    """The words of a row's slices, once all are there."""
-    # other programs write them: volatile, so that every look is a new one
+def wait_for_words(word_ptr, ks, K, PHASE: tl.constexpr):
+    """The K words of a row, unpacked, once all of them are published."""
+    # volatile: every load goes to memory, because other programs write the words
     words = tl.load(word_ptr + ks, mask=ks < K, other=1, volatile=True)
     if PHASE == 0:
         while tl.min((words != 0).to(tl.int32), 0) == 0:
             words = tl.load(word_ptr + ks, mask=ks < K, other=1, volatile=True)
-    return unpacked(words)
+    return unpack_word(words)
 
 
 @triton.jit
@@ -206,21 +255,28 @@ def lead_of(row, stride, lead, GROUP: tl.constexpr):
 
 
 @triton.jit
-def aligned_row(ptr, row, stride, row_lead):
-    """That boundary."""
+def aligned_row_ptr(ptr, row, stride, row_lead):
+    """The 16-byte boundary at or before a row. Positions in a row are counted from there."""
     return tl.multiple_of(ptr + (tl.cast(row, tl.int64) * stride - row_lead), 16)
 
 
 @triton.jit
-def whole_groups(pos, base, lead, V, GROUP: tl.constexpr):
-    """Which positions of a slice lie in groups of 16 bytes that are wholly the row's: all or none of a group, so accesses stay wide."""
+def in_whole_groups(pos, base, lead, V, GROUP: tl.constexpr):
+    """Mask of the positions of a slice whose group of 16 bytes is wholly the row's.
+
+    It is the same for all positions of a group, so that accesses stay vectorized.
+    """
     group = pos // GROUP
-    return (group >= (lead + GROUP - 1) // GROUP - base // GROUP) & (group < (lead + V) // GROUP - base // GROUP)
+    first_group = (lead + GROUP - 1) // GROUP - base // GROUP
+    return (group >= first_group) & (group < (lead + V) // GROUP - base // GROUP)
 
 
 @triton.jit
-def edges(base, lead, V, SLICE: tl.constexpr, GROUP: tl.constexpr):
-    """Positions of the row's elements in its first and last group where those are shared, and which of them are this slice's."""
+def edge_elements(base, lead, V, SLICE: tl.constexpr, GROUP: tl.constexpr):
+    """(positions, mask) of the row's elements in groups that it shares with its neighbors.
+
+    These are at most its first and its last group; the mask holds for those in this slice.
+    """
     q = tl.arange(0, 2 * GROUP)
     pos = tl.where(q < GROUP, q, (lead + V) // GROUP * GROUP + q - GROUP)
     shared = tl.where(q < GROUP, only_if(lead > 0, pos >= lead), pos < lead + V)
@@ -228,23 +284,44 @@ def edges(base, lead, V, SLICE: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def row_class(target_ptr, row, N, V, ignore_index):
-    """``class_of`` the target of a row, past the last one too."""
+def load_class(target_ptr, row, N, V, ignore_index):
+    """``class_of`` the target of a row; not valid beyond the last row."""
     return class_of(tl.load(target_ptr + row, mask=row < N, other=-1), V, ignore_index)
 
 
 @triton.jit
-def read_slice(logits_ptr, row, y, stride, lead, V, scale, softcap, base, SLICE: tl.constexpr, GROUP: tl.constexpr):
-    """(logits of the whole groups, of the edges, of the target if it is in this slice); padding where nothing is read."""
+def load_slice(
+    logits_ptr,
+    row,
+    y,
+    stride,
+    lead,
+    V,
+    scale,
+    softcap,
+    base,
+    SLICE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """(logits of whole groups, of edge elements, of the target or 0 if it is not in the slice)."""
     row_lead = lead_of(row, stride, lead, GROUP)
-    row_ptr = aligned_row(logits_ptr, row, stride, row_lead)
-    readable = y >= 0
+    row_ptr = aligned_row_ptr(logits_ptr, row, stride, row_lead)
+    valid = y >= 0
     pos = tl.arange(0, SLICE)
-    x = tl.load(row_ptr + base + pos, mask=only_if(readable, whole_groups(pos, base, row_lead, V, GROUP)), other=padding(scale, softcap))
-    edge_pos, is_edge = edges(base, row_lead, V, SLICE, GROUP)
-    edge_x = tl.load(row_ptr + edge_pos, mask=only_if(readable, is_edge), other=padding(scale, softcap))
-    y_pos = tl.where(readable, y + row_lead, -1)
-    return x, edge_x, target_logit(row_ptr, y_pos, (y_pos >= base) & (y_pos < base + SLICE))
+    x = tl.load(
+        row_ptr + base + pos,
+        mask=only_if(valid, in_whole_groups(pos, base, row_lead, V, GROUP)),
+        other=padding(scale, softcap),
+    )
+    edge_pos, is_edge = edge_elements(base, row_lead, V, SLICE, GROUP)
+    edge_x = tl.load(
+        row_ptr + edge_pos,
+        mask=only_if(valid, is_edge),
+        other=padding(scale, softcap),
+    )
+    y_pos = tl.where(valid, y + row_lead, -1)
+    x_y = target_logit(row_ptr, y_pos, (y_pos >= base) & (y_pos < base + SLICE))
+    return x, edge_x, x_y
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -255,17 +332,17 @@ def split_row_kernel(
     class_weight_sum_ptr,  # () fp32, or None
     dloss_ptr,  # (N,) fp32; stride 0 when it is one number
     loss_ptr,  # (N,) fp32, output
-    dlogits_ptr,  # (N, V), output; may be logits; on 16-byte boundaries where logits is
-    words_ptr,  # (N, K) int64, zero: maximum and excess of each slice
-    smooth_words_ptr,  # (N, K) int64, zero, or None: shortfall and mass of each slice, for smoothing
+    dlogits_ptr,  # (N, V), output; may be logits; its rows have the leads of those of logits
+    words_ptr,  # (N, K) int64, zeros: (top, excess) of each slice
+    smooth_words_ptr,  # (N, K) int64, zeros, or None without smoothing: (shortfall, mass)
     stride_logits_n,
     stride_dlogits_n,
     stride_dloss,
     lead,  # elements from the 16-byte boundary before logits to logits; less than GROUP
     N,
     V,  # at least 2 * GROUP
-    K,  # slices: K * SLICE is at least V + the largest lead of a row
-    G,  # rows at a time
+    K,  # slices of a row: K * SLICE is at least V + the largest lead of a row
+    rows_in_flight,
     ignore_index,
     scale,  # or None
     softcap,  # or None
@@ -273,120 +350,146 @@ def split_row_kernel(
     lse_square_scale,  # or None
     SLICE: tl.constexpr,
     K_BLOCK: tl.constexpr,  # at least K
-    GROUP: tl.constexpr,  # elements of 16 bytes
-    PHASE: tl.constexpr,  # 0; or 1 to publish and 2 to go on, in two launches, where programs do not run at the same time
+    GROUP: tl.constexpr,  # elements in 16 bytes of logits
+    PHASE: tl.constexpr,  # 0, or 1 and then 2 where programs do not run at the same time
 ):
-    """A slice of every G-th row per program, K programs per row; the next row is on its way while this one waits."""
+    """One slice of every rows_in_flight-th row per program; the protocol is described above."""
     k = tl.program_id(0) % K
-    first = tl.program_id(0) // K
+    first_row = tl.program_id(0) // K
     base = k * SLICE
     pos = tl.arange(0, SLICE)
     ks = tl.arange(0, K_BLOCK)
     weighted: tl.constexpr = smoothing is not None and class_weight_ptr is not None
     w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
 
-    y = row_class(target_ptr, first, N, V, ignore_index)
-    y_next = row_class(target_ptr, first + G, N, V, ignore_index)
-    x, edge_x, x_y = read_slice(logits_ptr, first, y, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP)
-    for row in range(first, N, G):
-        n = tl.cast(row, tl.int64)
-        readable = y >= 0
+    y = load_class(target_ptr, first_row, N, V, ignore_index)
+    y_next = load_class(target_ptr, first_row + rows_in_flight, N, V, ignore_index)
+    x, edge_x, x_y = load_slice(
+        logits_ptr, first_row, y, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP
+    )  # fmt: skip
+    for row in range(first_row, N, rows_in_flight):
+        row_64 = tl.cast(row, tl.int64)
+        valid = y >= 0
         row_lead = lead_of(row, stride_dlogits_n, lead, GROUP)
-        inside = whole_groups(pos, base, row_lead, V, GROUP)
-        edge_pos, is_edge = edges(base, row_lead, V, SLICE, GROUP)
-        y_pos = tl.where(readable, y + row_lead, -1)
+        in_groups = in_whole_groups(pos, base, row_lead, V, GROUP)
+        edge_pos, is_edge = edge_elements(base, row_lead, V, SLICE, GROUP)
+        y_pos = tl.where(valid, y + row_lead, -1)
+        # the target is in this program's slice
         mine = (y_pos >= base) & (y_pos < base + SLICE)
 
-        z = shaped_tile(x, only_if(readable, inside), scale, softcap)
-        edge_z = shaped_tile(edge_x, only_if(readable, is_edge), scale, softcap)
+        z = shaped_tile(x, only_if(valid, in_groups), scale, softcap)
+        edge_z = shaped_tile(edge_x, only_if(valid, is_edge), scale, softcap)
         top = tl.maximum(tl.maximum(tl.max(z, 0), tl.max(edge_z, 0)), LOWEST)
         if logits_ptr.dtype.element_ty != dlogits_ptr.dtype.element_ty:
-            # a narrower gradient is written over other slices than its own: this one must have arrived in every thread before its word is
-            # out, the target's logit too. It is no larger than the largest, so top stays what it is and waits for it
+            # a narrower gradient: x_y has its own load, on which the published word must depend.
+            # It is one of the logits of the slice, so top does not change
             top = tl.maximum(top, tl.where(mine, shaped(x_y, scale, softcap), LOWEST))
         if smoothing is not None and PHASE != 2:
-            q = smoothing_mass(class_weight_ptr, base + pos - row_lead, only_if(readable, inside))
-            edge_q = smoothing_mass(class_weight_ptr, edge_pos - row_lead, only_if(readable, is_edge))
+            q = class_weights(class_weight_ptr, base + pos - row_lead, only_if(valid, in_groups))
+            edge_q = class_weights(class_weight_ptr, edge_pos - row_lead, only_if(valid, is_edge))
             shortfall = shortfall_of(q, z, top) + shortfall_of(edge_q, edge_z, top)
-            tl.atomic_xchg(smooth_words_ptr + n * K + k, packed(shortfall, tl.sum(q, 0) + tl.sum(edge_q, 0)), sem="relaxed")
+            tl.atomic_xchg(
+                smooth_words_ptr + row_64 * K + k,
+                pack_word(shortfall, tl.sum(q, 0) + tl.sum(edge_q, 0)),
+                sem="relaxed",
+            )
         e = exp_flushed(z - top)
         edge_e = exp_flushed(edge_z - top)
         if PHASE != 2:
-            tl.atomic_xchg(words_ptr + n * K + k, packed(top, excess_of(top, e, edge_e)), sem="relaxed")
+            tl.atomic_xchg(
+                words_ptr + row_64 * K + k,
+                pack_word(top, excess_of(top, e, edge_e)),
+                sem="relaxed",
+            )
 
-        x_next, edge_x_next, x_y_next = read_slice(
-            logits_ptr, row + G, y_next, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP
-        )
-        y_after = row_class(target_ptr, row + 2 * G, N, V, ignore_index)
+        next_row = row + rows_in_flight
+        x_next, edge_x_next, x_y_next = load_slice(
+            logits_ptr, next_row, y_next, stride_logits_n, lead, V, scale, softcap,
+            base, SLICE, GROUP,
+        )  # fmt: skip
+        y_after = load_class(target_ptr, row + 2 * rows_in_flight, N, V, ignore_index)
 
         if PHASE != 1:
-            dloss = tl.load(dloss_ptr + n * stride_dloss).to(tl.float32)
-            w_y = target_weight(class_weight_ptr, y, readable) if class_weight_ptr is not None else None
-            tops, excesses = collected(words_ptr + n * K, ks, K, PHASE)
+            dloss = tl.load(dloss_ptr + row_64 * stride_dloss).to(tl.float32)
+            w_y = None
+            if class_weight_ptr is not None:
+                w_y = target_weight(class_weight_ptr, y, valid)
+            tops, excesses = wait_for_words(words_ptr + row_64 * K, ks, K, PHASE)
             tops = tl.where(ks < K, tops, LOWEST)
             row_max, excess = lse_merge(tops, tl.where(ks < K, excesses, -1.0))
             row_shortfall = 0.0
             if smoothing is not None:
-                shortfalls, masses = collected(smooth_words_ptr + n * K, ks, K, PHASE)
-                moved = tl.where((ks < K) & (masses != 0.0), masses * (row_max - tops), 0.0)
+                shortfalls, masses = wait_for_words(smooth_words_ptr + row_64 * K, ks, K, PHASE)
+                has_mass = (ks < K) & (masses != 0.0)
+                moved = tl.where(has_mass, masses * (row_max - tops), 0.0)
                 row_shortfall = tl.sum(tl.where(ks < K, shortfalls, 0.0) + moved, 0)
 
             to_row_max = exp_flushed(top - row_max)
-            row_max, log_sum, per_sum, dloss = settled(y, row_max, excess, dloss)
+            row_max, log_sum, inv_sum, dloss = row_factors(y, row_max, excess, dloss)
             z_y = shaped(x_y, scale, softcap)
-            loss = id_loss(z_y, w_y, row_max, log_sum, w_sum, row_shortfall, V, smoothing, lse_square_scale)
-            # the program of the target's slice knows its logit; a row without a target is left to the first
-            tl.store(loss_ptr + n, unless_unread(y, loss), mask=mine | ((k == 0) & (y < 0)))
+            loss = id_loss(
+                z_y, w_y, row_max, log_sum, w_sum, row_shortfall, V, smoothing, lse_square_scale
+            )  # fmt: skip
+            # only the program of the target's slice has its logit
+            tl.store(
+                loss_ptr + row_64,
+                mask_row(loss, valid, y == IGNORED),
+                mask=mine | ((k == 0) & (y < 0)),
+            )
 
             if softcap is not None:
-                # as in whole_row_kernel
-                row_ptr = aligned_row(logits_ptr, row, stride_logits_n, row_lead)
-                x = tl.load(row_ptr + base + pos, mask=only_if(readable, inside), other=padding(scale, softcap), volatile=True)
-            # dlogits may be logits: every program of this row has its slice by now, what this one reads again only it writes, and every
-            # warp of it has read before one stores
+                # loaded once more, as in whole_row_kernel
+                row_ptr = aligned_row_ptr(logits_ptr, row, stride_logits_n, row_lead)
+                x = tl.load(
+                    row_ptr + base + pos,
+                    mask=only_if(valid, in_groups),
+                    other=padding(scale, softcap),
+                    volatile=True,
+                )
+            # dlogits may be logits: no warp stores before every warp has loaded
             tl.debug_barrier()
-            drow_ptr = aligned_row(dlogits_ptr, row, stride_dlogits_n, row_lead)
-            kept, flat, off = id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale)
-            factor, off_dloss = (kept + flat) * (to_row_max * per_sum) * dloss, off * dloss
-            w = weights_again(class_weight_ptr, base + pos - row_lead, inside) if weighted else None
-            dx = other_slope(e, w, factor, off_dloss, smoothing) * shaped_slope(x.to(tl.float32), scale, softcap)
-            tl.store(drow_ptr + base + pos, dx.to(dlogits_ptr.dtype.element_ty), mask=inside)
-            w = weights_again(class_weight_ptr, edge_pos - row_lead, is_edge) if weighted else None
-            dx = other_slope(edge_e, w, factor, off_dloss, smoothing) * shaped_slope(edge_x.to(tl.float32), scale, softcap)
-            tl.store(drow_ptr + edge_pos, dx.to(dlogits_ptr.dtype.element_ty), mask=is_edge)
-            # the target's entry once more, after whichever thread has stored it: cheaper than a comparison for every class
+            dlogits_row_ptr = aligned_row_ptr(dlogits_ptr, row, stride_dlogits_n, row_lead)
+            target_coef, softmax_coef, smoothing_coef = id_grad_coefs(
+                w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale
+            )  # fmt: skip
+            e_coef = (target_coef + softmax_coef) * (to_row_max * inv_sum) * dloss
+            w_coef = smoothing_coef * dloss
+            w = None
+            if weighted:
+                w = reload_class_weights(class_weight_ptr, base + pos - row_lead, in_groups)
+            dz = id_grad_elsewhere(e, w, e_coef, w_coef, smoothing)
+            dx = dz * shaped_grad(x.to(tl.float32), scale, softcap)
+            tl.store(
+                dlogits_row_ptr + base + pos,
+                dx.to(dlogits_ptr.dtype.element_ty),
+                mask=in_groups,
+            )
+            edge_w = None
+            if weighted:
+                edge_w = reload_class_weights(class_weight_ptr, edge_pos - row_lead, is_edge)
+            edge_dz = id_grad_elsewhere(edge_e, edge_w, e_coef, w_coef, smoothing)
+            edge_dx = edge_dz * shaped_grad(edge_x.to(tl.float32), scale, softcap)
+            tl.store(
+                dlogits_row_ptr + edge_pos,
+                edge_dx.to(dlogits_ptr.dtype.element_ty),
+                mask=is_edge,
+            )
+            # then the target's entry, as in whole_row_kernel
             tl.debug_barrier()
-            dx_y = target_slope((z_y - row_max) - log_sum, w_y, kept, flat, off, smoothing) * dloss * shaped_slope(x_y, scale, softcap)
-            tl.store(drow_ptr + tl.where(mine, y_pos, 0), dx_y.to(dlogits_ptr.dtype.element_ty), mask=mine)
+            dz_y = id_grad_at_target(
+                (z_y - row_max) - log_sum, w_y, target_coef, softmax_coef, smoothing_coef, smoothing
+            )  # fmt: skip
+            dx_y = dz_y * dloss * shaped_grad(x_y, scale, softcap)
+            tl.store(
+                dlogits_row_ptr + tl.where(mine, y_pos, 0),
+                dx_y.to(dlogits_ptr.dtype.element_ty),
+                mask=mine,
+            )
         x, edge_x, x_y = x_next, edge_x_next, x_y_next
         y, y_next = y_next, y_after
 
 
-@triton.jit
-def scale_rows_kernel(
-    t_ptr,  # (n,) any float dtype, changed
-    factor_ptr,  # () any float dtype
-    n,
-    BLOCK: tl.constexpr,
-):
-    """t *= factor by a few programs that share it out, and have nothing to do for a factor of 1."""
-    factor = tl.load(factor_ptr).to(tl.float32)
-    if factor != 1.0:
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
-            offs = start + tl.arange(0, BLOCK)
-            t = tl.load(t_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-            tl.store(t_ptr + offs, (t * factor).to(t_ptr.dtype.element_ty), mask=offs < n)
-
-
-class _Options(TypedDict):
-    scale: float | None
-    softcap: float | None
-    smoothing: float | None
-    lse_square_scale: float | None
-
-
-# what was decided for calls of a kind: a device, a dtype, a number of classes, an alignment, which options are given, strides
+# plans by all that Triton specializes a kernel by, and all that ``fused_plan`` depends on
 _plans: dict[tuple[object, ...], FusedPlan] = {}
 
 
@@ -403,58 +506,80 @@ def row_loss_and_grads(
     smoothing: float | None,
     lse_square_scale: float | None,
 ) -> Tensor:
-    """(N, V) logits and (N,) ids -> (N,) fp32 loss; fills ``dlogits`` (N, V). Unit last strides.
+    """(N,) fp32 loss of (N, V) logits; fills ``dlogits`` (N, V), both of unit last stride.
 
-    ``dlogits`` may be ``logits``, or of a narrower dtype over the first bytes of each row of them.
+    ``dlogits`` may be ``logits``, or a narrower tensor over the first bytes of each of its rows.
     """
     n, v = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n == 0:
         return loss
-    options: _Options = {"scale": scale, "softcap": softcap, "smoothing": smoothing, "lse_square_scale": lse_square_scale}
+    options: LossOptions = {
+        "scale": scale,
+        "softcap": softcap,
+        "smoothing": smoothing,
+        "lse_square_scale": lse_square_scale,
+    }
     wide, lead, most_lead = _alignment(logits, dlogits)
-    if softcap is not None and softmax_rows.narrower_over(logits, dlogits):
-        # the slices are read again for the cap's slope, after others have written over them
+    if softcap is not None and narrower_over(logits, dlogits):
+        # split_row_kernel would load logits again that other programs have overwritten
         most_lead = None
-    given = (class_weight is None, scale is None, softcap is None, smoothing is None, lse_square_scale is None)
-    # triton compiles again for other strides, and how many programs run at once is known of what was compiled
+    absent = (class_weight is None, *(option is None for option in options.values()))
+    # Triton specializes by these properties of strides, and occupancy is known per specialization
     strides = (dloss.stride(0), logits.stride(0) % 16 == 0, dlogits.stride(0) % 16 == 0)
-    key = (logits.device, logits.dtype, dlogits.dtype, v, wide, most_lead, given, strides)
+    key = (logits.device, logits.dtype, dlogits.dtype, v, wide, most_lead, absent, strides)
     plan = _plans.get(key)
     if plan is None:
-        shaping = softcap is not None or smoothing is not None
-        plan = fused_plan(family(logits.device), v, logits.element_size(), wide=wide, most_lead=most_lead, shaping=shaping)
+        plan = fused_plan(
+            family(logits.device),
+            v,
+            logits.element_size(),
+            wide=wide,
+            most_lead=most_lead,
+            shaping=softcap is not None or smoothing is not None,
+        )
     if plan.kind != "sweeps":
-        class_weight_sum = None if class_weight is None or smoothing is None else class_weight.sum()
+        summed = None if smoothing is None else class_weight
+        class_weight_sum = None if summed is None else summed.sum()
         operands = (logits, target, class_weight, class_weight_sum, dloss, loss, dlogits)
         with on_device_of(logits):
             if plan.kind == "split":
                 plan = _split_rows(plan, operands, lead, ignore_index, options)
             else:
                 whole_row_kernel[(n,)](
-                    *operands, logits.stride(0), dlogits.stride(0), dloss.stride(0), v, ignore_index,
-                    **options, BLOCK_V=plan.block_v, num_warps=plan.num_warps, **UNFUSED,
+                    *operands, logits.stride(0), dlogits.stride(0), dloss.stride(0), v,
+                    ignore_index, **options, BLOCK_V=plan.block_v, num_warps=plan.num_warps,
+                    **UNFUSED,
                 )  # fmt: skip
     _plans[key] = plan
     if plan.kind == "sweeps":
-        loss, stats = softmax_rows.row_loss(logits, target, class_weight, ignore_index=ignore_index, **options)
+        rows = (logits, target, class_weight)
+        loss, stats = softmax_rows.row_loss(*rows, ignore_index=ignore_index, **options)
         softmax_rows.row_grads(
-            logits, target, class_weight, stats, dloss, dlogits=dlogits, dtarget=None, ignore_index=ignore_index, **options
-        )
+            *rows, stats, dloss, dlogits=dlogits, ignore_index=ignore_index, **options
+        )  # fmt: skip
     return loss
 
 
 def _alignment(logits: Tensor, dlogits: Tensor) -> tuple[bool, int, int | None]:
-    """(whether every row starts on 16 elements, the first row's lead, the largest; None where the gradient's leads are others)."""
+    """(wide, lead, most_lead).
+
+    ``wide`` and ``most_lead`` are as in ``fused_plan``; ``lead`` is that of the first row.
+    """
     n, v = logits.shape
     size = logits.element_size()
     group = 16 // size
     strides = (logits.stride(0), dlogits.stride(0)) if n > 1 else (0, 0)
-    leads = (logits.data_ptr() % 16 // size, dlogits.data_ptr() % 16 // dlogits.element_size())
-    wide = leads == (0, 0) and v % 16 == 0 and strides[0] % 16 == 0 and strides[1] % 16 == 0
+    leads = (
+        logits.data_ptr() % 16 // size,
+        dlogits.data_ptr() % 16 // dlogits.element_size(),
+    )
+    aligned = leads == (0, 0)
+    wide = aligned and v % 16 == 0 and strides[0] % 16 == 0 and strides[1] % 16 == 0
     if dlogits.element_size() != size:
-        # boundaries of 16 bytes are not the same classes, but where rows start on them
-        aligned = leads == (0, 0) and strides[0] % group == 0 and strides[1] * dlogits.element_size() % 16 == 0
+        # groups of 16 bytes hold other classes in the gradient: rows must start at a boundary
+        aligned = aligned and strides[0] % group == 0
+        aligned = aligned and strides[1] * dlogits.element_size() % 16 == 0
         return wide, leads[0], 0 if aligned else None
     if leads[0] != leads[1] or (strides[0] - strides[1]) % group:
         return wide, leads[0], None
@@ -462,16 +587,17 @@ def _alignment(logits: Tensor, dlogits: Tensor) -> tuple[bool, int, int | None]:
 
 
 def words_block(k: int) -> int:
-    """One lane of a warp for each of ``k`` words at least.
+    """K_BLOCK for ``k`` slices: at least one lane of a warp for each word, and a full warp.
 
-    With fewer words two lanes load the same one and may see it differently, and a warp whose lanes leave the loop that waits for it at
-    different times waits for itself: the condition is reduced over as many lanes as there are words (triton 3.6, 3.7).
+    With fewer words than lanes, two lanes load the same word and may see different values. Lanes
+    of a warp could then leave the loop of ``wait_for_words`` at different times, and the warp would
+    wait for itself: Triton reduces the condition over as many lanes as there are words (3.6, 3.7).
     """
     return max(32, triton.next_power_of_2(k))
 
 
 def programs_run_together(device: torch.device) -> bool:
-    """The interpreter runs one after the other."""
+    """False for the interpreter, which runs one program after the other."""
     return device.type != "cpu"
 
 
@@ -480,38 +606,45 @@ def _split_rows(
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor],
     lead: int,
     ignore_index: int,
-    options: _Options,
+    options: LossOptions,
 ) -> FusedPlan:
-    """Launch, and return what is known then; ``SWEEPS`` where nothing was launched, because a row's programs cannot run at once."""
+    """Launch ``split_row_kernel`` and return the plan with what is known of its occupancy.
+
+    If the programs of one row cannot all be resident, launch nothing and return ``SWEEPS``.
+    """
     logits, dloss, dlogits = operands[0], operands[4], operands[6]
     n, v = logits.shape
     k = plan.slices
     words = torch.zeros(n, k, dtype=torch.int64, device=logits.device)
     smooth_words = None if options["smoothing"] is None else torch.zeros_like(words)
 
-    def launch(rows: int, groups: int, programs: int, phase: int) -> Any:
+    def launch(rows: int, rows_in_flight: int, programs: int, phase: int) -> Any:
         return split_row_kernel[(programs,)](
-            *operands, words, smooth_words, logits.stride(0), dlogits.stride(0), dloss.stride(0), lead, rows, v, k, groups, ignore_index,
-            **options, SLICE=plan.block_v, K_BLOCK=words_block(k), GROUP=16 // logits.element_size(), PHASE=phase,
-            num_warps=plan.num_warps, launch_cooperative_grid=phase == 0, **UNFUSED,
+            *operands, words, smooth_words,
+            logits.stride(0), dlogits.stride(0), dloss.stride(0), lead, rows, v, k, rows_in_flight,
+            ignore_index, **options, SLICE=plan.block_v, K_BLOCK=words_block(k),
+            GROUP=16 // logits.element_size(), PHASE=phase, num_warps=plan.num_warps,
+            launch_cooperative_grid=phase == 0, **UNFUSED,
         )  # fmt: skip
 
     if not programs_run_together(logits.device):
-        # two rows at a time, so that a program has several
-        groups = min(n, 2)
-        launch(n, groups, groups * k, 1)
-        launch(n, groups, groups * k, 2)
+        # two rows in flight, so that each program takes several rows
+        rows_in_flight = min(n, 2)
+        launch(n, rows_in_flight, rows_in_flight * k, 1)
+        launch(n, rows_in_flight, rows_in_flight * k, 2)
         return plan
     try:
-        # over no rows, to have it compiled and loaded
-        resident = resident_programs(launch(0, 1, 1, 0), logits.device) if plan.resident is None else plan.resident
+        resident = plan.resident
+        if resident is None:
+            # a launch of one program over no rows compiles and loads the kernel
+            resident = resident_programs(launch(0, 1, 1, 0), logits.device)
         while resident >= k:
-            groups = min(n, resident // k)
+            rows_in_flight = min(n, resident // k)
             try:
-                launch(n, groups, groups * k, 0)
+                launch(n, rows_in_flight, rows_in_flight * k, 0)
                 return replace(plan, resident=resident)
             except RuntimeError as error:
-                # the driver knows of what shares the device with us
+                # too large for what the driver has left, because others use the device too
                 if "cooperative" not in str(error):
                     raise
                 resident -= multiprocessors(logits.device)
@@ -519,20 +652,3 @@ def _split_rows(
         if "not supported" not in str(error):
             raise
     return SWEEPS
-
-
-MULTIPLY_BLOCK = LaunchConfig(4096, 8)
-
-
-def multiply_in_place(t: Tensor, factor: Tensor) -> None:
-    """``t *= factor``, a number on the device: multiplied in fp32, rounded once. A factor of 1 costs a launch."""
-    n = t.numel()
-    if n == 0:
-        return
-    if not t.is_contiguous():
-        # rows with gaps: torch multiplies so too, but by 1 as well
-        t.mul_(factor.reshape(()))
-        return
-    programs = min(-(-n // MULTIPLY_BLOCK.block_v), 8 * multiprocessors(t.device))
-    with on_device_of(t):
-        scale_rows_kernel[(programs,)](t, factor, n, BLOCK=MULTIPLY_BLOCK.block_v, num_warps=MULTIPLY_BLOCK.num_warps)

@@ -1,4 +1,4 @@
-"""How kernels are launched: block widths as data, what a device holds at once, and the device guard. Plain Python."""
+"""How kernels are launched: tables of block widths, occupancy, the device guard. Plain Python."""
 
 import ctypes
 import functools
@@ -6,7 +6,7 @@ import sys
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,91 +20,119 @@ class LaunchConfig:
     num_warps: int
 
 
-# kernels count the classes of a row in 32 bits, the last block's past the end among them
+class LossOptions(TypedDict):
+    """Options of kernels of a loss. Each is None where it has no effect, and compiled away."""
+
+    scale: float | None
+    softcap: float | None
+    smoothing: float | None
+    lse_square_scale: float | None
+
+
+# fusing a product into the subtraction of the rounded maximum leaves the rounding error of the
+# product, and then a loss that should be 0 is -1e-6
+UNFUSED = {"enable_fp_fusion": False}
+# kernels count the classes of a row in 32 bits, including those of the last block past the end
 MOST_CLASSES = 2**31 - 2**16
 
 
 @functools.cache
 def row_blocks(v: int) -> LaunchConfig:
-    """8 classes a thread, 16 bytes of bf16: wider blocks spill in the statistics loops on sm_80 to sm_100 (triton 3.7.1)."""
+    """Blocks of kernels that loop over a row: 8 classes a thread, which are 16 bytes of bf16.
+
+    Wider blocks spill in the statistics loops on sm_80 to sm_100 (triton 3.7.1).
+    """
     if v > MOST_CLASSES:
-        raise ValueError(f"rows have {v} classes but kernels take at most {MOST_CLASSES}; impl='torch' takes more")
+        limit = f"kernels take at most {MOST_CLASSES}"
+        raise ValueError(f"rows have {v} classes but {limit}; impl='torch' takes more")
     block_v = min(max(128, 1 << (v - 1).bit_length()), 2048)
     return LaunchConfig(block_v, max(1, block_v // 256))
 
 
 @dataclass(frozen=True)
 class FusedTable:
-    """Loss and gradient from one read and one write, for one family of devices and one size of logit.
+    """Blocks of the fused kernels, for one family of devices and one size of logit.
 
-    A row that fits one of ``rows`` is held by one program; narrower ones take as many classes a thread as the first. Longer rows are cut
-    into one of ``slices``, widest first, or read twice where there are none. ``measured`` says on what the choice rests; numbers are
-    shares of the speed of copying the logits.
+    A row that fits one of ``rows`` is held by one program; narrower blocks take as many classes a
+    thread as the first. A longer row is split into slices, one of ``slices``, widest first; where
+    there are none it is read twice.
     """
 
     rows: tuple[LaunchConfig, ...]
     slices: tuple[LaunchConfig, ...]
-    measured: str
 
 
-# family, bytes of a logit, whether options need registers of their own for every class: a cap, smoothing
+# by family, bytes of a logit, and whether a softcap or smoothing is given, which need registers for
+# every class. The shares in the comments are of the speed of copying the logits, on an H100
 FUSED_TABLES: dict[tuple[str, int, bool], FusedTable] = {
+    # bf16. Rows of 8192 with 8 warps 0.983, of 16000 with 16 warps 0.982. Slices of 16384 with 4
+    # warps 0.961 at 128256, 0.943 at 32001, 0.918 at 262147; of 8192 0.946 at 151643; of 4096 with
+    # 4 warps 0.940 at 50304, 0.900 at 50257
     ("nvidia", 2, False): FusedTable(
         rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16)),
         slices=(LaunchConfig(16384, 4), LaunchConfig(8192, 4), LaunchConfig(4096, 4)),
-        measured="H100, bf16: 8192 with 8 warps 0.983, 16000 with 16 warps 0.982; slices of 16384 with 4 warps 0.961 at 128256,"
-        " 0.943 at 32001, 0.918 at 262147; of 8192 0.946 at 151643; of 4096 with 4 warps 0.940 at 50304, 0.900 at 50257",
     ),
+    # rows of 8192 with 32 warps 0.988, of 32000 with 32 warps 0.975; between them 32 warps spill
+    # (triton 3.6). Slices of 8192 with 4 warps 0.973 at 65536, 0.961 at 128256; of 4096 or 8192
+    # with 4 or 8 warps 0.961 at 32001, 0.952 at 50257, 0.917 at 262147
     ("nvidia", 4, False): FusedTable(
-        # between the measured two, 32 warps spill (triton 3.6)
         rows=(LaunchConfig(8192, 32), LaunchConfig(16384, 16), LaunchConfig(32768, 32)),
         slices=(LaunchConfig(8192, 4), LaunchConfig(4096, 4)),
-        measured="H100: 8192 with 32 warps 0.988, 32000 with 32 warps 0.975; slices of 8192 with 4 warps 0.973 at 65536, 0.961 at 128256;"
-        " 4096 or 8192 with 4 or 8 warps 0.961 at 32001, 0.952 at 50257, 0.917 at 262147",
     ),
+    # not measured: no spills on sm_80 to sm_100, two programs an SM; rows of 16384 spill with 16
+    # warps (triton 3.9)
     ("nvidia", 2, True): FusedTable(
-        # with 16 warps the wider spill (triton 3.9)
         rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 32)),
         slices=(LaunchConfig(4096, 4),),
-        measured="nothing: no spills on sm_80 to sm_100, two programs an SM",
     ),
+    # not measured: no spills on sm_80 to sm_100, three programs an SM
     ("nvidia", 4, True): FusedTable(
         rows=(LaunchConfig(8192, 32), LaunchConfig(16384, 32)),
         slices=(LaunchConfig(2048, 4),),
-        measured="nothing: no spills on sm_80 to sm_100, three programs an SM",
     ),
-    # wavefronts of 64, at most 16; that programs of a row may wait for one another is not verified there
-    ("amd", 2, False): FusedTable((LaunchConfig(8192, 4), LaunchConfig(16384, 8)), (), "nothing: no spills on gfx942"),
-    ("amd", 4, False): FusedTable((LaunchConfig(8192, 4), LaunchConfig(32768, 16)), (), "nothing: no spills on gfx942"),
-    ("amd", 2, True): FusedTable((LaunchConfig(8192, 8),), (), "nothing: no spills on gfx942"),
-    ("amd", 4, True): FusedTable((LaunchConfig(8192, 8),), (), "nothing: no spills on gfx942"),
+    # not measured: no spills on gfx942, whose programs have at most 16 wavefronts of 64. No slices:
+    # that the programs of a row may wait for one another is not verified there
+    ("amd", 2, False): FusedTable((LaunchConfig(8192, 4), LaunchConfig(16384, 8)), ()),
+    ("amd", 4, False): FusedTable((LaunchConfig(8192, 4), LaunchConfig(32768, 16)), ()),
+    ("amd", 2, True): FusedTable((LaunchConfig(8192, 8),), ()),
+    ("amd", 4, True): FusedTable((LaunchConfig(8192, 8),), ()),
 }
-# fewer padded classes than this share of a row, or the next narrower slice is better: 50257 is 0.77 of four slices of 16384
+# share of a row's slices that are classes and not padding. Below it the next narrower slice is
+# better: 50257 classes fill 0.77 of four slices of 16384
 LEAST_FILL = 15 / 16
-# below, an unaligned row is read element by element by one program, which is not measured
+# unaligned rows with fewer classes are read element by element by one program; not measured
 LEAST_UNALIGNED_SPLIT = 2048
 
 
 @dataclass(frozen=True)
 class FusedPlan:
-    """What a fused launch does: rows whole or split, by programs of ``block_v`` classes, or two sweeps."""
+    """How a fused launch computes rows: whole, split into slices of ``block_v``, or two sweeps."""
 
     kind: Literal["whole", "split", "sweeps"]
     block_v: int = 0
     num_warps: int = 0
     slices: int = 0
-    # programs that run at once; known once the kernel is compiled
+    # programs that the device holds at once; known once the kernel is compiled
     resident: int | None = None
 
 
 SWEEPS = FusedPlan("sweeps")
 
 
-def fused_plan(family: str, v: int, itemsize: int, *, wide: bool, most_lead: int | None, shaping: bool) -> FusedPlan:
+def fused_plan(
+    family: str,
+    v: int,
+    itemsize: int,
+    *,
+    wide: bool,
+    most_lead: int | None,
+    shaping: bool,
+) -> FusedPlan:
     """The table's choice for rows of ``v`` classes.
 
-    ``wide``: rows start on 16 elements, so that masked accesses to them are vectors. ``most_lead``: the largest distance of a row from the
-    16-byte boundary before it, in elements; None where logits and gradient differ in it. ``shaping``: a cap or smoothing is given.
+    ``wide``: rows start at multiples of 16 elements, so that masked accesses are vectorized.
+    ``most_lead``: the largest distance of a row from the 16-byte boundary before it, in elements;
+    None where logits and gradient differ in it. ``shaping``: a softcap or smoothing is given.
     """
     table = FUSED_TABLES.get((family, itemsize, shaping))
     if table is None:
@@ -126,7 +154,7 @@ def fused_plan(family: str, v: int, itemsize: int, *, wide: bool, most_lead: int
 
 @functools.cache
 def family(device: torch.device) -> str:
-    """Which rows of ``FUSED_TABLES`` hold for a device; the interpreter takes those of the device most are tuned for."""
+    """The family of a device in ``FUSED_TABLES``; the interpreter takes NVIDIA's tables."""
     if device.type == "cpu":
         return "nvidia"
     if device.type == "cuda":
@@ -136,7 +164,7 @@ def family(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs make a device busy, four times less."""
+    """Number of SMs (or compute units) of the device."""
     if device.type == "cpu":
         return 1
     properties: Any = torch.get_device_module(device).get_device_properties(device)
@@ -144,25 +172,33 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def resident_programs(compiled: Any, device: torch.device) -> int:
-    """How many programs of a compiled and loaded kernel an NVIDIA GPU runs at once."""
+    """How many programs of a compiled and loaded kernel an NVIDIA GPU holds at once."""
     threads = 32 * int(compiled.metadata.num_warps)
     per_multiprocessor = _occupancy(compiled, threads)
     if per_multiprocessor is None:
-        # by registers, handed out in eights, less one program for what this does not know
+        # from registers, which are allocated in multiples of 8; one program less, as a margin for
+        # the other limits
         registers = -(-int(getattr(compiled, "n_regs", None) or 255) // 8) * 8
         per_multiprocessor = max(1, min(65536 // (registers * threads), 1024 // threads) - 1)
     return per_multiprocessor * multiprocessors(device)
 
 
 def _occupancy(compiled: Any, threads: int) -> int | None:
-    """The driver's answer; None where there is no driver to ask or triton no longer says which function it loaded."""
-    function, shared = getattr(compiled, "function", None), getattr(compiled.metadata, "shared", None)
+    """Programs an SM, from the driver.
+
+    None if there is no driver, or if Triton does not expose the function that it loaded.
+    """
+    function = getattr(compiled, "function", None)
+    shared = getattr(compiled.metadata, "shared", None)
     driver = _cuda_driver()
     if not isinstance(function, int) or not isinstance(shared, int) or driver is None:
         return None
     count = ctypes.c_int(0)
     status = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-        ctypes.byref(count), ctypes.c_void_p(function), ctypes.c_int(threads), ctypes.c_size_t(shared)
+        ctypes.byref(count),
+        ctypes.c_void_p(function),
+        ctypes.c_int(threads),
+        ctypes.c_size_t(shared),
     )
     return count.value if status == 0 else None
 
@@ -175,12 +211,16 @@ def _cuda_driver() -> ctypes.CDLL | None:
         return None
 
 
-# the interpreter has one grid and one builder for the whole process (triton 3.7)
+# the interpreter has one grid and one builder for the whole process (triton 3.7), so that its
+# launches must not overlap
 _interpreter = threading.RLock()
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device current, which is where triton launches; CPU tensors are the interpreter's, and wait for their turn."""
+    """Context in which to launch: the tensor's device is current, because Triton launches there.
+
+    For CPU tensors it is the interpreter's lock.
+    """
     if tensor.device.type == "cpu":
         return _interpreter
     return torch.get_device_module(tensor.device).device(tensor.device)

@@ -1,12 +1,14 @@
-"""Rows of logits, each label a yes or no of its own -> binary cross entropy and its gradient, in one read and one write.
+"""Binary cross entropy of rows and its gradient, in one read and one write.
 
-Or of the probabilities of labels, which are another formula in the same loop.
+The rows are logits or, with another formula in the same loop, probabilities. No element needs
+another element of its row, so one kernel computes the loss, the gradient or both, and the gradient
+may be written over the logits. The target is a tensor like the logits, or the ids of the labels
+that are 1: then each program looks for the ids in its block, and the tensor of zeros and ones is
+never materialized. A reduced loss is stored as one sum per block; the launcher adds them up in a
+fixed order.
 
-Nothing of a row is needed by another element of it, so one kernel does loss, gradient, or both, and the gradient may take the place of the
-logits. Targets are a tensor like the logits, or the ids of the labels that are 1: each program looks for those of its block, so that the
-tensor of zeros and ones they stand for never exists. Sums leave a number per block, added up in a fixed order by whoever called.
-
-N rows, V labels, B blocks of a row, at most P ids a row. A row with an id outside [0, V) that is not ignore_index is NaN.
+N rows, V labels, B blocks of a row, at most P ids a row. A row with an id outside [0, V) that is
+not ``ignore_index`` is NaN.
 """
 
 import torch
@@ -14,26 +16,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, on_device_of, row_blocks
+from .launch import on_device_of, row_blocks
 from .tile_math import (
+    label_grad,
     label_loss,
-    label_slope,
-    label_target_slope,
+    label_target_grad,
+    probability_grad,
     probability_loss,
-    probability_slope,
-    probability_target_slope,
+    probability_target_grad,
     sigmoid_parts,
 )
 
-# ids looked at in one go
+# largest block of ids
 MOST_IDS = 256
 
+# not specialized: they differ from batch to batch
 CHANGING = ["ignore_index", "P"]
 
 
 @triton.jit
-def row_tile(ptr, row, stride_n, stride_v, offs_v, mask_v):
-    """fp32 numbers that go with a tile of a row; one number for all of it where stride_v is None, and otherwise side by side."""
+def broadcast_tile(ptr, row, stride_n, stride_v, offs_v, mask_v):
+    """A tile of a row in fp32; one number for the whole row if stride_v is None, else stride 1."""
     if stride_v is None:
         return tl.load(ptr + row * stride_n).to(tl.float32)
     else:
@@ -42,18 +45,23 @@ def row_tile(ptr, row, stride_n, stride_v, offs_v, mask_v):
 
 @triton.jit
 def listed_tile(ids_ptr, start, P, V, ignore_index, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(BLOCK_V,) 1.0 for the labels from ``start`` on that are listed, however often, 0.0 for others; NaN if any id of the row is bad."""
+    """(BLOCK_V,) 1.0 for labels from ``start`` on that are listed, 0.0 for the others.
+
+    An id may be listed more than once. All are NaN if any id of the row is out of range.
+    """
     count = tl.zeros([BLOCK_V], tl.int32)
     worst = 0
     for p in range(0, P, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
         y = tl.load(ids_ptr + offs_p, mask=offs_p < P, other=ignore_index).to(tl.int64)
         given = y != ignore_index
-        here = given & (y >= start) & (y < start + BLOCK_V)
-        found = tl.max(tl.where(given & ((y < 0) | (y >= V)), 2, here.to(tl.int32)), 0)
-        # most blocks of a long row hold none
+        in_block = given & (y >= start) & (y < start + BLOCK_V)
+        out_of_range = given & ((y < 0) | (y >= V))
+        found = tl.max(tl.where(out_of_range, 2, in_block.to(tl.int32)), 0)
+        # most blocks of a long row hold no id
         if found == 1:
-            count += tl.histogram(tl.where(here, y - start, 0).to(tl.int32), BLOCK_V, mask=here)
+            block_ids = tl.where(in_block, y - start, 0).to(tl.int32)
+            count += tl.histogram(block_ids, BLOCK_V, mask=in_block)
         worst = tl.maximum(worst, found)
     return tl.where(worst == 2, float("nan"), tl.where(count > 0, 1.0, 0.0))
 
@@ -65,15 +73,15 @@ def sigmoid_rows_kernel(
     ids_ptr,  # (N, P) int64, or None
     weight_ptr,  # (N, V) any float dtype, or None
     pos_weight_ptr,  # (N, V) any float dtype, or None
-    dloss_ptr,  # (N, V) fp32, or None where there is no gradient
+    dloss_ptr,  # (N, V) fp32, or None without a gradient
     loss_ptr,  # (N, V) fp32, output, or None
     sums_ptr,  # (N, B) fp32, output, or None
-    dlogits_ptr,  # (N, V), output, or None; may be logits, as a program reads only what it writes
+    dlogits_ptr,  # (N, V), output, or None; may be logits: a program reads only what it writes
     dtarget_ptr,  # (N, V), output, or None
     stride_logits_n,
     stride_target_n,
     stride_weight_n,
-    stride_weight_v,  # 1, or None for one number a row; so are the next two
+    stride_weight_v,  # 1, or None for one number a row, as are the other stride_*_v
     stride_pos_weight_n,
     stride_pos_weight_v,
     stride_dloss_n,
@@ -84,9 +92,9 @@ def sigmoid_rows_kernel(
     ignore_index,
     BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    PROBABILITIES: tl.constexpr,  # in place of logits; without pos_weight and ids
+    PROBABILITIES: tl.constexpr,  # logits_ptr holds probabilities; without pos_weight and ids
 ):
-    """One row and block per program."""
+    """One block of a row per program."""
     blocks = tl.cdiv(V, BLOCK_V)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -97,14 +105,18 @@ def sigmoid_rows_kernel(
     if ids_ptr is not None:
         t = listed_tile(ids_ptr + row * P, start, P, V, ignore_index, BLOCK_V, BLOCK_P)
     else:
-        t = tl.load(target_ptr + row * stride_target_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    pos_weight = (
-        row_tile(pos_weight_ptr, row, stride_pos_weight_n, stride_pos_weight_v, offs_v, mask_v) if pos_weight_ptr is not None else None
-    )
-    weight = row_tile(weight_ptr, row, stride_weight_n, stride_weight_v, offs_v, mask_v) if weight_ptr is not None else None
+        t = tl.load(target_ptr + row * stride_target_n + offs_v, mask=mask_v, other=0.0)
+        t = t.to(tl.float32)
+    pos_weight, weight = None, None
+    if pos_weight_ptr is not None:
+        pos_weight = broadcast_tile(
+            pos_weight_ptr, row, stride_pos_weight_n, stride_pos_weight_v, offs_v, mask_v
+        )  # fmt: skip
+    if weight_ptr is not None:
+        weight = broadcast_tile(weight_ptr, row, stride_weight_n, stride_weight_v, offs_v, mask_v)
 
     if not PROBABILITIES:
-        below, above, tail = sigmoid_parts(x)
+        p, not_p, tail = sigmoid_parts(x)
     if loss_ptr is not None or sums_ptr is not None:
         loss = probability_loss(x, t) if PROBABILITIES else label_loss(x, t, pos_weight, tail)
         if weight is not None:
@@ -114,23 +126,31 @@ def sigmoid_rows_kernel(
         if sums_ptr is not None:
             tl.store(sums_ptr + row * blocks + block, tl.sum(tl.where(mask_v, loss, 0.0), 0))
     if dloss_ptr is not None:
-        dloss = row_tile(dloss_ptr, row, stride_dloss_n, stride_dloss_v, offs_v, mask_v)
+        dloss = broadcast_tile(dloss_ptr, row, stride_dloss_n, stride_dloss_v, offs_v, mask_v)
         if weight is not None:
             dloss = dloss * weight
         if dlogits_ptr is not None:
-            dx = (probability_slope(x, t) if PROBABILITIES else label_slope(t, pos_weight, below, above)) * dloss
-            tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
+            grad = probability_grad(x, t) if PROBABILITIES else label_grad(t, pos_weight, p, not_p)
+            dx = grad * dloss
+            tl.store(
+                dlogits_ptr + row * stride_dlogits_n + offs_v,
+                dx.to(dlogits_ptr.dtype.element_ty),
+                mask=mask_v,
+            )
         if dtarget_ptr is not None:
-            dt = (probability_target_slope(x) if PROBABILITIES else label_target_slope(x, pos_weight, tail)) * dloss
-            tl.store(dtarget_ptr + row * V + offs_v, dt.to(dtarget_ptr.dtype.element_ty), mask=mask_v)
+            target_grad = (
+                probability_target_grad(x) if PROBABILITIES
+                else label_target_grad(x, pos_weight, tail)
+            )  # fmt: skip
+            dt = target_grad * dloss
+            tl.store(
+                dtarget_ptr + row * V + offs_v,
+                dt.to(dtarget_ptr.dtype.element_ty),
+                mask=mask_v,
+            )
 
 
-def blocks_of(v: int) -> LaunchConfig:
-    """As wide as the sweeps of ``softmax_rows``."""
-    return row_blocks(v)
-
-
-def _of_rows(t: Tensor | None) -> tuple[int, int | None]:
+def _row_strides(t: Tensor | None) -> tuple[int, int | None]:
     """(stride of rows, 1 or None for one number a row) of (N, V) whose last stride is 0 or 1."""
     if t is None:
         return 0, None
@@ -150,31 +170,38 @@ def sigmoid_rows(
     dtarget: Tensor | None,
     probabilities: bool = False,
 ) -> None:
-    """Fill what is given: ``loss`` (N, V), or (N, 1) with the sums of rows; ``dlogits`` and ``dtarget`` (N, V), which take ``dloss``.
+    """Fill the outputs that are given; the gradients need ``dloss``.
 
-    (N, V) logits, targets and gradients have unit last stride, ``weight``, ``pos_weight`` and ``dloss`` (N, V) one of 0 or 1; ids (N, P)
-    are contiguous, as are ``loss`` and ``dtarget``. ``dlogits`` may be ``logits``, which are no logits with ``probabilities``.
+    ``loss`` is (N, V), or (N, 1) for the sums of rows; ``dlogits`` and ``dtarget`` are (N, V).
+    ``dlogits`` may be ``logits``. ``target`` is (N, V) of a float dtype, or contiguous ids (N, P).
+    ``weight``, ``pos_weight`` and ``dloss`` are (N, V) with a last stride of 0 or 1, logits, target
+    and dlogits (N, V) have unit last stride, ``loss`` and ``dtarget`` are contiguous. With
+    ``probabilities`` the logits are probabilities.
     """
     n, v = logits.shape
     if n == 0 or v == 0:
         if loss is not None:
             loss.zero_()
         return
-    config = blocks_of(v)
+    config = row_blocks(v)
     blocks = -(-v // config.block_v)
-    ids = None if target.is_floating_point() else target
-    most = 1 if ids is None else ids.shape[1]
+    dense, ids = (target, None) if target.is_floating_point() else (None, target)
+    num_ids = 1 if ids is None else ids.shape[1]
     elementwise = loss is not None and loss.shape == logits.shape and v > 1
     sums = None
     if loss is not None and not elementwise:
-        sums = loss if blocks == 1 else torch.empty(n, blocks, dtype=torch.float32, device=logits.device)
+        sums = loss
+        if blocks > 1:
+            sums = torch.empty(n, blocks, dtype=torch.float32, device=logits.device)
     with on_device_of(logits):
         sigmoid_rows_kernel[(n * blocks,)](
-            logits, target if ids is None else None, ids, weight, pos_weight, dloss, loss if elementwise else None, sums, dlogits, dtarget,
-            logits.stride(0), 0 if ids is not None else target.stride(0), *_of_rows(weight), *_of_rows(pos_weight), *_of_rows(dloss),
-            0 if dlogits is None else dlogits.stride(0), v, most, ignore_index,
-            BLOCK_V=config.block_v, BLOCK_P=min(MOST_IDS, max(16, 1 << (most - 1).bit_length())), PROBABILITIES=probabilities,
-            num_warps=config.num_warps,
+            logits, dense, ids, weight, pos_weight, dloss,
+            loss if elementwise else None, sums, dlogits, dtarget,
+            logits.stride(0), 0 if dense is None else dense.stride(0),
+            *_row_strides(weight), *_row_strides(pos_weight), *_row_strides(dloss),
+            0 if dlogits is None else dlogits.stride(0), v, num_ids, ignore_index,
+            BLOCK_V=config.block_v, BLOCK_P=min(MOST_IDS, max(16, 1 << (num_ids - 1).bit_length())),
+            PROBABILITIES=probabilities, num_warps=config.num_warps,
         )  # fmt: skip
     if loss is not None and sums is not None and sums is not loss:
         torch.sum(sums, 1, keepdim=True, out=loss)

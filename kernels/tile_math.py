@@ -1,35 +1,65 @@
-"""The mathematics of the softmax family on one tile: no load, no store, no program_id.
+"""The formulas of the softmax family, on one tile in registers: no load, no store, no program id.
 
-A row is summarised by a running maximum and by what lies around it. The maximum is counted apart (``ties``) from the rest of
-the sum of exponentials (``rest``), so that ``log_sum = log(sum exp(z - max)) = log1p(rest + ties - 1)`` keeps its digits when one
-class holds nearly all of the probability; and every difference is taken from the maximum, so that an offset common to a whole
-row cancels exactly. The running state is one value per lane of the tile and is reduced once, after the loop.
+All of it is fp32 with natural logarithms. z is a shaped logit, p its softmax probability.
 
-Natural logarithms throughout. Everything is fp32.
+Words that the kernels share:
+
+=============  ===================================================================================
+``shaped``     a logit after ``scale`` and ``softcap``: z = softcap * tanh(scale * x / softcap)
+``top``        the largest z so far, per lane or per slice; over the whole row it is ``row_max``
+``ties``       how many z are equal to ``top``
+``rest``       sum of exp(z - top) over the z below ``top``
+``excess``     sum of exp(z - top) over all z, minus 1; log_sum = log1p(excess) and
+               lse = row_max + log_sum
+``shortfall``  sum of q * (top - z), q the target's mass: class weight times target probability.
+               ``mean_shortfall`` is row_max - z averaged over the softmax
+``spread``     sum of exp(z - top) * (top - z), from which the entropy is computed
+``first``      the lowest class whose z is ``top``
+=============  ===================================================================================
+
+Two rules keep the results accurate. The maximum is counted apart from the rest of the sum, so that
+log_sum = log1p(rest + ties - 1) does not lose precision when one class holds nearly all of the
+probability. Differences are taken from the maximum, so that an offset common to a row cancels.
+
+``*_start`` gives the state before the first tile, ``*_update`` folds a tile into the state of each
+lane, ``*_finish`` reduces lanes to a row. ``*_join`` combines two slices elementwise, ``*_merge``
+all slices of a row.
+
+The gradient of the loss against class y, w being the class weights, which are 1 if not given::
+
+    dz_v = (target_coef + softmax_coef) * p_v - smoothing_coef * w_v - target_coef * [v == y]
+
+    target_coef    = (1 - smoothing) * w_y
+    smoothing_coef = smoothing / V
+    softmax_coef   = smoothing_coef * sum(w) + 2 * lse_square_scale * lse
+
+It is linear in the coefficients, so they also carry the upstream gradients: the coefficients of the
+loss are multiplied by dloss, then dlse is added to ``softmax_coef`` and dlogprob is subtracted from
+``target_coef``.
 """
 
 import triton
 import triton.language as tl
 
-# stands for "no logit seen yet"; finite, so that -inf logits subtract from it without NaN
+# in place of "no logit seen yet": finite, so that -inf logits subtract from it without NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# a distance from it is +inf for a logit of +inf, and not NaN
+# the distance of a +inf logit from it is +inf, where that from +inf would be NaN
 HIGHEST = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
-# stands for "no class seen yet"; above every class
+# in place of "no class seen yet": above every class
 NO_CLASS = tl.constexpr(2147483647)
 
 
 @triton.jit
 def only_if(condition, mask):
-    """A mask, or nothing of it."""
-    # where & of a number and a block is int32, which triton 3.9 takes for no mask (its interpreter)
+    """``mask`` where the scalar ``condition`` holds, else False."""
+    # condition & mask is int32 in the interpreter of triton 3.9, which rejects it as a mask
     return tl.where(condition, mask, False)
 
 
 @triton.jit
 def exp_flushed(x):
-    """exp(x), 0 where it would be subnormal. Two instructions; tl.exp takes six, to scale what is subnormal."""
+    """exp(x), with 0 for subnormal results: two instructions, where tl.exp takes six."""
     return tl.exp2(x * LOG2E)
 
 
@@ -38,66 +68,71 @@ def log1p_from_minus_one(u):
     """log(1 + u) for u >= -1, with full relative accuracy around 0."""
     r = u / (2.0 + u)
     r2 = r * r
-    # atanh series; r <= 0.2 where it is used, so the first term left out is below 1e-9 of the sum
+    # atanh series; r <= 0.2 where it is used, so the first omitted term is below 1e-9 of the sum
     tail = r2 * (1.0 / 3 + r2 * (1.0 / 5 + r2 * (1.0 / 7 + r2 * (1.0 / 9 + r2 * (1.0 / 11)))))
     return tl.where((u > -0.25) & (u < 0.5), 2.0 * r * (1.0 + tail), tl.log(1.0 + u))
 
 
 @triton.jit
 def expm1_to_zero(x):
-    """exp(x) - 1 for x <= 0 (and rounding above it), with full relative accuracy around 0."""
+    """exp(x) - 1 for x <= 0, with full relative accuracy around 0, rounding above 0 included."""
     tail = 1.0 + x / 6 * (1.0 + x / 7 * (1.0 + x / 8 * (1.0 + x / 9)))
     series = x * (1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * tail))))
     return tl.where(x > -0.5, series, tl.exp(x) - 1.0)
 
 
 @triton.jit
-def tanh_and_slope(u):
-    """tanh(u) and 1 - tanh(u)^2, both accurate relative to themselves, near 0 and in the tails."""
+def tanh_and_grad(u):
+    """tanh(u) and 1 - tanh(u)^2, each with full relative accuracy near 0 and in the tails."""
     t = tl.exp(-2.0 * tl.abs(u))
     far = (1.0 - t) / (1.0 + t)
     far = tl.where(u < 0, -far, far)
-    # (1 - t) cancels near 0; polynomial for tanh(u)/u fitted on |u| < 0.625, relative error 4e-9
+    # 1 - t cancels near 0: polynomial for tanh(u) / u fitted on |u| < 0.625, relative error 4e-9
     w = u * u
-    near = u * (1.0 + w * (-0.333332598629 + w * (0.133311140557 + w * (-0.0537201076566 + w * (0.0205881914546 - w * 0.00565713518437)))))
+    high = -0.0537201076566 + w * (0.0205881914546 - w * 0.00565713518437)
+    near = u * (1.0 + w * (-0.333332598629 + w * (0.133311140557 + w * high)))
     return tl.where(tl.abs(u) < 0.625, near, far), 4.0 * t / ((1.0 + t) * (1.0 + t))
 
 
 @triton.jit
 def shaped(x, scale, softcap):
-    """The logit the loss sees, z = softcap * tanh(scale * x / softcap); scale and softcap may be None."""
+    """z = softcap * tanh(scale * x / softcap), the logit the loss sees; either may be None."""
     z = x
     if scale is not None:
         z = z * scale
     if softcap is not None:
-        squashed, _ = tanh_and_slope(z / softcap)
+        squashed, _ = tanh_and_grad(z / softcap)
         z = softcap * squashed
     return z
 
 
 @triton.jit
-def shaped_slope(x, scale, softcap):
+def shaped_grad(x, scale, softcap):
     """dz/dx of ``shaped``."""
     z = x
-    slope = 1.0
+    grad = 1.0
     if scale is not None:
         z = z * scale
-        slope = scale
+        grad = scale
     if softcap is not None:
-        _, dsquashed = tanh_and_slope(z / softcap)
-        slope = slope * dsquashed
-    return slope
+        _, dsquashed = tanh_and_grad(z / softcap)
+        grad = grad * dsquashed
+    return grad
+
+
+# Log-sum-exp
 
 
 @triton.jit
 def lse_start(BLOCK_V: tl.constexpr):
-    """(maximum, ties, rest) of no logits, per lane."""
-    return tl.full([BLOCK_V], LOWEST, tl.float32), tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
+    """(top, ties, rest) of each lane before the first tile."""
+    top = tl.full([BLOCK_V], LOWEST, tl.float32)
+    return top, tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
 
 
 @triton.jit
 def lse_update(top, ties, rest, z):
-    """Fold one tile into the running state; -inf adds nothing, and NaN alone makes ``rest`` NaN."""
+    """Fold a tile into (top, ties, rest). A z of -inf adds nothing; only a NaN makes ``rest`` NaN."""
     d = z - top
     e = tl.exp(-tl.abs(d))
     higher = d > 0
@@ -110,7 +145,7 @@ def lse_update(top, ties, rest, z):
 
 @triton.jit
 def lse_finish(top, ties, rest):
-    """Lanes -> (row maximum, log of the sum of exp(z - maximum)); both NaN for a NaN logit, only the second for +inf."""
+    """Lanes to (row_max, log_sum) of the row: both NaN for a NaN logit, only log_sum for +inf."""
     row_max = tl.max(top, 0)
     at_max = top == row_max
     others = tl.sum(tl.where(at_max, rest, (rest + ties) * tl.exp(top - row_max)), 0)
@@ -122,13 +157,16 @@ def lse_finish(top, ties, rest):
 
 @triton.jit
 def lse_of(row_max, log_sum):
-    """The log-sum-exp of what ``lse_finish`` returns: +inf for a +inf logit, as in torch.logsumexp."""
+    """The log-sum-exp of the row: +inf for a +inf logit, as in torch.logsumexp."""
     return tl.where(row_max == float("inf"), row_max, row_max + log_sum)
 
 
 @triton.jit
 def lse_merge(tops, excesses):
-    """(maximum, sum of exp(z - maximum) less 1) of slices -> of the row. A slice without a finite logit is (LOWEST, -1), exactly 0."""
+    """(top, excess) of slices to that of the row.
+
+    A slice without a finite logit is (LOWEST, -1) and contributes exactly 0.
+    """
     top = tl.max(tops, 0)
     at_top = tops == top
     others = tl.sum(tl.where(at_top, excesses, exp_flushed(tops - top) * (1.0 + excesses)), 0)
@@ -140,36 +178,32 @@ def lse_join(top, excess, other_top, other_excess):
     """``lse_merge`` of two slices, elementwise."""
     higher = top >= other_top
     row_max = tl.maximum(top, other_top)
-    moved = exp_flushed(tl.minimum(top, other_top) - tl.minimum(row_max, HIGHEST)) * (1.0 + tl.where(higher, other_excess, excess))
-    return row_max, tl.where(higher, excess, other_excess) + moved
+    lower_sum = 1.0 + tl.where(higher, other_excess, excess)
+    distance = tl.minimum(top, other_top) - tl.minimum(row_max, HIGHEST)
+    rescaled = exp_flushed(distance) * lower_sum
+    return row_max, tl.where(higher, excess, other_excess) + rescaled
+
+
+# The largest class
 
 
 @triton.jit
-def shortfall_merge(tops, excesses, shortfalls):
-    """sum of exp(z - maximum) * (maximum - z) of slices -> of the row; ``lse_merge`` has the others of the row."""
-    top = tl.max(tops, 0)
-    return tl.sum(raised(top[None, :], tops, excesses, shortfalls), 0)
+def first_update(first, top, ties, z, offs_v):
+    """Per lane, the first class that reached the maximum. Call after ``lse_update``."""
+    return tl.where((z == top) & (ties == 1.0), offs_v, first)
 
 
 @triton.jit
-def shortfall_join(top, excess, shortfall, other_top, other_excess, other_shortfall):
-    """``shortfall_merge`` of two slices, elementwise."""
-    row_max = tl.maximum(top, other_top)
-    return raised(row_max, top, excess, shortfall) + raised(row_max, other_top, other_excess, other_shortfall)
-
-
-@triton.jit
-def raised(row_max, top, excess, shortfall):
-    """A slice's sum of exp(z - top) * (top - z) about a maximum that is not lower."""
-    distance = row_max - top
-    moved = exp_flushed(-distance)
-    # a slice without a finite logit is far enough below to make a distance of inf
-    return tl.where(moved == 0.0, 0.0, moved * (shortfall + distance * (1.0 + excess)))
+def first_finish(first, top, row_max):
+    """Lanes to the first class at the row's maximum; 0 if no logit is finite."""
+    # if row_max is LOWEST, so is the top of lanes that have seen no finite logit
+    row_first = tl.min(tl.where(top == row_max, first, NO_CLASS), 0)
+    return tl.where(row_first == NO_CLASS, 0, row_first)
 
 
 @triton.jit
 def first_merge(tops, firsts):
-    """The index of the first maximum, of slices -> of the row."""
+    """The first maximum of each slice to that of the row."""
     return tl.min(tl.where(tops == tl.max(tops, 0), firsts, NO_CLASS), 0)
 
 
@@ -180,43 +214,49 @@ def first_join(top, first, other_top, other_first):
     return tl.where(top == other_top, tl.minimum(first, other_first), lower)
 
 
+# The target's mass: smoothing and probabilities
+
+
 @triton.jit
 def shortfall_update(mass, shortfall, q, z, top_before, top):
-    """Fold q * (top - z) into the running sum, moving what was summed before to the new maximum."""
-    # a class of zero mass is out of the sum even where its logit is -inf
+    """Fold a tile into (sum of q, sum of q * (top - z)), first moving the sum to the new top."""
+    # a class of zero mass adds 0 even if its logit is -inf
     moved = tl.where(mass == 0.0, 0.0, mass * (top - top_before))
     return mass + q, shortfall + moved + tl.where(q == 0.0, 0.0, q * (top - z))
 
 
 @triton.jit
 def shortfall_finish(mass, shortfall, top, row_max):
-    """Lanes -> (sum of q, sum of q * (row_max - z))."""
+    """Lanes to (sum of q, sum of q * (row_max - z)) of the row."""
     moved = tl.where(mass == 0.0, 0.0, mass * (row_max - top))
     return tl.sum(mass, 0), tl.sum(shortfall + moved, 0)
 
 
 @triton.jit
 def shortfall_of(q, z, top):
-    """Lanes -> sum of q * (top - z)."""
-    # a class of zero mass is out of the sum even where its logit is -inf
+    """Sum of q * (top - z) over a tile."""
+    # a class of zero mass adds 0 even if its logit is -inf
     return tl.sum(tl.where(q == 0.0, 0.0, q * (top - z)), 0)
+
+
+# Entropy
 
 
 @triton.jit
 def spread_update(spread, top, ties, rest, z):
-    """Fold exp(z - top) * (top - z) into the running sum; takes the state from before ``lse_update``."""
+    """Fold a tile into the sum of exp(z - top) * (top - z). Call before ``lse_update``."""
     d = z - top
     far = tl.abs(d)
     e = tl.exp(-far)
     higher = d > 0
     moved = tl.where(higher, spread + far * (rest + ties), far)
-    # a class of zero probability is out of the sum even where its logit is -inf
+    # a class of zero probability adds 0 even if its logit is -inf
     return tl.where(higher, 0.0, spread) + tl.where(e == 0.0, 0.0, e * moved)
 
 
 @triton.jit
 def spread_finish(spread, top, ties, rest, row_max, log_sum):
-    """Lanes -> (row_max - z) on average over the softmax; with ``log_sum`` it adds up to the entropy, and neither is negative."""
+    """Lanes to ``mean_shortfall``; entropy = log_sum + mean_shortfall, and both are >= 0."""
     far = row_max - top
     e = tl.exp(-far)
     moved = tl.where(e == 0.0, 0.0, e * (spread + far * (rest + ties)))
@@ -224,23 +264,36 @@ def spread_finish(spread, top, ties, rest, row_max, log_sum):
 
 
 @triton.jit
-def entropy_slope(p, below, mean_shortfall):
-    """d (entropy) / dz, from z - row_max and what ``spread_finish`` makes."""
+def spread_about(row_max, top, excess, spread):
+    """The spread of a slice, moved from its own ``top`` to a ``row_max`` that is not lower."""
+    distance = row_max - top
+    factor = exp_flushed(-distance)
+    # the distance from LOWEST, the top of a slice without a finite logit, may be inf
+    return tl.where(factor == 0.0, 0.0, factor * (spread + distance * (1.0 + excess)))
+
+
+@triton.jit
+def spread_merge(tops, excesses, spreads):
+    """The spreads of slices to that of the row, about the maximum that ``lse_merge`` gives."""
+    top = tl.max(tops, 0)
+    return tl.sum(spread_about(top[None, :], tops, excesses, spreads), 0)
+
+
+@triton.jit
+def spread_join(top, excess, spread, other_top, other_excess, other_spread):
+    """``spread_merge`` of two slices, elementwise."""
+    row_max = tl.maximum(top, other_top)
+    one = spread_about(row_max, top, excess, spread)
+    return one + spread_about(row_max, other_top, other_excess, other_spread)
+
+
+@triton.jit
+def entropy_grad(p, below, mean_shortfall):
+    """d(entropy)/dz; ``below`` is z - row_max."""
     return tl.where(p == 0.0, 0.0, -p * (below + mean_shortfall))
 
 
-@triton.jit
-def first_update(first, top, ties, z, offs_v):
-    """Per lane, the first class that reached the maximum; takes the state from after ``lse_update``."""
-    return tl.where((z == top) & (ties == 1.0), offs_v, first)
-
-
-@triton.jit
-def first_finish(first, top, row_max):
-    """Lanes -> the first class at the row's maximum, 0 where no logit is finite."""
-    # lanes that saw no finite logit are at the maximum if it is LOWEST
-    row_first = tl.min(tl.where(top == row_max, first, NO_CLASS), 0)
-    return tl.where(row_first == NO_CLASS, 0, row_first)
+# The loss against a class id. Its gradient's formula is at the top of this file
 
 
 @triton.jit
@@ -251,14 +304,18 @@ def lse_square(row_max, log_sum, lse_square_scale):
 
 
 @triton.jit
-def softmax_slope(p, row_max, log_sum, lse_square_scale):
-    """d (z-loss) / dz."""
+def lse_square_grad(p, row_max, log_sum, lse_square_scale):
+    """d(z-loss)/dz."""
     return 2.0 * lse_square_scale * (row_max + log_sum) * p
 
 
 @triton.jit
 def id_loss(z_y, w_y, row_max, log_sum, w_sum, shortfall, V, smoothing, lse_square_scale):
-    """The loss of a row against class y; w_y is None without class weights, w_sum and shortfall are read for smoothing."""
+    """The loss of a row against class y.
+
+    ``w_y`` is None without class weights. Only smoothing reads ``w_sum``, the sum of the class
+    weights, and ``shortfall``, whose mass is the class weights.
+    """
     loss = (row_max - z_y) + log_sum
     if w_y is not None:
         loss = loss * w_y
@@ -270,63 +327,78 @@ def id_loss(z_y, w_y, row_max, log_sum, w_sum, shortfall, V, smoothing, lse_squa
 
 
 @triton.jit
-def id_slopes(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale):
-    """Numbers of a row, (kept, flat, off), that make d (id_loss) / dz of its classes, by ``target_slope`` and ``other_slope``."""
-    kept, flat, off = 1.0, 0.0, 0.0
+def id_grad_coefs(w_y, w_sum, row_max, log_sum, V, smoothing, lse_square_scale):
+    """(target_coef, softmax_coef, smoothing_coef) of a row."""
+    target_coef, softmax_coef, smoothing_coef = 1.0, 0.0, 0.0
     if w_y is not None:
-        kept = w_y
+        target_coef = w_y
     if smoothing is not None:
-        kept = (1.0 - smoothing) * kept
-        off = smoothing / V
-        flat = off * w_sum
+        target_coef = (1.0 - smoothing) * target_coef
+        smoothing_coef = smoothing / V
+        softmax_coef = smoothing_coef * w_sum
     if lse_square_scale is not None:
-        flat = flat + 2.0 * lse_square_scale * (row_max + log_sum)
-    return kept, flat, off
+        softmax_coef = softmax_coef + 2.0 * lse_square_scale * (row_max + log_sum)
+    return target_coef, softmax_coef, smoothing_coef
 
 
 @triton.jit
-def target_slope(logp, w_y, kept, flat, off, smoothing):
-    """d (id_loss) / dz of the target, whose log-probability keeps the digits of p - 1 when p is nearly 1."""
-    dz = kept * expm1_to_zero(logp) + flat * tl.exp(logp)
-    return dz if smoothing is None else dz - off if w_y is None else dz - off * w_y
+def smoothed(dz, w, smoothing_coef, smoothing):
+    """dz - smoothing_coef * w, or dz without smoothing; ``w`` is None without class weights."""
+    if smoothing is not None:
+        dz = dz - smoothing_coef if w is None else dz - smoothing_coef * w
+    return dz
 
 
 @triton.jit
-def other_slope(p, w, factor, off, smoothing):
-    """d (id_loss) / dz of any other class: ``factor`` is kept + flat, w its weight, None without class weights.
+def id_grad_at_target(logp, w_y, target_coef, softmax_coef, smoothing_coef, smoothing):
+    """dz of the target, from its log-probability: p - 1 would cancel for a confident prediction."""
+    dz = target_coef * expm1_to_zero(logp) + softmax_coef * tl.exp(logp)
+    return smoothed(dz, w_y, smoothing_coef, smoothing)
 
-    It is linear in the numbers of the row: with ``factor`` and ``off`` times what scales a row, so is the slope.
+
+@triton.jit
+def id_grad_elsewhere(p, w, p_coef, smoothing_coef, smoothing):
+    """dz of the other classes: ``p_coef`` is target_coef + softmax_coef.
+
+    Both coefficients may be multiplied by a factor, and p divided by it: the fused kernels pass
+    exp(z - top) for p, and the coefficients divided by the sum of exponentials.
     """
-    dz = factor * p
-    return dz if smoothing is None else dz - off if w is None else dz - off * w
+    return smoothed(p_coef * p, w, smoothing_coef, smoothing)
 
 
 @triton.jit
-def soft_target_slope(p, logp, q, mass):
+def soft_target_grad(p, logp, q, mass):
     """d/dz of sum(q * (lse - z)): mass * p - q, without cancellation where p is nearly 1."""
     return tl.where(p > 0.5, mass * expm1_to_zero(logp) + (mass - q), mass * p - q)
 
 
+# Binary cross entropy
+
+
 @triton.jit
 def log1p_of_fraction(e):
-    """log(1 + e) for 0 <= e <= 1, accurate relative to itself: polynomial for log1p(e)/e, relative error 3e-8."""
+    """log(1 + e) for 0 <= e <= 1: polynomial for log1p(e) / e, relative error 3e-8."""
     high = -0.1367476971 + e * (0.07836166802 + e * (-0.02958850739 + e * 0.005253457797))
-    return e * (0.9999999705 + e * (-0.4999950152 + e * (0.3331927134 + e * (-0.2484436989 + e * (0.1911143108 + e * high)))))
+    middle = 0.3331927134 + e * (-0.2484436989 + e * (0.1911143108 + e * high))
+    return e * (0.9999999705 + e * (-0.4999950152 + e * middle))
 
 
 @triton.jit
 def sigmoid_parts(x):
-    """(sigmoid(x), sigmoid(-x), log(1 + exp(-|x|))), each accurate relative to itself."""
+    """(sigmoid(x), sigmoid(-x), log(1 + exp(-|x|))), each with full relative accuracy."""
     e = tl.exp(-tl.abs(x))
     near = 1.0 / (1.0 + e)
     far = e * near
-    up = x >= 0
-    return tl.where(up, near, far), tl.where(up, far, near), log1p_of_fraction(e)
+    positive = x >= 0
+    return tl.where(positive, near, far), tl.where(positive, far, near), log1p_of_fraction(e)
 
 
 @triton.jit
 def label_loss(x, t, pos_weight, tail):
-    """pos_weight * t * softplus(-x) + (1 - t) * softplus(x), without a difference of the two; NaN at -inf, as torch."""
+    """pos_weight * t * softplus(-x) + (1 - t) * softplus(x); NaN at -inf, as in torch.
+
+    ``tail`` is log(1 + exp(-|x|)); adding it to max(x, 0) or max(-x, 0) never cancels.
+    """
     yes = t if pos_weight is None else t * pos_weight
     no = 1.0 - t
     both = tail if pos_weight is None else tail * (yes + no)
@@ -335,53 +407,54 @@ def label_loss(x, t, pos_weight, tail):
 
 
 @triton.jit
-def label_slope(t, pos_weight, below, above):
-    """d (label_loss) / dx from sigmoid(x) and sigmoid(-x); for t of 0 or 1 one of them, to its last digit."""
+def label_grad(t, pos_weight, p, not_p):
+    """d(label_loss)/dx from p = sigmoid(x) and not_p = sigmoid(-x); exact for t of 0 or 1."""
     yes = t if pos_weight is None else t * pos_weight
-    return (1.0 - t) * below - yes * above
+    return (1.0 - t) * p - yes * not_p
 
 
 @triton.jit
-def label_target_slope(x, pos_weight, tail):
-    """d (label_loss) / dt."""
+def label_target_grad(x, pos_weight, tail):
+    """d(label_loss)/dt."""
     if pos_weight is None:
         return -x
     else:
         return pos_weight * (tl.maximum(-x, 0.0) + tail) - (tl.maximum(x, 0.0) + tail)
 
 
-# torch's: how low a logarithm of a probability may be, and what the slope is divided by, at least
-LOWEST_LOG = tl.constexpr(-100.0)
-LEAST_SPREAD = tl.constexpr(1e-12)
+# as in torch.nn.functional.binary_cross_entropy: the lower bound of the logarithms, and of the
+# divisor x * (1 - x) of the gradient
+MIN_LOG = tl.constexpr(-100.0)
+MIN_VARIANCE = tl.constexpr(1e-12)
 
 
 @triton.jit
 def clamped_logs(x):
-    """(log(x), log(1 - x)), not below -100; each accurate relative to itself, where it is near 0 too."""
-    return tl.maximum(tl.log(x), LOWEST_LOG), tl.maximum(log1p_from_minus_one(-x), LOWEST_LOG)
+    """(log(x), log(1 - x)), not below -100; each with full relative accuracy near 0 too."""
+    return tl.maximum(tl.log(x), MIN_LOG), tl.maximum(log1p_from_minus_one(-x), MIN_LOG)
 
 
 @triton.jit
-def if_probability(x, number):
-    """NaN for what is no probability, so that nobody has to look."""
-    return tl.where((x >= 0.0) & (x <= 1.0), number, float("nan"))
+def nan_unless_probability(x, value):
+    """``value`` where 0 <= x <= 1, else NaN: torch raises there, a kernel cannot."""
+    return tl.where((x >= 0.0) & (x <= 1.0), value, float("nan"))
 
 
 @triton.jit
 def probability_loss(x, t):
-    """-t * log(x) - (1 - t) * log(1 - x), the logarithms clamped."""
+    """-t * log(x) - (1 - t) * log(1 - x), with clamped logarithms."""
     log_yes, log_no = clamped_logs(x)
-    return if_probability(x, -(t * log_yes + (1.0 - t) * log_no))
+    return nan_unless_probability(x, -(t * log_yes + (1.0 - t) * log_no))
 
 
 @triton.jit
-def probability_slope(x, t):
-    """d (probability_loss) / dx, as torch bounds it."""
-    return if_probability(x, (x - t) / tl.maximum(x * (1.0 - x), LEAST_SPREAD))
+def probability_grad(x, t):
+    """d(probability_loss)/dx, bounded as in torch."""
+    return nan_unless_probability(x, (x - t) / tl.maximum(x * (1.0 - x), MIN_VARIANCE))
 
 
 @triton.jit
-def probability_target_slope(x):
-    """d (probability_loss) / dt."""
+def probability_target_grad(x):
+    """d(probability_loss)/dt."""
     log_yes, log_no = clamped_logs(x)
-    return if_probability(x, log_no - log_yes)
+    return nan_unless_probability(x, log_no - log_yes)

@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lossfuse.kernels import fused_rows, linear_rows, log_softmax_rows, sigmoid_rows, softmax_rows
-from lossfuse.kernels.launch import FUSED_TABLES, fused_plan, row_blocks
+from lossfuse.kernels import fused_rows, linear_rows, log_softmax_rows, multiply, sigmoid_rows, soft_target_rows, softmax_rows
+from lossfuse.kernels.launch import FUSED_TABLES, UNFUSED, fused_plan, row_blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,7 +44,7 @@ SHARD_ABSENT = ("loss_ptr", "lse_ptr", "lse_square_scale")
 # a tile of the product is all of a program's registers, so each of its options counts
 TILE_OPTION_SETS = {"plain": (), "bias": ("bias_ptr",), "softcap": ("softcap",), "every option": ("bias_ptr", "scale", "softcap")}
 # and of its statistics: entropy and largest class, where they leave the fewest registers and where all is computed
-TILE_STATISTICS = ("shortfalls_ptr", "firsts_ptr")
+TILE_STATISTICS = ("spreads_ptr", "firsts_ptr")
 TILE_OPTION_SETS |= {f"{name}, statistics": (*TILE_OPTION_SETS[name], *TILE_STATISTICS) for name in ("bias", "every option")}
 ROW_STATISTICS = (*TILE_STATISTICS, "lse_ptr", "target_logprob_ptr", "entropy_ptr", "argmax_ptr")
 MERGE_OPTION_SETS = OPTION_SETS | {"every option, statistics": (*OPTION_SETS["every option"], *ROW_STATISTICS)}
@@ -78,7 +78,7 @@ class Launch:
     constants: dict[str, object]
     # whether rows start on 16 elements
     wide: bool = True
-    options: dict[str, object] = field(default_factory=lambda: dict(softmax_rows.UNFUSED))
+    options: dict[str, object] = field(default_factory=lambda: dict(UNFUSED))
 
     @property
     def name(self) -> str:
@@ -91,22 +91,22 @@ def sweeps(dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
     narrower = "to" in dtype
     for options, given in (OPTION_SETS | {"statistics": (*OPTION_SETS["every option"], *STATISTICS)}).items():
         if not narrower:
-            for kernel in (softmax_rows.row_loss_kernel, softmax_rows.soft_row_loss_kernel):
+            for kernel in (softmax_rows.row_loss_kernel, soft_target_rows.soft_row_loss_kernel):
                 yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v})
-        for kernel in (softmax_rows.row_grads_kernel, softmax_rows.soft_row_grads_kernel):
+        for kernel in (softmax_rows.row_grads_kernel, soft_target_rows.soft_row_grads_kernel):
             yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower})
     for options, given in SHARD_SETS.items():
         if not narrower:
-            for kernel in (softmax_rows.row_loss_kernel, softmax_rows.soft_row_loss_kernel):
+            for kernel in (softmax_rows.row_loss_kernel, soft_target_rows.soft_row_loss_kernel):
                 constants = {"BLOCK_V": blocks.block_v, **dict.fromkeys(SHARD_ABSENT)}
                 yield options, (*given, *SHARD, "shard_ptr"), Launch(kernel, blocks.num_warps, constants)
-        for kernel in (softmax_rows.row_grads_kernel, softmax_rows.soft_row_grads_kernel):
+        for kernel in (softmax_rows.row_grads_kernel, soft_target_rows.soft_row_grads_kernel):
             yield options, (*given, *SHARD), Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower})
 
 
 def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
-    multiply = fused_rows.MULTIPLY_BLOCK
-    yield Launch(fused_rows.scale_rows_kernel, multiply.num_warps, {"BLOCK": multiply.block_v}, options={})
+    block = multiply.MULTIPLY_BLOCK
+    yield Launch(multiply.multiply_kernel, block.num_warps, {"BLOCK": block.block_v}, options={})
     family = "amd" if target.startswith("gfx") else "nvidia"
     group = 16 // itemsize
     seen = set()
@@ -120,7 +120,7 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
             yield Launch(fused_rows.whole_row_kernel, plan.num_warps, {"BLOCK_V": plan.block_v}, wide)
         else:
             constants = {"SLICE": plan.block_v, "K_BLOCK": fused_rows.words_block(plan.slices), "GROUP": group, "PHASE": 0}
-            options = {"launch_cooperative_grid": True, **softmax_rows.UNFUSED}
+            options = {"launch_cooperative_grid": True, **UNFUSED}
             # nothing is known of the alignment of rows
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)
 
@@ -131,7 +131,7 @@ def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, .
         return
     tile = linear_rows.TILE
     blocks = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "GROUP": tile.group}
-    stages = {"num_stages": tile.num_stages, **softmax_rows.UNFUSED}
+    stages = {"num_stages": tile.num_stages, **UNFUSED}
     product = Launch(linear_rows.tile_stats_kernel, tile.num_warps, blocks, options=stages)
     blocks = {"BLOCK_N": linear_rows.MERGE_ROWS, "BLOCK_T": linear_rows.MERGE_TILES}
     merge = Launch(linear_rows.merge_tiles_kernel, linear_rows.MERGE_WARPS, blocks)
@@ -156,7 +156,7 @@ NOT_OF = {"probabilities, loss": {"dloss_ptr", "dlogits_ptr"}, "probabilities, g
 
 def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
     """Sums and gradients at once, the gradient's factor one number a row."""
-    blocks = sigmoid_rows.blocks_of(V)
+    blocks = row_blocks(V)
     for options, given in SIGMOID_OPTION_SETS.items():
         absent = {"target_ptr", "ids_ptr", "dtarget_ptr", "loss_ptr", "stride_dloss_v", *SIGMOID_WEIGHTS} - set(given)
         constants = dict.fromkeys(absent | NOT_OF.get(options, set()))
@@ -173,9 +173,9 @@ def log_softmax_launches(target: str, itemsize: int) -> Iterator[tuple[str, tupl
         for config, whole in sorted(configs, key=str):
             constants: dict[str, object] = {"BLOCK_V": config.block_v, "WHOLE_ROW": whole}
             yield "plain", (), Launch(kernel, config.num_warps, constants, options={})
-    picked, blocks = log_softmax_rows.ROWS_OF_PICK, row_blocks(V)
+    rows, blocks = log_softmax_rows.NLL_ROWS, row_blocks(V)
     weighted = "class weights", ("class_weight_ptr",)
-    yield *weighted, Launch(log_softmax_rows.nll_kernel, picked.num_warps, {"BLOCK_N": picked.block_v}, options={})
+    yield *weighted, Launch(log_softmax_rows.nll_kernel, rows.num_warps, {"BLOCK_N": rows.block_v}, options={})
     yield *weighted, Launch(log_softmax_rows.nll_grad_kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v}, options={})
 
 

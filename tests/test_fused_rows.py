@@ -15,7 +15,7 @@ from rows import class_weight, logits_and_ids, probabilities
 
 pytest.importorskip("triton")
 from lossfuse.backends import triton as backend
-from lossfuse.kernels import fused_rows, launch, softmax_rows
+from lossfuse.kernels import fused_rows, launch, multiply
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -372,7 +372,7 @@ def test_in_place_is_the_same_from_statistics(device, v):
     x = x.detach()
     dloss = torch.linspace(1.0, 2.0, 4, device=device)
     for t in (target, probabilities(4, v, device=device).detach()):
-        _, stats = softmax_rows.row_loss(x, t, None, **backend._options(LossSpec()))
+        _, stats = backend.row_loss(x, t, None, LossSpec())
         apart, place = torch.empty_like(x), x.clone()
         for source, dlogits in ((x, apart), (place, place)):
             backend.row_grads(source, t, None, stats, Upstream(dloss), LossSpec(), dlogits, None)
@@ -431,7 +431,7 @@ def test_multiply_in_place(device, n, dtype):
     for factor in (1.0, -0.375, NAN):
         for number in (torch.tensor(factor, device=device), torch.tensor(factor, dtype=dtype, device=device)):
             got = t.clone()
-            fused_rows.multiply_in_place(got, number)
+            multiply.multiply_in_place(got, number)
             if factor == 1.0:
                 assert torch.equal(got, t)
             else:
@@ -441,7 +441,7 @@ def test_multiply_in_place(device, n, dtype):
 
 def test_multiply_in_place_with_gaps(device):
     memory = torch.ones(4, 30, device=device)
-    fused_rows.multiply_in_place(memory[:, :20], torch.tensor(0.5, device=device))
+    multiply.multiply_in_place(memory[:, :20], torch.tensor(0.5, device=device))
     assert memory[:, :20].eq(0.5).all() and memory[:, 20:].eq(1.0).all()
 
 

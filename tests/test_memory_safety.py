@@ -14,7 +14,7 @@ from rows import class_weight, probabilities
 
 pytest.importorskip("triton")
 from lossfuse.backends import triton as backend
-from lossfuse.kernels import fused_rows, launch, linear_rows, log_softmax_rows, sigmoid_rows, softmax_rows
+from lossfuse.kernels import fused_rows, launch, linear_rows, log_softmax_rows, sigmoid_rows, soft_target_rows, softmax_rows
 
 pytestmark = [pytest.mark.gpu] if GPU else []
 DEVICE = "cuda" if GPU else "cpu"
@@ -29,7 +29,7 @@ ALL = Wants(entropy=True, argmax=True)
 def small_blocks(monkeypatch):
     """So that a short row has several, and a ragged one."""
     blocks = launch.LaunchConfig(BLOCK, 1)
-    for module in (softmax_rows, sigmoid_rows, log_softmax_rows):
+    for module in (softmax_rows, soft_target_rows, sigmoid_rows, log_softmax_rows):
         monkeypatch.setattr(module, "row_blocks", lambda v: blocks)
     if not GPU:
         monkeypatch.setattr(linear_rows, "TILE", linear_rows.TileConfig(16, BLOCK, 16, 2, 1, 1))

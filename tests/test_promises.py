@@ -60,9 +60,10 @@ def narrow_blocks(monkeypatch):
     """Kernels whose rows are of several blocks at a size that the interpreter can do."""
     if not TRITON_INSTALLED:
         return
-    from lossfuse.kernels import softmax_rows
+    from lossfuse.kernels import soft_target_rows, softmax_rows
 
-    monkeypatch.setattr(softmax_rows, "row_blocks", lambda v: launch.LaunchConfig(WIDTH, 1))
+    for module in (softmax_rows, soft_target_rows):
+        monkeypatch.setattr(module, "row_blocks", lambda v: launch.LaunchConfig(WIDTH, 1))
 
 
 def extreme(*values):

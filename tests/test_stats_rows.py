@@ -15,7 +15,7 @@ from rows import logits_and_ids, probabilities
 
 pytest.importorskip("triton")
 
-from lossfuse.kernels import softmax_rows
+from lossfuse.kernels import soft_target_rows, softmax_rows
 
 GPU = torch.cuda.is_available()
 INF, NAN = float("inf"), float("nan")
@@ -27,10 +27,14 @@ COMBINATIONS = [(), *((name,) for name in ROW_OPTIONS), EVERYTHING]
 SIZES = [1, 2, 127, 2048, 5000]
 
 
-def numbers(options, ignore_index=-100):
-    """What the launchers take."""
+def launchers(target, ignore_index=-100):
+    """The module whose launchers take this target, and what only those take."""
+    return (soft_target_rows, {}) if target.is_floating_point() else (softmax_rows, {"ignore_index": ignore_index})
+
+
+def numbers(options):
+    """Options as the launchers take them."""
     return {
-        "ignore_index": ignore_index,
         "scale": options.get("logit_scale"),
         "softcap": options.get("softcap"),
         "smoothing": options.get("label_smoothing"),
@@ -79,7 +83,8 @@ def first_largest(x, target, options, ignore_index=-100):
 
 def ours(x, target, w=None, options=None, ignore_index=-100, **asked):
     keywords = {"entropy": True, "argmax": True} | asked
-    found = softmax_rows.row_stats(x, target, w, **keywords, **numbers(options or {}, ignore_index))
+    rows, only = launchers(target, ignore_index)
+    found = rows.row_stats(x, target, w, **keywords, **only, **numbers(options or {}))
     return dict(zip((*NAMES, "argmax", "stats"), found, strict=True))
 
 
@@ -87,9 +92,10 @@ def grads(x, target, w, stats, upstream, options, ignore_index=-100, dlogits=Non
     dlogits = torch.empty_like(x) if dlogits is None else dlogits
     dtarget = torch.empty_like(target) if need_dtarget else None
     of_stats = {f"d{name}": upstream[name] for name in NAMES[1:] if name in upstream}
-    softmax_rows.row_grads(
-        x, target, w, stats, upstream.get("loss"), dlogits=dlogits, dtarget=dtarget, **numbers(options, ignore_index), **of_stats
-    )
+    rows, only = launchers(target, ignore_index)
+    if target.is_floating_point():
+        only["dtarget"] = dtarget
+    rows.row_grads(x, target, w, stats, upstream.get("loss"), dlogits=dlogits, **only, **numbers(options), **of_stats)
     return dlogits, dtarget
 
 
@@ -165,7 +171,8 @@ def test_upstreams_alone_and_together(device, names, given, soft):
 def test_what_is_not_asked_for_is_none_and_changes_nothing(device, soft):
     x, target = case(soft, 2, 300, device)
     both = ours(x, target)
-    loss, stats = softmax_rows.row_loss(x, target, None, **numbers({}))
+    rows, only = launchers(target)
+    loss, stats = rows.row_loss(x, target, None, **only, **numbers({}))
     assert torch.equal(loss, both["loss"]) and torch.equal(stats, both["stats"][: len(stats)])
     for entropy in (False, True):
         for argmax in (False, True):

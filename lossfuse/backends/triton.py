@@ -5,13 +5,12 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..kernels import fused_rows, linear_rows, log_softmax_rows, sigmoid_rows, softmax_rows
+from ..kernels import fused_rows, linear_rows, log_softmax_rows, multiply, sigmoid_rows, soft_target_rows, softmax_rows
 from ..row_types import RowStats, ShardRows, Upstream, Wants
 from ..spec import LossSpec
 
 
 class _RowOptions(TypedDict):
-    ignore_index: int
     scale: float | None
     softcap: float | None
     smoothing: float | None
@@ -24,7 +23,6 @@ class _Options(_RowOptions):
 def _row_options(spec: LossSpec) -> _RowOptions:
     """What is not asked for is None, so that no code is made for it."""
     return {
-        "ignore_index": spec.ignore_index,
         "scale": spec.logit_scale,
         "softcap": spec.softcap,
         "smoothing": spec.label_smoothing or None,
@@ -50,7 +48,11 @@ def _operands(logits: Tensor, target: Tensor, class_weight: Tensor | None) -> tu
 
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    return softmax_rows.row_loss(*_operands(logits, target, class_weight), **_options(spec))
+    """(N,) losses, and the statistics ``row_grads`` takes."""
+    operands = _operands(logits, target, class_weight)
+    if target.is_floating_point():
+        return soft_target_rows.row_loss(*operands, **_options(spec))
+    return softmax_rows.row_loss(*operands, ignore_index=spec.ignore_index, **_options(spec))
 
 
 def _room(x: Tensor, logits: Tensor, dlogits: Tensor | None) -> Tensor | None:
@@ -74,10 +76,16 @@ def row_grads(
     x, t, weight = _operands(logits, target, class_weight)
     room = _room(x, logits, dlogits)
     dlse, dlogprob, dentropy = (None if t is None else t.contiguous() for t in upstream[1:])
-    softmax_rows.row_grads(
-        x, t, weight, kept, upstream.loss, dlogits=room, dtarget=dtarget, dlse=dlse, dlogprob=dlogprob, dentropy=dentropy,
-        first_class=spec.first_class, num_classes=spec.num_classes, **_options(spec),
-    )  # fmt: skip
+    if target.is_floating_point():
+        soft_target_rows.row_grads(
+            x, t, weight, kept, upstream.loss, dlogits=room, dtarget=dtarget, dlse=dlse, dlogprob=dlogprob, dentropy=dentropy,
+            num_classes=spec.num_classes, **_options(spec),
+        )  # fmt: skip
+    elif room is not None:
+        softmax_rows.row_grads(
+            x, t, weight, kept, upstream.loss, dlogits=room, dlse=dlse, dlogprob=dlogprob, dentropy=dentropy,
+            first_class=spec.first_class, num_classes=spec.num_classes, ignore_index=spec.ignore_index, **_options(spec),
+        )  # fmt: skip
     if dlogits is not None and room is not None and room is not dlogits:
         dlogits.copy_(room)
 
@@ -99,7 +107,7 @@ def row_loss_and_grads(
     x, t, weight = _operands(logits, target, class_weight)
     room = _room(x, logits, dlogits)
     assert room is not None
-    loss = fused_rows.row_loss_and_grads(x, t, weight, dloss, dlogits=room, **_options(spec))
+    loss = fused_rows.row_loss_and_grads(x, t, weight, dloss, dlogits=room, ignore_index=spec.ignore_index, **_options(spec))
     if room is not dlogits:
         dlogits.copy_(room)
     return loss
@@ -116,7 +124,11 @@ def row_stats(
     dtarget: Tensor | None,
 ) -> RowStats:
     """Statistics of N rows, and then the gradients that are given filled; ``dlogits`` may be ``logits``."""
-    made = RowStats(*softmax_rows.row_stats(*_operands(logits, target, class_weight), **wants._asdict(), **_options(spec)))
+    operands, options = _operands(logits, target, class_weight), {**wants._asdict(), **_options(spec)}
+    if target.is_floating_point():
+        made = RowStats(*soft_target_rows.row_stats(*operands, **options))
+    else:
+        made = RowStats(*softmax_rows.row_stats(*operands, ignore_index=spec.ignore_index, **options))
     if upstream is None or (dlogits is None and dtarget is None):
         return made
     if upstream.only_loss and upstream.loss is not None:
@@ -130,11 +142,14 @@ def row_stats(
 def shard_rows(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants, given: bool) -> ShardRows:
     """What a shard's rows are merged by; ``given`` asks for the sums of the probabilities as given."""
     assert spec.first_class is not None and spec.num_classes is not None
-    stats, shard, argmax = softmax_rows.shard_rows(
-        *_operands(logits, target, class_weight), first_class=spec.first_class, num_classes=spec.num_classes, given=given,
-        **wants._asdict(), **_row_options(spec),
-    )  # fmt: skip
+    operands, options = _operands(logits, target, class_weight), {**wants._asdict(), **_row_options(spec)}
     soft = target.is_floating_point()
+    if soft:
+        stats, shard, argmax = soft_target_rows.shard_rows(*operands, num_classes=spec.num_classes, given=given, **options)
+    else:
+        stats, shard, argmax = softmax_rows.shard_rows(
+            *operands, first_class=spec.first_class, num_classes=spec.num_classes, ignore_index=spec.ignore_index, **options
+        )
     return ShardRows(
         row_max=stats[0],
         log_sum=stats[1],
@@ -197,7 +212,7 @@ def head_row_stats(
 
 def multiply_in_place(t: Tensor, factor: Tensor) -> None:
     """``t *= factor``, a number on the device."""
-    fused_rows.multiply_in_place(t, factor)
+    multiply.multiply_in_place(t, factor)
 
 
 def sigmoid_loss_and_grads(
