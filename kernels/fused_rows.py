@@ -179,48 +179,57 @@ def whole_row_kernel(
     )
 
 
-# Rows split over programs
+# The protocol of the programs that share a row
 #
-# A row has K slices of SLICE classes, and rows_in_flight rows are computed at a time by
-# K * rows_in_flight programs. Program i holds slice i % K of row i // K and then of every
-# rows_in_flight-th row after it. For each row a program
+# A row has K slices of SLICE classes. A grid of K * rows_in_flight programs computes rows_in_flight
+# rows at a time: program i takes slice i % K of row i // K, then of every rows_in_flight-th row
+# after it. For each row a program
 #
-#   1. has the logits of its slice in registers, computes (top, excess) of them and publishes the
+#   1. computes (top, excess) of its slice, whose logits it holds in registers, and publishes the
 #      two as one 64-bit word, words[row, k]; with smoothing also (shortfall, mass);
-#   2. starts to load its slice of its next row, and the target of the row after that;
-#   3. waits until all K words of the row are there, and merges them in the order of the slices, so
-#      that all programs of the row compute the same bits;
-#   4. stores the gradient of its slice. The program of the target's slice stores the loss, or
-#      program 0 of the row if the row is not valid.
+#   2. starts the loads of its slice of the next row, and of the target of the row after that;
+#   3. waits until all K words of the row are published, and merges them, every program in the same
+#      order, so that all compute the same bits;
+#   4. stores the gradient of its slice. The program of the target's slice also stores the loss;
+#      program 0 of the row does if the row is not valid.
 #
-# A word is complete when it is not 0: the launcher passes zeros, and ``pack_word`` never gives 0.
-# Words are written once and belong to one row, so nothing is reset or reused. All that a word
-# announces is in the word itself, written by one atomic and read by one load, so that relaxed order
-# is enough. Between programs only the words are shared; logits and gradient in two cases:
+# Publishing. A word is published when it is not 0: the launcher passes zeros, and ``pack_word``
+# never returns 0. A word is written once, by one atomic, and read by one load. It contains all that
+# it announces, so relaxed order is enough.
 #
-# - Rows that do not start at 16 bytes share a group of 16 bytes with their neighbors. Loads and
-#   stores take whole groups, which lie in one slice, for the groups that are wholly the row's; the
-#   elements of its first and last group go one by one (``edge_elements``).
-# - The gradient may lie over the logits. With equal dtypes a slice lies over itself: a program
-#   stores what only it has loaded, after a barrier between its warps. A narrower gradient lies over
-#   slices of lower classes, which other programs load: class c over the logit of class c // 2.
-#   A program stores only after it has seen all words of the row, and a word cannot be computed
-#   before every load of its slice has returned: ``top`` depends on all logits of the slice and on
-#   the target's logit. THIS DATA DEPENDENCY IS THE ONLY ORDER BETWEEN THE LOADS OF ONE PROGRAM AND
-#   THE STORES OF ANOTHER. A change that publishes a word before a load has been used, or loads
-#   logits again after it, breaks it silently: some rows are wrong, on some runs. That is why a
-#   softcap, which loads logits again, does not run here with a narrower gradient.
+# Waiting. A program publishes the word of a row before it waits for that row, and the programs of a
+# row take the same rows in the same order: they cannot wait for one another in a circle. But they
+# spin without leaving their SM. All programs of a row must be resident, or those that are wait
+# forever for the one that never starts. So the grid is cooperative: the launch starts all programs
+# or fails, and the launcher asks for no more than the device holds.
 #
-# The grid is cooperative, because step 3 spins: if one program of a row were not resident, the
-# others would hold the SMs and wait for it forever. A cooperative launch starts all programs or
-# fails, and the launcher asks for no more than the device holds. Every program publishes the word
-# of a row before it waits for that row, and the programs of a row take the same rows in the same
-# order, so they never wait in a circle.
+# Memory that two programs touch, apart from the words:
 #
-# PHASE is 0 for all of this. Triton's interpreter runs programs one after the other, so a program
-# that waits would never return; there two launches do the work: PHASE 1 does step 1 for all rows,
-# PHASE 2 the rest, without waiting. A narrower gradient then relies on the order of the programs: a
-# slice is only overwritten by programs that run after its own.
+# - Rows that do not start on 16 bytes share groups of 16 bytes. Groups that belong to one row are
+#   loaded and stored whole, and a group lies in one slice. The elements of a shared group, at the
+#   start and the end of a row, are loaded and stored one by one (``edge_elements``).
+# - A gradient of the same dtype over the logits: the gradient of a slice lies over its own logits,
+#   which no other program loads. A barrier keeps its warps from storing before all have loaded.
+# - A narrower gradient over the logits, bf16 over fp32: the gradient of class c lies over the logit
+#   of class c // 2, in a slice that another program loads. A program stores after it has seen all
+#   words of the row, and a word cannot be computed before the loads of its slice have returned:
+#   ``top`` depends on every logit of the slice, the separately loaded logit of the target included.
+#   This data dependency is the only order between the loads of one program and the stores of
+#   another.
+#
+# What breaks, and how it shows:
+#
+# - A word that no longer depends on every load of its slice, or a load of logits after the word:
+#   with a narrower gradient some rows are wrong on some runs, without an error. A softcap loads
+#   logits again, so with a narrower gradient the launcher takes the two sweeps.
+# - Words that do not start as zeros: other programs read stale statistics, without an error.
+# - A program of a row that is not resident, or a K_BLOCK narrower than a warp (``words_block``):
+#   the kernel never ends.
+#
+# PHASE is 0 for all of this. Triton's interpreter runs one program after the other, so that a
+# program that waits would never return. There, a launch with PHASE 1 does step 1 for all rows and a
+# launch with PHASE 2 the rest, without waiting. Then a narrower gradient relies on the order of the
+# programs: a slice is overwritten only by its own program and by those that run after it.
 
 
 @triton.jit

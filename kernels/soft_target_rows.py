@@ -163,7 +163,7 @@ def soft_row_grads_kernel(
     smoothing,  # or None
     lse_square_scale,  # or None
     BLOCK_V: tl.constexpr,
-    WHOLE_ROW: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,  # for a narrower gradient over the logits (``narrower_over``)
 ):
     """One block of a row per program, or a whole row: gradients of loss and statistics."""
     row = tl.program_id(0).to(tl.int64)

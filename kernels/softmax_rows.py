@@ -92,7 +92,7 @@ def row_loss_kernel(
     shortfall = tl.zeros([BLOCK_V], tl.float32)
     spread = tl.zeros([BLOCK_V], tl.float32)
     first = tl.full([BLOCK_V], NO_CLASS, tl.int32)
-    # with three stages ptxas spills on sm_80; with two and entropy it needs 136 registers
+    # three stages spill on sm_80; two with entropy need 136 registers
     stages: tl.constexpr = 2 if entropy_ptr is None else 1
     # no step if the row is not valid: its logits are not read
     for v in tl.range(0, tl.where(valid, V, 0), BLOCK_V, num_stages=stages):
@@ -171,7 +171,7 @@ def row_grads_kernel(
     smoothing,  # or None
     lse_square_scale,  # or None
     BLOCK_V: tl.constexpr,
-    WHOLE_ROW: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,  # for a narrower gradient over the logits (``narrower_over``)
 ):
     """One block of a row per program, or a whole row: gradient of loss and statistics.
 

@@ -28,7 +28,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 COMMAND = "compute-sanitizer"
 # the last word of the program
 DONE = "done"
-KERNELS = ("fused_rows", "linear_rows", "log_softmax_rows", "multiply", "sigmoid_rows", "soft_target_rows", "softmax_rows")
+KERNELS = ("fused_rows", "linear_rows", "log_softmax_rows", "scale_rows", "sigmoid_rows", "soft_target_rows", "softmax_rows")
 
 
 @dataclass(frozen=True)

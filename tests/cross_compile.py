@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lossfuse.kernels import fused_rows, linear_rows, log_softmax_rows, multiply, sigmoid_rows, soft_target_rows, softmax_rows
+from lossfuse.kernels import fused_rows, linear_rows, log_softmax_rows, scale_rows, sigmoid_rows, soft_target_rows, softmax_rows
 from lossfuse.kernels.launch import FUSED_TABLES, UNFUSED, fused_plan, row_blocks
 
 TARGETS = {
@@ -105,8 +105,8 @@ def sweeps(dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
 
 
 def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
-    block = multiply.MULTIPLY_BLOCK
-    yield Launch(multiply.multiply_kernel, block.num_warps, {"BLOCK": block.block_v}, options={})
+    block = scale_rows.SCALE_BLOCK
+    yield Launch(scale_rows.scale_rows_kernel, block.num_warps, {"BLOCK": block.block_v}, options={})
     family = "amd" if target.startswith("gfx") else "nvidia"
     group = 16 // itemsize
     seen = set()

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = {"row_loss_kernel", "row_grads_kernel", "soft_row_loss_kernel", "soft_row_grads_kernel"}
-FUSED = {"whole_row_kernel", "split_row_kernel", "multiply_kernel"}
+FUSED = {"whole_row_kernel", "split_row_kernel", "scale_rows_kernel"}
 SIGMOID = {"sigmoid_rows_kernel"}
 LOG_SOFTMAX = {"log_softmax_kernel", "log_softmax_grad_kernel", "nll_kernel", "nll_grad_kernel"}
 # only where tiles are copied by descriptor, and of half precision
@@ -60,7 +60,7 @@ def test_kernels_compile_without_spills(target, dtype):
             assert row["shared"] <= linear_rows.TILE.shared_memory(2), row
         if target.startswith("sm") and row["kernel"] not in LINEAR | {"nll_kernel"}:
             # 16 bytes a thread, but for the one logit of the target, read and written, and the edges of a split row
-            most_narrow = {"whole_row_kernel": 2, "split_row_kernel": 6, "multiply_kernel": 0}.get(
+            most_narrow = {"whole_row_kernel": 2, "split_row_kernel": 6, "scale_rows_kernel": 0}.get(
                 row["kernel"], 0 if row["kernel"] in SIGMOID | LOG_SOFTMAX else 1
             )
             assert row["wide"] > 0 and row["narrow"] <= most_narrow, row

@@ -15,7 +15,7 @@ from rows import class_weight, logits_and_ids, probabilities
 
 pytest.importorskip("triton")
 from lossfuse.backends import triton as backend
-from lossfuse.kernels import fused_rows, launch, multiply
+from lossfuse.kernels import fused_rows, launch, scale_rows
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -431,7 +431,7 @@ def test_multiply_in_place(device, n, dtype):
     for factor in (1.0, -0.375, NAN):
         for number in (torch.tensor(factor, device=device), torch.tensor(factor, dtype=dtype, device=device)):
             got = t.clone()
-            multiply.multiply_in_place(got, number)
+            scale_rows.multiply_in_place(got, number)
             if factor == 1.0:
                 assert torch.equal(got, t)
             else:
@@ -441,7 +441,7 @@ def test_multiply_in_place(device, n, dtype):
 
 def test_multiply_in_place_with_gaps(device):
     memory = torch.ones(4, 30, device=device)
-    multiply.multiply_in_place(memory[:, :20], torch.tensor(0.5, device=device))
+    scale_rows.multiply_in_place(memory[:, :20], torch.tensor(0.5, device=device))
     assert memory[:, :20].eq(0.5).all() and memory[:, 20:].eq(1.0).all()
 
 

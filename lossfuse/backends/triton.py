@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..kernels import fused_rows, linear_rows, log_softmax_rows, multiply, sigmoid_rows, soft_target_rows, softmax_rows
+from ..kernels import fused_rows, linear_rows, log_softmax_rows, scale_rows, sigmoid_rows, soft_target_rows, softmax_rows
 from ..row_types import RowStats, ShardRows, Upstream, Wants
 from ..spec import LossSpec
 
@@ -212,7 +212,7 @@ def head_row_stats(
 
 def multiply_in_place(t: Tensor, factor: Tensor) -> None:
     """``t *= factor``, a number on the device."""
-    multiply.multiply_in_place(t, factor)
+    scale_rows.multiply_in_place(t, factor)
 
 
 def sigmoid_loss_and_grads(

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from .launch import LaunchConfig, multiprocessors, on_device_of
 
-MULTIPLY_BLOCK = LaunchConfig(4096, 8)
+SCALE_BLOCK = LaunchConfig(4096, 8)
 
 
 @triton.jit
-def multiply_kernel(
+def scale_rows_kernel(
     t_ptr,  # (n,) any float dtype, in and out
     factor_ptr,  # () any float dtype
     n,
@@ -35,8 +35,8 @@ def multiply_in_place(t: Tensor, factor: Tensor) -> None:
         # rows with gaps: torch rounds in the same way, but also multiplies by a factor of 1
         t.mul_(factor.reshape(()))
         return
-    programs = min(-(-n // MULTIPLY_BLOCK.block_v), 8 * multiprocessors(t.device))
+    programs = min(-(-n // SCALE_BLOCK.block_v), 8 * multiprocessors(t.device))
     with on_device_of(t):
-        multiply_kernel[(programs,)](
-            t, factor, n, BLOCK=MULTIPLY_BLOCK.block_v, num_warps=MULTIPLY_BLOCK.num_warps
+        scale_rows_kernel[(programs,)](
+            t, factor, n, BLOCK=SCALE_BLOCK.block_v, num_warps=SCALE_BLOCK.num_warps
         )  # fmt: skip
