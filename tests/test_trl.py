@@ -1,5 +1,8 @@
 """TRL with its own fused head and with ours in its place: statistics against float64, trainers against themselves."""
 
+import sys
+import types
+import warnings
 from typing import Any
 
 import pytest
@@ -63,6 +66,34 @@ def test_no_rows():
     assert all(t is not None and t.shape == (0,) for t in got)
     got[0].sum().backward()
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["alone", "beside fuse_lm_head"])
+def test_a_model_that_calls_its_own_head_in_training_is_told_of(monkeypatch, fuse):
+    """As SFT of TRL does with ``compute_loss_func`` or label smoothing. TRL itself is not needed."""
+    for name in ("trl", "trl.trainer", "trl.trainer.utils"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    utils = sys.modules["trl.trainer.utils"]
+    monkeypatch.setattr(sys.modules["trl.trainer"], "utils", utils, raising=False)
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", object, raising=False)
+    model = torch.nn.Sequential()
+    model.lm_head = torch.nn.Linear(4, 7)
+    if fuse:
+        lossfuse.fuse_lm_head(model)
+    hidden, targets = torch.randn(3, 4), torch.tensor([1, 2, 3])
+    with warnings.catch_warnings(record=True) as caught, fused_log_probs(model) as report:
+        warnings.simplefilter("always")
+        made: Any = utils._ChunkedLogProbFunction
+        made.apply(hidden, model.lm_head.weight, model.lm_head.bias, targets, 1.0, 32, outputs=("log_probs",))
+        with torch.no_grad():
+            model(hidden)
+        assert not caught and not report.made
+        for _ in range(2):
+            F.cross_entropy(model(hidden), targets, label_smoothing=0.1).backward()
+    told = [w for w in caught if "the model calls its own head, a Linear, in training" in str(w.message)]
+    assert (len(told), report.made["forward"]) == ((0, 0) if fuse else (1, 2))
+    assert all(w.filename == __file__ for w in told) and report.fused == {"log_probs": 1}
+    assert not model.lm_head._forward_hooks
 
 
 # --- with the library

@@ -1,5 +1,6 @@
 """TRL 1.16 or newer: what its trainers read of a head, from ``lossfuse.linear_cross_entropy_stats``."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,11 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ..lm_head.deferred_call import LogitsReport
 from ..lm_head.fuse import find_lm_head
+from ..lm_head.lazy_logits import LazyLogits, frames_to_the_user
 from ..ops.head_chunks import chunk_rows
 from ..spec import LinearOptions
 from ..statistics import LossStats, cross_entropy_stats, linear_cross_entropy_stats
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+OWN_HEAD = (
+    "the model calls its own head, a {head}, in training, which materializes its logits: fused_log_probs replaces the function of TRL's"
+    " fused head, which is not used here (SFT with compute_loss_func or label smoothing). Call lossfuse.fuse_lm_head(model) too"
+)
 LogProbs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -84,7 +90,9 @@ def fused_log_probs(*models: nn.Module, options: LinearOptions | None = None) ->
         options: of the linear form.
 
     Returns:
-        A report whose ``fused`` counts calls: "log_probs", and "log_probs of a head" for those that called one.
+        A report whose ``fused`` counts calls: "log_probs", and "log_probs of a head" for those that called one. ``made["forward"]`` counts
+        calls of a model's own head in training, which materialize its logits; the first one warns. TRL calls it where its fused head is
+        not used, as in SFT with ``compute_loss_func`` or label smoothing; ``lossfuse.fuse_lm_head(model)`` beside this is for those.
 
     Raises:
         ImportError: if TRL has no such function.
@@ -95,11 +103,15 @@ def fused_log_probs(*models: nn.Module, options: LinearOptions | None = None) ->
     if theirs is None:
         raise ImportError("trl.trainer.utils has no _ChunkedLogProbFunction; this adapter is for TRL 1.16 and its like")
     ours = _Function(models, LinearOptions() if options is None else options)
+    heads = {id(head): head for head in map(find_lm_head, models) if head is not None}
+    handles = [head.register_forward_hook(ours.is_called) for head in heads.values()]
     utils._ChunkedLogProbFunction = ours
     try:
         yield ours.report
     finally:
         utils._ChunkedLogProbFunction = theirs
+        for handle in handles:
+            handle.remove()
 
 
 class _Function:
@@ -107,6 +119,8 @@ class _Function:
 
     def __init__(self, models: Sequence[nn.Module], options: LinearOptions) -> None:
         self.models, self.options, self.report = models, options, LogitsReport()
+        # while a head is called here
+        self.calls_head = False
 
     def apply(
         self,
@@ -130,7 +144,12 @@ class _Function:
         rows = chunk_rows(len(hidden), hidden.shape[1], len(weight), hidden.dtype, self.options, cpu=hidden.device.type == "cpu")
 
         def of_chunk(h: Tensor, t: Tensor) -> LogProbs:
-            stats = partial(cross_entropy_stats, head(h), t)
+            self.calls_head = True
+            try:
+                logits = head(h)
+            finally:
+                self.calls_head = False
+            stats = partial(cross_entropy_stats, logits, t)
             return _log_probs(stats, t, temperature, final_logit_softcapping, logit_scale, outputs)
 
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -138,6 +157,15 @@ class _Function:
         columns: Any = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
         log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = columns
         return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
+
+    def is_called(self, head: nn.Module, args: Any, logits: Any) -> None:
+        """After a call of a model's head: one in training that is not deferred materializes logits that this function does not see."""
+        plain = isinstance(logits, Tensor) and not isinstance(logits, LazyLogits)
+        if self.calls_head or not (plain and head.training and torch.is_grad_enabled()):
+            return
+        if not self.report.made["forward"]:
+            warnings.warn(OWN_HEAD.format(head=type(head).__name__), UserWarning, stacklevel=frames_to_the_user())
+        self.report.made["forward"] += 1
 
     def adapted(self, weight: Tensor) -> nn.Module | None:
         """The head that has this weight, if it is more than that."""
