@@ -305,6 +305,44 @@ def test_what_is_recorded_is_made_bit_for_bit(name):
     assert torch.equal(torch.sin(lazy), made) and report.made == {"sin": 1}
 
 
+TWO_CALLS = {
+    "cat": lambda z, y: ce(torch.cat([z, y]), torch.cat([TARGET, TARGET.flip(0)])),
+    "of parts": lambda z, y: ce(torch.cat([y[:, 1:] * 0.5, z * 0.5], 1), torch.cat([TARGET[:, 1:], TARGET], 1)),
+    "stack": lambda z, y: torch.stack([z, y]).log_softmax(-1).gather(-1, torch.stack([VALID, VALID]).unsqueeze(-1)).square().sum(),
+    "of both, and of each": lambda z, y: ce(torch.cat([z, y, z]), torch.cat([TARGET] * 3)) + z.logsumexp(-1).square().sum() + ce(y),
+}
+
+
+@pytest.mark.parametrize("name", TWO_CALLS)
+@pytest.mark.parametrize("head", ["linear", "tied"])
+def test_rows_of_two_calls_of_a_head_are_joined(name, head):
+    found = []
+    for fuse in (False, True):
+        model = Tiny(head)
+        report = lossfuse.fuse_lm_head(model, options=SMALL) if fuse else None
+        loss = TWO_CALLS[name](model(IDS), model(IDS.flip(0)))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=1e-5)
+    assert report.fused and not report.made
+
+
+def test_joined_rows_are_what_they_were_when_a_call_is_written_to():
+    model = Tiny("linear")
+    z, y = model(IDS), model(IDS.flip(0))
+    want = torch.cat([z, y]).detach() * 1.0
+    report = lossfuse.fuse_lm_head(model)
+    z, y = model(IDS), model(IDS.flip(0))
+    both = torch.cat([z, y])
+    with pytest.warns(UserWarning, match="abs_ makes"):
+        y.abs_()
+    assert torch.equal(both.detach(), want) and report.made == {"abs_": 1}
+    with pytest.raises(RuntimeError, match="retain_grad asks for the gradient"):
+        z, y = model(IDS), model(IDS.flip(0))
+        ce(torch.cat([z, y]), torch.cat([TARGET, TARGET]))
+        y.retain_grad()
+
+
 # of a tensor, for which values are not needed
 QUESTIONS = {
     **{name: (lambda z, name=name: getattr(z, name)()) for name in ("_is_view", "is_conj", "is_neg", "is_inference", "is_shared")},

@@ -24,8 +24,8 @@ from .fsdp import Lenders, Lent, held, is_plain_linear, lent
 from .tensor_parallel import Cut
 
 STALE = (
-    "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them"
-    " before that, or lossfuse.unfuse_lm_head(model)"
+    "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them,"
+    " as argmax for an accuracy, before that (before optimizer.step()), or lossfuse.unfuse_lm_head(model)"
 )
 
 
@@ -294,6 +294,77 @@ class Source:
         elif version_of(self.made) != self.made_version:
             raise RuntimeError(STALE.format(what="what was made of others like them"))
         return self.made
+
+
+def is_same_head(a: Source, b: Source) -> bool:
+    """Return True if two calls are of one linear head in the same state, so that joined rows are rows of one call."""
+    if a is b:
+        return True
+    same = a.forward is b.forward and a.weight is b.weight and a.bias is b.bias
+    linear = a.linear and b.linear and a.cut is None and b.cut is None
+    if not (same and linear and (a.autocast, a.grad, a.trained) == (b.autocast, b.grad, b.trained)):
+        return False
+    versions = [[(id(t), version) for _, t, version in s.watched if any(t is p for p in s.parameters)] for s in (a, b)]
+    return versions[0] == versions[1]
+
+
+class JoinedCalls(Source):
+    """Several calls of one linear head, whose rows have been joined.
+
+    What is read of the joined rows is read of every call; the calls are run, where logits are materialized, each by itself.
+    """
+
+    def __init__(self, calls: list[Source]) -> None:
+        self.calls = calls
+        first = calls[0]
+        self.forward, self.hidden, self.parameters, self.trained = first.forward, first.hidden, first.parameters, first.trained
+        self.cut, self.linear, self.weight, self.bias, self.state = None, True, first.weight, first.bias, None
+        self.autocast, self.grad, self.needed, self.lent = first.autocast, first.grad, first.needed, first.lent
+        self.watched = [one for call in calls for one in call.watched]
+        self.lazies = _OfAll(calls)
+        self.taken, self.lses, self.widest = [], [], first.widest
+
+    @property
+    def made(self) -> Tensor | None:  # type: ignore[override]
+        return next((call.made for call in self.calls if call.made is not None), None)
+
+    @property
+    def begins(self) -> "OrderedDict[int, Callable[[Any], Any]]":  # type: ignore[override]
+        return OrderedDict(item for call in self.calls for item in call.begins.items())
+
+    @property
+    def read(self) -> bool:
+        return all(call.read for call in self.calls)
+
+    @read.setter
+    def read(self, value: bool) -> None:
+        for call in self.calls:
+            call.read = value
+
+    def tell(self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()) -> RemovableHandle:
+        modules = tuple(modules)
+        handles = [call.tell(hook, modules) for call in self.calls]
+        return handles[0]
+
+    def is_read(self, result: Any, *, past_logits: bool = True) -> None:
+        for call in self.calls:
+            call.is_read(result, past_logits=past_logits)
+
+    def is_passed(self, outputs: Any) -> bool:
+        return any(call.is_passed(outputs) for call in self.calls)
+
+
+class _OfAll(list["weakref.ref[Any]"]):
+    """The lazy logits of joined calls, which a write to those of any of the calls has to know."""
+
+    def __init__(self, calls: list[Source]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def append(self, ref: "weakref.ref[Any]") -> None:
+        super().append(ref)
+        for call in self.calls:
+            call.lazies.append(ref)
 
 
 @contextmanager

@@ -85,12 +85,13 @@ class LazyLogits(Tensor):
         leaves: tuple[Tensor, ...] | None = None,
         carried: dict[int, Tensor] | None = None,
         copied: bool = False,
+        source: Source | None = None,
     ) -> "LazyLogits":
         """The same but for what is given; a view of the same memory unless ``copied``."""
         if class_dim is None and not self._classes_last:
             class_dim = self._class_dim
         made = lazy_logits(
-            self._source,
+            self._source if source is None else source,
             shaping or self._shaping,
             self._rows if rows is None else rows,
             class_dim,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked_reads import joined_leaves, read_chunks, same_program, step
+from .deferred_call import JoinedCalls, is_same_head
 from .lazy_logits import LazyLogits, T, handles, lazy_logits, of_classes, written
 
 # classes of a slice that are computed alone
@@ -295,7 +296,7 @@ def _alike(tensors: Any) -> bool:
     for t in tensors:
         s = t._shaping
         same = (
-            t._source is first._source
+            is_same_head(t._source, first._source)
             and t._class_dim == first._class_dim
             and t._of_head == head
             and t._carried.keys() == first._carried.keys()
@@ -314,7 +315,9 @@ def _together(tensors: Any, func: Callable[[list[Tensor]], Tensor], at: int, to:
 
     carried = {key: moved([t._carried[key] for t in tensors]) for key in first._carried}
     rows = moved([t._rows for t in tensors])
-    made: LazyLogits = first._but(rows=rows, carried=carried, class_dim=to, leaves=joined_leaves(tensors), copied=True)
+    calls = list({id(t._source): t._source for t in tensors}.values())
+    source = calls[0] if len(calls) == 1 else JoinedCalls(calls)
+    made: LazyLogits = first._but(rows=rows, carried=carried, class_dim=to, leaves=joined_leaves(tensors), copied=True, source=source)
     return made
 
 
@@ -444,6 +447,7 @@ def _view_of_classes(x: LazyLogits, item: Any) -> Any:
     )
     made._memory = x._memory
     alone = x._but()
+    alone._expression.is_call(T.view_as, (x, x), {})
     made._take = lambda: classes_of(alone, item)
     return made
 
