@@ -114,6 +114,10 @@ def cross_entropy(
     A second derivative raises but with ``impl="reference"``, which makes the logits whole on every rank, as does a gradient for
     ``weight``.
 
+    Tracers: for ``impl="auto"``, ``torch.jit.trace``, ``torch.export`` and ``torch.onnx.export`` record the reference, which consists of
+    operators of torch, so that the result loads where this package is not installed. With another ``impl`` they record the operators of
+    this package, and so does ``torch.compile`` always. ``torch.jit.script`` raises RuntimeError.
+
     Rounding: float32 from load to store (float64 for float64). The row maximum and the log-sum are kept apart, so that an offset common
     to a row cancels exactly; the target's ``p - 1`` is formed before rounding and keeps its digits however confident the model is.
 

@@ -1,4 +1,7 @@
-"""nn.Module shells over the functions."""
+"""nn.Module shells over the functions.
+
+``torch.jit.trace``, ``torch.export`` and ``torch.onnx.export`` record operators of torch; ``torch.jit.script`` raises RuntimeError.
+"""
 
 import math
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import family, functional
-from .call.synonyms import hints_at_names
+from .call.synonyms import hints_at_names, refuse_script
 from .spec import LinearOptions, LossSpec, VocabShard, resolve_reduction
 
 
@@ -29,6 +32,8 @@ def _require_class_weight(module: torch.nn.Module, weight: Tensor | None) -> Non
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss`` computed by ``lossfuse.cross_entropy``, with its keywords; isinstance and checkpoints agree."""
+
+    __prepare_scriptable__ = refuse_script
 
     @hints_at_names
     def __init__(
@@ -83,6 +88,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     The parameters are ``linear.weight`` of ``(num_classes * prod(out_features), in_features)`` and, with ``bias``, ``linear.bias``, named
     and drawn as torch's are, so that checkpoints agree. To tie the head to an embedding, set ``loss.linear.weight``.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     @hints_at_names
     def __init__(
@@ -154,6 +161,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
 class LogSoftmax(torch.nn.LogSoftmax):
     """``torch.nn.LogSoftmax`` computed by ``lossfuse.log_softmax``."""
 
+    __prepare_scriptable__ = refuse_script
+
     @hints_at_names
     def __init__(self, dim: int | None = None, *, impl: str = "auto") -> None:
         _require_options(self, dim)
@@ -166,6 +175,8 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
 class NLLLoss(torch.nn.NLLLoss):
     """``torch.nn.NLLLoss`` computed by ``lossfuse.nll_loss``; isinstance and checkpoints agree."""
+
+    __prepare_scriptable__ = refuse_script
 
     @hints_at_names
     def __init__(
@@ -193,6 +204,8 @@ class NLLLoss(torch.nn.NLLLoss):
 class BCELoss(torch.nn.BCELoss):
     """``torch.nn.BCELoss`` computed by ``lossfuse.binary_cross_entropy``; isinstance and checkpoints agree."""
 
+    __prepare_scriptable__ = refuse_script
+
     @hints_at_names
     def __init__(
         self,
@@ -213,6 +226,8 @@ class BCELoss(torch.nn.BCELoss):
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """``torch.nn.BCEWithLogitsLoss`` computed by ``lossfuse.binary_cross_entropy_with_logits``; isinstance and checkpoints agree."""
+
+    __prepare_scriptable__ = refuse_script
 
     @hints_at_names
     def __init__(

@@ -124,34 +124,3 @@ def test_warnings_point_at_the_caller(inplace):
         lossfuse.log_softmax(X)
         lossfuse.LogSoftmax()(X)
     assert len(caught) == 4 + inplace and {w.filename for w in caught} == {__file__}
-
-
-class Loss(torch.nn.Module):
-    def __init__(self, function, impl):
-        super().__init__()
-        self.function, self.impl = function, impl
-
-    def forward(self, *tensors):
-        result = self.function(*tensors, impl=self.impl)
-        return tuple(tensors_of(result)) if isinstance(result, tuple) else result
-
-
-@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python", "ignore:.*torch.jit.trace.* is deprecated")
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("tracer", ["torch.jit.trace", "torch.export"])
-@EACH
-def test_tracers_record_operators_of_torch_alone(function, impl, tracer):
-    """What is recorded is loaded where this package is not installed. ``torch.jit.trace`` checks its own result."""
-    tensors = tuple(t for t in CALLS[function] if isinstance(t, torch.Tensor))
-    of_tensors = function if tensors == CALLS[function] else lambda x, impl: function(x, 1, impl=impl)
-    loss = Loss(of_tensors, impl)
-    want = loss(*tensors)
-    if tracer == "torch.export":
-        exported = torch.export.export(loss, tensors, strict=False)
-        recorded = exported.module()
-        names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    else:
-        recorded = torch.jit.trace(loss, tensors)
-        names = [node.kind() for node in recorded.inlined_graph.nodes()]
-    assert names and not [name for name in names if "lossfuse" in name]
-    torch.testing.assert_close(recorded(*tensors), want)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,9 @@ IMPLS = ("auto", "triton", "torch", "reference")
 # device types Triton compiles for; ROCm calls itself cuda
 TRITON_DEVICES = ("cuda", "xpu")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# torch.jit.trace warns about each comparison of shapes; in this package they decide whether to raise, not what is computed
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lossfuse\.")  # type: ignore[attr-defined]
 
 
 def _interpreter_obstacle() -> str | None:

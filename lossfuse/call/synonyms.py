@@ -1,9 +1,9 @@
-"""Arguments of other libraries: what is said when one of them is passed by its name there."""
+"""Hints at the end of an error: arguments by their names in other libraries, and what to use instead of TorchScript."""
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,7 +38,7 @@ _USES = {
 
 
 def hints_at_names(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, whose TypeError for another library's keyword argument names the argument to use.
+    """Return ``function`` with a TypeError for another library's keyword argument that names the argument to use.
 
     Python refuses the call before ``function`` runs, so it takes a frame around it: 0.1 to 0.2 us a call.
     """
@@ -59,4 +59,13 @@ def hints_at_names(function: Callable[P, R]) -> Callable[P, R]:
                     raise TypeError(said) from None
             raise
 
+    call.__prepare_scriptable__ = functools.partial(refuse_script, call)  # type: ignore[attr-defined]
     return call
+
+
+def refuse_script(of: Any) -> NoReturn:
+    """Raise instead of being compiled: ``torch.jit.script`` calls the method ``__prepare_scriptable__`` of an object first."""
+    name = getattr(of, "__name__", type(of).__name__)
+    raise RuntimeError(
+        f"torch.jit.script cannot compile {name}, which calls lossfuse; use torch.jit.trace or torch.export, or script torch's own loss"
+    )
