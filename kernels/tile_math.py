@@ -132,7 +132,8 @@ def lse_start(BLOCK_V: tl.constexpr):
 
 @triton.jit
 def lse_update(top, ties, rest, z):
-    """Fold a tile into (top, ties, rest). A z of -inf adds nothing; only a NaN makes ``rest`` NaN."""
+    """Fold a tile into (top, ties, rest). A z of -inf adds nothing; only a NaN makes ``rest``
+    NaN."""
     d = z - top
     e = tl.exp(-tl.abs(d))
     higher = d > 0

@@ -54,7 +54,8 @@ class Targets:
 
 @dataclass(frozen=True)
 class Rows(Targets):
-    """N rows of V logits with their targets: views of what the caller gave, wherever strides allow."""
+    """N rows of V logits with their targets: views of what the caller gave, wherever strides
+    allow."""
 
     input: Tensor  # (N, V)
 
@@ -91,7 +92,8 @@ class HeadRows(Targets):
 
 
 def torch_func_active() -> bool:
-    """Whether a torch.func transform is running, so that tensors may stand for batches or tangents."""
+    """Whether a torch.func transform is running, so that tensors may stand for batches or
+    tangents."""
     # the test torch.autograd.Function makes itself; there is no public one
     return bool(torch._C._are_functorch_transforms_active())
 
@@ -103,7 +105,9 @@ def _shape(t: Tensor) -> str:
 def require_tensor(name: str, value: object) -> None:
     """TypeError for anything else, and for tensors without strides."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__} but must be a Tensor{_tensor_of(name, value)}")
+        raise TypeError(
+            f"{name} is a {type(value).__name__} but must be a Tensor{_tensor_of(name, value)}"
+        )
     if value.layout != torch.strided or value.is_nested:
         what = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} is a tensor that is {what} but must be dense")
@@ -118,13 +122,26 @@ def _tensor_of(name: str, value: object) -> str:
     return ""
 
 
-def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, shard: VocabShard | None = None) -> Rows:
-    """(C), (N, C) or (N, C, d1, ..., dK) logits with ids or probabilities -> rows; raises before anything is computed."""
+def flatten(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    shard: VocabShard | None = None,
+) -> Rows:
+    """(C), (N, C) or (N, C, d1, ..., dK) logits with ids or probabilities -> rows; raises before
+    anything is computed."""
     require_tensor("input", input)
     require_tensor("target", target)
     if input.dtype not in LOGIT_DTYPES:
-        exchanged = "; the order is (input, target)" if input.dtype in ID_DTYPES and target.is_floating_point() else ""
-        raise TypeError(f"input has dtype {input.dtype} but logits must be float64, float32, bfloat16 or float16{exchanged}")
+        exchanged = (
+            "; the order is (input, target)"
+            if input.dtype in ID_DTYPES and target.is_floating_point()
+            else ""
+        )
+        raise TypeError(
+            f"input has dtype {input.dtype} but logits must be float64, float32, bfloat16 or float16{exchanged}"
+        )
     if input.dim() == 0:
         raise ValueError("input has shape () but logits must be (C), (N, C) or (N, C, d1, ..., dK)")
     class_dim = 0 if input.dim() == 1 else 1
@@ -132,12 +149,16 @@ def flatten(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
     if shard is not None:
         _require_shard(shard)
     if num_classes == 0 and shard is None:
-        raise ValueError(f"input has shape {_shape(input)}: dimension {class_dim} holds the classes and must not be empty")
+        raise ValueError(
+            f"input has shape {_shape(input)}: dimension {class_dim} holds the classes and must not be empty"
+        )
     batch_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     _check_target(target, input.device, input.shape, batch_shape, ignore_index, shard is not None)
     if weight is not None:
         _check_weight(weight, input, num_classes, shard)
-    return Rows(_target_rows(target, class_dim), weight, batch_shape, _rows(input, class_dim), shard=shard)
+    return Rows(
+        _target_rows(target, class_dim), weight, batch_shape, _rows(input, class_dim), shard=shard
+    )
 
 
 def flatten_head(
@@ -149,7 +170,8 @@ def flatten_head(
     ignore_index: int,
     shard: VocabShard | None = None,
 ) -> HeadRows:
-    """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> rows; raises before anything is computed."""
+    """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> rows;
+    raises before anything is computed."""
     if shard is not None:
         _require_shard(shard)
     check_head(input, linear_weight, linear_bias, empty=shard is not None)
@@ -157,7 +179,13 @@ def flatten_head(
     num_classes = linear_weight.shape[0]
     batch_shape = input.shape[:-1]
     _check_target(
-        target, input.device, (*batch_shape, num_classes), batch_shape, ignore_index, shard is not None, hidden=tuple(input.shape)
+        target,
+        input.device,
+        (*batch_shape, num_classes),
+        batch_shape,
+        ignore_index,
+        shard is not None,
+        hidden=tuple(input.shape),
     )
     if weight is not None:
         _check_weight(weight, input, num_classes, shard)
@@ -171,24 +199,37 @@ def _require_shard(shard: object) -> None:
         raise TypeError(f"shard is a {type(shard).__name__} but must be a lossfuse.VocabShard")
 
 
-def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, empty: bool = False) -> None:
-    """That a product of the three is one; a weight (V, d1, ..., dK, D) has a bias (V, d1, ..., dK), and with ``empty`` V may be 0."""
+def check_head(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, empty: bool = False
+) -> None:
+    """That a product of the three is one; a weight (V, d1, ..., dK, D) has a bias (V, d1, ..., dK),
+    and with ``empty`` V may be 0."""
     named = [("input", input), ("linear_weight", linear_weight)]
     named += [] if linear_bias is None else [("linear_bias", linear_bias)]
     for name, t in named:
         require_tensor(name, t)
         if t.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"{name} has dtype {t.dtype} but must be float64, float32, bfloat16 or float16")
+            raise TypeError(
+                f"{name} has dtype {t.dtype} but must be float64, float32, bfloat16 or float16"
+            )
         if t.device != input.device:
             raise ValueError(f"{name} is on {t.device} but input is on {input.device}")
         if t.dtype != input.dtype:
-            raise TypeError(f"{name} has dtype {t.dtype} but input has dtype {input.dtype}; cast one of the two, or use autocast")
+            raise TypeError(
+                f"{name} has dtype {t.dtype} but input has dtype {input.dtype}; cast one of the two, or use autocast"
+            )
     if input.dim() == 0:
         raise ValueError("input has shape () but hidden states must be (D), (N, D) or (..., D)")
     if linear_weight.dim() < 2:
-        raise ValueError(f"linear_weight has shape {_shape(linear_weight)} but must be (C, D) or (C, d1, ..., dK, D)")
+        raise ValueError(
+            f"linear_weight has shape {_shape(linear_weight)} but must be (C, D) or (C, d1, ..., dK, D)"
+        )
     if linear_weight.shape[-1] != input.shape[-1]:
-        remedy = "; pass linear_weight.T" if linear_weight.dim() == 2 and linear_weight.shape[0] == input.shape[-1] else ""
+        remedy = (
+            "; pass linear_weight.T"
+            if linear_weight.dim() == 2 and linear_weight.shape[0] == input.shape[-1]
+            else ""
+        )
         raise ValueError(
             f"linear_weight has shape {_shape(linear_weight)} but input has shape {_shape(input)}; the last sizes must agree{remedy}"
         )
@@ -206,14 +247,21 @@ EXCHANGED = "; are input and linear_weight exchanged? The order is (input, linea
 
 
 def main_grad_of(linear_weight: Tensor) -> Tensor:
-    """The buffer of a weight, where its gradients are summed over a step's parts (Megatron's word)."""
+    """The buffer of a weight, where its gradients are summed over a step's parts (Megatron's
+    word)."""
     if torch.compiler.is_compiling():
-        raise ValueError("options.main_grad writes into linear_weight.main_grad, which a compiler does not see; call it uncompiled")
+        raise ValueError(
+            "options.main_grad writes into linear_weight.main_grad, which a compiler does not see; call it uncompiled"
+        )
     buffer = getattr(linear_weight, "main_grad", None)
     wide = torch.float64 if linear_weight.dtype == torch.float64 else torch.float32
     if not isinstance(buffer, Tensor):
         raise ValueError("options.main_grad is True but linear_weight has no tensor main_grad")
-    if buffer.shape != linear_weight.shape or buffer.dtype != wide or buffer.device != linear_weight.device:
+    if (
+        buffer.shape != linear_weight.shape
+        or buffer.dtype != wide
+        or buffer.device != linear_weight.device
+    ):
         raise ValueError(
             f"linear_weight.main_grad is {buffer.dtype} of shape {_shape(buffer)} on {buffer.device}; expected {wide} of shape"
             f" {_shape(linear_weight)} on {linear_weight.device}"
@@ -221,15 +269,22 @@ def main_grad_of(linear_weight: Tensor) -> Tensor:
     return buffer
 
 
-def autocast_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands of a product as autocast wants them: in its dtype where it is on, but for float64."""
+def autocast_operands(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of a product as autocast wants them: in its dtype where it is on, but for
+    float64."""
     kind = input.device.type if isinstance(input, Tensor) else "meta"
     if not _autocast_is_on(kind):
         return input, linear_weight, linear_bias
     dtype = torch.get_autocast_dtype(kind)
 
     def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        return (
+            t.to(dtype)
+            if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+            else t
+        )
 
     return cast(input), cast(linear_weight), None if linear_bias is None else cast(linear_bias)
 
@@ -242,8 +297,11 @@ def without_autocast(t: Tensor) -> AbstractContextManager[object]:
 
 
 def _autocast_is_on(kind: str) -> bool:
-    # torch 2.8's compiler cannot ask which devices have it; "meta" is the one that has not and can be compiled for
-    available = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
+    # torch 2.8's compiler cannot ask which devices have it; "meta" is the one that has not and can
+    # be compiled for
+    available = (
+        kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
+    )
     return available and torch.is_autocast_enabled(kind)
 
 
@@ -257,7 +315,8 @@ def _target_rows(target: Tensor, class_dim: int) -> Tensor:
 
 
 def _rows(t: Tensor, class_dim: int) -> Tensor:
-    """(N, C) from a tensor whose classes lie in ``class_dim``; copies only when the other dimensions cannot be one stride."""
+    """(N, C) from a tensor whose classes lie in ``class_dim``; copies only when the other
+    dimensions cannot be one stride."""
     if t.dim() == 2:
         return t
     if t.dim() == 1:
@@ -288,9 +347,13 @@ def _check_target(
                 f" but has dtype {target.dtype}; pass target.float(), or the ids of its classes"
             )
         if target.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"target has dtype {target.dtype} but probabilities must be float64, float32, bfloat16 or float16")
+            raise TypeError(
+                f"target has dtype {target.dtype} but probabilities must be float64, float32, bfloat16 or float16"
+            )
         if ignore_index >= 0:
-            raise ValueError(f"ignore_index is {ignore_index} but class probabilities have no class id to ignore; leave it negative")
+            raise ValueError(
+                f"ignore_index is {ignore_index} but class probabilities have no class id to ignore; leave it negative"
+            )
         return
     # torch takes one row's id as (1,) too
     if target.shape != batch_shape and not (len(of_logits) == 1 and shape == (1,)):
@@ -300,11 +363,16 @@ def _check_target(
         )
     if target.dtype not in ID_DTYPES:
         remedy = "; pass target.long()" if target.is_floating_point() else ""
-        raise TypeError(f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8{remedy}")
+        raise TypeError(
+            f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8{remedy}"
+        )
 
 
-def _remedy(target: tuple[int, ...], logits: tuple[int, ...], hidden: tuple[int, ...] | None) -> str:
-    """A hint how to make a target of this shape fit the input; the rows of hidden states are all dimensions but the last."""
+def _remedy(
+    target: tuple[int, ...], logits: tuple[int, ...], hidden: tuple[int, ...] | None
+) -> str:
+    """A hint how to make a target of this shape fit the input; the rows of hidden states are all
+    dimensions but the last."""
     if hidden is not None and len(logits) == 2 and target in (logits[1:], logits[::-1]):
         return EXCHANGED
     rows, same_rank = logits[:-1], len(target) == len(logits) - 1
@@ -322,7 +390,11 @@ def _remedy(target: tuple[int, ...], logits: tuple[int, ...], hidden: tuple[int,
         flat = flat.replace("input", cut) if target[-1] < rows[-1] else flat.replace("target", cut)
         return f"; if classes are the last dimension and row i predicts target i + 1, pass {flat}"
     if len(rows) > 1 and len(target) == 1 and ids == math.prod(rows):
-        return "; if classes are the last dimension, pass input.flatten(0, -2)" if last else "; pass input.flatten(0, -2)"
+        return (
+            "; if classes are the last dimension, pass input.flatten(0, -2)"
+            if last
+            else "; pass input.flatten(0, -2)"
+        )
     if len(rows) == 1 and len(target) > 1 and ids == rows[0]:
         return "; pass target.flatten()"
     if len(logits) == 2 and target == logits[1:]:
@@ -330,27 +402,38 @@ def _remedy(target: tuple[int, ...], logits: tuple[int, ...], hidden: tuple[int,
     return ""
 
 
-def _check_weight(weight: Tensor, input: Tensor, num_classes: int, shard: VocabShard | None) -> None:
+def _check_weight(
+    weight: Tensor, input: Tensor, num_classes: int, shard: VocabShard | None
+) -> None:
     require_tensor("weight", weight)
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight has dtype {weight.dtype} but class weights must be floating point")
-    if tuple(weight.shape) != (num_classes,) and (shard is None or tuple(weight.shape) != (shard.num_classes,)):
+    if tuple(weight.shape) != (num_classes,) and (
+        shard is None or tuple(weight.shape) != (shard.num_classes,)
+    ):
         of_all = "" if shard is None else f" or, of all classes, ({shard.num_classes},)"
-        raise ValueError(f"weight has shape {_shape(weight)} but input has {num_classes} classes; expected ({num_classes},){of_all}")
+        raise ValueError(
+            f"weight has shape {_shape(weight)} but input has {num_classes} classes; expected ({num_classes},){of_all}"
+        )
     if weight.device != input.device:
         raise ValueError(f"weight is on {weight.device} but input is on {input.device}")
 
 
 def check_normalizer(normalizer: float | Tensor | None, reduction: str, input: Tensor) -> None:
-    """The divisor of a mean: a positive number, or a 0-d tensor whose value is never read by the host."""
+    """The divisor of a mean: a positive number, or a 0-d tensor whose value is never read by the
+    host."""
     if normalizer is None:
         return
     if reduction != "mean":
-        raise ValueError(f"normalizer divides reduction='mean' but reduction is {reduction!r}; drop one of the two")
+        raise ValueError(
+            f"normalizer divides reduction='mean' but reduction is {reduction!r}; drop one of the two"
+        )
     if isinstance(normalizer, Tensor):
         require_tensor("normalizer", normalizer)
         if normalizer.dim() != 0:
-            raise ValueError(f"normalizer has shape {_shape(normalizer)} but must be a number or a 0-d tensor")
+            raise ValueError(
+                f"normalizer has shape {_shape(normalizer)} but must be a number or a 0-d tensor"
+            )
         if normalizer.dtype == torch.bool or normalizer.is_complex():
             raise TypeError(f"normalizer has dtype {normalizer.dtype} but must be real")
         # torch divides by a 0-d CPU tensor on any device, without moving it

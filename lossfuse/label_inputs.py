@@ -13,7 +13,8 @@ LEAST_LABELS = 1024
 
 @dataclass(frozen=True)
 class SigmoidRows(Rows):
-    """N rows of V logits, a yes or no each; ``target`` is (N, V) numbers or (N, P) ids, ``class_weight`` (N, V) like ``pos_weight``."""
+    """N rows of V logits, a yes or no each; ``target`` is (N, V) numbers or (N, P) ids,
+    ``class_weight`` (N, V) like ``pos_weight``."""
 
     pos_weight: Tensor | None  # (N, V)
 
@@ -22,11 +23,20 @@ class SigmoidRows(Rows):
         return {"weight": self.class_weight, "pos_weight": self.pos_weight}
 
 
-def flatten_labels(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, ignore_index: int) -> SigmoidRows:
-    """Logits of any shape with targets of the same, or (N, V) with ids (N, P) -> rows; raises before anything is computed."""
+def flatten_labels(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+) -> SigmoidRows:
+    """Logits of any shape with targets of the same, or (N, V) with ids (N, P) -> rows; raises
+    before anything is computed."""
     check_labels(input, target, "logits")
     if ignore_index != -100 and target.is_floating_point():
-        raise ValueError(f"ignore_index is {ignore_index} but target is {target.dtype} of the shape of input, which has no ids to ignore")
+        raise ValueError(
+            f"ignore_index is {ignore_index} but target is {target.dtype} of the shape of input, which has no ids to ignore"
+        )
     if not target.is_floating_point():
         _check_lists(target, input)
     elif target.shape != input.shape:
@@ -56,16 +66,23 @@ def check_labels(input: Tensor, target: Tensor, what: str) -> None:
     require_tensor("input", input)
     require_tensor("target", target)
     if input.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"input has dtype {input.dtype} but {what} must be float64, float32, bfloat16 or float16")
+        raise TypeError(
+            f"input has dtype {input.dtype} but {what} must be float64, float32, bfloat16 or float16"
+        )
     if target.device != input.device:
         raise ValueError(f"target is on {target.device} but input is on {input.device}")
     if target.is_floating_point() and target.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"target has dtype {target.dtype} but must be float64, float32, bfloat16 or float16")
+        raise TypeError(
+            f"target has dtype {target.dtype} but must be float64, float32, bfloat16 or float16"
+        )
 
 
 def same_elements(target: Tensor, input: Tensor, of_labels: str = "") -> str:
-    """What to pass for a target that differs in dimensions of size 1, such as (N,) for an output of (N, 1)."""
-    if target.numel() == input.numel() and [n for n in target.shape if n != 1] == [n for n in input.shape if n != 1]:
+    """What to pass for a target that differs in dimensions of size 1, such as (N,) for an output of
+    (N, 1)."""
+    if target.numel() == input.numel() and [n for n in target.shape if n != 1] == [
+        n for n in input.shape if n != 1
+    ]:
         return f"; pass target.view_as(input){of_labels}"
     return ""
 
@@ -100,5 +117,6 @@ def _check_lists(target: Tensor, input: Tensor) -> None:
     if input.dim() != 2 or target.dim() != 2 or target.shape[0] != input.shape[0]:
         raise ValueError(
             f"target has shape {tuple(target.shape)} but input has shape {tuple(input.shape)}; ids of the labels that are 1 must be (N, P),"
-            " rows padded with ignore_index, for an input of (N, V)" + same_elements(target, input, of_labels=".float()")
+            " rows padded with ignore_index, for an input of (N, V)"
+            + same_elements(target, input, of_labels=".float()")
         )

@@ -1,7 +1,7 @@
 """nn.Module shells over the functions.
 
-``torch.jit.trace``, ``torch.export`` and ``torch.onnx.export`` record operators of torch; ``torch.jit.script`` raises RuntimeError.
-"""
+``torch.jit.trace``, ``torch.export`` and ``torch.onnx.export`` record operators of torch;
+``torch.jit.script`` raises RuntimeError."""
 
 import math
 
@@ -14,11 +14,14 @@ from .spec import LinearOptions, LossSpec, VocabShard, resolve_reduction
 
 
 def _require_options(module: torch.nn.Module, *given: object) -> None:
-    """TypeError for the tensors of a call, given to the constructor; before anything looks at their values."""
+    """TypeError for the tensors of a call, given to the constructor; before anything looks at their
+    values."""
     if any(isinstance(value, Tensor) for value in given):
         name = type(module).__name__
         takes = "input" if isinstance(module, torch.nn.LogSoftmax) else "input, target"
-        raise TypeError(f"{name}(...) takes options and is then called with tensors: {name}()({takes})")
+        raise TypeError(
+            f"{name}(...) takes options and is then called with tensors: {name}()({takes})"
+        )
 
 
 def _require_class_weight(module: torch.nn.Module, weight: Tensor | None) -> None:
@@ -31,7 +34,8 @@ def _require_class_weight(module: torch.nn.Module, weight: Tensor | None) -> Non
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """``torch.nn.CrossEntropyLoss`` computed by ``lossfuse.cross_entropy``, with its keywords; isinstance and checkpoints agree."""
+    """``torch.nn.CrossEntropyLoss`` computed by ``lossfuse.cross_entropy``, with its keywords;
+    isinstance and checkpoints agree."""
 
     __prepare_scriptable__ = refuse_script
 
@@ -56,7 +60,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         _require_class_weight(self, weight)
         reduction = resolve_reduction(reduction, size_average, reduce)
         LossSpec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        super().__init__(
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.lse_square_scale = lse_square_scale
@@ -64,7 +70,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.shard = shard
         self.impl = impl
 
-    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None
+    ) -> Tensor:
         return functional.cross_entropy(
             input,
             target,
@@ -83,11 +91,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
-    """A head and its loss: ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13) computed by ``lossfuse.linear_cross_entropy``.
+    """A head and its loss: ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13) computed by
+    ``lossfuse.linear_cross_entropy``.
 
-    The parameters are ``linear.weight`` of ``(num_classes * prod(out_features), in_features)`` and, with ``bias``, ``linear.bias``, named
-    and drawn as torch's are, so that checkpoints agree. To tie the head to an embedding, set ``loss.linear.weight``.
-    """
+    The parameters are ``linear.weight`` of ``(num_classes * prod(out_features), in_features)`` and,
+    with ``bias``, ``linear.bias``, named and drawn as torch's are, so that checkpoints agree. To
+    tie the head to an embedding, set ``loss.linear.weight``."""
 
     __prepare_scriptable__ = refuse_script
 
@@ -117,9 +126,17 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
                 " LinearCrossEntropyLoss(in_features, num_classes)(input, target); for a head of your own, call linear_cross_entropy"
             )
         reduction = resolve_reduction(reduction, None, None)
-        LossSpec(-100 if ignore_index is None else ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+        LossSpec(
+            -100 if ignore_index is None else ignore_index,
+            label_smoothing,
+            softcap,
+            logit_scale,
+            lse_square_scale,
+        )
         if weight is not None and tuple(weight.shape) != (num_classes,):
-            raise ValueError(f"weight has shape {tuple(weight.shape)} but there are {num_classes} classes; expected ({num_classes},)")
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)} but there are {num_classes} classes; expected ({num_classes},)"
+            )
         super().__init__(weight, reduction=reduction)
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
@@ -130,13 +147,25 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         self.lse_square_scale = lse_square_scale
         self.options = options
         self.impl = impl
-        self.linear = torch.nn.Linear(in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype)
+        self.linear = torch.nn.Linear(
+            in_features,
+            math.prod(out_features, start=num_classes),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
 
-    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None
+    ) -> Tensor:
         linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if self.out_features:
             linear_weight = linear_weight.unflatten(0, (self.num_classes, *self.out_features))
-            linear_bias = None if linear_bias is None else linear_bias.unflatten(0, (self.num_classes, *self.out_features))
+            linear_bias = (
+                None
+                if linear_bias is None
+                else linear_bias.unflatten(0, (self.num_classes, *self.out_features))
+            )
         return functional.linear_cross_entropy(
             input,
             linear_weight,
@@ -197,12 +226,18 @@ class NLLLoss(torch.nn.NLLLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return family.nll_loss(
-            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction, impl=self.impl
-        )  # fmt: skip
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            impl=self.impl,
+        )
 
 
 class BCELoss(torch.nn.BCELoss):
-    """``torch.nn.BCELoss`` computed by ``lossfuse.binary_cross_entropy``; isinstance and checkpoints agree."""
+    """``torch.nn.BCELoss`` computed by ``lossfuse.binary_cross_entropy``; isinstance and
+    checkpoints agree."""
 
     __prepare_scriptable__ = refuse_script
 
@@ -221,11 +256,14 @@ class BCELoss(torch.nn.BCELoss):
         self.impl = impl
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return family.binary_cross_entropy(input, target, self.weight, reduction=self.reduction, impl=self.impl)
+        return family.binary_cross_entropy(
+            input, target, self.weight, reduction=self.reduction, impl=self.impl
+        )
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
-    """``torch.nn.BCEWithLogitsLoss`` computed by ``lossfuse.binary_cross_entropy_with_logits``; isinstance and checkpoints agree."""
+    """``torch.nn.BCEWithLogitsLoss`` computed by ``lossfuse.binary_cross_entropy_with_logits``;
+    isinstance and checkpoints agree."""
 
     __prepare_scriptable__ = refuse_script
 
@@ -243,7 +281,11 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         impl: str = "auto",
     ) -> None:
         _require_options(self, size_average, reduce, reduction)
-        super().__init__(weight, reduction=resolve_reduction(reduction, size_average, reduce), pos_weight=pos_weight)
+        super().__init__(
+            weight,
+            reduction=resolve_reduction(reduction, size_average, reduce),
+            pos_weight=pos_weight,
+        )
         self.ignore_index = ignore_index
         self.inplace = inplace
         self.impl = impl

@@ -1,7 +1,8 @@
-"""The definition: eager torch, any float dtype, differentiable any number of times. Everything else is judged by it.
+"""The definition: eager torch, any float dtype, differentiable any number of times. Everything else
+is judged by it.
 
-It computes in float64 for float64 logits and in float32 otherwise, and keeps a few tensors of N x V.
-"""
+It computes in float64 for float64 logits and in float32 otherwise, and keeps a few tensors of N x
+V."""
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ def shaped(x: Tensor, spec: LossSpec) -> Tensor:
 
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> Tensor:
-    """(N, V) logits, (N,) class ids or (N, V) probabilities -> (N,) losses as ``LossSpec`` states them; NaN for an id outside [0, V)."""
+    """(N, V) logits, (N,) class ids or (N, V) probabilities -> (N,) losses as ``LossSpec`` states
+    them; NaN for an id outside [0, V)."""
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     weight = None if class_weight is None else class_weight.to(x.dtype)
     if target.is_floating_point():
@@ -41,8 +43,11 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
     return torch.where(ignored, 0.0, loss * _one_or_nan(ignored | valid, loss))
 
 
-def row_stats(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> RowStats:
-    """The losses of ``row_loss``, and what is read off the same rows; all but the largest class differentiable."""
+def row_stats(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+) -> RowStats:
+    """The losses of ``row_loss``, and what is read off the same rows; all but the largest class
+    differentiable."""
     # once for all of them, so that their gradients are summed before they are rounded
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if target.is_floating_point():
@@ -68,31 +73,60 @@ def row_stats(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec:
     nowhere = logp == -torch.inf
     entropy = -(logp.exp() * torch.where(nowhere, 0.0, logp)).sum(-1)
     argmax = torch.where(valid, z.argmax(-1), no_class(spec))
-    return RowStats(loss, of_valid(_logsumexp(z)), of_valid(target_logprob), of_valid(entropy), argmax, loss.new_empty(0))
+    return RowStats(
+        loss,
+        of_valid(_logsumexp(z)),
+        of_valid(target_logprob),
+        of_valid(entropy),
+        argmax,
+        loss.new_empty(0),
+    )
 
 
 def _one_or_nan(good: Tensor, like: Tensor) -> Tensor:
-    """A factor, so that what is bad has a gradient of NaN too; in the dtype of ``like``, where two numbers would have the default one."""
+    """A factor, so that what is bad has a gradient of NaN too; in the dtype of ``like``, where two
+    numbers would have the default one."""
     return torch.where(good, like.new_ones(()), torch.nan)
 
 
 def linear_row_loss(
-    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
 ) -> Tensor:
     """(N, D) hidden states and a head (V, D) -> (N,) losses, by way of the logits."""
-    return row_loss(_head_logits(hidden, linear_weight, linear_bias, target, spec), target, class_weight, spec)
+    return row_loss(
+        _head_logits(hidden, linear_weight, linear_bias, target, spec), target, class_weight, spec
+    )
 
 
 def linear_row_stats(
-    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
 ) -> RowStats:
     """(N, D) hidden states and a head (V, D) -> statistics, by way of the logits."""
-    return row_stats(_head_logits(hidden, linear_weight, linear_bias, target, spec), target, class_weight, spec)
+    return row_stats(
+        _head_logits(hidden, linear_weight, linear_bias, target, spec), target, class_weight, spec
+    )
 
 
-def _head_logits(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, spec: LossSpec) -> Tensor:
+def _head_logits(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    spec: LossSpec,
+) -> Tensor:
     if not target.is_floating_point():
-        # ignored rows may hold NaN: their logits' gradient of 0 would carry it into that of the weight
+        # ignored rows may hold NaN: their logits' gradient of 0 would carry it into that of the
+        # weight
         hidden = torch.where((target == spec.ignore_index)[:, None], 0.0, hidden)
     return linear(hidden, linear_weight, linear_bias)
 
@@ -106,8 +140,10 @@ def linear(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 
 
 def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:
-    """lse(z) - z[y] = softplus(lse of the other classes - z[y]): no cancellation, however confident."""
-    # the same for any common offset, so this one is a constant; a +inf logit makes its row NaN here, and all of its gradient, as in torch
+    """lse(z) - z[y] = softplus(lse of the other classes - z[y]): no cancellation, however
+    confident."""
+    # the same for any common offset, so this one is a constant; a +inf logit makes its row NaN
+    # here, and all of its gradient, as in torch
     top = z.amax(-1, keepdim=True).detach()
     z = z - torch.where(top == torch.inf, torch.nan, top)
     # 1 for True, which torch.jit.trace cannot record here
@@ -136,10 +172,11 @@ def _expected_nll(z: Tensor, q: Tensor) -> Tensor:
 
 
 def _logsumexp(z: Tensor) -> Tensor:
-    """torch's, whose slope is exp(z - lse) and has no digits left where a row is far from 0: here the maximum is taken off first.
+    """torch's, whose slope is exp(z - lse) and has no digits left where a row is far from 0: here
+    the maximum is taken off first.
 
-    A +inf logit makes it +inf, as in torch, and all of its row's gradient NaN, as that of the loss is.
-    """
+    A +inf logit makes it +inf, as in torch, and all of its row's gradient NaN, as that of the loss
+    is."""
     top = z.amax(-1, keepdim=True).detach()
     infinite = top[:, 0] == torch.inf
     top = torch.where(top.isfinite(), top, 0.0)
@@ -151,12 +188,20 @@ def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
     return loss + spec.lse_square_scale * _logsumexp(z) ** 2 if spec.lse_square_scale else loss
 
 
-def sigmoid_loss(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, ignore_index: int) -> Tensor:
-    """(N, V) logits, (N, V) targets or (N, P) ids of the labels that are 1 -> (N, V) losses; a row is NaN for an id outside [0, V)."""
+def sigmoid_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """(N, V) logits, (N, V) targets or (N, P) ids of the labels that are 1 -> (N, V) losses; a row
+    is NaN for an id outside [0, V)."""
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     t = target.to(x.dtype) if target.is_floating_point() else listed(target, x, ignore_index)
     yes = t if pos_weight is None else t * pos_weight.to(x.dtype)
-    # never a difference of the two, which has no digits where the model is right; a threshold beyond which exp(-x) is nothing to x
+    # never a difference of the two, which has no digits where the model is right; a threshold
+    # beyond which exp(-x) is nothing to x
     loss = yes * softplus(-x, threshold=40.0) + (1.0 - t) * softplus(x, threshold=40.0)
     # as torch, where it is a limit; a constant, so that the gradient there is as torch's too
     loss = loss + torch.where(x == -torch.inf, torch.nan, x.new_zeros(()))
@@ -164,7 +209,8 @@ def sigmoid_loss(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weig
 
 
 def listed(ids: Tensor, x: Tensor, ignore_index: int) -> Tensor:
-    """(N, P) ids -> (N, V) zeros and ones, in the dtype of ``x``; NaN for rows with an id outside [0, V)."""
+    """(N, P) ids -> (N, V) zeros and ones, in the dtype of ``x``; NaN for rows with an id outside
+    [0, V)."""
     v = x.shape[1]
     given = ids != ignore_index
     valid = given & (ids >= 0) & (ids < v)
@@ -176,19 +222,28 @@ def listed(ids: Tensor, x: Tensor, ignore_index: int) -> Tensor:
 
 
 def log_softmax(x: Tensor, dim: int) -> Tensor:
-    """x - logsumexp(x), the maximum taken off first; in the dtype of ``x``, computed in float32 at least."""
+    """x - logsumexp(x), the maximum taken off first; in the dtype of ``x``, computed in float32 at
+    least."""
     z = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     z = z - z.amax(dim, keepdim=True).detach() if z.numel() else z
     return (z - z.exp().sum(dim, keepdim=True).log()).to(x.dtype)
 
 
-def nll_row_loss(logp: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+def nll_row_loss(
+    logp: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int
+) -> Tensor:
     """(N, V) log-probabilities, (N,) ids -> (N,) losses; NaN for an id outside [0, V)."""
     ignored = target == ignore_index
     valid = ~ignored & (target >= 0) & (target < logp.shape[1])
     y = torch.where(valid, target, 0)
     # ignored rows may hold NaN: cut off here, since 0 * NaN would carry it into the gradient
-    loss = torch.where(ignored, 0.0, -logp.gather(1, y[:, None])[:, 0].to(torch.float64 if logp.dtype == torch.float64 else torch.float32))
+    loss = torch.where(
+        ignored,
+        0.0,
+        -logp.gather(1, y[:, None])[:, 0].to(
+            torch.float64 if logp.dtype == torch.float64 else torch.float32
+        ),
+    )
     if class_weight is not None:
         loss = loss * class_weight.to(loss.dtype)[y]
     return torch.where(ignored, 0.0, loss * _one_or_nan(ignored | valid, loss))
@@ -200,14 +255,16 @@ LOWEST_LOG = -100.0
 
 
 def probability_loss(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """Binary cross entropy of probabilities, elementwise: logarithms not below -100, slope (x - t) / max(x * (1 - x), 1e-12), as torch.
+    """Binary cross entropy of probabilities, elementwise: logarithms not below -100, slope (x - t)
+    / max(x * (1 - x), 1e-12), as torch.
 
-    The slope of the target is that of the clamped logarithms; torch's operator forgets the clamp there and is infinite at 0 and 1.
-    """
+    The slope of the target is that of the clamped logarithms; torch's operator forgets the clamp
+    there and is infinite at 0 and 1."""
     x = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
     t = target.to(x.dtype)
     clamped = -(t * x.log().clamp(min=LOWEST_LOG) + (1.0 - t) * (-x).log1p().clamp(min=LOWEST_LOG))
-    # at the edges the logarithms have no slope or an infinite one: there the value is a constant and the slope a parabola's
+    # at the edges the logarithms have no slope or an infinite one: there the value is a constant
+    # and the slope a parabola's
     edge = x * (1.0 - x) < LEAST_SPREAD
     inner = torch.where(edge, 0.5, x)
     loss = -(t * inner.log() + (1.0 - t) * (-inner).log1p())

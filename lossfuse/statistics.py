@@ -1,4 +1,5 @@
-"""The public functions that return what people read off logits beside the loss, from the same pass."""
+"""The public functions that return what people read off logits beside the loss, from the same
+pass."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -37,13 +38,15 @@ _new = LossStats.__new__
 
 
 def _of_fields_or_iterable(cls: type[LossStats], *values: Any, **named: Any) -> LossStats:
-    # Tensor.__torch_function__ converts the tensors of any tuple and rebuilds it from one iterable, as if it were no NamedTuple
+    # Tensor.__torch_function__ converts the tensors of any tuple and rebuilds it from one iterable,
+    # as if it were no NamedTuple
     if len(values) == 1 and not named and not isinstance(values[0], Tensor):
         return cls._make(values[0])
     return _new(cls, *values, **named)
 
 
-# a NamedTuple takes no __new__ in its body, and a subclass with one is no NamedTuple to torch.compile
+# a NamedTuple takes no __new__ in its body, and a subclass with one is no NamedTuple to
+# torch.compile
 LossStats.__new__ = _of_fields_or_iterable  # type: ignore[method-assign, assignment]
 
 
@@ -83,66 +86,103 @@ def cross_entropy_stats(
             n_valid=valid.sum(),
         )
 
-    For probabilities ``target_logprob`` is ``(target * logp).sum(dim=1)`` and every row is valid. Neither class weights nor smoothing touch
-    any statistic but the loss.
+    For probabilities ``target_logprob`` is ``(target * logp).sum(dim=1)`` and every row is valid.
+    Neither class weights nor smoothing touch any statistic but the loss.
 
     Args:
-        entropy, argmax: whether to compute them. False leaves None in their place, and no trace in memory or time.
-        input, target, weight, reduction, shard and the others: as in ``cross_entropy``. A temperature is ``logit_scale=1 / temperature``.
+        entropy, argmax: whether to compute them. False leaves None in their place, and no trace in
+            memory or time.
+        input, target, weight, reduction, shard and the others: as in ``cross_entropy``. A
+            temperature is ``logit_scale=1 / temperature``.
 
     Returns:
-        ``LossStats``. ``loss`` and ``z_loss`` as ``cross_entropy`` returns its loss; the statistics of rows have the shape of the ids
-        whatever the reduction, in float32 (float64 for float64), natural logarithms; ``argmax`` int64, the first of equals, and some class
-        for a row with a NaN; ``n_valid`` int64, ``()``.
+        ``LossStats``. ``loss`` and ``z_loss`` as ``cross_entropy`` returns its loss; the statistics
+        of rows have the shape of the ids whatever the reduction, in float32 (float64 for float64),
+        natural logarithms; ``argmax`` int64, the first of equals, and some class for a row with a
+        NaN; ``n_valid`` int64, ``()``.
 
     Raises:
-        As ``cross_entropy``. A target outside ``[0, C)``, where nobody looks, makes the floating-point statistics of its row NaN.
+        As ``cross_entropy``. A target outside ``[0, C)``, where nobody looks, makes the
+        floating-point statistics of its row NaN.
 
-    Autograd: ``loss``, ``lse``, ``target_logprob``, ``entropy`` and ``z_loss`` have gradients, each alone and in any mixture, for ``input``
-    and probabilities, any number of times, as in ``cross_entropy``. Where a gradient is formed in the forward (a number for a loss, on a
-    CPU) it is that of ``loss`` alone; a backward from another statistic makes its own, so ask for ``reduction="none"`` if you mean to use
-    statistics in an objective.
+    Autograd: ``loss``, ``lse``, ``target_logprob``, ``entropy`` and ``z_loss`` have gradients, each
+    alone and in any mixture, for ``input`` and probabilities, any number of times, as in
+    ``cross_entropy``. Where a gradient is formed in the forward (a number for a loss, on a CPU) it
+    is that of ``loss`` alone; a backward from another statistic makes its own, so ask for
+    ``reduction="none"`` if you mean to use statistics in an objective.
 
-    Rounding: as ``cross_entropy``; the entropy is a sum of non-negative terms, so that it keeps its digits when it is small (against ids on
-    a CPU where the target is the largest class; otherwise it is right to 1e-7 there).
+    Rounding: as ``cross_entropy``; the entropy is a sum of non-negative terms, so that it keeps its
+    digits when it is small (against ids on a CPU where the target is the largest class; otherwise
+    it is right to 1e-7 there).
 
     Memory: as ``cross_entropy`` without ``inplace``, and O(N).
 
-    Source: an entropy beside the loss of a policy is Williams and Peng, "Function optimization using connectionist reinforcement learning
-    algorithms", Connection Science 3 (1991).
-    """
+    Source: an entropy beside the loss of a policy is Williams and Peng, "Function optimization
+    using connectionist reinforcement learning algorithms", Connection Science 3 (1991)."""
     if has_torch_function_variadic(input, target, weight):
         made: LossStats = handle_torch_function(
-            cross_entropy_stats, (input, target, weight),
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
-            softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy,
-            argmax=argmax, shard=shard, impl=impl,
-        )  # fmt: skip
+            cross_entropy_stats,
+            (input, target, weight),
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale,
+            normalizer=normalizer,
+            entropy=entropy,
+            argmax=argmax,
+            shard=shard,
+            impl=impl,
+        )
         return made
     input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
-    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard))
+    spec = loss_spec(
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
+    )
     rows = flatten(input, target, weight, ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
     backend = pick(impl, rows)
     if shard is not None and backend == "reference":
         return cross_entropy_stats(
-            *whole_logits(input, target, weight, shard, rows, spec), ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale,
-            normalizer=normalizer, entropy=entropy, argmax=argmax, impl=backend,
-        )  # fmt: skip
+            *whole_logits(input, target, weight, shard, rows, spec),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale,
+            normalizer=normalizer,
+            entropy=entropy,
+            argmax=argmax,
+            impl=backend,
+        )
     divisor = denominator(rows, spec, reduction, normalizer)
     wants = wanted(entropy, argmax)
     if forms_gradient_in_forward(backend, rows, reduction, divisor, consume=False):
-        total, *stats = row_stats.ReducedStats.apply(rows.logits, rows.target, rows.weight_at_hand, divisor, wants, spec, backend)
+        total, *stats = row_stats.ReducedStats.apply(
+            rows.logits, rows.target, rows.weight_at_hand, divisor, wants, spec, backend
+        )
         return loss_stats(total, stats, rows, spec, reduction, divisor, wants)
     if backend == "reference":
         if not rows.soft:
             require_ids_in_range(rows.target, rows.num_classes, ignore_index)
-        loss, *stats, _ = row_stats.as_tensors(reference.row_stats(rows.logits, rows.target, rows.class_weight, spec))
+        loss, *stats, _ = row_stats.as_tensors(
+            reference.row_stats(rows.logits, rows.target, rows.class_weight, spec)
+        )
     else:
-        loss, *stats, _ = row_stats.row_stats(rows.logits, rows.target, rows.weight_at_hand, *wants, *library.options(spec, backend))
-    return loss_stats(reduce_rows(loss, rows, reduction, divisor), stats, rows, spec, reduction, divisor, wants)
+        loss, *stats, _ = row_stats.row_stats(
+            rows.logits, rows.target, rows.weight_at_hand, *wants, *library.options(spec, backend)
+        )
+    return loss_stats(
+        reduce_rows(loss, rows, reduction, divisor), stats, rows, spec, reduction, divisor, wants
+    )
 
 
 @hints_at_names
@@ -166,7 +206,8 @@ def linear_cross_entropy_stats(
     options: LinearOptions | None = None,
     impl: str = "auto",
 ) -> LossStats:
-    """``linear_cross_entropy`` and what is read off the same logits, which are still made and used up a chunk at a time.
+    """``linear_cross_entropy`` and what is read off the same logits, which are still made and used
+    up a chunk at a time.
 
     Equal to::
 
@@ -178,54 +219,125 @@ def linear_cross_entropy_stats(
         input, linear_weight, target, options and the others: as in ``linear_cross_entropy``.
 
     Returns:
-        ``LossStats``, as ``cross_entropy_stats`` with logits of shape ``(..., C)``: statistics of rows have the shape of the ids.
+        ``LossStats``, as ``cross_entropy_stats`` with logits of shape ``(..., C)``: statistics of
+        rows have the shape of the ids.
 
     Raises:
         As ``linear_cross_entropy``.
 
-    Autograd: as ``cross_entropy_stats``, for ``input``, ``linear_weight``, ``linear_bias`` and probabilities, but for a second derivative,
-    which raises. For "mean" and "sum" the gradients of ``loss`` are formed in the forward and handed over (6 N D C operations in all); a
-    backward from any other statistic, or a second one, makes the logits again (6 N D C more). For ``reduction="none"`` every backward
-    does (8 N D C in all).
+    Autograd: as ``cross_entropy_stats``, for ``input``, ``linear_weight``, ``linear_bias`` and
+    probabilities, but for a second derivative, which raises. For "mean" and "sum" the gradients of
+    ``loss`` are formed in the forward and handed over (6 N D C operations in all); a backward from
+    any other statistic, or a second one, makes the logits again (6 N D C more). For
+    ``reduction="none"`` every backward does (8 N D C in all).
 
-    Rounding, memory: as ``linear_cross_entropy``, and O(N). On a GPU logits are read once more for the statistics.
+    Rounding, memory: as ``linear_cross_entropy``, and O(N). On a GPU logits are read once more for
+        the statistics.
 
     Source: as ``linear_cross_entropy`` and ``cross_entropy_stats``.
     """
     if has_torch_function_variadic(input, linear_weight, target):
         returned: LossStats = handle_torch_function(
-            linear_cross_entropy_stats, (input, linear_weight, target), input, linear_weight, target, linear_bias=linear_bias,
-            weight=weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap,
-            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy, argmax=argmax, shard=shard,
-            options=options, impl=impl,
-        )  # fmt: skip
+            linear_cross_entropy_stats,
+            (input, linear_weight, target),
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale,
+            normalizer=normalizer,
+            entropy=entropy,
+            argmax=argmax,
+            shard=shard,
+            options=options,
+            impl=impl,
+        )
         return returned
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
-    input, linear_weight, linear_bias, target, weight, shard = local_head(input, linear_weight, linear_bias, target, weight, shard)
-    spec = loss_spec(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard))
+    input, linear_weight, linear_bias, target, weight, shard = local_head(
+        input, linear_weight, linear_bias, target, weight, shard
+    )
+    spec = loss_spec(
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
+    )
     wants = wanted(entropy, argmax)
-    head = head_call(input, linear_weight, linear_bias, target, weight, reduction, spec, normalizer, shard, options, impl)
+    head = head_call(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        weight,
+        reduction,
+        spec,
+        normalizer,
+        shard,
+        options,
+        impl,
+    )
     if isinstance(head, Tensor):
         return cross_entropy_stats(
-            head, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
-            logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer, entropy=entropy, argmax=argmax, impl=impl,
-        )  # fmt: skip
+            head,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale,
+            normalizer=normalizer,
+            entropy=entropy,
+            argmax=argmax,
+            impl=impl,
+        )
     if shard is not None and head.backend == "reference":
-        operands = whole_head(input, linear_weight, linear_bias, target, weight, shard, head.rows, spec)
+        operands = whole_head(
+            input, linear_weight, linear_bias, target, weight, shard, head.rows, spec
+        )
         return linear_cross_entropy_stats(
-            *operands[:2], operands[3], linear_bias=operands[2], weight=operands[4], reduction=reduction, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, lse_square_scale=lse_square_scale,
-            normalizer=normalizer, entropy=entropy, argmax=argmax, options=options, impl=head.backend,
-        )  # fmt: skip
+            *operands[:2],
+            operands[3],
+            linear_bias=operands[2],
+            weight=operands[4],
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale,
+            normalizer=normalizer,
+            entropy=entropy,
+            argmax=argmax,
+            options=options,
+            impl=head.backend,
+        )
     if head.forms_gradients and head.backend != "reference":
-        made = head_stats.linear_stats_total(*head.operands, head.divisor, head.main_grad, *head.needs, *wants, *head.settings)
+        made = head_stats.linear_stats_total(
+            *head.operands, head.divisor, head.main_grad, *head.needs, *wants, *head.settings
+        )
         return loss_stats(made[0], made[1:5], head.rows, spec, reduction, head.divisor, wants)
     if head.backend == "reference":
         loss, *stats, _ = row_stats.as_tensors(reference.linear_row_stats(*head.operands, spec))
     else:
-        loss, *stats = head_stats.linear_row_stats(*head.operands, head.main_grad, *wants, *head.settings)
-    return loss_stats(reduce_rows(loss, head.rows, reduction, head.divisor), stats, head.rows, spec, reduction, head.divisor, wants)
+        loss, *stats = head_stats.linear_row_stats(
+            *head.operands, head.main_grad, *wants, *head.settings
+        )
+    return loss_stats(
+        reduce_rows(loss, head.rows, reduction, head.divisor),
+        stats,
+        head.rows,
+        spec,
+        reduction,
+        head.divisor,
+        wants,
+    )
 
 
 def wanted(entropy: bool, argmax: bool) -> Wants:
@@ -235,12 +347,22 @@ def wanted(entropy: bool, argmax: bool) -> Wants:
 
 
 def loss_stats(
-    loss: Tensor, stats: Sequence[Tensor], rows: Targets, spec: LossSpec, reduction: str, divisor: Tensor | None, wants: Wants
+    loss: Tensor,
+    stats: Sequence[Tensor],
+    rows: Targets,
+    spec: LossSpec,
+    reduction: str,
+    divisor: Tensor | None,
+    wants: Wants,
 ) -> LossStats:
     """A reduced loss and the statistics of (N,) rows, in the shapes the caller knows."""
     lse, target_logprob, entropy, argmax = stats
     z_loss = spec.lse_square_scale * lse**2 if spec.lse_square_scale else torch.zeros_like(lse)
-    n_valid = torch.full((), rows.target.shape[0], device=loss.device) if rows.soft else (rows.target != spec.ignore_index).sum()
+    n_valid = (
+        torch.full((), rows.target.shape[0], device=loss.device)
+        if rows.soft
+        else (rows.target != spec.ignore_index).sum()
+    )
     return LossStats(
         loss=loss,
         lse=lse.reshape(rows.batch_shape),

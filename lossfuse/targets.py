@@ -17,10 +17,12 @@ _debug: ContextVar[bool] = ContextVar("lossfuse_debug_targets", default=False)
 def debug_targets() -> Iterator[None]:
     """Within it, targets are checked on every device, at the price of one synchronisation a call.
 
-    On the CPU they always are. On other devices a target outside ``[0, C)`` that is not ``ignore_index`` otherwise gives a NaN loss and
-    gradient for its row, without synchronising. With ``shard`` ranks look together, so that all of them raise what one of them finds;
-    within this they also compare how many rows they have, so enter it on all ranks or none. It holds for the thread or task that enters
-    it, as a context variable does: threads that already run, or that it starts (before Python 3.14), enter it themselves.
+    On the CPU they always are. On other devices a target outside ``[0, C)`` that is not
+    ``ignore_index`` otherwise gives a NaN loss and gradient for its row, without synchronising.
+    With ``shard`` ranks look together, so that all of them raise what one of them finds; within
+    this they also compare how many rows they have, so enter it on all ranks or none. It holds for
+    the thread or task that enters it, as a context variable does: threads that already run, or that
+    it starts (before Python 3.14), enter it themselves.
 
     Raises:
         IndexError: inside, naming the first bad row.
@@ -34,7 +36,8 @@ def debug_targets() -> Iterator[None]:
 
 
 def require_ids_in_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise IndexError for the first bad row, where looking is free (CPU) or asked for; tensors without values are left alone."""
+    """Raise IndexError for the first bad row, where looking is free (CPU) or asked for; tensors
+    without values are left alone."""
     if not values_are_at_hand(target):
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
@@ -54,7 +57,10 @@ def debugging() -> bool:
 
 
 # make_fx and AOTAutograd, without a compiler around them; not public, as everything about modes
-_PROXY, _FUNCTIONAL = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL
+_PROXY, _FUNCTIONAL = (
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 _mode_of, _is_tracing = torch._C._get_dispatch_mode, torch._C._is_tracing
 
 
@@ -63,7 +69,13 @@ def _traced() -> bool:
 
 
 def values_are_at_hand(t: Tensor) -> bool:
-    """Whether its values may be looked at: there are some, and looking is free (CPU) or asked for."""
-    if torch.compiler.is_compiling() or torch_func_active() or isinstance(t, FakeTensor) or _traced():
+    """Whether its values may be looked at: there are some, and looking is free (CPU) or asked
+    for."""
+    if (
+        torch.compiler.is_compiling()
+        or torch_func_active()
+        or isinstance(t, FakeTensor)
+        or _traced()
+    ):
         return False
     return t.device.type != "meta" and (t.device.type == "cpu" or _debug.get())

@@ -1,4 +1,5 @@
-"""``python -m lossfuse.perf demo | bench | bounds | compare | memory | estimate | dashboard | gpu``."""
+"""``python -m lossfuse.perf demo | bench | bounds | compare | memory | estimate | dashboard |
+gpu``."""
 
 import argparse
 import importlib.util
@@ -22,12 +23,15 @@ NEEDED = {"demo": (*PICTURES, "tokenizers"), "memory": PICTURES, "dashboard": PI
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a goal was missed, an error is beyond its bound, a test failed or what the command needs is not installed.
+    """0; 1 where a goal was missed, an error is beyond its bound, a test failed or what the command
+    needs is not installed.
 
-    2 with a sentence for what cannot be done; 3 where ``gpu`` has a GPU and could not settle everything on it; 130 after an interrupt.
-    """
+    2 with a sentence for what cannot be done; 3 where ``gpu`` has a GPU and could not settle
+    everything on it; 130 after an interrupt."""
     options = parser().parse_args(arguments)
-    missing = [name for name in NEEDED.get(options.command, ROWS) if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in NEEDED.get(options.command, ROWS) if importlib.util.find_spec(name) is None
+    ]
     if missing:
         print(f"{', '.join(missing)} not installed: pip install 'lossfuse[perf]'", file=sys.stderr)
         return 1
@@ -60,7 +64,9 @@ def whole(least: int) -> Callable[[str], int]:
     return number
 
 
-def real(above: float = -math.inf, least: float = -math.inf, most: float = sys.float_info.max) -> Callable[[str], float]:
+def real(
+    above: float = -math.inf, least: float = -math.inf, most: float = sys.float_info.max
+) -> Callable[[str], float]:
     """The type of an option that is a finite number within bounds."""
     bounds = [f"above {above:g}" if above > -math.inf else f"at least {least:g}"]
     bounds += [f"at most {most:g}"] if most < sys.float_info.max else []
@@ -79,53 +85,138 @@ def real(above: float = -math.inf, least: float = -math.inf, most: float = sys.f
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="python -m lossfuse.perf", description="See what lossfuse does, on this machine.")
+    top = argparse.ArgumentParser(
+        prog="python -m lossfuse.perf", description="See what lossfuse does, on this machine."
+    )
     commands = top.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="train a small transformer on real text with torch's loss and with ours")
-    demo.add_argument("--out", type=Path, default=Path("lossfuse-demo.png"), help="the picture to write (default: %(default)s)")
-    demo.add_argument("--steps", type=whole(1), default=30, help="training steps of each model (default: %(default)s)")
-
-    bench = commands.add_parser("bench", help="time, memory and error of every method on named cases or your own shapes")
-    bench.add_argument(
-        "--cases", nargs="+", default=["llama2"], metavar="CASE", help=f"all, NxV, NxDxV (a head), NxVpP (labels), {', '.join(CASES)}"
+    demo = commands.add_parser(
+        "demo", help="train a small transformer on real text with torch's loss and with ours"
     )
-    bench.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)")
-    bench.add_argument("--modes", nargs="+", choices=MODES, default=["no_grad", "forward+backward"], help="(default: %(default)s)")
-    bench.add_argument("--methods", metavar="TEXT", help="only methods whose name contains this, and torch's own (default: all)")
-    bench.add_argument("--repeats", type=whole(1), default=15, help="timed calls of each method, at most (default: %(default)s)")
-    bench.add_argument("--seconds", type=real(least=0), default=20.0, help="for a mode of a case; three calls of each are made anyway")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("lossfuse-demo.png"),
+        help="the picture to write (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--steps",
+        type=whole(1),
+        default=30,
+        help="training steps of each model (default: %(default)s)",
+    )
+
+    bench = commands.add_parser(
+        "bench", help="time, memory and error of every method on named cases or your own shapes"
+    )
+    bench.add_argument(
+        "--cases",
+        nargs="+",
+        default=["llama2"],
+        metavar="CASE",
+        help=f"all, NxV, NxDxV (a head), NxVpP (labels), {', '.join(CASES)}",
+    )
+    bench.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)"
+    )
+    bench.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=["no_grad", "forward+backward"],
+        help="(default: %(default)s)",
+    )
+    bench.add_argument(
+        "--methods",
+        metavar="TEXT",
+        help="only methods whose name contains this, and torch's own (default: all)",
+    )
+    bench.add_argument(
+        "--repeats",
+        type=whole(1),
+        default=15,
+        help="timed calls of each method, at most (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--seconds",
+        type=real(least=0),
+        default=20.0,
+        help="for a mode of a case; three calls of each are made anyway",
+    )
     bench.add_argument("--out", type=Path, help="CSV to append the rows to")
     bench.add_argument(
-        "--tests", choices=["run", "passed", "failed", "not run"], default="not run", help="what the rows say of this commit's tests"
+        "--tests",
+        choices=["run", "passed", "failed", "not run"],
+        default="not run",
+        help="what the rows say of this commit's tests",
     )
 
-    bounds = commands.add_parser("bounds", help="errors of losses and gradients against float64, in units of what arithmetic allows")
+    bounds = commands.add_parser(
+        "bounds",
+        help="errors of losses and gradients against float64, in units of what arithmetic allows",
+    )
     bounds.add_argument("--out", type=Path, help="CSV to append the rows to")
 
     compare = commands.add_parser("compare", help="two commits, or two files of rows, side by side")
     compare.add_argument("a", metavar="FILE[@COMMIT]")
     compare.add_argument("b", metavar="FILE[@COMMIT]")
 
-    memory = commands.add_parser("memory", help="the peak of a training step of yours, when it comes and who is alive then")
-    memory.add_argument("step", metavar="MODULE:FUNCTION", help="something callable without arguments, e.g. train:step")
-    memory.add_argument("--out", type=Path, help="picture (.png, .svg), page (.html) or table (.csv) of the timeline")
-    memory.add_argument("--warmup", type=whole(0), default=1, help="calls before the one that is watched (default: %(default)s)")
+    memory = commands.add_parser(
+        "memory", help="the peak of a training step of yours, when it comes and who is alive then"
+    )
+    memory.add_argument(
+        "step",
+        metavar="MODULE:FUNCTION",
+        help="something callable without arguments, e.g. train:step",
+    )
+    memory.add_argument(
+        "--out",
+        type=Path,
+        help="picture (.png, .svg), page (.html) or table (.csv) of the timeline",
+    )
+    memory.add_argument(
+        "--warmup",
+        type=whole(0),
+        default=1,
+        help="calls before the one that is watched (default: %(default)s)",
+    )
 
-    estimate = commands.add_parser("estimate", help="the bytes each method needs on a shape, without running it")
-    estimate.add_argument("cases", nargs="+", metavar="CASE", help="NxV, NxDxV (a head), NxVpP (labels), or a named case")
-    estimate.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)")
-    estimate.add_argument("--mode", choices=MODES, default="forward+backward", help="(default: %(default)s)")
-    estimate.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
-    estimate.add_argument("--fits", type=real(above=0), metavar="GIB", help="memory there is, for a verdict on each method")
-    of_ranks = estimate.add_argument_group("over many ranks", "bytes of each rank, bytes on the wire and collectives of a step")
+    estimate = commands.add_parser(
+        "estimate", help="the bytes each method needs on a shape, without running it"
+    )
+    estimate.add_argument(
+        "cases",
+        nargs="+",
+        metavar="CASE",
+        help="NxV, NxDxV (a head), NxVpP (labels), or a named case",
+    )
+    estimate.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)"
+    )
+    estimate.add_argument(
+        "--mode", choices=MODES, default="forward+backward", help="(default: %(default)s)"
+    )
+    estimate.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)"
+    )
+    estimate.add_argument(
+        "--fits",
+        type=real(above=0),
+        metavar="GIB",
+        help="memory there is, for a verdict on each method",
+    )
+    of_ranks = estimate.add_argument_group(
+        "over many ranks", "bytes of each rank, bytes on the wire and collectives of a step"
+    )
     of_ranks.add_argument(
         "--layout",
         nargs="+",
         metavar="TP,SP,FSDP,DP",
         help="such as tp=8,sp=2,fsdp=64,dp=4; what is not named is 1, and one alone is itemised",
     )
-    of_ranks.add_argument("--reduction", choices=REDUCTIONS, default="mean", help="(default: %(default)s)")
+    of_ranks.add_argument(
+        "--reduction", choices=REDUCTIONS, default="mean", help="(default: %(default)s)"
+    )
     for name, what in (
         ("probabilities", "targets are probabilities"),
         ("class-weights", "with class weights"),
@@ -134,21 +225,50 @@ def parser() -> argparse.ArgumentParser:
         ("reshard", "FSDP gives the weight back after the forward and gathers it again"),
     ):
         of_ranks.add_argument(f"--{name}", action="store_true", help=what)
-    of_ranks.add_argument("--hidden-grad", choices=["reduced", "partial"], default="reduced", help="(default: %(default)s)")
+    of_ranks.add_argument(
+        "--hidden-grad",
+        choices=["reduced", "partial"],
+        default="reduced",
+        help="(default: %(default)s)",
+    )
     of_ranks.add_argument("--chunk-bytes", type=whole(1), metavar="BYTES", help="of LinearOptions")
     of_ranks.add_argument(
-        "--link-gbps", metavar="GBIT", help="what a rank sends a second, e.g. 400 or tp=3600,fsdp=400; then times are shown"
+        "--link-gbps",
+        metavar="GBIT",
+        help="what a rank sends a second, e.g. 400 or tp=3600,fsdp=400; then times are shown",
     )
-    of_ranks.add_argument("--latency-us", type=real(least=0), default=5.0, help="of each step of a ring (default: %(default)s, a guess)")
+    of_ranks.add_argument(
+        "--latency-us",
+        type=real(least=0),
+        default=5.0,
+        help="of each step of a ring (default: %(default)s, a guess)",
+    )
 
     dashboard = commands.add_parser("dashboard", help="one page of rows that opens offline")
     dashboard.add_argument("rows", type=Path, nargs="+", metavar="CSV")
-    dashboard.add_argument("--out", type=Path, default=Path("lossfuse-dashboard.html"), help="(default: %(default)s)")
-    dashboard.add_argument("--pngs", type=Path, metavar="FOLDER", help="also write the charts as pictures")
+    dashboard.add_argument(
+        "--out", type=Path, default=Path("lossfuse-dashboard.html"), help="(default: %(default)s)"
+    )
+    dashboard.add_argument(
+        "--pngs", type=Path, metavar="FOLDER", help="also write the charts as pictures"
+    )
 
-    gpu = commands.add_parser("gpu", help="tests, goals and peers on a GPU in one call; without one a small rehearsal")
-    gpu.add_argument("--out", type=Path, default=Path("lossfuse-gpu"), metavar="FOLDER", help="rows, log, summary (default: %(default)s)")
-    gpu.add_argument("--minutes", type=real(above=0, most=MOST_MINUTES), default=7.5, help="it ends inside them (default: %(default)s)")
+    gpu = commands.add_parser(
+        "gpu", help="tests, goals and peers on a GPU in one call; without one a small rehearsal"
+    )
+    gpu.add_argument(
+        "--out",
+        type=Path,
+        default=Path("lossfuse-gpu"),
+        metavar="FOLDER",
+        help="rows, log, summary (default: %(default)s)",
+    )
+    gpu.add_argument(
+        "--minutes",
+        type=real(above=0, most=MOST_MINUTES),
+        default=7.5,
+        help="it ends inside them (default: %(default)s)",
+    )
     return top
 
 
@@ -163,7 +283,15 @@ def run(options: argparse.Namespace) -> int:
 
         cases = list(CASES) if options.cases == ["all"] else options.cases
         effort = bench.Effort(options.repeats, options.seconds)
-        bench.main(cases, options.dtypes, options.modes, options.methods, effort, options.out, options.tests)
+        bench.main(
+            cases,
+            options.dtypes,
+            options.modes,
+            options.methods,
+            effort,
+            options.out,
+            options.tests,
+        )
     elif options.command == "bounds":
         from . import bounds
 
@@ -199,9 +327,24 @@ def _layouts(options: argparse.Namespace) -> None:
 
     if options.device == "cpu":
         raise Mistake("--layout is for accelerators, but --device is cpu")
-    names = ("mode", "reduction", "probabilities", "class_weights", "smoothing", "statistics", "hidden_grad", "reshard")
-    losses = {name: getattr(options, name) for name in names} | {"options": LinearOptions(chunk_bytes=options.chunk_bytes)}
-    links = None if options.link_gbps is None else layouts.Links.parse(options.link_gbps, options.latency_us)
+    names = (
+        "mode",
+        "reduction",
+        "probabilities",
+        "class_weights",
+        "smoothing",
+        "statistics",
+        "hidden_grad",
+        "reshard",
+    )
+    losses = {name: getattr(options, name) for name in names} | {
+        "options": LinearOptions(chunk_bytes=options.chunk_bytes)
+    }
+    links = (
+        None
+        if options.link_gbps is None
+        else layouts.Links.parse(options.link_gbps, options.latency_us)
+    )
     layouts.main(options.cases, losses, options.dtypes, options.layout, options.fits, links)
 
 

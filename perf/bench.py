@@ -1,4 +1,5 @@
-"""Cases x dtypes x modes x methods: checked against fp64, then timed in turn, then weighed; one row each."""
+"""Cases x dtypes x modes x methods: checked against fp64, then timed in turn, then weighed; one row
+each."""
 
 import gc
 import sys
@@ -31,7 +32,8 @@ LEAST = "the least work"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: at most so many repeats of each method, and no new round past so many seconds of a mode of a case."""
+    """How long to measure: at most so many repeats of each method, and no new round past so many
+    seconds of a mode of a case."""
 
     repeats: int = 15
     seconds: float = 20.0
@@ -72,16 +74,24 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """One row per mode and method for the dtype. What fails, is wrong or does not fit is a row that says so, without numbers.
+    """One row per mode and method for the dtype. What fails, is wrong or does not fit is a row that
+    says so, without numbers.
 
-    ``say`` is told what is measured, and ``keep`` is given the rows of each mode as soon as they are there.
-    """
+    ``say`` is told what is measured, and ``keep`` is given the rows of each mode as soon as they
+    are there."""
     methods = [method for method in methods if dtype_name in method.dtypes]
     if "torch._dynamo" in sys.modules:
         # it gives up on a function after eight shapes
         torch.compiler.reset()
     dtype = DTYPES[dtype_name]
-    head = {"case": case.name, "op": case.op, "dtype": dtype_name, "n": case.n, "v": case.v, "d": case.d if case.p is None else case.p}
+    head = {
+        "case": case.name,
+        "op": case.op,
+        "dtype": dtype_name,
+        "n": case.n,
+        "v": case.v,
+        "d": case.d if case.p is None else case.p,
+    }
     rows: list[Row] = []
     problem: Logits | Head | None = None
     why = "", ""
@@ -94,9 +104,13 @@ def measure(
         if problem is None:
             made: list[Row] = [_of(m) | {"status": why[0], "note": why[1]} for m in methods]
         else:
-            needs = {need.method: need.bytes for need in estimate(case, dtype_name, mode, device.type)}
+            needs = {
+                need.method: need.bytes for need in estimate(case, dtype_name, mode, device.type)
+            }
             part = f"{case.name} {dtype_name} {mode}"
-            made = _measure_mode(problem, mode, methods, device, effort, needs, partial(_say_part, say, part))
+            made = _measure_mode(
+                problem, mode, methods, device, effort, needs, partial(_say_part, say, part)
+            )
         interrupts.check()
         made = [head | {"mode": mode} | row for row in made]
         keep(made)
@@ -135,7 +149,13 @@ def _measure_mode(
     least, share = problem.least(mode)
     try:
         # the products of a head alone hold what torch's own way holds, or less
-        if _beyond(needs.get(known.BASELINE[problem.case.op], 0) if isinstance(problem, Head) else 0, device) is None:
+        if (
+            _beyond(
+                needs.get(known.BASELINE[problem.case.op], 0) if isinstance(problem, Head) else 0,
+                device,
+            )
+            is None
+        ):
             least.run()
             steps[LEAST] = least
     except Exception as error:
@@ -170,7 +190,12 @@ def _measure_mode(
     for row in rows:
         if row["method"] in times:
             timing = times[row["method"]]
-            row |= {"ms_p50": timing.p50, "ms_p20": timing.p20, "ms_p80": timing.p80, "repeats": timing.repeats}
+            row |= {
+                "ms_p50": timing.p50,
+                "ms_p20": timing.p20,
+                "ms_p80": timing.p80,
+                "repeats": timing.repeats,
+            }
             row |= {"ideal_ms": ideal} | _ceiling(problem, mode, ideal)
     return rows
 
@@ -202,14 +227,21 @@ def _ceiling(problem: Logits | Head, mode: str, ideal_ms: float | None) -> Row:
     if ideal_ms is None:
         return {}
     if isinstance(problem, Logits):
-        return {"copy_gbps": problem.case.moved_bytes(mode, problem.logits.element_size()) / ideal_ms / 1e6}
+        return {
+            "copy_gbps": problem.case.moved_bytes(mode, problem.logits.element_size())
+            / ideal_ms
+            / 1e6
+        }
     return {"matmul_tflops": problem.case.flops(mode) / ideal_ms / 1e9}
 
 
 def _failure(error: Exception) -> tuple[str, str]:
-    """Status and note; an exception that is about this program and not about a method is nobody's result."""
+    """Status and note; an exception that is about this program and not about a method is nobody's
+    result."""
     first = (str(error).strip() or "no message").splitlines()[0][:300]
-    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    full = isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
     return "out of memory" if full else "failed", f"{type(error).__name__}: {first}"
 
 
@@ -220,12 +252,19 @@ def _free(device: torch.device) -> None:
 
 
 def main(
-    cases: Sequence[str], dtypes: Sequence[str], modes: Sequence[str], only: str | None, effort: Effort, out: Path | None, tests: str
+    cases: Sequence[str],
+    dtypes: Sequence[str],
+    modes: Sequence[str],
+    only: str | None,
+    effort: Effort,
+    out: Path | None,
+    tests: str,
 ) -> None:
-    """Measure, print a table per case, append the rows of each mode of it to a CSV as soon as they are measured.
+    """Measure, print a table per case, append the rows of each mode of it to a CSV as soon as they
+    are measured.
 
-    ``tests`` is what the rows say of this commit's tests; ``run`` runs them first. Mistake if nothing could be measured.
-    """
+    ``tests`` is what the rows say of this commit's tests; ``run`` runs them first. Mistake if
+    nothing could be measured."""
     console = tables.console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [named(name, device) for name in cases]
@@ -247,14 +286,39 @@ def main(
             console.print(line, style="dim", markup=False)
     facts = f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}"
     console.print(facts, markup=False)
-    todo = [(case, [dtype for dtype in dtypes if any(dtype in method.dtypes for method in methods[case.op])]) for case in chosen]
+    todo = [
+        (
+            case,
+            [
+                dtype
+                for dtype in dtypes
+                if any(dtype in method.dtypes for method in methods[case.op])
+            ],
+        )
+        for case in chosen
+    ]
     pace = Pace(len(modes) * sum(len(there) for _, there in todo), effort.seconds)
     refused = []
     for case, there in todo:
-        refused += [f"{case.name} has no method in {dtype}" for dtype in dtypes if dtype not in there]
+        refused += [
+            f"{case.name} has no method in {dtype}" for dtype in dtypes if dtype not in there
+        ]
         rows: list[Row] = []
         try:
-            _measure_case(case, there, device, modes, methods[case.op], effort, pace, console, rows, refused, where, out)
+            _measure_case(
+                case,
+                there,
+                device,
+                modes,
+                methods[case.op],
+                effort,
+                pace,
+                console,
+                rows,
+                refused,
+                where,
+                out,
+            )
         finally:
             # also of a case that was interrupted
             if rows:
@@ -326,7 +390,11 @@ COLUMNS = (
 
 def show(case: Case, rows: list[Row], console: "Console") -> None:
     """A line per method, in groups of dtype and mode."""
-    least = "the matrix products alone" if case.op == "head" else "a copy of the logits (half of it without a backward)"
+    least = (
+        "the matrix products alone"
+        if case.op == "head"
+        else "a copy of the logits (half of it without a backward)"
+    )
     unit = "relative to its row's largest" if case.op == "head" else "relative to itself"
     caption = f"roofline: {least}, timed in turn with the methods; memory beyond inputs, results included; "
     caption += f"error: of the worst entry of the gradient, {unit}"
@@ -334,14 +402,28 @@ def show(case: Case, rows: list[Row], console: "Console") -> None:
     for row in rows:
         group = f"{row['dtype']} {row['mode']}"
         base = next(
-            (r.get("ms_p50") for r in rows if f"{r['dtype']} {r['mode']}" == group and r["method"] == known.BASELINE[case.op]), None
+            (
+                r.get("ms_p50")
+                for r in rows
+                if f"{r['dtype']} {r['mode']}" == group and r["method"] == known.BASELINE[case.op]
+            ),
+            None,
         )
         if row["status"] != "ok":
-            lines.append(tables.Line([row["method"]], group, f"{row['status']}: {row['note']}", "red"))
+            lines.append(
+                tables.Line([row["method"]], group, f"{row['status']}: {row['note']}", "red")
+            )
             continue
         ms, peak = row["ms_p50"], row["peak_extra_bytes"]
-        cells = [row["method"], f"{ms:.3g}" if ms < 100 else f"{ms:.0f}", f"{row['ms_p20']:.3g}-{row['ms_p80']:.3g}"]
-        cells += [f"{base / ms:.2f}" if base else "-", f"{row['ideal_ms'] / ms:.2f}" if row.get("ideal_ms") else "-"]
+        cells = [
+            row["method"],
+            f"{ms:.3g}" if ms < 100 else f"{ms:.0f}",
+            f"{row['ms_p20']:.3g}-{row['ms_p80']:.3g}",
+        ]
+        cells += [
+            f"{base / ms:.2f}" if base else "-",
+            f"{row['ideal_ms'] / ms:.2f}" if row.get("ideal_ms") else "-",
+        ]
         cells += ["-" if peak is None else f"{peak / 2**20:,.0f} MiB", f"{row['loss_error']:.0e}"]
         cells += ["-" if row["grad_error"] is None else f"{row['grad_error']:.0e}"]
         lines.append(tables.Line(cells, group))

@@ -1,28 +1,37 @@
-"""How far results are from float64 of the same inputs, in units of a bound for each: above 1 is wrong, and what grows says so before.
+"""How far results are from float64 of the same inputs, in units of a bound for each: above 1 is
+wrong, and what grows says so before.
 
-With u = 2**-24 (half of float32's epsilon), s the same of the dtype that is stored, p the softmax, d how far a logit is below its row's
-largest, delta how far it is off before the loss sees it, and everything for a row unless it says otherwise:
+With u = 2**-24 (half of float32's epsilon), s the same of the dtype that is stored, p the softmax,
+d how far a logit is below its row's largest, delta how far it is off before the loss sees it, and
+everything for a row unless it says otherwise:
 
-- An exponential is off by ``off = delta + C u (1 + d)``, relative: the subtraction rounds d to u d, or its product with log2(e) does, and
-  C = 4 leaves room for the products that follow and for a hardware exponential of 2 units in the last place. A sum of exponentials is off
-  by the mean of that, weighted by what is summed, and C u log2(V) for additions in a tree or in blocks.
-- Entry v of dlogits: ``p (exp(off + off of the sum) - 1)``, at the target with 1 - p and the sum of the others, since p - 1 is no
-  difference of rounded numbers here. What is stored is the nearest number of its dtype: half a unit of its last place is taken off the
-  error. Numbers below the smallest normal of float32 may be 0.
-- Loss: ``(1 - p) (exp(off of the others, and delta) - 1) + C u loss``: it is log(1 + others / target), so that a small one keeps its
-  digits. "mean loss" adds ``u (log2(N) + 2)`` of the sum of what is added.
-- delta is 0 for logits that are given. For those of a head it is ``u sqrt(D) |X| |W|.T``, which sums that round at random keep to with all
-  but certainty (Higham and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019), and u |z|;
-  s |z| more where logits are stored in half precision.
-- Row of dhidden, in its 2-norm: ``sum_v |error of g_v| ||W_v||`` of the entries above, ``u sqrt(V) sum_v |g_v| ||W_v||`` for the product,
-  ``s ||dhidden||``. g is rounded to s before the products where these are of half precision. Row of dweight likewise, over rows; where
-  sums over chunks are kept in half precision, ``s sum_n |g_n| ||X_n||`` more for each chunk.
-- "x, mean": rounding leans to no side, so the mean over 1e5 entries of what x is too large by, relative, is within four deviations of 0,
-  where rows are independent and entries are not. An eighth of the bound without s is added, since exponentials of a library lean a
-  little, and s**2, since of the numbers that round to one the smaller are the more. Truncated sums and dropped probability show here.
+- An exponential is off by ``off = delta + C u (1 + d)``, relative: the subtraction rounds d to u d,
+  or its product with log2(e) does, and C = 4 leaves room for the products that follow and for a
+  hardware exponential of 2 units in the last place. A sum of exponentials is off by the mean of
+  that, weighted by what is summed, and C u log2(V) for additions in a tree or in blocks.
+- Entry v of dlogits: ``p (exp(off + off of the sum) - 1)``, at the target with 1 - p and the sum of
+  the others, since p - 1 is no difference of rounded numbers here. What is stored is the nearest
+  number of its dtype: half a unit of its last place is taken off the error. Numbers below the
+  smallest normal of float32 may be 0.
+- Loss: ``(1 - p) (exp(off of the others, and delta) - 1) + C u loss``: it is log(1 + others /
+  target), so that a small one keeps its digits. "mean loss" adds ``u (log2(N) + 2)`` of the sum of
+  what is added.
+- delta is 0 for logits that are given. For those of a head it is ``u sqrt(D) |X| |W|.T``, which
+  sums that round at random keep to with all but certainty (Higham and Mary, "A new approach to
+  probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019), and u |z|; s |z| more
+  where logits are stored in half precision.
+- Row of dhidden, in its 2-norm: ``sum_v |error of g_v| ||W_v||`` of the entries above, ``u sqrt(V)
+  sum_v |g_v| ||W_v||`` for the product, ``s ||dhidden||``. g is rounded to s before the products
+  where these are of half precision. Row of dweight likewise, over rows; where sums over chunks are
+  kept in half precision, ``s sum_n |g_n| ||X_n||`` more for each chunk.
+- "x, mean": rounding leans to no side, so the mean over 1e5 entries of what x is too large by,
+  relative, is within four deviations of 0, where rows are independent and entries are not. An
+  eighth of the bound without s is added, since exponentials of a library lean a little, and s**2,
+  since of the numbers that round to one the smaller are the more. Truncated sums and dropped
+  probability show here.
 
-The upstream gradient of means is a power of two near N, which is exact, so that float16 has room for the entries.
-"""
+The upstream gradient of means is a power of two near N, which is exact, so that float16 has room
+for the entries."""
 
 import itertools
 import math
@@ -78,11 +87,18 @@ def worst(output: str, error: Tensor, bound: Tensor) -> Finding:
         return Finding(output, 0.0, 0.0, 0.0)
     at = int(ratio.argmax())
     place = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(at), ratio.shape))
-    return Finding(output, float(ratio.flatten()[at]), float(error.flatten()[at]), float(bound.flatten()[at]), place)
+    return Finding(
+        output,
+        float(ratio.flatten()[at]),
+        float(error.flatten()[at]),
+        float(bound.flatten()[at]),
+        place,
+    )
 
 
 def half_unit(t: Tensor) -> Tensor:
-    """Of the last place of each number: what it may be off by if it is the nearest of its dtype. In float64."""
+    """Of the last place of each number: what it may be off by if it is the nearest of its dtype. In
+    float64."""
     info = torch.finfo(t.dtype)
     exponent = torch.frexp(t.double().abs().clamp(min=info.smallest_normal))[1]
     return torch.ldexp(torch.full_like(t, info.eps / 4, dtype=torch.float64), exponent)
@@ -95,7 +111,8 @@ def distance(got: Tensor, want: Tensor) -> Tensor:
 
 
 def leaning(output: str, got: Tensor, want: Tensor, arithmetic: Tensor, scale: Tensor) -> Finding:
-    """The mean of how much larger than they should be numbers (N, K) are, over ``scale``; 0 of which leaves an entry out."""
+    """The mean of how much larger than they should be numbers (N, K) are, over ``scale``; 0 of
+    which leaves an entry out."""
     counted = scale > 0.0
     assert counted.any()
     count = counted.sum()
@@ -103,10 +120,19 @@ def leaning(output: str, got: Tensor, want: Tensor, arithmetic: Tensor, scale: T
     mean = signed.sum() / count
     # of a sum over independent rows
     deviation = float((signed.sum(1) - mean * counted.sum(1)).square().sum().sqrt() / count)
-    lean = float(torch.where(counted, arithmetic / scale, 0.0).sum() / count) / 8 + half_ulp(got.dtype) ** 2
+    lean = (
+        float(torch.where(counted, arithmetic / scale, 0.0).sum() / count) / 8
+        + half_ulp(got.dtype) ** 2
+    )
     bound = DEVIATIONS * deviation + lean
     error = float(mean.abs())
-    return Finding(f"{output}, mean", error / bound if math.isfinite(error) else math.inf, error, bound, f"of {int(count)}")
+    return Finding(
+        f"{output}, mean",
+        error / bound if math.isfinite(error) else math.inf,
+        error,
+        bound,
+        f"of {int(count)}",
+    )
 
 
 class Rows(NamedTuple):
@@ -119,7 +145,8 @@ class Rows(NamedTuple):
 
 
 def rows_of(z: Tensor, target: Tensor, delta: Tensor | float) -> Rows:
-    """The loss, its gradient and their bounds for (N, V) logits in float64, each off by ``delta`` before anything happens to it."""
+    """The loss, its gradient and their bounds for (N, V) logits in float64, each off by ``delta``
+    before anything happens to it."""
     v = z.shape[1]
     valid = target != -100
     y = target.where(valid, 0)[:, None]
@@ -131,20 +158,28 @@ def rows_of(z: Tensor, target: Tensor, delta: Tensor | float) -> Rows:
 
     def off_by(terms: Tensor, of: Tensor) -> Tensor:
         of = of.where(of > 0.0, 1.0)
-        return torch.log1p((terms * torch.expm1(off)).sum(1, keepdim=True) / of) + C * U * math.log2(max(v, 2))
+        return torch.log1p(
+            (terms * torch.expm1(off)).sum(1, keepdim=True) / of
+        ) + C * U * math.log2(max(v, 2))
 
     off_rest, off_whole = off_by(others, rest), off_by(e, whole)
     p = e / whole
     miss = rest / whole
     grad = p.scatter(1, y, -miss)
-    grad_bound = (p * torch.expm1(off + off_whole)).scatter(1, y, miss * torch.expm1(off_rest + off_whole))
+    grad_bound = (p * torch.expm1(off + off_whole)).scatter(
+        1, y, miss * torch.expm1(off_rest + off_whole)
+    )
     d_y, e_y = d.gather(1, y), e.gather(1, y)
     # the target may be so far below that its exponential is 0
-    loss = torch.where(d_y < 300.0, torch.log1p(rest / e_y.clamp(min=1e-200)), torch.log(whole) + d_y)
+    loss = torch.where(
+        d_y < 300.0, torch.log1p(rest / e_y.clamp(min=1e-200)), torch.log(whole) + d_y
+    )
     delta_y = delta.gather(1, y) if isinstance(delta, Tensor) else delta
     loss_bound = miss * torch.expm1(off_rest + delta_y) + C * U * loss + SMALLEST
     loss, loss_bound = (t[:, 0].where(valid, 0.0) for t in (loss, loss_bound))
-    return Rows(loss, loss_bound, grad.where(valid[:, None], 0.0), grad_bound.where(valid[:, None], 0.0))
+    return Rows(
+        loss, loss_bound, grad.where(valid[:, None], 0.0), grad_bound.where(valid[:, None], 0.0)
+    )
 
 
 def mean_of(rows: Rows, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,10 +223,18 @@ class Logits:
         yield worst("mean loss", distance(got.mean, mean), mean_bound)
         yield worst("dlogits", error, arithmetic + 2.0 * upstream(self.n) * SMALLEST)
         if self.averages:
-            yield leaning("loss", got.losses[:, None], rows.loss[:, None], rows.loss_bound[:, None], rows.loss[:, None])
+            yield leaning(
+                "loss",
+                got.losses[:, None],
+                rows.loss[:, None],
+                rows.loss_bound[:, None],
+                rows.loss[:, None],
+            )
             # below the normal numbers rounding to 0 is no accident
             smallest = torch.finfo(got.dlogits.dtype).smallest_normal
-            yield leaning("dlogits", got.dlogits, want, arithmetic, want.abs() * (want.abs() > 2.0 * smallest))
+            yield leaning(
+                "dlogits", got.dlogits, want, arithmetic, want.abs() * (want.abs() > 2.0 * smallest)
+            )
 
 
 class HeadResult(NamedTuple):
@@ -205,7 +248,8 @@ class HeadResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Roundings:
-    """What numbers of a head are rounded to on their way, relative; 0 where they stay in float32."""
+    """What numbers of a head are rounded to on their way, relative; 0 where they stay in
+    float32."""
 
     logits: float = 0.0
     grad: float = 0.0  # of a gradient of logits, before the products
@@ -215,11 +259,14 @@ class Roundings:
 
 
 class Head:
-    """Hidden states (N, D), a weight (V, D) and ids; what is right for them, and how far off a result is."""
+    """Hidden states (N, D), a weight (V, D) and ids; what is right for them, and how far off a
+    result is."""
 
     op = "head"
 
-    def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, averages: bool = False) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, averages: bool = False
+    ) -> None:
         self.hidden, self.weight, self.target, self.averages = hidden, weight, target, averages
         (self.n, self.d), self.v = hidden.shape, len(weight)
         self.x = hidden.double().where((target != -100)[:, None], 0.0)
@@ -232,7 +279,12 @@ class Head:
         mean, mean_bound = mean_of(rows, self.target)
         scale = upstream(self.n) / (self.target != -100).sum().clamp(min=1)
         grad, grad_bound = rows.grad * scale, rows.grad_bound * scale
-        grad_bound = grad_bound + how.grad * grad.abs() + scale * how.floor + 2.0 * upstream(self.n) * SMALLEST
+        grad_bound = (
+            grad_bound
+            + how.grad * grad.abs()
+            + scale * how.floor
+            + 2.0 * upstream(self.n) * SMALLEST
+        )
         yield worst("loss", distance(got.losses, rows.loss), rows.loss_bound)
         yield worst("mean loss", distance(got.mean, mean), mean_bound)
         for name, made, g, g_bound, other, chunks in (
@@ -243,12 +295,21 @@ class Head:
             moved = g.abs() @ lengths
             arithmetic = g_bound @ lengths + (U * math.sqrt(len(other)) + how.sums * chunks) * moved
             info = torch.finfo(made.dtype)
-            stored = half_ulp(made.dtype) * (want.norm(dim=1) + arithmetic) + math.sqrt(self.d) * info.smallest_normal * info.eps
+            stored = (
+                half_ulp(made.dtype) * (want.norm(dim=1) + arithmetic)
+                + math.sqrt(self.d) * info.smallest_normal * info.eps
+            )
             yield worst(name, distance(made, want).norm(dim=1), arithmetic + stored)
             if self.averages:
                 size = want.norm(dim=1, keepdim=True) / math.sqrt(self.d)
                 entries = size * (size > info.smallest_normal / info.eps)
-                yield leaning(name, made, want, arithmetic[:, None] / math.sqrt(self.d), entries.expand_as(want))
+                yield leaning(
+                    name,
+                    made,
+                    want,
+                    arithmetic[:, None] / math.sqrt(self.d),
+                    entries.expand_as(want),
+                )
 
 
 # name: (inputs of a dtype, drawn on the CPU for every device; whether means are looked at)
@@ -265,7 +326,9 @@ def _model(dtype: torch.dtype, n: int = 64, v: int = CLASSES) -> tuple[Tensor, T
 def _many_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     n, v = 1 << 17, 17
-    return (torch.randn(n, v, generator=generator) * 3.0).to(dtype), torch.randint(0, v, (n,), generator=generator)
+    return (torch.randn(n, v, generator=generator) * 3.0).to(dtype), torch.randint(
+        0, v, (n,), generator=generator
+    )
 
 
 def _one_huge(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -278,7 +341,11 @@ def _one_huge(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _sure(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     logits, target = _model(dtype, FEW)
-    logits.scatter_(1, target.clamp(min=0)[:, None], (logits.amax(1, keepdim=True) + torch.linspace(8.0, 40.0, FEW)[:, None]).to(dtype))
+    logits.scatter_(
+        1,
+        target.clamp(min=0)[:, None],
+        (logits.amax(1, keepdim=True) + torch.linspace(8.0, 40.0, FEW)[:, None]).to(dtype),
+    )
     return logits, target
 
 
@@ -336,7 +403,8 @@ def _model_head(dtype: torch.dtype, n: int = 512, d: int = 256) -> tuple[Tensor,
 
 
 def _one_target(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    # what every row adds to the target's row of dweight points the same way: a narrow sum soon stands still
+    # what every row adds to the target's row of dweight points the same way: a narrow sum soon
+    # stands still
     hidden, weight, target = _model_head(torch.float32, 256, 64)
     return (hidden * 0.1 + 1.0).to(dtype), (weight * 0.1).to(dtype), torch.full_like(target, 7)
 
@@ -372,30 +440,66 @@ class Method:
     lean: bool = False
 
     def of_logits(self, problem: Logits) -> LogitsResult:
-        losses = lossfuse.cross_entropy(problem.logits, problem.target, reduction="none", impl=self.impl)
+        losses = lossfuse.cross_entropy(
+            problem.logits, problem.target, reduction="none", impl=self.impl
+        )
         leaf = problem.logits.detach().requires_grad_()
         consumed = leaf * 1.0 if self.inplace else leaf
-        mean = lossfuse.cross_entropy(consumed, problem.target, inplace=self.inplace, impl=self.impl)
-        return LogitsResult(losses, mean.detach(), torch.autograd.grad(mean, leaf, torch.full_like(mean, upstream(problem.n)))[0])
+        mean = lossfuse.cross_entropy(
+            consumed, problem.target, inplace=self.inplace, impl=self.impl
+        )
+        return LogitsResult(
+            losses,
+            mean.detach(),
+            torch.autograd.grad(mean, leaf, torch.full_like(mean, upstream(problem.n)))[0],
+        )
 
     def of_head(self, problem: Head) -> HeadResult:
         options, target = self._options(problem), problem.target
-        losses = lossfuse.linear_cross_entropy(problem.hidden, problem.weight, target, reduction="none", options=options, impl=self.impl)
+        losses = lossfuse.linear_cross_entropy(
+            problem.hidden,
+            problem.weight,
+            target,
+            reduction="none",
+            options=options,
+            impl=self.impl,
+        )
         hidden, weight = (t.detach().requires_grad_() for t in (problem.hidden, problem.weight))
-        mean = lossfuse.linear_cross_entropy(hidden, weight, target, options=options, impl=self.impl)
-        grads = torch.autograd.grad(mean, [hidden, weight], torch.full_like(mean, upstream(problem.n)))
+        mean = lossfuse.linear_cross_entropy(
+            hidden, weight, target, options=options, impl=self.impl
+        )
+        grads = torch.autograd.grad(
+            mean, [hidden, weight], torch.full_like(mean, upstream(problem.n))
+        )
         return HeadResult(losses, mean.detach(), *grads)
 
     def findings(self, problem: Logits | Head) -> list[Finding]:
         """Of two calls, which must have the same bits."""
-        call: Callable[[Any], LogitsResult | HeadResult] = self.of_logits if isinstance(problem, Logits) else self.of_head
+        call: Callable[[Any], LogitsResult | HeadResult] = (
+            self.of_logits if isinstance(problem, Logits) else self.of_head
+        )
         first, again = call(problem), call(problem)
         found = [
-            *(problem.judge(first) if isinstance(problem, Logits) and isinstance(first, LogitsResult) else ()),
-            *(problem.judge(first, self._roundings(problem)) if isinstance(problem, Head) and isinstance(first, HeadResult) else ()),
+            *(
+                problem.judge(first)
+                if isinstance(problem, Logits) and isinstance(first, LogitsResult)
+                else ()
+            ),
+            *(
+                problem.judge(first, self._roundings(problem))
+                if isinstance(problem, Head) and isinstance(first, HeadResult)
+                else ()
+            ),
         ]
-        differing = [name for name, a, b in zip(first._fields, first, again, strict=True) if not _same_bits(a, b)]
-        return [*found, Finding("repeated", math.inf if differing else 0.0, 0.0, 0.0, ", ".join(differing))]
+        differing = [
+            name
+            for name, a, b in zip(first._fields, first, again, strict=True)
+            if not _same_bits(a, b)
+        ]
+        return [
+            *found,
+            Finding("repeated", math.inf if differing else 0.0, 0.0, 0.0, ", ".join(differing)),
+        ]
 
     def _options(self, problem: Head) -> lossfuse.LinearOptions:
         narrow = torch.bfloat16 if self.lean else None
@@ -405,7 +509,12 @@ class Method:
 
     def _roundings(self, problem: Head) -> Roundings:
         dtype, on_cpu = problem.hidden.dtype, problem.hidden.device.type == "cpu"
-        chunks = -(-problem.n // chunk_rows(problem.n, problem.d, problem.v, dtype, self._options(problem), cpu=on_cpu))
+        chunks = -(
+            -problem.n
+            // chunk_rows(
+                problem.n, problem.d, problem.v, dtype, self._options(problem), cpu=on_cpu
+            )
+        )
         narrow = half_ulp(torch.bfloat16) if self.lean else 0.0
         # a CPU converts its operands, and its products are of float32
         grad = narrow if on_cpu or dtype == torch.float32 else half_ulp(dtype)
@@ -421,9 +530,14 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def methods(device: torch.device, op: str, dtype: str, n: int) -> list[Method]:
     """Those whose numbers mean something on a device, and come before the day ends.
 
-    Triton's interpreter truncates what it stores in bfloat16, which no bound forgives, and takes a tenth of a second for a row.
-    """
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype == "fp32" and n <= FEW
+    Triton's interpreter truncates what it stores in bfloat16, which no bound forgives, and takes a
+    tenth of a second for a row."""
+    interpreted = (
+        device.type == "cpu"
+        and os.environ.get("TRITON_INTERPRET") == "1"
+        and dtype == "fp32"
+        and n <= FEW
+    )
     found = []
     for impl in ("torch", *(["triton"] if device.type == "cuda" or interpreted else [])):
         found.append(Method(impl, impl))
@@ -437,7 +551,10 @@ def methods(device: torch.device, op: str, dtype: str, n: int) -> list[Method]:
 
 
 def measure(
-    device: torch.device, ops: Sequence[str] = ("logits", "head"), dtypes: Sequence[str] = tuple(DTYPES), cases: Sequence[str] | None = None
+    device: torch.device,
+    ops: Sequence[str] = ("logits", "head"),
+    dtypes: Sequence[str] = tuple(DTYPES),
+    cases: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """A row for each output of each method on each case, without its stamp."""
     for op in ops:
@@ -446,7 +563,14 @@ def measure(
                 continue
             for dtype in dtypes:
                 problem = load(op, case, dtype, device)
-                about = {"case": case, "op": op, "dtype": dtype, "n": problem.n, "v": problem.v, "d": problem.d}
+                about = {
+                    "case": case,
+                    "op": op,
+                    "dtype": dtype,
+                    "n": problem.n,
+                    "v": problem.v,
+                    "d": problem.d,
+                }
                 for method in methods(device, op, dtype, problem.n):
                     for finding in method.findings(problem):
                         yield about | {"method": method.name} | _rounded(finding)
@@ -479,11 +603,14 @@ KEY = ("op", "case", "dtype", "n", "v", "d", "method", "output")
 
 
 def grown(rows: Sequence[Row], kept: "pd.DataFrame") -> list[str]:
-    """A sentence for each row whose ratio is more than GROWTH times that of its last row among those kept.
+    """A sentence for each row whose ratio is more than GROWTH times that of its last row among
+    those kept.
 
-    Means are drawn, so that theirs say nothing while they are below 1; nor does a ratio below QUIET.
-    """
-    last = {tuple(_key(row)): row for row in kept.sort_values("date", kind="stable").to_dict("records")}
+    Means are drawn, so that theirs say nothing while they are below 1; nor does a ratio below
+    QUIET."""
+    last = {
+        tuple(_key(row)): row for row in kept.sort_values("date", kind="stable").to_dict("records")
+    }
     said = []
     for row in rows:
         before = last.get(tuple(_key(row)))
@@ -511,7 +638,13 @@ def _key(row: Row) -> Iterator[Any]:
     for name in KEY:
         value = row[name]
         # NaN is no key
-        yield -1 if value is None or value != value else int(value) if name in ("n", "v", "d") else value
+        yield (
+            -1
+            if value is None or value != value
+            else int(value)
+            if name in ("n", "v", "d")
+            else value
+        )
 
 
 def _about(row: Row) -> str:
@@ -519,7 +652,8 @@ def _about(row: Row) -> str:
 
 
 def main(out: Path | None) -> int:
-    """Measure, append the rows of each case to a CSV, print the worst of each output; 1 if an error is beyond its bound."""
+    """Measure, append the rows of each case to a CSV, print the worst of each output; 1 if an error
+    is beyond its bound."""
     from .environment import stamp
 
     console = tables.console()
@@ -529,7 +663,9 @@ def main(out: Path | None) -> int:
     where = stamp(device)
     rows: list[Row] = []
     with console.status("errors against their bounds") as status:
-        for (op, case), made in itertools.groupby(measure(device), lambda row: (row["op"], row["case"])):
+        for (op, case), made in itertools.groupby(
+            measure(device), lambda row: (row["op"], row["case"])
+        ):
             status.update(f"errors against their bounds: {op} {case}")
             mine = [row | where for row in made]
             rows += mine
@@ -542,11 +678,29 @@ def main(out: Path | None) -> int:
         outputs = list(dict.fromkeys(row["output"] for row in mine))
         lines = []
         for method, dtype in dict.fromkeys((row["method"], row["dtype"]) for row in mine):
-            ratios = [[r["ratio"] for r in mine if (r["method"], r["dtype"], r["output"]) == (method, dtype, output)] for output in outputs]
-            lines.append(tables.Line([method, *(f"{max(some):.2g}" if some else "" for some in ratios)], dtype))
-        columns = [tables.Column(f"{op} by", right=False), *(tables.Column(name, folds=True) for name in outputs)]
-        tables.show(console, columns, lines, "errors in units of their bounds, the largest of all cases")
-    console.print(f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}")
+            ratios = [
+                [
+                    r["ratio"]
+                    for r in mine
+                    if (r["method"], r["dtype"], r["output"]) == (method, dtype, output)
+                ]
+                for output in outputs
+            ]
+            lines.append(
+                tables.Line(
+                    [method, *(f"{max(some):.2g}" if some else "" for some in ratios)], dtype
+                )
+            )
+        columns = [
+            tables.Column(f"{op} by", right=False),
+            *(tables.Column(name, folds=True) for name in outputs),
+        ]
+        tables.show(
+            console, columns, lines, "errors in units of their bounds, the largest of all cases"
+        )
+    console.print(
+        f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}"
+    )
     wrong = exceeded(rows)
     for line in wrong:
         console.print(line, style="red", markup=False)

@@ -1,4 +1,5 @@
-"""Named shapes with the reason for each, what the least work on them is, and numbers like a trained model's."""
+"""Named shapes with the reason for each, what the least work on them is, and numbers like a trained
+model's."""
 
 import math
 import re
@@ -42,17 +43,20 @@ class Case:
         return self.n * self.v * itemsize
 
     def input_bytes(self, itemsize: int) -> int:
-        """Logits, or hidden and weight; and int64 targets, of labels the ids of those that are 1."""
+        """Logits, or hidden and weight; and int64 targets, of labels the ids of those that are
+        1."""
         if self.d is None:
             return self.logits_bytes(itemsize) + 8 * self.n * (self.p or 1)
         return (self.n + self.v) * self.d * itemsize + 8 * self.n
 
     def moved_bytes(self, mode: str, itemsize: int) -> int:
-        """The least a method on logits can move: read them once, and write the gradient once where there is one."""
+        """The least a method on logits can move: read them once, and write the gradient once where
+        there is one."""
         return self.logits_bytes(itemsize) * (2 if mode == "forward+backward" else 1)
 
     def flops(self, mode: str) -> int:
-        """Of the matrix products of a head: the logits, and with a backward those of both gradients."""
+        """Of the matrix products of a head: the logits, and with a backward those of both
+        gradients."""
         return 2 * self.n * self.v * (self.d or 0) * (3 if mode == "forward+backward" else 1)
 
 
@@ -78,30 +82,78 @@ def _labels(v: int, p: int, cuda: int, cpu: int, reason: str) -> _Named:
 
 
 CASES: dict[str, _Named] = {
-    "llama2": _logits(32000, 8192, 1024, "Llama 2 and Mistral: the small vocabulary of the large models"),
-    "gpt2": _logits(50257, 8192, 1024, "GPT-2: an odd vocabulary, so that no row but the first is aligned"),
+    "llama2": _logits(
+        32000, 8192, 1024, "Llama 2 and Mistral: the small vocabulary of the large models"
+    ),
+    "gpt2": _logits(
+        50257, 8192, 1024, "GPT-2: an odd vocabulary, so that no row but the first is aligned"
+    ),
     "llama3": _logits(128256, 8192, 1024, "Llama 3: the logits of 8192 tokens are 2 GiB in bf16"),
-    "unaligned": _logits(128257, 4096, 512, "Llama 3 and one added token: what resizing a tokenizer does to the alignment"),
+    "unaligned": _logits(
+        128257,
+        4096,
+        512,
+        "Llama 3 and one added token: what resizing a tokenizer does to the alignment",
+    ),
     "qwen": _logits(151936, 4096, 512, "Qwen 2 and 3"),
     "gemma2": _logits(256000, 4096, 512, "Gemma 1 and 2"),
     "gemma3": _logits(262144, 4096, 512, "Gemma 3: the largest vocabulary in use, a power of two"),
-    "few-rows": _logits(32000, 512, 16, "fewer rows than a GPU has places: a small batch, the last tokens of a prompt"),
-    "many-rows": _logits(512, 131072, 131072, "more rows than 65,535, hardly any classes: bytes, images, characters"),
+    "few-rows": _logits(
+        32000,
+        512,
+        16,
+        "fewer rows than a GPU has places: a small batch, the last tokens of a prompt",
+    ),
+    "many-rows": _logits(
+        512, 131072, 131072, "more rows than 65,535, hardly any classes: bytes, images, characters"
+    ),
     "head-llama3": _head(128256, 4096, 8192, 32, "Llama 3 8B: one sequence of 8192 tokens"),
-    "head-qwen": _head(151936, 2048, 16384, 32, "Qwen 3 1.7B: a small model, where the head is a third of the work"),
-    "head-gemma2": _head(256000, 2304, 8192, 32, "Gemma 2 2B: more classes per unit of width than anyone"),
-    "head-smollm": _head(49152, 576, 16384, 512, "SmolLM 135M: narrow, so that the loss weighs more than the products"),
-    "labels-wiki10": _labels(30938, 19, 8192, 256, "Wiki10-31K: the tags of a page, and rows that start on no 16 bytes"),
-    "labels-amazon": _labels(670091, 5, 1024, 32, "Amazon-670K: a product's few neighbours, where zeros and ones are as much as logits"),
-    "labels-million": _labels(1000000, 64, 1024, 32, "a million labels and long lists of ids: what it costs to look for a block's own"),
+    "head-qwen": _head(
+        151936, 2048, 16384, 32, "Qwen 3 1.7B: a small model, where the head is a third of the work"
+    ),
+    "head-gemma2": _head(
+        256000, 2304, 8192, 32, "Gemma 2 2B: more classes per unit of width than anyone"
+    ),
+    "head-smollm": _head(
+        49152,
+        576,
+        16384,
+        512,
+        "SmolLM 135M: narrow, so that the loss weighs more than the products",
+    ),
+    "labels-wiki10": _labels(
+        30938, 19, 8192, 256, "Wiki10-31K: the tags of a page, and rows that start on no 16 bytes"
+    ),
+    "labels-amazon": _labels(
+        670091,
+        5,
+        1024,
+        32,
+        "Amazon-670K: a product's few neighbours, where zeros and ones are as much as logits",
+    ),
+    "labels-million": _labels(
+        1000000,
+        64,
+        1024,
+        32,
+        "a million labels and long lists of ids: what it costs to look for a block's own",
+    ),
 }
 
 
 def named(name: str, device: torch.device) -> Case:
-    """The case of that name with the rows for this kind of device, or of a shape NxV, NxDxV or NxVpP."""
+    """The case of that name with the rows for this kind of device, or of a shape NxV, NxDxV or
+    NxVpP."""
     if name in CASES:
         found = CASES[name]
-        return Case(name, found.rows["cpu" if device.type == "cpu" else "cuda"], found.v, found.d, found.reason, found.p)
+        return Case(
+            name,
+            found.rows["cpu" if device.type == "cpu" else "cuda"],
+            found.v,
+            found.d,
+            found.reason,
+            found.p,
+        )
     # of 18 digits, which an int64 holds
     size = "([1-9][0-9]{0,17})"
     sizes = re.fullmatch(f"{size}x(?:{size}x)?{size}(?:p{size})?", name.lower(), re.ASCII)
@@ -115,14 +167,16 @@ def named(name: str, device: torch.device) -> Case:
     raise Mistake(f"case is {name!r} but must be one of {', '.join(CASES)}, or a shape {shapes}")
 
 
-def logits_like_a_model(n: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+def logits_like_a_model(
+    n: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Logits (N, V) and targets (N,) with the statistics of a trained language model.
 
-    A logit is the log of a Zipf-Mandelbrot frequency ``1 / (rank + 2.7)``, the same for all rows, plus N(0, 1.5**2) of its row, plus an
-    offset N(0, 3**2) common to the row. The target is drawn by frequency, and its logit set so that its probability is a draw of
-    Beta(0.4, 0.8): many rows are sure, many are lost, and the mean loss is digamma(1.2) - digamma(0.4) = 2.27 nats. Every seventh row
-    is ignored.
-    """
+    A logit is the log of a Zipf-Mandelbrot frequency ``1 / (rank + 2.7)``, the same for all rows,
+    plus N(0, 1.5**2) of its row, plus an offset N(0, 3**2) common to the row. The target is drawn
+    by frequency, and its logit set so that its probability is a draw of Beta(0.4, 0.8): many rows
+    are sure, many are lost, and the mean loss is digamma(1.2) - digamma(0.4) = 2.27 nats. Every
+    seventh row is ignored."""
     generator = torch.Generator(device).manual_seed(seed)
     frequency = 1.0 / (torch.arange(v, device=device, dtype=torch.float32) + 2.7)
     # ids of frequent tokens are low in no tokenizer in particular
@@ -132,24 +186,33 @@ def logits_like_a_model(n: int, v: int, dtype: torch.dtype, device: torch.device
     logits = torch.empty(n, v, dtype=dtype, device=device)
     rows = max(1, (64 << 20) // (4 * v))
     for start in range(0, n, rows):
-        block = torch.randn(min(rows, n - start), v, generator=generator, device=device).mul_(1.5).add_(frequency.log())
+        block = (
+            torch.randn(min(rows, n - start), v, generator=generator, device=device)
+            .mul_(1.5)
+            .add_(frequency.log())
+        )
         block += 3.0 * torch.randn(len(block), 1, generator=generator, device=device)
         mine = target[start : start + rows, None]
         if v > 1:
             block.scatter_(1, mine, -math.inf)
-            block.scatter_(1, mine, block.logsumexp(1, keepdim=True) + odds[start : start + rows, None])
+            block.scatter_(
+                1, mine, block.logsumexp(1, keepdim=True) + odds[start : start + rows, None]
+            )
         logits[start : start + rows] = block
     target[::IGNORED] = -100
     return logits, target
 
 
-def labels_like_a_model(n: int, v: int, p: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits (N, V) and the ids (N, P) of the labels that are 1, padded with -100, as a trained tagger's.
+def labels_like_a_model(
+    n: int, v: int, p: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) and the ids (N, P) of the labels that are 1, padded with -100, as a trained
+    tagger's.
 
-    A logit is the log of how often its label is among P, by Zipf-Mandelbrot frequencies as for ``logits_like_a_model``, plus
-    N(0, 1.5**2). Of the P labels drawn for a row by frequency, of which 1 to P are kept, it is such that the probability is a draw of
-    Beta(0.4, 0.8). Most labels are next to impossible and say so: a loss of 1e-7 each, which adds up.
-    """
+    A logit is the log of how often its label is among P, by Zipf-Mandelbrot frequencies as for
+    ``logits_like_a_model``, plus N(0, 1.5**2). Of the P labels drawn for a row by frequency, of
+    which 1 to P are kept, it is such that the probability is a draw of Beta(0.4, 0.8). Most labels
+    are next to impossible and say so: a loss of 1e-7 each, which adds up."""
     generator = torch.Generator(device).manual_seed(seed)
     frequency = 1.0 / (torch.arange(v, device=device, dtype=torch.float32) + 2.7)
     frequency = frequency[torch.randperm(v, generator=generator, device=device)]
@@ -160,18 +223,24 @@ def labels_like_a_model(n: int, v: int, p: int, dtype: torch.dtype, device: torc
     rows = max(1, (64 << 20) // (4 * v))
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        block = torch.randn(len(ids[part]), v, generator=generator, device=device).mul_(1.5).add_((p * frequency).log())
+        block = (
+            torch.randn(len(ids[part]), v, generator=generator, device=device)
+            .mul_(1.5)
+            .add_((p * frequency).log())
+        )
         logits[part] = block.scatter_(1, ids[part], odds[part])
     kept = torch.randint(1, p + 1, (n, 1), generator=generator, device=device)
     return logits, ids.masked_fill_(torch.arange(p, device=device) >= kept, -100)
 
 
-def head_like_a_model(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def head_like_a_model(
+    n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden (N, D), weight (V, D) and targets (N,) whose product is peaked as a trained model's.
 
-    The weight is N(0, 4 / D) and the hidden state N(0, 1) plus a multiple of the target's row of the weight, so that logits of the other
-    classes have a deviation of 2 and the target's probability is about a draw of Beta(0.4, 0.8).
-    """
+    The weight is N(0, 4 / D) and the hidden state N(0, 1) plus a multiple of the target's row of
+    the weight, so that logits of the other classes have a deviation of 2 and the target's
+    probability is about a draw of Beta(0.4, 0.8)."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(v, d, generator=generator, device=device).mul_(2.0 / math.sqrt(d))
     hidden = torch.randn(n, d, generator=generator, device=device)
@@ -185,12 +254,16 @@ def head_like_a_model(n: int, d: int, v: int, dtype: torch.dtype, device: torch.
 
 
 def _sure_and_lost(n: int, generator: torch.Generator) -> Tensor:
-    """log(p / (1 - p)) of n draws p of Beta(0.4, 0.8), as the difference of the logs of two gamma draws."""
+    """log(p / (1 - p)) of n draws p of Beta(0.4, 0.8), as the difference of the logs of two gamma
+    draws."""
     device = generator.device
 
     def log_gamma_draws(shape: float) -> Tensor:
         # gamma(a) = gamma(a + 1) * uniform ** (1 / a), whose log does not underflow
         bulk = torch._standard_gamma(torch.full((n,), shape + 1.0, device=device), generator)
-        return bulk.log() + torch.rand(n, generator=generator, device=device).clamp(min=1e-30).log() / shape
+        return (
+            bulk.log()
+            + torch.rand(n, generator=generator, device=device).clamp(min=1e-30).log() / shape
+        )
 
     return log_gamma_draws(0.4) - log_gamma_draws(0.8)

@@ -20,7 +20,8 @@ class Incomparable(Mistake):
 
 
 def select(text: str) -> "pd.DataFrame":
-    """The rows of ``FILE`` or ``FILE@COMMIT``: the last run of each row, of the newest commit if none is named."""
+    """The rows of ``FILE`` or ``FILE@COMMIT``: the last run of each row, of the newest commit if
+    none is named."""
     name, at, commit = text.partition("@")
     frame = read([Path(name)])
     frame[TEXT] = frame[TEXT].map(clean)
@@ -32,24 +33,35 @@ def select(text: str) -> "pd.DataFrame":
     if not len(frame):
         raise Incomparable(f"{name} has no rows of commit {commit!r}")
     if frame["commit"].nunique() > 1:
-        raise Incomparable(f"{name} has rows of {frame['commit'].nunique()} commits that begin with {commit!r}")
-    return frame.sort_values("date", kind="stable").drop_duplicates([*KEY, "device", "settings"], keep="last")
+        raise Incomparable(
+            f"{name} has rows of {frame['commit'].nunique()} commits that begin with {commit!r}"
+        )
+    return frame.sort_values("date", kind="stable").drop_duplicates(
+        [*KEY, "device", "settings"], keep="last"
+    )
 
 
 def compare(a: "pd.DataFrame", b: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per case, dtype, mode and method that both have, with times and how many times faster ``b`` is: none within the spread.
+    """One row per case, dtype, mode and method that both have, with times and how many times faster
+    ``b`` is: none within the spread.
 
-    Incomparable if a side is of changed files or failing tests, or the devices or their settings differ.
-    """
+    Incomparable if a side is of changed files or failing tests, or the devices or their settings
+    differ."""
     for name, side in (("A", a), ("B", b)):
         commit = side["commit"].iloc[0] or "unknown"
         if side["dirty"].any():
-            raise Incomparable(f"{name} was measured with uncommitted changes on {commit}: nobody can measure that again")
+            raise Incomparable(
+                f"{name} was measured with uncommitted changes on {commit}: nobody can measure that again"
+            )
         if (side["tests"] == "failed").any():
-            raise Incomparable(f"{name} is commit {commit}, whose tests failed: no ratio from a red commit")
+            raise Incomparable(
+                f"{name} is commit {commit}, whose tests failed: no ratio from a red commit"
+            )
     for column in ("device", "settings"):
         if set(a[column]) != set(b[column]):
-            raise Incomparable(f"A and B differ in {column}: {sorted(set(a[column]))} and {sorted(set(b[column]))}")
+            raise Incomparable(
+                f"A and B differ in {column}: {sorted(set(a[column]))} and {sorted(set(b[column]))}"
+            )
     both = a.merge(b, on=[*KEY, "device", "settings"], suffixes=("_a", "_b"))
     if not len(both):
         raise Incomparable("A and B have no case, dtype, mode and method in common")
@@ -67,17 +79,35 @@ def main(a: str, b: str) -> None:
     left, right = select(a), select(b)
     both = compare(left, right)
     console = tables.console()
-    columns = [tables.Column("method", right=False), tables.Column("A ms"), tables.Column("A p20-p80", rank=2)]
-    columns += [tables.Column("B ms"), tables.Column("B p20-p80", rank=2), tables.Column("B faster by", right=False)]
+    columns = [
+        tables.Column("method", right=False),
+        tables.Column("A ms"),
+        tables.Column("A p20-p80", rank=2),
+    ]
+    columns += [
+        tables.Column("B ms"),
+        tables.Column("B p20-p80", rank=2),
+        tables.Column("B faster by", right=False),
+    ]
     columns += [tables.Column("memory A", rank=1), tables.Column("memory B", rank=1)]
     lines = []
     for row in both.to_dict("records"):
         times = [
-            cell for side in "ab" for cell in (f"{row[f'ms_p50_{side}']:.3g}", f"{row[f'ms_p20_{side}']:.3g}-{row[f'ms_p80_{side}']:.3g}")
+            cell
+            for side in "ab"
+            for cell in (
+                f"{row[f'ms_p50_{side}']:.3g}",
+                f"{row[f'ms_p20_{side}']:.3g}-{row[f'ms_p80_{side}']:.3g}",
+            )
         ]
         memory = [f"{row[f'peak_extra_bytes_{side}'] / 2**20:,.0f} MiB" for side in "ab"]
         verdict = row["verdict"] or f"{row['faster']:.2f}"
-        lines.append(tables.Line([row["method"], *times, verdict, *memory], f"{row['case']} {row['dtype']} {row['mode']}"))
+        lines.append(
+            tables.Line(
+                [row["method"], *times, verdict, *memory],
+                f"{row['case']} {row['dtype']} {row['mode']}",
+            )
+        )
     tables.show(console, columns, lines, "A against B")
     for name, side in (("A", left), ("B", right)):
         first = side.iloc[0]
@@ -86,4 +116,6 @@ def main(a: str, b: str) -> None:
             f"{first['triton'] or 'none'}, {first['date']}, tests {first['tests']}",
             markup=False,
         )
-    console.print("A peer's own ratio says how much the machine has drifted between the runs.", style="dim")
+    console.print(
+        "A peer's own ratio says how much the machine has drifted between the runs.", style="dim"
+    )

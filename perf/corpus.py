@@ -1,4 +1,5 @@
-"""Real text without a download: the sources of Python's standard library, and a byte-level BPE trained on them."""
+"""Real text without a download: the sources of Python's standard library, and a byte-level BPE
+trained on them."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def standard_library_sources(limit: int) -> list[str]:
-    """Modules in the order of their names, about ``limit`` characters; no tests and nothing installed."""
+    """Modules in the order of their names, about ``limit`` characters; no tests and nothing
+    installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     texts: list[str] = []
@@ -30,20 +32,26 @@ def standard_library_sources(limit: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> "Tokenizer":
-    """A byte-level BPE of ``vocab_size`` entries; every text is representable, so there is no unknown token."""
+    """A byte-level BPE of ``vocab_size`` entries; every text is representable, so there is no
+    unknown token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def batches(ids: Tensor, batch: int, length: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    ids: Tensor, batch: int, length: int, steps: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens, next tokens), each (batch, length), from random places of the text."""
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):

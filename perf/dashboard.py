@@ -1,4 +1,5 @@
-"""One page that opens from disk: what lossfuse saves, by case, method and version, from the rows that were measured."""
+"""One page that opens from disk: what lossfuse saves, by case, method and version, from the rows
+that were measured."""
 
 import html
 from pathlib import Path
@@ -14,14 +15,36 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SUMMARY = (
-    "place", "op", "dtype", "mode", "case", "shape", "reason", "faster", "within_spread", "saved", "saved_share", "share", "bound",
-    "faster_text", "time_text", "saved_text", "memory_text", "peer", "peer_faster", "peer_within_spread", "peer_faster_text", "peer_text",
-    "why", "memory_why",
-)  # fmt: skip
+    "place",
+    "op",
+    "dtype",
+    "mode",
+    "case",
+    "shape",
+    "reason",
+    "faster",
+    "within_spread",
+    "saved",
+    "saved_share",
+    "share",
+    "bound",
+    "faster_text",
+    "time_text",
+    "saved_text",
+    "memory_text",
+    "peer",
+    "peer_faster",
+    "peer_within_spread",
+    "peer_faster_text",
+    "peer_text",
+    "why",
+    "memory_why",
+)
 
 
 def build(frame: "pd.DataFrame") -> str:
-    """The page, complete: rows, charts, scripts and style in one HTML text that asks nothing of a network."""
+    """The page, complete: rows, charts, scripts and style in one HTML text that asks nothing of a
+    network."""
     rows, left_out = prepare(frame)
     data = {
         "rows": _columns(rows, FIELDS),
@@ -36,16 +59,19 @@ def build(frame: "pd.DataFrame") -> str:
 
 
 def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
-    """Read the rows of all files, write the page, and pictures for a README into the folder ``pngs``, and print what was written.
+    """Read the rows of all files, write the page, and pictures for a README into the folder
+    ``pngs``, and print what was written.
 
-    Files of errors against bounds, which lie beside them, are passed over. BadRows, before anything is written, if no row is left.
-    """
+    Files of errors against bounds, which lie beside them, are passed over. BadRows, before anything
+    is written, if no row is left."""
     idle = [f"{path} holds errors against bounds" for path in paths if holds(path, BOUNDS)]
     mine = [path for path in paths if not holds(path, BOUNDS)]
     idle += [f"{path} has no rows" for path in mine if not len(read([path]))]
     frame = read(mine)
     if not len(frame):
-        raise BadRows(f"there is nothing to show: {'; '.join(idle)}; measure first, with bench --out FILE.csv")
+        raise BadRows(
+            f"there is nothing to show: {'; '.join(idle)}; measure first, with bench --out FILE.csv"
+        )
     written = []
     path = out
     try:
@@ -66,11 +92,15 @@ def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
 
 
 def _columns(records: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
-    """For each name its distinct values and where each record's is among them: what rows say repeats."""
+    """For each name its distinct values and where each record's is among them: what rows say
+    repeats."""
     columns = {}
     for name in names:
         places: dict[Any, int] = {}
-        columns[name] = {"at": [places.setdefault(record[name], len(places)) for record in records], "values": list(places)}
+        columns[name] = {
+            "at": [places.setdefault(record[name], len(places)) for record in records],
+            "values": list(places),
+        }
     return columns
 
 
@@ -79,20 +109,40 @@ def _header(rows: list[dict[str, Any]]) -> str:
         return "<p>There are no rows to show: measure some first.</p>"
     newest = max(rows, key=lambda row: (row["date"], row["shown"]))
     facts = {
-        "device" if len({row["place"] for row in rows}) == 1 else "devices": "; ".join(dict.fromkeys(row["place"] for row in rows)),
-        "torch": newest["torch"], "triton": newest["triton"], "lossfuse": newest["lossfuse"],
-        "newest run": " ".join(filter(None, [newest["date"].replace("T", " ")[:16], newest["date"] and "UTC"])),
-        "commit": newest["commit"], "rows": f"{len(rows):,}",
-    }  # fmt: skip
-    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in facts.items() if text) + "</dl>"
+        "device" if len({row["place"] for row in rows}) == 1 else "devices": "; ".join(
+            dict.fromkeys(row["place"] for row in rows)
+        ),
+        "torch": newest["torch"],
+        "triton": newest["triton"],
+        "lossfuse": newest["lossfuse"],
+        "newest run": " ".join(
+            filter(None, [newest["date"].replace("T", " ")[:16], newest["date"] and "UTC"])
+        ),
+        "commit": newest["commit"],
+        "rows": f"{len(rows):,}",
+    }
+    return (
+        "<dl>"
+        + "".join(
+            f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>"
+            for name, text in facts.items()
+            if text
+        )
+        + "</dl>"
+    )
 
 
 def _warnings(rows: list[dict[str, Any]], left_out: int) -> str:
     shown = [row for row in rows if row["shown"]]
-    dirty, red = sum(row["commit"].endswith("*") for row in shown), sum(row["tests"] == "failed" for row in shown)
+    dirty, red = (
+        sum(row["commit"].endswith("*") for row in shown),
+        sum(row["tests"] == "failed" for row in shown),
+    )
     said = [
-        f"{dirty} of the {len(shown)} rows in the charts were measured with uncommitted changes; their commit has a *." * bool(dirty),
-        f"{red} of the {len(shown)} rows in the charts belong to a commit whose tests failed; no ratio is made of them." * bool(red),
+        f"{dirty} of the {len(shown)} rows in the charts were measured with uncommitted changes; their commit has a *."
+        * bool(dirty),
+        f"{red} of the {len(shown)} rows in the charts belong to a commit whose tests failed; no ratio is made of them."
+        * bool(red),
         f"{left_out} rows are left out: their case has had another shape since." * bool(left_out),
     ]
     return "".join(f'<p class="warning">{line}</p>' for line in said if line)

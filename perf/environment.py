@@ -16,7 +16,12 @@ import torch
 import lossfuse
 
 # of the allocator and of the threads; they move times by factors
-SETTINGS = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET")
+SETTINGS = (
+    "THP_MEM_ALLOC_ENABLE",
+    "OMP_NUM_THREADS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TRITON_INTERPRET",
+)
 # to say what has failed, once interrupted
 LAST_WORDS_SECONDS = 15.0
 # a process started in the background may ignore SIGINT, and so would pytest in it
@@ -26,7 +31,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def stamp(device: torch.device, tests: str = "not run") -> dict[str, Any]:
     """The columns of a row that are the same for a whole run."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    )
     return {
         "device": name,
         "settings": " ".join(f"{key}={os.environ[key]}" for key in SETTINGS if key in os.environ),
@@ -36,7 +45,9 @@ def stamp(device: torch.device, tests: str = "not run") -> dict[str, Any]:
         "lossfuse": lossfuse.__version__,
         "commit": _git("rev-parse", "--short=10", "HEAD"),
         # measuring adds rows, and rows do not change what is measured
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!perf/results")),
+        "dirty": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!perf/results")
+        ),
         "tests": tests,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -59,7 +70,13 @@ def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str,
         return "not run", "no tests beside the package: it is installed and not a checkout"
     command = [sys.executable, "-c", INTERRUPTIBLE, "-q", *arguments]
     with subprocess.Popen(
-        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+        command,
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     ) as process:
         try:
             said, _ = process.communicate(timeout=limit_seconds)
@@ -80,7 +97,8 @@ def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str,
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """A process that leads a session, with everything it has started: that would stay on the device."""
+    """A process that leads a session, with everything it has started: that would stay on the
+    device."""
     os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
 
 
@@ -95,4 +113,7 @@ def _git(*arguments: str) -> str:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "CPU",
+    )

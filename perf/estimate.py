@@ -1,11 +1,13 @@
-"""Will it fit: the bytes each method holds at its peak beyond its inputs, by formula, without running it.
+"""Will it fit: the bytes each method holds at its peak beyond its inputs, by formula, without
+running it.
 
-Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head, and S = (N + V) D 4, their sums in
-fp32; C rows of a chunk. Gradients that are returned count. Every seventh row is ignored, as in the cases. Labels come as the ids of
-those that are 1; what takes them as zeros and ones has E b of these among its inputs. The tests hold the formulas of
-what runs on a CPU to 5 % of the allocator's own count there, and those that were measured on an H100 to 5 % of that; a star marks those
-that are read off the code and measured nowhere. Entropies on a CPU are counted for one thread; each other takes up to 4 MiB more.
-"""
+Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head,
+and S = (N + V) D 4, their sums in fp32; C rows of a chunk. Gradients that are returned count. Every
+seventh row is ignored, as in the cases. Labels come as the ids of those that are 1; what takes them
+as zeros and ones has E b of these among its inputs. The tests hold the formulas of what runs on a
+CPU to 5 % of the allocator's own count there, and those that were measured on an H100 to 5 % of
+that; a star marks those that are read off the code and measured nowhere. Entropies on a CPU are
+counted for one thread; each other takes up to 4 MiB more."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -60,7 +62,8 @@ class Shape:
 
     @property
     def wide(self) -> int:
-        """Bytes per element that a CPU's product in bf16 takes beside its result, a copy in fp32."""
+        """Bytes per element that a CPU's product in bf16 takes beside its result, a copy in
+        fp32."""
         return 4 if self.cpu and self.dtype == "bf16" else 0
 
 
@@ -87,7 +90,11 @@ def _ours(s: Shape) -> int:
         return s.e * s.b * s.step + 24 * s.case.n
     # fp16 forms its gradient in the backward, the others in the forward
     gradient = s.step or (s.mode == "forward" and s.dtype != "fp16")
-    scratch = 0 if gradient and s.b == 4 else block_rows(s.case.n, s.case.v, s.b, 4, True, 1) * s.case.v * 4
+    scratch = (
+        0
+        if gradient and s.b == 4
+        else block_rows(s.case.n, s.case.v, s.b, 4, True, 1) * s.case.v * 4
+    )
     return s.e * s.b * gradient + scratch + 40 * s.case.n
 
 
@@ -96,7 +103,9 @@ def _ours_in_place(s: Shape) -> int:
         # and the words by which the programs of a row know of each other
         return 24 * s.case.n + 8 * s.case.n * math.ceil(s.case.v / 4096)
     direct = s.b == 4 and s.mode != "no_grad"
-    return (0 if direct else block_rows(s.case.n, s.case.v, s.b, 4, True, 1) * s.case.v * 4) + 40 * s.case.n
+    return (
+        0 if direct else block_rows(s.case.n, s.case.v, s.b, 4, True, 1) * s.case.v * 4
+    ) + 40 * s.case.n
 
 
 def _our_stats(s: Shape) -> int:
@@ -109,9 +118,12 @@ def _our_stats(s: Shape) -> int:
 
 
 def _beside_a_block(n: int, v: int, b: int, direct: bool) -> int:
-    """On a CPU: distances from the maximum that entropies are sums of, and the segments in which the largest class is looked for."""
+    """On a CPU: distances from the maximum that entropies are sums of, and the segments in which
+    the largest class is looked for."""
     rows = block_rows(n, v, b, 4, True, 0 if direct else 1)
-    return min(rows, summed_rows(n, v, 4)) * 4 * v + rows * SEGMENT * 12 * (v >= LEAST_SEGMENTS * SEGMENT)
+    return min(rows, summed_rows(n, v, 4)) * 4 * v + rows * SEGMENT * 12 * (
+        v >= LEAST_SEGMENTS * SEGMENT
+    )
 
 
 def _linear(s: Shape) -> int:
@@ -124,7 +136,9 @@ def _linear(s: Shape) -> int:
 def _gradients(s: Shape) -> int:
     """Of a head, while its dlogits are held: one product after the other."""
     share = 1 + s.wide / s.b
-    return s.e * s.b + int(max(s.dweight * share, s.dweight + s.dhidden * share, s.dhidden + s.dweight * share))
+    return s.e * s.b + int(
+        max(s.dweight * share, s.dweight + s.dhidden * share, s.dhidden + s.dweight * share)
+    )
 
 
 def _stats_apart(s: Shape) -> int:
@@ -150,7 +164,8 @@ def _our_linear(s: Shape, options: LinearOptions, stats: bool = False) -> int:
     acc = options.dtype("acc_dtype", dtype).itemsize * s.g // s.b
     rounded = s.g if acc > s.g else 0
     if not s.cpu:
-        # hidden states without the NaN that ignored rows may hold, where their gradient will be if that has their dtype
+        # hidden states without the NaN that ignored rows may hold, where their gradient will be if
+        # that has their dtype
         copy = chunk * d * s.b * (acc > s.g or s.mode == "no_grad")
         # and the words by which the programs of a row know of each other
         loop = room + copy + (64 if stats else 24) * n + 8 * chunk * math.ceil(v / 4096)
@@ -179,7 +194,8 @@ def _our_linear_reference(s: Shape) -> int:
 
 
 def torch_chunk_rows(n: int, d: int, v: int, halved: bool) -> int:
-    """Rows of a chunk of ``F.linear_cross_entropy`` with default options (torch 2.13), and of Liger, which does not halve them."""
+    """Rows of a chunk of ``F.linear_cross_entropy`` with default options (torch 2.13), and of
+    Liger, which does not halve them."""
     rows = 1 << (math.ceil(n / math.ceil(v / d)) - 1).bit_length()
     return max(1, min(rows // 2 if halved else rows, n))
 
@@ -190,7 +206,8 @@ def _torch_chunked(s: Shape) -> int:
     if s.cpu and s.b < 4:
         chunk = torch_chunk_rows(n, d, v, halved=False)
         acting = chunk * v * 4 + chunk * d * 4 * (2 if gradient else 1) + n * d * 4 * gradient
-        # fp32: the weight, its gradient's sum, this chunk's share and their product; and the gradient itself
+        # fp32: the weight, its gradient's sum, this chunk's share and their product; and the
+        # gradient itself
         return int(acting + v * d * 4 * (4.5 if gradient else 1))
     chunk = torch_chunk_rows(n, d, v, halved=True)
     logits = chunk * v * (4 if s.b == 4 else 6)
@@ -225,14 +242,20 @@ def _our_labels(s: Shape, listed: bool, in_place: bool = False) -> int:
     blocks = LISTED_BLOCKS if listed else DENSE_BLOCKS
     count = threads_for(n * v, s.b, 4, blocks)
     rows, width = block_shape(n, v, s.b, 4, True, blocks, count, listed)
-    return s.e * s.b * (s.mode != "no_grad" and not in_place) + count * blocks * rows * width * 4 + 40 * n
+    return (
+        s.e * s.b * (s.mode != "no_grad" and not in_place)
+        + count * blocks * rows * width * 4
+        + 40 * n
+    )
 
 
 def _our_labels_reference(s: Shape) -> int:
     return s.e * ((16 if s.mode == "no_grad" else 20) + (8 if s.b < 4 else 0))
 
 
-def _of_labels(method: str, words: str, peak: Callable[[Shape], int], dense: bool = False) -> Formula:
+def _of_labels(
+    method: str, words: str, peak: Callable[[Shape], int], dense: bool = False
+) -> Formula:
     return Formula(method, "labels", words, peak, True, False, OF_LABELS, dense)
 
 
@@ -241,32 +264,83 @@ LABELS = [
     _of_labels(_TORCHS, "2 E b; CPU: 8 E", _labels, dense=True),
     _of_labels(f"{_TORCHS}(x.float())", "8 E; half: 16 E", _upcast_labels, dense=True),
     _of_labels(f"scatter + {_TORCHS}", "3 E b; CPU: 8 E and E b", lambda s: _labels(s) + s.e * s.b),
-    _of_labels("torch.compile", "E b; no gradient: 0", lambda s: s.e * s.b * (s.mode != "no_grad"), dense=True),
+    _of_labels(
+        "torch.compile",
+        "E b; no gradient: 0",
+        lambda s: s.e * s.b * (s.mode != "no_grad"),
+        dense=True,
+    ),
     _of_labels("lossfuse", "E b; CPU: and a block", lambda s: _our_labels(s, False), dense=True),
-    _of_labels("lossfuse in place", "numbers per block", lambda s: _our_labels(s, False, True), dense=True),
+    _of_labels(
+        "lossfuse in place", "numbers per block", lambda s: _our_labels(s, False, True), dense=True
+    ),
     _of_labels("lossfuse ids", "E b; CPU: and a block", lambda s: _our_labels(s, True)),
     _of_labels("lossfuse ids in place", "numbers per block", lambda s: _our_labels(s, True, True)),
     _of_labels("lossfuse reference", "20 E; half: 28 E", _our_labels_reference, dense=True),
 ]
 FORMULAS = [
-    Formula("F.cross_entropy", "logits", "3 E b; no backward: E b", lambda s: s.e * s.b * (3 if s.step else 1), True, True),
+    Formula(
+        "F.cross_entropy",
+        "logits",
+        "3 E b; no backward: E b",
+        lambda s: s.e * s.b * (3 if s.step else 1),
+        True,
+        True,
+    ),
     Formula("F.cross_entropy(x.float())", "logits", "12 E; no backward: 8 E", _upcast, True, False),
-    Formula("torch.compile", "logits", "E b; no backward: 0", lambda s: s.e * s.b * s.step, True, True),
+    Formula(
+        "torch.compile", "logits", "E b; no backward: 0", lambda s: s.e * s.b * s.step, True, True
+    ),
     Formula("lossfuse", "logits", "E b; CPU: and a block", _ours, True, False),
-    Formula("lossfuse in place", "logits", "numbers per row; CPU: and a block", _ours_in_place, True, False),
-    Formula("lossfuse reference", "logits", "21 E; half: 25 E", lambda s: s.e * (21 if s.b == 4 else 25), True, False),
+    Formula(
+        "lossfuse in place",
+        "logits",
+        "numbers per row; CPU: and a block",
+        _ours_in_place,
+        True,
+        False,
+    ),
+    Formula(
+        "lossfuse reference",
+        "logits",
+        "21 E; half: 25 E",
+        lambda s: s.e * (21 if s.b == 4 else 25),
+        True,
+        False,
+    ),
     Formula("lossfuse stats", "logits", "E b; CPU: and a block and 2 %", _our_stats, True, False),
     Formula("lossfuse stats lean", "logits", "E b; CPU: and a block", _ours, True, False),
-    Formula("F.cross_entropy + stats", "logits", "4 E b; no gradient: 3 E b", _stats_apart, True, False),
+    Formula(
+        "F.cross_entropy + stats", "logits", "4 E b; no gradient: 3 E b", _stats_apart, True, False
+    ),
     *(
         Formula(name, "logits", "numbers per row", lambda s: 12 * s.case.n, False, True)
         for name in ("Liger", "quack", "flash-attention", "fla")
     ),
-    Formula("linear + F.cross_entropy", "head", "max(3 E b, E b + G); no backward: 2 E b", _linear, True, True),
-    Formula("linear + F.cross_entropy(x.float())", "head", "12 E; no backward: 8 E", _linear_upcast, True, True),
+    Formula(
+        "linear + F.cross_entropy",
+        "head",
+        "max(3 E b, E b + G); no backward: 2 E b",
+        _linear,
+        True,
+        True,
+    ),
+    Formula(
+        "linear + F.cross_entropy(x.float())",
+        "head",
+        "12 E; no backward: 8 E",
+        _linear_upcast,
+        True,
+        True,
+    ),
     Formula("torch.compile", "head", "E b + G; no backward: E b", _compiled_linear, True, True),
     Formula(
-        "lossfuse linear", "head", "S + max(C V 4, half: G); no gradient: C V 4", lambda s: _our_linear(s, LinearOptions()), True, False
+        "lossfuse linear",
+        "head",
+        "S + max(C V 4, half: G); no gradient: C V 4",
+        lambda s: _our_linear(s, LinearOptions()),
+        True,
+        False,
     ),
     Formula(
         "lossfuse linear stats",
@@ -276,12 +350,44 @@ FORMULAS = [
         True,
         False,
     ),
-    Formula("lossfuse linear lean", "head", "G + C V b", lambda s: _our_linear(s, LEAN), False, False, ("bf16",)),
-    Formula("lossfuse linear leanest", "head", "G + C V b", lambda s: _our_linear(s, LEANEST), False, False, ("bf16",)),
-    Formula("lossfuse linear reference", "head", "max(25 E, 4 E + S); half: and S", _our_linear_reference, True, False),
-    Formula("F.linear_cross_entropy", "head", "max(C V (b or 6) + G, 2 G); CPU, half: 18 V D + C V 4", _torch_chunked, True, False),
+    Formula(
+        "lossfuse linear lean",
+        "head",
+        "G + C V b",
+        lambda s: _our_linear(s, LEAN),
+        False,
+        False,
+        ("bf16",),
+    ),
+    Formula(
+        "lossfuse linear leanest",
+        "head",
+        "G + C V b",
+        lambda s: _our_linear(s, LEANEST),
+        False,
+        False,
+        ("bf16",),
+    ),
+    Formula(
+        "lossfuse linear reference",
+        "head",
+        "max(25 E, 4 E + S); half: and S",
+        _our_linear_reference,
+        True,
+        False,
+    ),
+    Formula(
+        "F.linear_cross_entropy",
+        "head",
+        "max(C V (b or 6) + G, 2 G); CPU, half: 18 V D + C V 4",
+        _torch_chunked,
+        True,
+        False,
+    ),
     Formula("Liger", "head", "G + C V b", _liger, False, True),
-    Formula("CCE", "head", "G and numbers per row", lambda s: s.g * s.step + 12 * s.case.n, False, True),
+    Formula(
+        "CCE", "head", "G and numbers per row", lambda s: s.g * s.step + 12 * s.case.n, False, True
+    ),
     Formula("fla", "head", "G + 4 V D + N / 8 (V b + 4 D)", _fla, False, True),
     *LABELS,
 ]
@@ -289,7 +395,8 @@ FORMULAS = [
 
 @dataclass(frozen=True)
 class Need:
-    """What a method needs: bytes beyond its inputs at its peak, the words of the formula, whether that was ever measured, its inputs."""
+    """What a method needs: bytes beyond its inputs at its peak, the words of the formula, whether
+    that was ever measured, its inputs."""
 
     method: str
     bytes: int
@@ -298,24 +405,41 @@ class Need:
     inputs: int
 
 
-def estimate(case: Case, dtype: str, mode: str = "forward+backward", device: str = "cuda") -> list[Need]:
+def estimate(
+    case: Case, dtype: str, mode: str = "forward+backward", device: str = "cuda"
+) -> list[Need]:
     """One need per method that runs there on the case's op, the smallest first.
 
-    ``dtype`` is fp32, bf16 or fp16, ``mode`` one of ``cases.MODES``, ``device`` cuda (any accelerator) or cpu. Memory that is neither input
-    nor made by the call, such as a model's activations and cuBLAS's workspace, is yours to add.
-    """
+    ``dtype`` is fp32, bf16 or fp16, ``mode`` one of ``cases.MODES``, ``device`` cuda (any
+    accelerator) or cpu. Memory that is neither input nor made by the call, such as a model's
+    activations and cuBLAS's workspace, is yours to add."""
     cpu = device == "cpu"
     shape = Shape(case, DTYPES[dtype].itemsize, mode, cpu, dtype)
     found = [f for f in FORMULAS if f.op == case.op and (f.on_cpu or not cpu) and dtype in f.dtypes]
     inputs = case.input_bytes(shape.b)
-    needs = [Need(f.method, f.peak(shape), f.words, f.on_cpu if cpu else f.on_cuda, inputs + shape.e * shape.b * f.dense) for f in found]
+    needs = [
+        Need(
+            f.method,
+            f.peak(shape),
+            f.words,
+            f.on_cpu if cpu else f.on_cuda,
+            inputs + shape.e * shape.b * f.dense,
+        )
+        for f in found
+    ]
     return sorted(needs, key=lambda need: need.bytes)
 
 
-def main(cases: Sequence[str], dtypes: Sequence[str], mode: str, device: str, fits_gib: float | None) -> None:
+def main(
+    cases: Sequence[str], dtypes: Sequence[str], mode: str, device: str, fits_gib: float | None
+) -> None:
     """Print a table per case and dtype."""
     console = tables.console()
-    columns = [tables.Column("method", right=False), tables.Column("beyond inputs"), tables.Column("in all", rank=1)]
+    columns = [
+        tables.Column("method", right=False),
+        tables.Column("beyond inputs"),
+        tables.Column("in all", rank=1),
+    ]
     columns += [tables.Column(f"in {fits_gib:g} GiB", right=False)] if fits_gib is not None else []
     columns.append(tables.Column("formula", rank=2, right=False))
     for case in [named(name, torch.device(device)) for name in cases]:

@@ -1,4 +1,5 @@
-"""The speed and memory we promise on one H100, and of statistics on a CPU too, as data, and whether rows keep it."""
+"""The speed and memory we promise on one H100, and of statistics on a CPU too, as data, and whether
+rows keep it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,8 +65,13 @@ def _goals() -> Iterable[Goal]:
         yield Goal(case, "bf16", STEP, LINEAR_STATS, loss_times=1.10)
     for case in ("head-qwen", "head-gemma2"):
         yield Goal(case, "bf16", STEP, LINEAR, roofline=0.88)
-    # read once and written once; not in place read twice, and against zeros and ones these are read too: two thirds of a copy at best
-    for case, dtype in (("labels-amazon", "bf16"), ("labels-amazon", "fp32"), ("labels-million", "bf16")):
+    # read once and written once; not in place read twice, and against zeros and ones these are read
+    # too: two thirds of a copy at best
+    for case, dtype in (
+        ("labels-amazon", "bf16"),
+        ("labels-amazon", "fp32"),
+        ("labels-million", "bf16"),
+    ):
         yield Goal(case, dtype, STEP, IDS_IN_PLACE, roofline=0.85, peak_logits=0.01)
         yield Goal(case, dtype, STEP, IN_PLACE, roofline=0.60, peak_logits=0.01)
         yield Goal(case, dtype, STEP, IDS, roofline=0.60, peak_logits=1.01)
@@ -111,7 +117,11 @@ def judge(goal: Goal, rows: "pd.DataFrame") -> Outcome:
         said.append(f"{share:.4f} of the logits")
     if goal.loss_times is not None:
         # of the same run alone: what was not interleaved drifts apart
-        loss = beside[(beside["method"] == OURS[row["op"]]) & (beside["date"] == row["date"]) & (beside["device"] == row["device"])]
+        loss = beside[
+            (beside["method"] == OURS[row["op"]])
+            & (beside["date"] == row["date"])
+            & (beside["device"] == row["device"])
+        ]
         times = row["ms_p50"] / (loss["ms_p50"].iloc[-1] if len(loss) else float("nan"))
         kept.append(times <= goal.loss_times)
         said.append(f"{times:.3f} times the loss ({row['ms_p50']:.4g} ms)")

@@ -33,13 +33,15 @@ def remembered() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if one was lost: in a destructor, a callback from C++ or an import that catches everything."""
+    """Raise KeyboardInterrupt if one was lost: in a destructor, a callback from C++ or an import
+    that catches everything."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
 
 
 def result_of(call: Callable[[], T]) -> T:
-    """Run a long call that ignores interrupts in a thread of its own, while this thread listens for them."""
+    """Run a long call that ignores interrupts in a thread of its own, while this thread listens for
+    them."""
     made: list[T] = []
     raised: list[BaseException] = []
 
@@ -61,7 +63,8 @@ def result_of(call: Callable[[], T]) -> T:
 
 
 def leave(code: int) -> None:
-    """Exit, without waiting for a call that was interrupted, and without the traceback of a second interrupt."""
+    """Exit, without waiting for a call that was interrupted, and without the traceback of a second
+    interrupt."""
     if code == 130:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if any(thread.is_alive() for thread in _working):

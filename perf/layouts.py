@@ -1,9 +1,10 @@
-"""What a loss costs over many ranks: bytes of each, bytes on the wire and collectives of a step, by formula, for TP x SP x FSDP x DP.
+"""What a loss costs over many ranks: bytes of each, bytes on the wire and collectives of a step, by
+formula, for TP x SP x FSDP x DP.
 
-``ours(loss, layout)`` and ``others(loss, layout)`` are lists of what is held and of what is sent; ``ASSUMPTIONS`` is what they rest on. The
-tests run the layouts that two and four ranks make and demand what was counted there: every call, and every byte that was handed to it.
-Nothing here needs ranks, so that a layout of thousands costs as little as one of two.
-"""
+``ours(loss, layout)`` and ``others(loss, layout)`` are lists of what is held and of what is sent;
+``ASSUMPTIONS`` is what they rest on. The tests run the layouts that two and four ranks make and
+demand what was counted there: every call, and every byte that was handed to it. Nothing here needs
+ranks, so that a layout of thousands costs as little as one of two."""
 
 import math
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ class Layout:
 
     Args:
         tp: ranks among which the classes are cut.
-        sp: ranks among which the tokens of a data-parallel rank are cut, by sequence or context parallelism.
+        sp: ranks among which the tokens of a data-parallel rank are cut, by sequence or context
+            parallelism.
         fsdp: data-parallel ranks among which the head's weight is sharded.
         dp: replicas of all that.
     """
@@ -70,7 +72,9 @@ class Layout:
     def __post_init__(self) -> None:
         for degree in fields(self):
             if getattr(self, degree.name) < 1:
-                raise Mistake(f"layout: {degree.name} is {getattr(self, degree.name)} but must be positive")
+                raise Mistake(
+                    f"layout: {degree.name} is {getattr(self, degree.name)} but must be positive"
+                )
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
@@ -95,7 +99,11 @@ class Layout:
         return self.dp if self.fsdp > 1 else self.dp * self.sp
 
     def __str__(self) -> str:
-        named = [f"{degree.name}={getattr(self, degree.name)}" for degree in fields(self) if getattr(self, degree.name) > 1]
+        named = [
+            f"{degree.name}={getattr(self, degree.name)}"
+            for degree in fields(self)
+            if getattr(self, degree.name) > 1
+        ]
         return ",".join(named) or "tp=1"
 
 
@@ -109,7 +117,9 @@ def pairs(text: str, names: Sequence[str], what: str) -> dict[str, float]:
         except ValueError:
             number = math.nan
         if name not in names or name in found or not math.isfinite(number):
-            raise Mistake(f"{what} is {text!r} but must be like {names[0]}=8,{names[-1]}=64, with each of {', '.join(names)} once at most")
+            raise Mistake(
+                f"{what} is {text!r} but must be like {names[0]}=8,{names[-1]}=64, with each of {', '.join(names)} once at most"
+            )
         found[name] = number
     return found
 
@@ -125,7 +135,8 @@ class Loss:
         dtype: of logits or operands: fp32, bf16 or fp16.
         mode: one of ``cases.MODES``.
         reduction: none, mean or sum.
-        probabilities: the targets are probabilities, each rank's columns of them, without a gradient.
+        probabilities: the targets are probabilities, each rank's columns of them, without a
+            gradient.
         class_weights, smoothing, normalizer: whether these options are given.
         statistics: ``cross_entropy_stats`` or its linear form, with ``entropy`` and ``argmax``.
         hidden_grad: as in ``VocabShard``.
@@ -162,7 +173,9 @@ class Loss:
         """Of what a rank says of a row: numbers in float32, and a class in int64."""
         spec = LossSpec(label_smoothing=0.1 if self.smoothing else 0.0)
         wants = Wants(statistics and self.entropy, statistics and self.argmax)
-        said = nothing(0, torch.empty(0), self.probabilities, self.class_weights, spec, wants, statistics)
+        said = nothing(
+            0, torch.empty(0), self.probabilities, self.class_weights, spec, wants, statistics
+        )
         return sum(numbers.element_size() for numbers in said if numbers is not None)
 
 
@@ -172,7 +185,8 @@ class Collective:
 
     Args:
         what: goes over the wire.
-        by: whom it is called by: lossfuse, FSDP, DDP, the trainer; or transformers or Megatron, in their stead.
+        by: whom it is called by: lossfuse, FSDP, DDP, the trainer; or transformers or Megatron, in
+            their stead.
         kind: all-gather, all-reduce or reduce-scatter.
         over: the degree of the layout: tp, fsdp (and sp with it) or dp.
         ranks: of its group.
@@ -207,7 +221,12 @@ class Collective:
 
 
 # when something is held
-LOOP, HANDED, HIDDEN, WEIGHT = "loop over chunks", "gradients handed over", "hidden gradient reduced", "weight gradient reduced"
+LOOP, HANDED, HIDDEN, WEIGHT = (
+    "loop over chunks",
+    "gradients handed over",
+    "hidden gradient reduced",
+    "weight gradient reduced",
+)
 ALWAYS = (LOOP, HANDED, HIDDEN, WEIGHT)
 
 
@@ -262,27 +281,49 @@ def ours(loss: Loss, layout: Layout) -> Way:
         # logits are made again, and nothing but the loss is asked for
         per_loop += [_rows_payload(loss, size, False) for size in sizes]
     calls = [Collective(ROWS, "lossfuse", "all-gather", "tp", layout.tp, tuple(per_loop))]
-    if loss.class_weights and loss.reduction == "mean" and not (loss.probabilities or loss.normalizer):
-        calls.insert(0, Collective(CLASS_WEIGHTS, "lossfuse", "all-reduce", "tp", layout.tp, (NUMBER,)))
+    if (
+        loss.class_weights
+        and loss.reduction == "mean"
+        and not (loss.probabilities or loss.normalizer)
+    ):
+        calls.insert(
+            0, Collective(CLASS_WEIGHTS, "lossfuse", "all-reduce", "tp", layout.tp, (NUMBER,))
+        )
     largest = max(sizes, default=0)
-    gathered = (layout.tp + 1) * _rows_payload(loss, largest, loss.statistics) if layout.tp > 1 else 0
+    gathered = (
+        (layout.tp + 1) * _rows_payload(loss, largest, loss.statistics) if layout.tp > 1 else 0
+    )
     return _way(
-        "lossfuse", "lossfuse", loss, layout, calls, [*_our_memory(loss, layout, largest), Held("row numbers, gathered", gathered, (LOOP,))]
+        "lossfuse",
+        "lossfuse",
+        loss,
+        layout,
+        calls,
+        [*_our_memory(loss, layout, largest), Held("row numbers, gathered", gathered, (LOOP,))],
     )
 
 
 def others(loss: Loss, layout: Layout) -> list[Way]:
-    """What is done today, for what it can do: logits gathered whole, and three all-reduces over shards of them."""
+    """What is done today, for what it can do: logits gathered whole, and three all-reduces over
+    shards of them."""
     n, mine, b = _rows(loss, layout), _classes(loss, layout), loss.b
     gradients = _gradients_of_a_head(loss, layout)
-    gather = Collective(WHOLE_LOGITS, "transformers", "all-gather", "tp", layout.tp, (n * mine * b,))
+    gather = Collective(
+        WHOLE_LOGITS, "transformers", "all-gather", "tp", layout.tp, (n * mine * b,)
+    )
     # logits, log-probabilities and a gradient of either, two or three at a time
-    logits = Held("whole logits and what is made of them, in fp32", n * loss.v * 4 * (3 if loss.step else 2), (LOOP,))
+    logits = Held(
+        "whole logits and what is made of them, in fp32",
+        n * loss.v * 4 * (3 if loss.step else 2),
+        (LOOP,),
+    )
     found = [_way("gathered whole", "transformers", loss, layout, [gather], [logits, *gradients])]
     if not (loss.probabilities or loss.statistics or loss.class_weights):
         numbers = Collective(ROWS, "Megatron", "all-reduce", "tp", layout.tp, (n * NUMBER,) * 3)
         # in fp32 over the logits, in half precision beside them
-        held = Held("logits, and their exponentials in fp32", n * mine * (4 if b == 4 else b + 4), (LOOP,))
+        held = Held(
+            "logits, and their exponentials in fp32", n * mine * (4 if b == 4 else b + 4), (LOOP,)
+        )
         found.append(_way("Megatron", "Megatron", loss, layout, [numbers], [held, *gradients]))
     return found
 
@@ -300,7 +341,9 @@ def _chunks(loss: Loss, layout: Layout) -> list[int]:
     n = _rows(loss, layout)
     if loss.d is None:
         return [n]
-    most = chunk_rows(n, loss.d, _classes(loss, layout), DTYPES[loss.dtype], loss.options, cpu=False)
+    most = chunk_rows(
+        n, loss.d, _classes(loss, layout), DTYPES[loss.dtype], loss.options, cpu=False
+    )
     return [min(most, n - start) for start in range(0, n, most)]
 
 
@@ -309,35 +352,69 @@ def _rows_payload(loss: Loss, rows: int, statistics: bool) -> int:
     return 8 * HEADER_INTS + NUMBER * loss.class_weights + loss.row_bytes(statistics) * rows
 
 
-def _way(name: str, by: str, loss: Loss, layout: Layout, calls: list[Collective], held: list[Held]) -> Way:
-    """With what surrounds a head in any case: its weight, its hidden states, and the gradients of both over all ranks."""
+def _way(
+    name: str, by: str, loss: Loss, layout: Layout, calls: list[Collective], held: list[Held]
+) -> Way:
+    """With what surrounds a head in any case: its weight, its hidden states, and the gradients of
+    both over all ranks."""
     before, after, around = _around(by, loss, layout) if loss.d is not None else ([], [], [])
     calls = [*before, *calls, *(after if loss.step else [])]
-    return Way(name, tuple(one for one in (*around, *held) if one.bytes), tuple(c for c in calls if c.ranks > 1 and c.calls))
+    return Way(
+        name,
+        tuple(one for one in (*around, *held) if one.bytes),
+        tuple(c for c in calls if c.ranks > 1 and c.calls),
+    )
 
 
-def _around(by: str, loss: Loss, layout: Layout) -> tuple[list[Collective], list[Collective], list[Held]]:
+def _around(
+    by: str, loss: Loss, layout: Layout
+) -> tuple[list[Collective], list[Collective], list[Held]]:
     """Collectives before a head's loss and after it, and what is held beside it."""
     n, d, b, tp, sharding = _rows(loss, layout), loss.d or 0, loss.b, layout.tp, layout.sharding
     sharded = sharding > 1
     part = -(-_classes(loss, layout) // sharding) * d
     if loss.hidden_grad == "partial":
-        before = [Collective(HIDDEN_STATES, "trainer", "all-gather", "tp", tp, (-(-n // tp) * d * b,))]
+        before = [
+            Collective(HIDDEN_STATES, "trainer", "all-gather", "tp", tp, (-(-n // tp) * d * b,))
+        ]
         after = [Collective(HIDDEN_GRADIENT, "trainer", "reduce-scatter", "tp", tp, (n * d * b,))]
     else:
         before = []
         after = [Collective(HIDDEN_GRADIENT, by, "all-reduce", "tp", tp, (n * d * b,))]
     gathers = 2 if loss.reshard and loss.step else 1
-    before.append(Collective(HEAD_WEIGHT, "FSDP", "all-gather", "fsdp", sharding, (part * b,) * gathers))
-    after.append(Collective(HEAD_GRADIENT, "FSDP", "reduce-scatter", "fsdp", sharding, (sharding * part * 4,)))
+    before.append(
+        Collective(HEAD_WEIGHT, "FSDP", "all-gather", "fsdp", sharding, (part * b,) * gathers)
+    )
+    after.append(
+        Collective(
+            HEAD_GRADIENT, "FSDP", "reduce-scatter", "fsdp", sharding, (sharding * part * 4,)
+        )
+    )
     replicated = part * (4 if sharded else b)
-    after.append(Collective(HEAD_GRADIENT, "FSDP" if sharded else "DDP", "all-reduce", "dp", layout.replicas, (replicated,)))
+    after.append(
+        Collective(
+            HEAD_GRADIENT,
+            "FSDP" if sharded else "DDP",
+            "all-reduce",
+            "dp",
+            layout.replicas,
+            (replicated,),
+        )
+    )
     held = [
         Held("hidden states", n * d * b),
         Held("weight, its shard in fp32", part * 4 * sharded),
-        Held("weight, gathered" if sharded else "weight", _classes(loss, layout) * d * b, (LOOP, HANDED, HIDDEN) if sharded else ALWAYS),
+        Held(
+            "weight, gathered" if sharded else "weight",
+            _classes(loss, layout) * d * b,
+            (LOOP, HANDED, HIDDEN) if sharded else ALWAYS,
+        ),
         Held("hidden gradient, for its reduction", n * d * b * (tp > 1) * loss.step, (HIDDEN,)),
-        Held("weight gradient, for its reduction", sharding * part * 4 * sharded * loss.step, (WEIGHT,)),
+        Held(
+            "weight gradient, for its reduction",
+            sharding * part * 4 * sharded * loss.step,
+            (WEIGHT,),
+        ),
         Held("weight gradient, its shard in fp32", part * 4 * sharded * loss.step, (WEIGHT,)),
     ]
     return before, after, held
@@ -346,14 +423,21 @@ def _around(by: str, loss: Loss, layout: Layout) -> tuple[list[Collective], list
 def _our_memory(loss: Loss, layout: Layout, rows: int) -> list[Held]:
     n, b, mine, dtype = _rows(loss, layout), loss.b, _classes(loss, layout), DTYPES[loss.dtype]
     if loss.d is None:
-        return [Held("logits", n * mine * b), Held("gradient of the logits", n * mine * b * loss.step)]
+        return [
+            Held("logits", n * mine * b),
+            Held("gradient of the logits", n * mine * b * loss.step),
+        ]
     acc = loss.options.dtype("acc_dtype", dtype).itemsize
     summed = loss.step or (loss.mode == "forward" and loss.reduction != "none")
     # the sum is the gradient where their dtypes are the same
     when = ALWAYS if acc == b else (LOOP, HANDED)
     copied = rows * loss.d * b * (acc > b or not summed)
     return [
-        Held("chunk of logits", rows * padded(mine) * loss.options.dtype("logits_dtype", dtype).itemsize, (LOOP,)),
+        Held(
+            "chunk of logits",
+            rows * padded(mine) * loss.options.dtype("logits_dtype", dtype).itemsize,
+            (LOOP,),
+        ),
         Held("chunk of hidden states", copied, (LOOP,)),
         Held(f"hidden gradient, its {8 * acc}-bit sum", n * loss.d * acc * summed, when),
         Held(f"weight gradient, its {8 * acc}-bit sum", mine * loss.d * acc * summed, when),
@@ -362,7 +446,8 @@ def _our_memory(loss: Loss, layout: Layout, rows: int) -> list[Held]:
 
 
 def _gradients_of_a_head(loss: Loss, layout: Layout, *, dlogits: bool = True) -> list[Held]:
-    """As autograd hands them on, in the dtype of the operands; while they are made, of all logits at a time."""
+    """As autograd hands them on, in the dtype of the operands; while they are made, of all logits
+    at a time."""
     n, b, d, mine = _rows(loss, layout), loss.b, loss.d or 0, _classes(loss, layout)
     later = (HANDED, HIDDEN, WEIGHT)
     return [
@@ -377,7 +462,8 @@ def _gradients_of_a_head(loss: Loss, layout: Layout, *, dlogits: bool = True) ->
 
 @dataclass(frozen=True)
 class Links:
-    """What a rank can send: gigabits per second over a degree of the layout, and seconds of each step of a ring."""
+    """What a rank can send: gigabits per second over a degree of the layout, and seconds of each
+    step of a ring."""
 
     gbps: dict[str, float]
     latency: float
@@ -390,25 +476,43 @@ class Links:
             gbps = dict.fromkeys(overs, float(text))
         except ValueError:
             gbps = pairs(text, overs, "--link-gbps")
-        if not all(0 < value < math.inf for value in gbps.values()) or not 0 <= latency_us < math.inf:
-            raise Mistake(f"--link-gbps is {text!r} and --latency-us {latency_us:g}; expected positive numbers")
+        if (
+            not all(0 < value < math.inf for value in gbps.values())
+            or not 0 <= latency_us < math.inf
+        ):
+            raise Mistake(
+                f"--link-gbps is {text!r} and --latency-us {latency_us:g}; expected positive numbers"
+            )
         return cls(gbps, latency_us / 1e6)
 
     def seconds(self, collective: Collective) -> float:
         if collective.over not in self.gbps:
-            raise Mistake(f"--link-gbps says nothing of {collective.over}, over which there is an {collective.kind} of the layout")
-        return 8 * collective.sent / (self.gbps[collective.over] * 1e9) + self.latency * collective.ring_steps
+            raise Mistake(
+                f"--link-gbps says nothing of {collective.over}, over which there is an {collective.kind} of the layout"
+            )
+        return (
+            8 * collective.sent / (self.gbps[collective.over] * 1e9)
+            + self.latency * collective.ring_steps
+        )
 
 
 def main(
-    cases: Sequence[str], losses: dict[str, Any], dtypes: Sequence[str], layouts: Sequence[str], fits_gib: float | None, links: Links | None
+    cases: Sequence[str],
+    losses: dict[str, Any],
+    dtypes: Sequence[str],
+    layouts: Sequence[str],
+    fits_gib: float | None,
+    links: Links | None,
 ) -> None:
-    """Print a table of the layouts, and for a single one what is held and sent; ``losses`` are options of ``Loss``."""
+    """Print a table of the layouts, and for a single one what is held and sent; ``losses`` are
+    options of ``Loss``."""
     console = tables.console()
     found = [Layout.parse(text) for text in layouts]
     for case in [named(name, torch.device("cuda")) for name in cases]:
         if case.op == "labels":
-            raise Mistake(f"{case.name} has labels, but --layout is for classes: of NxV logits or an NxDxV head")
+            raise Mistake(
+                f"{case.name} has labels, but --layout is for classes: of NxV logits or an NxDxV head"
+            )
         for dtype in dtypes:
             loss = Loss(case.n, case.v, case.d, dtype, **losses)
             title = f"{case.name}: {case.size} in {dtype} for each data-parallel rank, {loss.mode}; peak, calls and bytes sent of one rank"
@@ -428,10 +532,23 @@ def main(
 
 
 def _show_layouts(
-    console: "Console", title: str, loss: Loss, layouts: Sequence[Layout], fits_gib: float | None, links: Links | None
+    console: "Console",
+    title: str,
+    loss: Loss,
+    layouts: Sequence[Layout],
+    fits_gib: float | None,
+    links: Links | None,
 ) -> None:
-    columns = [tables.Column("way", right=False), tables.Column("peak"), tables.Column("calls", rank=4)]
-    columns += [tables.Column("rows", rank=1), tables.Column("hidden", rank=2), tables.Column("weight", rank=3)]
+    columns = [
+        tables.Column("way", right=False),
+        tables.Column("peak"),
+        tables.Column("calls", rank=4),
+    ]
+    columns += [
+        tables.Column("rows", rank=1),
+        tables.Column("hidden", rank=2),
+        tables.Column("weight", rank=3),
+    ]
     columns += [tables.Column("time")] if links is not None else []
     columns += [tables.Column(f"in {fits_gib:g} GiB", right=False)] if fits_gib is not None else []
     lines = []
@@ -449,24 +566,60 @@ def _show_layouts(
                 cells.append(f"{1e3 * sum(map(links.seconds, way.collectives)):.2f} ms")
             fits = fits_gib is None or way.peak <= fits_gib * 2**30
             cells += [] if fits_gib is None else ["fits" if fits else "no"]
-            lines.append(tables.Line(cells, f"{layout.ranks:,}: {layout}", style="" if fits else "red"))
+            lines.append(
+                tables.Line(cells, f"{layout.ranks:,}: {layout}", style="" if fits else "red")
+            )
     tables.show(console, columns, lines, title)
 
 
 def _show_held(console: "Console", way: Way) -> None:
-    columns = [tables.Column("held by a rank", right=False), tables.Column("bytes"), tables.Column("while", right=False, folds=True)]
-    lines = [tables.Line([held.what, shown(held.bytes), "always" if held.when == ALWAYS else ", ".join(held.when)]) for held in way.held]
+    columns = [
+        tables.Column("held by a rank", right=False),
+        tables.Column("bytes"),
+        tables.Column("while", right=False, folds=True),
+    ]
+    lines = [
+        tables.Line(
+            [
+                held.what,
+                shown(held.bytes),
+                "always" if held.when == ALWAYS else ", ".join(held.when),
+            ]
+        )
+        for held in way.held
+    ]
     tables.show(console, columns, [*lines, tables.Line(["peak", shown(way.peak), way.peak_when])])
 
 
 def _show_collectives(console: "Console", way: Way, links: Links | None) -> None:
-    columns = [tables.Column(name, right=False, folds=True) for name in ("of", "collective", "by", "over")]
-    columns += [tables.Column("ranks", rank=2), tables.Column("calls", rank=3), tables.Column("handed over", rank=1), tables.Column("sent")]
+    columns = [
+        tables.Column(name, right=False, folds=True) for name in ("of", "collective", "by", "over")
+    ]
+    columns += [
+        tables.Column("ranks", rank=2),
+        tables.Column("calls", rank=3),
+        tables.Column("handed over", rank=1),
+        tables.Column("sent"),
+    ]
     columns += [tables.Column("time")] if links is not None else []
     lines = []
     for c in way.collectives:
         time = [] if links is None else [f"{1e3 * links.seconds(c):.3f} ms"]
-        lines.append(tables.Line([c.what, c.kind, c.by, c.over, f"{c.ranks:,}", str(c.calls), shown(c.payload), shown(c.sent), *time]))
+        lines.append(
+            tables.Line(
+                [
+                    c.what,
+                    c.kind,
+                    c.by,
+                    c.over,
+                    f"{c.ranks:,}",
+                    str(c.calls),
+                    shown(c.payload),
+                    shown(c.sent),
+                    *time,
+                ]
+            )
+        )
     tables.show(console, columns, lines)
 
 

@@ -1,4 +1,5 @@
-"""A memory profile shown: a table, a picture, a page; and the command for a training step of the user's."""
+"""A memory profile shown: a table, a picture, a page; and the command for a training step of the
+user's."""
 
 import html
 import importlib
@@ -39,16 +40,22 @@ def _size(size: int) -> str:
 
 
 def _held_by(profile: MemoryProfile, places: list[str], moments: int = 200) -> "pd.DataFrame":
-    """Bytes held over time by each of ``places`` and by all others, thinned to what a picture can show; no spike is lost."""
+    """Bytes held over time by each of ``places`` and by all others, thinned to what a picture can
+    show; no spike is lost."""
     import pandas as pd
 
     frame = profile.frame()
     place = frame["where"].where(frame["where"].isin(places), OTHERS)
-    held = pd.DataFrame({"ms": frame["ms"]} | {name: (frame["change"] * (place == name)).cumsum() for name in [*places, OTHERS]})
+    held = pd.DataFrame(
+        {"ms": frame["ms"]}
+        | {name: (frame["change"] * (place == name)).cumsum() for name in [*places, OTHERS]}
+    )
     # of many changes within one moment: the lowest, the highest and the last
     moment = (frame["ms"] * (moments / max(frame["ms"].max(), 1e-9))).astype(int)
     groups = frame["bytes"].groupby(moment)
-    keep = sorted({0, *groups.idxmin(), *groups.idxmax(), *moment.index[~moment.duplicated(keep="last")]})
+    keep = sorted(
+        {0, *groups.idxmin(), *groups.idxmax(), *moment.index[~moment.duplicated(keep="last")]}
+    )
     return held.loc[keep].melt("ms", var_name="where", value_name="bytes")
 
 
@@ -65,8 +72,11 @@ class _Held:
 
 
 def _held_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Held]:
-    """The places that hold most at the peak, then all other allocations, of which some may be gone by then."""
-    shown = [group for group in profile.alive[: min(top, len(COLOURS))] if group.share >= 0.002] or list(profile.alive[:1])
+    """The places that hold most at the peak, then all other allocations, of which some may be gone
+    by then."""
+    shown = [
+        group for group in profile.alive[: min(top, len(COLOURS))] if group.share >= 0.002
+    ] or list(profile.alive[:1])
     rest = profile.alive[len(shown) :]
 
     def value(size: int) -> str:
@@ -91,7 +101,9 @@ def _held_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Held
     return made
 
 
-def _timeline(profile: MemoryProfile, held: list[_Held], width: int | str, others: "str | alt.ExprRef") -> "alt.LayerChart":
+def _timeline(
+    profile: MemoryProfile, held: list[_Held], width: int | str, others: "str | alt.ExprRef"
+) -> "alt.LayerChart":
     """Memory over time, coloured by who holds it."""
     import altair as alt
     import pandas as pd
@@ -104,18 +116,43 @@ def _timeline(profile: MemoryProfile, held: list[_Held], width: int | str, other
 
     areas = _held_by(profile, places)
     areas["held"], areas["rank"] = areas["bytes"] / divisor, areas["where"].map(names.index)
-    ticks = alt.Axis(title="ms since the call began", tickCount=8, labelOverlap=True, labelSeparation=8, grid=False)
+    ticks = alt.Axis(
+        title="ms since the call began",
+        tickCount=8,
+        labelOverlap=True,
+        labelSeparation=8,
+        grid=False,
+    )
     x = alt.X("ms:Q", axis=ticks, scale=alt.Scale(domain=[0, max(end, 1e-6)], nice=False))
     ceiling = alt.Scale(domain=[0, 1.15 * max(profile.peak_bytes, 1) / divisor], nice=False)
-    title: dict[str, Any] = {"title": f"{unit} beyond the start", "titleAngle": 0, "titleAlign": "left", "titleX": 0, "titleY": -8}
+    title: dict[str, Any] = {
+        "title": f"{unit} beyond the start",
+        "titleAngle": 0,
+        "titleAlign": "left",
+        "titleX": 0,
+        "titleY": -8,
+    }
     y = alt.Y("held:Q", axis=alt.Axis(**title, tickCount=6), scale=ceiling)
     colour = alt.Color("where:N", legend=None, scale=alt.Scale(domain=names, range=colours))
-    area = alt.Chart(areas).mark_area(interpolate="step-after", opacity=0.9).encode(x=x, y=y.stack("zero"), color=colour, order="rank:Q")
+    area = (
+        alt.Chart(areas)
+        .mark_area(interpolate="step-after", opacity=0.9)
+        .encode(x=x, y=y.stack("zero"), color=colour, order="rank:Q")
+    )
     label = f"peak {_size(profile.peak_bytes)}"
-    peak = pd.DataFrame({"ms": [profile.peak_ms], "held": [profile.peak_bytes / divisor], "label": [label]})
+    peak = pd.DataFrame(
+        {"ms": [profile.peak_ms], "held": [profile.peak_bytes / divisor], "label": [label]}
+    )
     peak_chart = alt.Chart(peak).encode(x=x)
     late = profile.peak_ms > end / 2
-    text = peak_chart.mark_text(align="right" if late else "left", dx=-7 if late else 7, dy=-10, color=RED, fontSize=13, fontWeight="bold")
+    text = peak_chart.mark_text(
+        align="right" if late else "left",
+        dx=-7 if late else 7,
+        dy=-10,
+        color=RED,
+        fontSize=13,
+        fontWeight="bold",
+    )
     return alt.layer(
         area,
         peak_chart.mark_rule(color=RED, strokeDash=[4, 3]),
@@ -126,11 +163,15 @@ def _timeline(profile: MemoryProfile, held: list[_Held], width: int | str, other
 
 def _headline(profile: MemoryProfile) -> tuple[str, str]:
     where = f"{profile.device}, torch {torch.__version__}, peak after {profile.peak_ms:.1f} ms"
-    return f"Peak memory: {_size(profile.peak_bytes)} beyond the start", f"{where}; {_size(profile.end_bytes)} still held at the end"
+    return (
+        f"Peak memory: {_size(profile.peak_bytes)} beyond the start",
+        f"{where}; {_size(profile.end_bytes)} still held at the end",
+    )
 
 
 def timeline_chart(profile: MemoryProfile, top: int = 7) -> "alt.VConcatChart":
-    """Memory over time, coloured by the (at most 7) places that hold most at the peak, over bars of what each of them holds there."""
+    """Memory over time, coloured by the (at most 7) places that hold most at the peak, over bars of
+    what each of them holds there."""
     import altair as alt
     import pandas as pd
 
@@ -138,24 +179,51 @@ def timeline_chart(profile: MemoryProfile, top: int = 7) -> "alt.VConcatChart":
     charts: list[Any] = [_timeline(profile, held, width, GREY)]
     if held:
         names = [one.label if one.colour else OTHERS for one in held]
-        rows = [(name, one.label, one.bytes, one.count, one.value, " < ".join(one.stack)) for name, one in zip(names, held, strict=True)]
+        rows = [
+            (name, one.label, one.bytes, one.count, one.value, " < ".join(one.stack))
+            for name, one in zip(names, held, strict=True)
+        ]
         bars = pd.DataFrame(rows, columns=["where", "label", "bytes", "count", "value", "stack"])
         base = alt.Chart(bars).encode(y=alt.Y("where:N", sort=names, title=None, axis=None))
-        size = alt.X("bytes:Q", axis=None, scale=alt.Scale(domain=[0, max(bars["bytes"], default=1)], nice=False))
-        colour = alt.Color("where:N", legend=None, scale=alt.Scale(domain=names, range=[one.colour or GREY for one in held]))
+        size = alt.X(
+            "bytes:Q",
+            axis=None,
+            scale=alt.Scale(domain=[0, max(bars["bytes"], default=1)], nice=False),
+        )
+        colour = alt.Color(
+            "where:N",
+            legend=None,
+            scale=alt.Scale(domain=names, range=[one.colour or GREY for one in held]),
+        )
         tooltip = ["label:N", "bytes:Q", "count:Q", "value:N", "stack:N"]
         who = alt.layer(
-            base.mark_bar(height=8, yOffset=9, cornerRadius=2).encode(x=size, color=colour, tooltip=tooltip),
-            base.mark_point(shape="square", filled=True, size=70, xOffset=5, yOffset=-5, opacity=1).encode(x=alt.value(0), color=colour),
-            base.mark_text(align="left", dx=16, dy=-5, limit=width - 166, color=INK, fontSize=12).encode(x=alt.value(0), text="label:N"),
-            base.mark_text(align="right", dy=-5, color=INK, fontSize=12).encode(x=alt.value(width), text="value:N"),
-        ).properties(width=width, height=alt.Step(36), title=alt.Title("Held at the peak", fontSize=13, anchor="start"))
+            base.mark_bar(height=8, yOffset=9, cornerRadius=2).encode(
+                x=size, color=colour, tooltip=tooltip
+            ),
+            base.mark_point(
+                shape="square", filled=True, size=70, xOffset=5, yOffset=-5, opacity=1
+            ).encode(x=alt.value(0), color=colour),
+            base.mark_text(
+                align="left", dx=16, dy=-5, limit=width - 166, color=INK, fontSize=12
+            ).encode(x=alt.value(0), text="label:N"),
+            base.mark_text(align="right", dy=-5, color=INK, fontSize=12).encode(
+                x=alt.value(width), text="value:N"
+            ),
+        ).properties(
+            width=width,
+            height=alt.Step(36),
+            title=alt.Title("Held at the peak", fontSize=13, anchor="start"),
+        )
         charts.append(who.resolve_scale(color="independent"))
 
     title, facts = _headline(profile)
     chart = alt.vconcat(*charts, spacing=26).resolve_scale(color="independent")
-    chart = chart.properties(title=alt.Title(title, subtitle=facts, anchor="start", fontSize=16, offset=14), padding=16)
-    chart = chart.configure_axis(grid=False, labelColor=INK, titleColor=INK, domainColor=GREY, tickColor=GREY)
+    chart = chart.properties(
+        title=alt.Title(title, subtitle=facts, anchor="start", fontSize=16, offset=14), padding=16
+    )
+    chart = chart.configure_axis(
+        grid=False, labelColor=INK, titleColor=INK, domainColor=GREY, tickColor=GREY
+    )
     return chart.configure_view(stroke=None).configure_title(color=INK, subtitleColor=INK)
 
 
@@ -165,9 +233,16 @@ def timeline_page(profile: MemoryProfile) -> str:
 
     held = _held_at_peak(profile)
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    spec = _timeline(profile, held, "container", alt.ExprRef("others")).properties(autosize=fit).to_dict()
+    spec = (
+        _timeline(profile, held, "container", alt.ExprRef("others"))
+        .properties(autosize=fit)
+        .to_dict()
+    )
     title, facts = map(html.escape, _headline(profile))
-    data = {"spec": {name: value for name, value in spec.items() if name != "config"}, "themes": {name: theme(name) for name in THEMES}}
+    data = {
+        "spec": {name: value for name, value in spec.items() if name != "config"},
+        "themes": {name: theme(name) for name in THEMES},
+    }
     return page("memory.html", data, title=title, facts=facts, held=_list(held))
 
 
@@ -186,7 +261,8 @@ def _list(held: list[_Held]) -> str:
 
 
 def save(profile: MemoryProfile, path: Path | str) -> None:
-    """Write the chart (.png, .svg, .html that needs no network) or the timeline (.csv), whole or not at all.
+    """Write the chart (.png, .svg, .html that needs no network) or the timeline (.csv), whole or
+    not at all.
 
     Raises:
         Mistake: another suffix.
@@ -210,16 +286,19 @@ def save(profile: MemoryProfile, path: Path | str) -> None:
 def _known(path: Path | str) -> Path:
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise Mistake(f"{str(path)!r} ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+        raise Mistake(
+            f"{str(path)!r} ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
+        )
     return path
 
 
 def load_step(text: str) -> Callable[[], object]:
-    """'package.module:attribute.path' -> what it names, imported with the current folder on the path, as ``python -m`` has it.
+    """'package.module:attribute.path' -> what it names, imported with the current folder on the
+    path, as ``python -m`` has it.
 
     Raises:
-        Mistake: no such form, module or attribute, or something that cannot be called without arguments.
-        Whatever the module raises while it is imported.
+        Mistake: no such form, module or attribute, or something that cannot be called without
+        arguments. Whatever the module raises while it is imported.
     """
     name, colon, attributes = text.partition(":")
     if not (colon and attributes and all(map(str.isidentifier, name.split(".")))):
@@ -232,10 +311,14 @@ def load_step(text: str) -> Callable[[], object]:
         # a module that is there and imports one that is not has an error of its own
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
-        raise Mistake(f"step {text!r}: there is no module {error.name!r} in this folder or installed") from None
+        raise Mistake(
+            f"step {text!r}: there is no module {error.name!r} in this folder or installed"
+        ) from None
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
-            raise Mistake(f"step {text!r}: {getattr(found, '__name__', type(found).__name__)!r} has no attribute {attribute!r}")
+            raise Mistake(
+                f"step {text!r}: {getattr(found, '__name__', type(found).__name__)!r} has no attribute {attribute!r}"
+            )
         found = getattr(found, attribute)
     if not callable(found):
         raise Mistake(f"step {text!r} is {type(found).__name__}, expected something to call")
@@ -253,8 +336,14 @@ def show(profile: MemoryProfile, console: "Console", top: int = 12) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console.print(f"peak [bold]{_size(profile.peak_bytes)}[/bold] beyond the start, after {profile.peak_ms:.1f} ms", highlight=False)
-    console.print(f"{_size(profile.end_bytes)} still held at the end, after {profile.timeline[-1].ms:.1f} ms", highlight=False)
+    console.print(
+        f"peak [bold]{_size(profile.peak_bytes)}[/bold] beyond the start, after {profile.peak_ms:.1f} ms",
+        highlight=False,
+    )
+    console.print(
+        f"{_size(profile.end_bytes)} still held at the end, after {profile.timeline[-1].ms:.1f} ms",
+        highlight=False,
+    )
     if not profile.alive:
         return
     table = Table("where", "size", "share", title=f"Held at the peak, {profile.device}")
@@ -262,7 +351,9 @@ def show(profile: MemoryProfile, console: "Console", top: int = 12) -> None:
         column.justify, column.no_wrap = "right", True
     for group in profile.alive[:top]:
         times = f" ({group.count} allocations)" if group.count > 1 else ""
-        table.add_row(Text(group.where + times, overflow="fold"), _size(group.bytes), f"{group.share:.1%}")
+        table.add_row(
+            Text(group.where + times, overflow="fold"), _size(group.bytes), f"{group.share:.1%}"
+        )
     rest = profile.alive[top:]
     if rest:
         size = sum(group.bytes for group in rest)
@@ -271,7 +362,8 @@ def show(profile: MemoryProfile, console: "Console", top: int = 12) -> None:
 
 
 def main(step: str, out: Path | None = None, warmup: int = 1) -> MemoryProfile:
-    """Load 'module:function', measure it, show it, draw it; Mistake for a step, a suffix or a file that cannot be."""
+    """Load 'module:function', measure it, show it, draw it; Mistake for a step, a suffix or a file
+    that cannot be."""
     from rich.console import Console
     from rich.markup import escape
 

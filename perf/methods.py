@@ -1,4 +1,5 @@
-"""Who is measured: ours, torch's, and published packages where they are installed. Each is one call with the mean over valid targets."""
+"""Who is measured: ours, torch's, and published packages where they are installed. Each is one call
+with the mean over valid targets."""
 
 import importlib
 import importlib.util
@@ -18,7 +19,8 @@ from .cases import DTYPES
 from .environment import version
 from .mistakes import Mistake
 
-# logits: (logits, target); head: (hidden, weight, target); labels: (logits, zeros and ones, ids of the ones)
+# logits: (logits, target); head: (hidden, weight, target); labels: (logits, zeros and ones, ids of
+# the ones)
 Loss = Callable[..., Tensor]
 
 
@@ -82,11 +84,15 @@ def _ours(impl: str, inplace: bool = False) -> Loss:
 
 
 def _our_stats(lean: bool = False) -> Loss:
-    return lambda logits, target: lossfuse.cross_entropy_stats(logits, target, entropy=not lean, argmax=not lean).loss
+    return lambda logits, target: (
+        lossfuse.cross_entropy_stats(logits, target, entropy=not lean, argmax=not lean).loss
+    )
 
 
 def _our_linear(impl: str = "auto", options: lossfuse.LinearOptions | None = None) -> Loss:
-    return lambda hidden, weight, target: lossfuse.linear_cross_entropy(hidden, weight, target, options=options, impl=impl)
+    return lambda hidden, weight, target: lossfuse.linear_cross_entropy(
+        hidden, weight, target, options=options, impl=impl
+    )
 
 
 def _our_linear_stats(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -96,7 +102,9 @@ def _our_linear_stats(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def _swept(rows: int, logits: str, sums: str) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         size = rows * padded(len(weight)) * DTYPES[logits].itemsize
-        options = lossfuse.LinearOptions(chunk_bytes=size, logits_dtype=DTYPES[logits], acc_dtype=DTYPES[sums])
+        options = lossfuse.LinearOptions(
+            chunk_bytes=size, logits_dtype=DTYPES[logits], acc_dtype=DTYPES[sums]
+        )
         return lossfuse.linear_cross_entropy(hidden, weight, target, options=options)
 
     return loss
@@ -111,7 +119,9 @@ def _upcast_labels(logits: Tensor, target: Tensor, ids: Tensor) -> Tensor:
 
 
 def _scattered_labels(logits: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    ones = torch.zeros_like(logits).scatter_reduce_(1, ids.clamp(min=0), (ids >= 0).to(logits.dtype), "amax")
+    ones = torch.zeros_like(logits).scatter_reduce_(
+        1, ids.clamp(min=0), (ids >= 0).to(logits.dtype), "amax"
+    )
     return F.binary_cross_entropy_with_logits(logits, ones)
 
 
@@ -123,7 +133,9 @@ def _our_labels(listed: bool = False, inplace: bool = False, impl: str = "auto")
 
 def _torch_chunked_head() -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()
-    return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options)
+    return lambda hidden, weight, target: F.linear_cross_entropy(
+        hidden, weight, target, options=options
+    )
 
 
 def _quack() -> Loss:
@@ -147,10 +159,16 @@ def _liger(name: str) -> Loss:
 
 GPU = ("cuda",)
 # bfloat16 throughout, with so much room for logits
-LEAN = lossfuse.LinearOptions(logits_dtype=torch.bfloat16, acc_dtype=torch.bfloat16, chunk_bytes=1 << 30)
+LEAN = lossfuse.LinearOptions(
+    logits_dtype=torch.bfloat16, acc_dtype=torch.bfloat16, chunk_bytes=1 << 30
+)
 LEANEST = replace(LEAN, chunk_bytes=256 << 20)
 OURS = {"logits": "lossfuse", "head": "lossfuse linear", "labels": "lossfuse"}
-BASELINE = {"logits": "F.cross_entropy", "head": "linear + F.cross_entropy", "labels": "F.binary_cross_entropy_with_logits"}
+BASELINE = {
+    "logits": "F.cross_entropy",
+    "head": "linear + F.cross_entropy",
+    "labels": "F.binary_cross_entropy_with_logits",
+}
 # in fp16 the gradient of a mean over so many labels is 0
 OF_LABELS = ("fp32", "bf16")
 METHODS = [
@@ -166,42 +184,113 @@ METHODS = [
     Method("lossfuse stats", "logits", _our_stats),
     Method("lossfuse stats lean", "logits", lambda: _our_stats(lean=True)),
     Method("F.cross_entropy + stats", "logits", lambda: _cross_entropy_then_stats),
-    Method("Liger", "logits", lambda: _liger("liger_cross_entropy"), "liger_kernel", "liger_kernel", GPU, consumes=True),
+    Method(
+        "Liger",
+        "logits",
+        lambda: _liger("liger_cross_entropy"),
+        "liger_kernel",
+        "liger_kernel",
+        GPU,
+        consumes=True,
+    ),
     Method("quack", "logits", _quack, "quack", "quack-kernels", GPU, consumes=True),
     Method(
-        "flash-attention", "logits", lambda: _from("flash_attn.losses.cross_entropy", "CrossEntropyLoss")(inplace_backward=True),
-        "flash_attn", "flash_attn", GPU, consumes=True,
+        "flash-attention",
+        "logits",
+        lambda: _from("flash_attn.losses.cross_entropy", "CrossEntropyLoss")(inplace_backward=True),
+        "flash_attn",
+        "flash_attn",
+        GPU,
+        consumes=True,
     ),
-    Method("fla", "logits", lambda: _from("fla.modules", "FusedCrossEntropyLoss")(inplace_backward=True), "fla", "fla-core", GPU, True),
+    Method(
+        "fla",
+        "logits",
+        lambda: _from("fla.modules", "FusedCrossEntropyLoss")(inplace_backward=True),
+        "fla",
+        "fla-core",
+        GPU,
+        True,
+    ),
     Method("linear + F.cross_entropy", "head", lambda: _linear_then_cross_entropy),
     Method("linear + F.cross_entropy(x.float())", "head", lambda: _linear_then_upcast),
-    Method("torch.compile", "head", lambda: torch.compile(_linear_then_cross_entropy, dynamic=False)),
+    Method(
+        "torch.compile", "head", lambda: torch.compile(_linear_then_cross_entropy, dynamic=False)
+    ),
     Method("F.linear_cross_entropy", "head", _torch_chunked_head),
     Method("lossfuse linear", "head", _our_linear),
     Method("lossfuse linear stats", "head", lambda: _our_linear_stats),
     # most CPUs multiply in fp32 and round, which saves them less
-    Method("lossfuse linear lean", "head", lambda: _our_linear(options=LEAN), devices=GPU, dtypes=("bf16",)),
-    Method("lossfuse linear leanest", "head", lambda: _our_linear(options=LEANEST), devices=GPU, dtypes=("bf16",)),
+    Method(
+        "lossfuse linear lean",
+        "head",
+        lambda: _our_linear(options=LEAN),
+        devices=GPU,
+        dtypes=("bf16",),
+    ),
+    Method(
+        "lossfuse linear leanest",
+        "head",
+        lambda: _our_linear(options=LEANEST),
+        devices=GPU,
+        dtypes=("bf16",),
+    ),
     # 25 times the logits, and products in fp32
     Method("lossfuse linear reference", "head", lambda: _our_linear("reference"), devices=("cpu",)),
-    Method("Liger", "head", lambda: _liger("liger_fused_linear_cross_entropy"), "liger_kernel", "liger_kernel", GPU),
+    Method(
+        "Liger",
+        "head",
+        lambda: _liger("liger_fused_linear_cross_entropy"),
+        "liger_kernel",
+        "liger_kernel",
+        GPU,
+    ),
     Method("CCE", "head", _cut, "cut_cross_entropy", "cut-cross-entropy", GPU),
     Method("fla", "head", _fla_head, "fla", "fla-core", GPU),
     Method("F.binary_cross_entropy_with_logits", "labels", lambda: _labels, dtypes=OF_LABELS),
-    Method("F.binary_cross_entropy_with_logits(x.float())", "labels", lambda: _upcast_labels, dtypes=OF_LABELS),
+    Method(
+        "F.binary_cross_entropy_with_logits(x.float())",
+        "labels",
+        lambda: _upcast_labels,
+        dtypes=OF_LABELS,
+    ),
     # where ids are given, and zeros and ones have to be made of them
-    Method("scatter + F.binary_cross_entropy_with_logits", "labels", lambda: _scattered_labels, dtypes=OF_LABELS),
-    Method("torch.compile", "labels", lambda: torch.compile(_labels, dynamic=False), dtypes=OF_LABELS),
+    Method(
+        "scatter + F.binary_cross_entropy_with_logits",
+        "labels",
+        lambda: _scattered_labels,
+        dtypes=OF_LABELS,
+    ),
+    Method(
+        "torch.compile", "labels", lambda: torch.compile(_labels, dynamic=False), dtypes=OF_LABELS
+    ),
     Method("lossfuse", "labels", lambda: _our_labels(), dtypes=OF_LABELS),
-    Method("lossfuse in place", "labels", lambda: _our_labels(inplace=True), consumes=True, dtypes=OF_LABELS),
+    Method(
+        "lossfuse in place",
+        "labels",
+        lambda: _our_labels(inplace=True),
+        consumes=True,
+        dtypes=OF_LABELS,
+    ),
     Method("lossfuse ids", "labels", lambda: _our_labels(listed=True), dtypes=OF_LABELS),
-    Method("lossfuse ids in place", "labels", lambda: _our_labels(listed=True, inplace=True), consumes=True, dtypes=OF_LABELS),
+    Method(
+        "lossfuse ids in place",
+        "labels",
+        lambda: _our_labels(listed=True, inplace=True),
+        consumes=True,
+        dtypes=OF_LABELS,
+    ),
     Method("lossfuse reference", "labels", lambda: _our_labels(impl="reference"), dtypes=OF_LABELS),
-]  # fmt: skip
+]
 
 # time against memory of the linear form: only for those who ask by name
 SWEEP = [
-    Method(f"sweep {rows} rows, logits {logits}, sums {sums}", "head", partial(_swept, rows, logits, sums), dtypes=("bf16",))
+    Method(
+        f"sweep {rows} rows, logits {logits}, sums {sums}",
+        "head",
+        partial(_swept, rows, logits, sums),
+        dtypes=("bf16",),
+    )
     for rows in (1024, 2048, 4096, 8192)
     for logits in ("fp32", "bf16")
     for sums in ("fp32", "bf16")
@@ -213,14 +302,21 @@ def require(ops: Iterable[str], named: str) -> None:
     there = {op: list(dict.fromkeys(m.name for m in METHODS if m.op == op)) for op in ops}
     if not any(named.lower() in m.name.lower() for m in METHODS + SWEEP if m.op in there):
         known = "; ".join(f"of {op}: {', '.join(names)}" for op, names in there.items())
-        raise Mistake(f"--methods is {named!r}, which no method's name contains; there are, {known}")
+        raise Mistake(
+            f"--methods is {named!r}, which no method's name contains; there are, {known}"
+        )
 
 
 def of(op: str, device: torch.device, named: str | None = None) -> tuple[list[Method], list[str]]:
-    """The methods that can run here, and a line for each that cannot; ``named`` keeps those whose name contains it, and the baseline."""
+    """The methods that can run here, and a line for each that cannot; ``named`` keeps those whose
+    name contains it, and the baseline."""
     methods, lines = [], []
     for method in METHODS if named is None else METHODS + SWEEP:
-        if method.op != op or (named is not None and named.lower() not in method.name.lower() and method.name != BASELINE[op]):
+        if method.op != op or (
+            named is not None
+            and named.lower() not in method.name.lower()
+            and method.name != BASELINE[op]
+        ):
             continue
         obstacle = method.obstacle(device)
         if obstacle is None:

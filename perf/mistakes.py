@@ -2,4 +2,5 @@
 
 
 class Mistake(ValueError):
-    """Its message is a sentence for whoever typed the command; the command line prints it and exits with code 2."""
+    """Its message is a sentence for whoever typed the command; the command line prints it and exits
+    with code 2."""

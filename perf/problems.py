@@ -1,4 +1,5 @@
-"""A case with its numbers in memory: the steps a method is measured by, the least work beside them, and the truth in fp64."""
+"""A case with its numbers in memory: the steps a method is measured by, the least work beside them,
+and the truth in fp64."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,36 +15,46 @@ from .protocol import Step
 Result = tuple[Tensor, tuple[Tensor, ...]]
 SAMPLES = 64  # rows, and for a weight classes, whose gradient is compared
 BLOCK_BYTES = 256 << 20  # of the fp64 tensors the truth is made of
-# a loss scaler's factor: without one the gradients of a mean over thousands of rows are no fp16 numbers
+# a loss scaler's factor: without one the gradients of a mean over thousands of rows are no fp16
+# numbers
 SCALE = {torch.float16: 2.0**15}
-# beyond these a method is wrong and gets no time; torch's own half-precision loss is off by 4e-3, entries of its gradient by 1e-1
+# beyond these a method is wrong and gets no time; torch's own half-precision loss is off by 4e-3,
+# entries of its gradient by 1e-1
 LOSS_GATE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-# torch's loss of a label is a difference, so that of a sure one is 0: of 670,091 labels that is 8e-4 of the sum in fp32, 0.4 in bf16
+# torch's loss of a label is a difference, so that of a sure one is 0: of 670,091 labels that is
+# 8e-4 of the sum in fp32, 0.4 in bf16
 LABELS_LOSS_GATE = {torch.float32: 1e-2, torch.bfloat16: 0.6, torch.float16: 0.6}
 GRAD_GATE = {torch.float32: 1e-2, torch.bfloat16: 0.4, torch.float16: 0.4}
-# what the target's probability may be off by at the gate: torch loses 1 - p when p is nearly 1, which is bad but no other function
+# what the target's probability may be off by at the gate: torch loses 1 - p when p is nearly 1,
+# which is bad but no other function
 FORGIVEN = {torch.float32: 5e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative, against fp64 of the same inputs; None where there was nothing to compare. ``gated`` is ``grad`` with FORGIVEN forgiven."""
+    """Relative, against fp64 of the same inputs; None where there was nothing to compare. ``gated``
+    is ``grad`` with FORGIVEN forgiven."""
 
     loss: float
     grad: float | None = None
     gated: float | None = None
 
-    def complaint(self, dtype: torch.dtype, loss_gate: Mapping[torch.dtype, float] = LOSS_GATE) -> str | None:
+    def complaint(
+        self, dtype: torch.dtype, loss_gate: Mapping[torch.dtype, float] = LOSS_GATE
+    ) -> str | None:
         # a NaN is not below the gate
         if not self.loss <= loss_gate[dtype]:
             return f"loss is off by {self.loss:.1e} of itself, {loss_gate[dtype]:.0e} is allowed"
         if self.gated is not None and not self.gated <= GRAD_GATE[dtype]:
-            return f"gradient is off by {self.gated:.1e} of itself, {GRAD_GATE[dtype]:.0e} is allowed"
+            return (
+                f"gradient is off by {self.gated:.1e} of itself, {GRAD_GATE[dtype]:.0e} is allowed"
+            )
         return None
 
 
 class _Produced(torch.autograd.Function):
-    """A tensor as a model's last layer hands it over: it requires grad and is no leaf. A new one if it will be consumed."""
+    """A tensor as a model's last layer hands it over: it requires grad and is no leaf. A new one if
+    it will be consumed."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, held: list[Tensor], new: bool) -> Tensor:
@@ -55,7 +66,8 @@ class _Produced(torch.autograd.Function):
 
 
 def _run(loss_fn: Loss, mode: str, wanted: int, scale: float | None) -> Callable[..., Result]:
-    """Forward, and in its mode the gradients of the first ``wanted`` arguments, handed out and not accumulated."""
+    """Forward, and in its mode the gradients of the first ``wanted`` arguments, handed out and not
+    accumulated."""
 
     def run(*arguments: Tensor) -> Result:
         loss = loss_fn(*arguments)
@@ -98,8 +110,11 @@ class Logits:
         return Step(_run(loss_fn, mode, 1, SCALE.get(self.dtype)), prepare)
 
     def least(self, mode: str) -> tuple[Step, float]:
-        """A copy of the logits, and the share of it that the mode needs: without a gradient the read alone."""
-        return Step(lambda: self.spare.copy_(self.logits)), self.case.moved_bytes(mode, 1) / self.case.moved_bytes("forward+backward", 1)
+        """A copy of the logits, and the share of it that the mode needs: without a gradient the
+        read alone."""
+        return Step(lambda: self.spare.copy_(self.logits)), self.case.moved_bytes(
+            mode, 1
+        ) / self.case.moved_bytes("forward+backward", 1)
 
     def errors(self, result: Result) -> Errors:
         loss, grads = result
@@ -116,16 +131,22 @@ class Logits:
     def _forgiven(self, rows: Tensor) -> Tensor:
         """What the gradient of each class of some rows may be off by."""
         none = torch.zeros(len(rows), self.case.v, dtype=torch.float64, device=rows.device)
-        return none.scatter_(1, self.target[rows, None].clamp(min=0), FORGIVEN[self.dtype] / self.case.n)
+        return none.scatter_(
+            1, self.target[rows, None].clamp(min=0), FORGIVEN[self.dtype] / self.case.n
+        )
 
     def _fp64(self) -> tuple[float, Tensor, Tensor]:
         if self._truth is None:
             valid = self.target != -100
             rows = _spread(self.case.n, self.target.device)
             total = torch.zeros((), dtype=torch.float64, device=self.target.device)
-            for block in torch.arange(self.case.n, device=self.target.device).split(max(1, BLOCK_BYTES // (8 * self.case.v))):
+            for block in torch.arange(self.case.n, device=self.target.device).split(
+                max(1, BLOCK_BYTES // (8 * self.case.v))
+            ):
                 total += torch.nn.functional.cross_entropy(
-                    self.logits[block[0] : block[-1] + 1].double(), self.target[block], reduction="sum"
+                    self.logits[block[0] : block[-1] + 1].double(),
+                    self.target[block],
+                    reduction="sum",
                 )
             want = self.logits[rows].double().softmax(1)
             want[torch.arange(len(rows), device=rows.device), self.target[rows].clamp(min=0)] -= 1.0
@@ -135,7 +156,8 @@ class Logits:
 
 
 class Labels(Logits):
-    """(N, V) logits and the ids (N, P) of the labels that are 1, padded; and the zeros and ones they stand for, like the logits."""
+    """(N, V) logits and the ids (N, P) of the labels that are 1, padded; and the zeros and ones
+    they stand for, like the logits."""
 
     loss_gate = LABELS_LOSS_GATE
 
@@ -157,14 +179,18 @@ class Labels(Logits):
         return none.scatter_reduce_(1, ids.clamp(min=0), (ids >= 0).to(dtype), "amax")
 
     def _forgiven(self, rows: Tensor) -> Tensor:
-        return self._ones(rows, torch.float64) * (FORGIVEN[self.dtype] / (self.case.n * self.case.v))
+        return self._ones(rows, torch.float64) * (
+            FORGIVEN[self.dtype] / (self.case.n * self.case.v)
+        )
 
     def _fp64(self) -> tuple[float, Tensor, Tensor]:
         if self._truth is None:
             rows = _spread(self.case.n, self.target.device)
             count = self.case.n * self.case.v
             total = torch.zeros((), dtype=torch.float64, device=self.target.device)
-            for block in torch.arange(self.case.n, device=self.target.device).split(max(1, BLOCK_BYTES // (8 * self.case.v))):
+            for block in torch.arange(self.case.n, device=self.target.device).split(
+                max(1, BLOCK_BYTES // (8 * self.case.v))
+            ):
                 total += torch.nn.functional.softplus(self._wrongness(block), threshold=40.0).sum()
             want = torch.sigmoid(self._wrongness(rows))
             want *= torch.where(self.ones[rows] > 0, -1.0, 1.0) / count
@@ -185,7 +211,9 @@ class Head:
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         assert case.d is not None
         self.case, self.dtype = case, dtype
-        self.hidden, self.weight, self.target = head_like_a_model(case.n, case.d, case.v, dtype, device)
+        self.hidden, self.weight, self.target = head_like_a_model(
+            case.n, case.d, case.v, dtype, device
+        )
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._truth: tuple[float, list[tuple[Tensor, Tensor]]] | None = None
 
@@ -221,7 +249,8 @@ class Head:
             off = (grad[rows].double() / SCALE.get(self.dtype, 1.0) - want).abs().amax(1)
             largest = want.abs().amax(1)
             for i, floor in enumerate((0.0, FORGIVEN[self.dtype] / self.case.n)):
-                # an ignored row has no gradient to be relative to, and must have none; max() would lose a NaN
+                # an ignored row has no gradient to be relative to, and must have none; max() would
+                # lose a NaN
                 relative = torch.where(off == 0, 0.0, off / (largest + floor * (largest > 0))).max()
                 worst[i] = float(torch.maximum(relative, relative.new_tensor(worst[i])))
         return Errors(error, *worst)
@@ -235,27 +264,40 @@ class Head:
             rows = _spread(n, device)
             # classes that are somebody's target, and others
             classes = torch.cat([ids[rows], _spread(v, device)])
-            blocks = torch.arange(v, device=device).split(max(1, BLOCK_BYTES // (8 * max(n, hidden.shape[1]))))
+            blocks = torch.arange(v, device=device).split(
+                max(1, BLOCK_BYTES // (8 * max(n, hidden.shape[1])))
+            )
             lse = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
             for block in blocks:
                 lse = torch.logaddexp(lse, (hidden @ self.weight[block].double().T).logsumexp(1))
-            loss = torch.where(valid, lse - (hidden * self.weight[ids].double()).sum(1), 0.0).sum() / valid.sum()
+            loss = (
+                torch.where(valid, lse - (hidden * self.weight[ids].double()).sum(1), 0.0).sum()
+                / valid.sum()
+            )
             dhidden = torch.zeros(len(rows), hidden.shape[1], dtype=torch.float64, device=device)
             for block in blocks:
                 weight = self.weight[block].double()
-                dhidden += self._dlogits(hidden[rows] @ weight.T, lse[rows], ids[rows], valid[rows], block) @ weight
-            dlogits = self._dlogits(hidden @ self.weight[classes].double().T, lse, ids, valid, classes)
+                dhidden += (
+                    self._dlogits(hidden[rows] @ weight.T, lse[rows], ids[rows], valid[rows], block)
+                    @ weight
+                )
+            dlogits = self._dlogits(
+                hidden @ self.weight[classes].double().T, lse, ids, valid, classes
+            )
             self._truth = float(loss), [(rows, dhidden), (classes, dlogits.T @ hidden)]
         return self._truth
 
-    def _dlogits(self, logits: Tensor, lse: Tensor, ids: Tensor, valid: Tensor, classes: Tensor) -> Tensor:
+    def _dlogits(
+        self, logits: Tensor, lse: Tensor, ids: Tensor, valid: Tensor, classes: Tensor
+    ) -> Tensor:
         """The gradient of some logits of some rows."""
         share = valid.double() / (self.target != -100).sum()
         return ((logits - lse[:, None]).exp() - (ids[:, None] == classes).double()) * share[:, None]
 
 
 def bytes_of(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    """What a loaded case holds, and the most that loading it and finding the truth takes, by formula; the tests compare both."""
+    """What a loaded case holds, and the most that loading it and finding the truth takes, by
+    formula; the tests compare both."""
     b, n, v, d = dtype.itemsize, case.n, case.v, case.d or 0
     samples = min(n, SAMPLES)
     if case.op == "head":

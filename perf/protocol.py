@@ -1,4 +1,5 @@
-"""How we time and how we weigh: variants interleaved in one process, medians, memory in a pass of its own."""
+"""How we time and how we weigh: variants interleaved in one process, medians, memory in a pass of
+its own."""
 
 import ctypes
 import gc
@@ -31,7 +32,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed, and before it, off the clock, what makes its arguments: a method that eats its input gets a fresh one."""
+    """What is timed, and before it, off the clock, what makes its arguments: a method that eats its
+    input gets a fresh one."""
 
     run: Callable[..., object]
     prepare: Callable[[], tuple[Any, ...]] = tuple
@@ -44,13 +46,19 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_interleaved(
-    steps: Mapping[str, Step], device: torch.device, repeats: int, seconds: float = float("inf"), tick: Callable[[], None] = lambda: None
+    steps: Mapping[str, Step],
+    device: torch.device,
+    repeats: int,
+    seconds: float = float("inf"),
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """The time of each step, one call of each in turn after a round that is not counted; results are dropped off the clock.
+    """The time of each step, one call of each in turn after a round that is not counted; results
+    are dropped off the clock.
 
-    CUDA: between two events, after the L2 cache was overwritten and the device kept busy while Python launches what is timed.
-    Elsewhere: the wall clock. After three rounds no round begins that would end later than ``seconds`` after the first.
-    """
+    CUDA: between two events, after the L2 cache was overwritten and the device kept busy while
+        Python launches what is timed.
+    Elsewhere: the wall clock. After three rounds no round begins that would end later than
+    ``seconds`` after the first."""
     clock = _cuda_milliseconds(device) if device.type == "cuda" else _wall_milliseconds(device)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
@@ -83,7 +91,11 @@ def _wall_milliseconds(device: torch.device) -> Clock:
 
 
 def _cuda_milliseconds(device: torch.device) -> Clock:
-    cache = torch.empty(max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size), dtype=torch.int8, device=device)
+    cache = torch.empty(
+        max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size),
+        dtype=torch.int8,
+        device=device,
+    )
 
     def clock(run: Callable[..., object], arguments: tuple[Any, ...]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -101,11 +113,12 @@ def _cuda_milliseconds(device: torch.device) -> Clock:
 
 
 def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
-    """The most memory a call holds beyond what was held before it, its result included; None where neither CUDA nor Linux can tell.
+    """The most memory a call holds beyond what was held before it, its result included; None where
+    neither CUDA nor Linux can tell.
 
-    CUDA: the allocator's peak. CPU: the process's high-water mark, reset before the call, so other threads count too; memory that was
-    freed but kept by malloc is given back first, or a call would seem to need none.
-    """
+    CUDA: the allocator's peak. CPU: the process's high-water mark, reset before the call, so other
+    threads count too; memory that was freed but kept by malloc is given back first, or a call would
+    seem to need none."""
     gc.collect()
     arguments = step.prepare()
     if device.type == "cuda":
@@ -131,7 +144,8 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had: of CUDA what is free or kept by torch, elsewhere what Linux says; None where neither can tell."""
+    """Memory that can still be had: of CUDA what is free or kept by torch, elsewhere what Linux
+    says; None where neither can tell."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -142,4 +156,8 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _kilobytes(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field + ":"))
+    return next(
+        int(line.split()[1])
+        for line in status.read_text().splitlines()
+        if line.startswith(field + ":")
+    )

@@ -1,4 +1,5 @@
-"""Rows of measurements, and of errors against bounds: CSV files that only grow, and a sentence for a file that is not ours."""
+"""Rows of measurements, and of errors against bounds: CSV files that only grow, and a sentence for
+a file that is not ours."""
 
 import contextlib
 import errno
@@ -25,7 +26,8 @@ COLUMNS: dict[str, str] = {
     "dtype": "str",  # fp32 | bf16 | fp16
     "n": "int",
     "v": "int",
-    "d": "float",  # the width of a head; of labels, at most how many of a row are 1; empty for logits
+    # the width of a head; of labels, at most how many of a row are 1; empty for logits
+    "d": "float",
     "method": "str",
     "status": "str",  # ok | wrong | out of memory | failed; only ok has numbers
     "note": "str",  # a sentence where status is not ok
@@ -33,7 +35,8 @@ COLUMNS: dict[str, str] = {
     "ms_p20": "float",
     "ms_p80": "float",
     "repeats": "float",
-    "ideal_ms": "float",  # the roofline: a copy of the logits, or the matrix products, interleaved with the methods
+    # the roofline: a copy of the logits, or the matrix products, interleaved with the methods
+    "ideal_ms": "float",
     "peak_extra_bytes": "float",  # beyond inputs; what the call returns included
     "loss_error": "float",  # relative, against fp64
     "grad_error": "float",  # worst entry relative to itself, or (head) to its row's largest
@@ -53,7 +56,18 @@ COLUMNS: dict[str, str] = {
 }
 STATUSES = ("ok", "wrong", "out of memory", "failed")
 TEXT = [name for name, kind in COLUMNS.items() if kind == "str"]
-WHERE = ("device", "settings", "python", "torch", "triton", "lossfuse", "commit", "dirty", "tests", "date")
+WHERE = (
+    "device",
+    "settings",
+    "python",
+    "torch",
+    "triton",
+    "lossfuse",
+    "commit",
+    "dirty",
+    "tests",
+    "date",
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,9 @@ BOUNDS = Kind(
         "v": "int",
         "d": "float",  # the width of a head
         "method": "str",
-        "output": "str",  # loss, dlogits and so on; of "x, mean" the mean over many entries; repeated: 0, or inf if a second call differs
+        # loss, dlogits and so on; of "x, mean" the mean over many entries; repeated: 0, or inf if a
+        # second call differs
+        "output": "str",
         "ratio": "float",  # the error in units of its bound, where that is largest
         "error": "float",  # there
         "bound": "float",  # there
@@ -94,11 +110,16 @@ class BadRows(Mistake):
 
 
 def read(paths: Sequence[Path], kind: Kind = MEASUREMENTS) -> "pd.DataFrame":
-    """The rows of all files, one below the other, every column typed; BadRows where a file is not one of ours."""
+    """The rows of all files, one below the other, every column typed; BadRows where a file is not
+    one of ours."""
     import pandas as pd
 
     frames = [_read_one(path, kind) for path in paths]
-    return pd.concat(frames, ignore_index=True) if frames else _typed(pd.DataFrame(columns=list(kind.columns)), Path("no file"), kind)
+    return (
+        pd.concat(frames, ignore_index=True)
+        if frames
+        else _typed(pd.DataFrame(columns=list(kind.columns)), Path("no file"), kind)
+    )
 
 
 def holds(path: Path, kind: Kind) -> bool:
@@ -113,9 +134,9 @@ def holds(path: Path, kind: Kind) -> bool:
 def append(path: Path, rows: Sequence[dict[str, Any]], kind: Kind = MEASUREMENTS) -> None:
     """Add rows below those of ``path``, or start it.
 
-    The old rows are checked and the whole file is replaced in one step, under a lock: neither a crash nor two writers lose a row.
-    BadRows if the file is not ours or cannot be written; no rows at all is a way to ask.
-    """
+    The old rows are checked and the whole file is replaced in one step, under a lock: neither a
+    crash nor two writers lose a row. BadRows if the file is not ours or cannot be written; no rows
+    at all is a way to ask."""
     import pandas as pd
 
     new = _typed(pd.DataFrame([{"schema": kind.version} | row for row in rows]), path, kind)
@@ -129,13 +150,16 @@ def append(path: Path, rows: Sequence[dict[str, Any]], kind: Kind = MEASUREMENTS
             if old:
                 _read_one(path, kind)
             content = new.to_csv(index=False, header=not old).encode(errors="backslashreplace")
-            write_atomically(path, old + (b"" if old.endswith(b"\n") or not old else b"\n") + content)
+            write_atomically(
+                path, old + (b"" if old.endswith(b"\n") or not old else b"\n") + content
+            )
     except OSError as error:
         raise BadRows(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def destination(path: Path) -> Path:
-    """The file that is written when ``path`` is: of a link what it leads to. OSError for a device, a pipe, a folder: never replaced."""
+    """The file that is written when ``path`` is: of a link what it leads to. OSError for a device,
+    a pipe, a folder: never replaced."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is there and no file")
@@ -200,12 +224,16 @@ def _read_one(path: Path, kind: Kind) -> "pd.DataFrame":
             raise BadRows(f"{path} holds {other.name} and was to hold {kind.name}")
     if "schema" in frame and len(frame) and (frame["schema"] != str(kind.version)).any():
         found = ", ".join(sorted(set(frame["schema"])))
-        raise BadRows(f"{path} holds rows of schema {found} and this version reads schema {kind.version}; measure again into another file")
+        raise BadRows(
+            f"{path} holds rows of schema {found} and this version reads schema {kind.version}; measure again into another file"
+        )
     if list(frame.columns) != list(kind.columns):
         foreign = [name for name in frame.columns if name not in kind.columns]
         absent = [name for name in kind.columns if name not in frame.columns]
         what = [f"has columns {foreign}" * bool(foreign), f"lacks columns {absent}" * bool(absent)]
-        raise BadRows(f"{path} is not a file of our rows: it {' and '.join(filter(None, what)) or 'has its columns in another order'}")
+        raise BadRows(
+            f"{path} is not a file of our rows: it {' and '.join(filter(None, what)) or 'has its columns in another order'}"
+        )
     return _typed(frame, path, kind)
 
 
@@ -215,7 +243,9 @@ def _typed(frame: "pd.DataFrame", path: Path, kind: Kind = MEASUREMENTS) -> "pd.
         raise BadRows(f"rows for {path} have columns {foreign} that the schema has not")
     frame = frame.reindex(columns=list(kind.columns))
     for name, held in kind.columns.items():
-        frame[name] = _column(frame[name], held, f"{path} has a value in column {name!r} that is not")
+        frame[name] = _column(
+            frame[name], held, f"{path} has a value in column {name!r} that is not"
+        )
     unknown = sorted(set(frame["status"]) - set(STATUSES)) if "status" in frame else []
     if unknown:
         raise BadRows(f"{path} has status {unknown} and expected one of {list(STATUSES)}")
@@ -240,4 +270,6 @@ def _column(values: "pd.Series[Any]", kind: str, complaint: str) -> "pd.Series[A
             raise ValueError(f"{numbers[made != numbers].iloc[0]}")
         return made
     except (ValueError, TypeError, OverflowError) as error:
-        raise BadRows(f"{complaint} {'an integer' if kind == 'int' else 'a number'}: {error}") from None
+        raise BadRows(
+            f"{complaint} {'an integer' if kind == 'int' else 'a number'}: {error}"
+        ) from None

@@ -1,4 +1,5 @@
-"""Rows as people see them: one run of each case, ours against torch's and others', numbers as words."""
+"""Rows as people see them: one run of each case, ours against torch's and others', numbers as
+words."""
 
 import math
 import re
@@ -12,37 +13,93 @@ from .rows import TEXT
 if TYPE_CHECKING:
     import pandas as pd
 
-# found by search: 3:1 on white and on the dark page, and within an op 0.05 apart in OKLab for protan and deutan eyes too; ours are warm
+# found by search: 3:1 on white and on the dark page, and within an op 0.05 apart in OKLab for
+# protan and deutan eyes too; ours are warm
 COLORS = {
-    "lossfuse": "#c53943", "lossfuse linear": "#c53943", "lossfuse in place": "#d7676a", "lossfuse torch": "#b56f3d",
-    "lossfuse ids": "#974783", "lossfuse ids in place": "#bf56b5", "lossfuse stats": "#974783", "lossfuse stats lean": "#bf56b5",
-    "lossfuse linear stats": "#974783", "lossfuse linear lean": "#bf56b5", "lossfuse linear leanest": "#f16015",
-    "lossfuse reference": "#8d6263", "lossfuse linear reference": "#8d6263",
-    "F.cross_entropy": "#8197a7", "linear + F.cross_entropy": "#8197a7", "F.binary_cross_entropy_with_logits": "#8197a7",
-    "F.cross_entropy(x.float())": "#76778e", "linear + F.cross_entropy(x.float())": "#76778e",
+    "lossfuse": "#c53943",
+    "lossfuse linear": "#c53943",
+    "lossfuse in place": "#d7676a",
+    "lossfuse torch": "#b56f3d",
+    "lossfuse ids": "#974783",
+    "lossfuse ids in place": "#bf56b5",
+    "lossfuse stats": "#974783",
+    "lossfuse stats lean": "#bf56b5",
+    "lossfuse linear stats": "#974783",
+    "lossfuse linear lean": "#bf56b5",
+    "lossfuse linear leanest": "#f16015",
+    "lossfuse reference": "#8d6263",
+    "lossfuse linear reference": "#8d6263",
+    "F.cross_entropy": "#8197a7",
+    "linear + F.cross_entropy": "#8197a7",
+    "F.binary_cross_entropy_with_logits": "#8197a7",
+    "F.cross_entropy(x.float())": "#76778e",
+    "linear + F.cross_entropy(x.float())": "#76778e",
     "F.binary_cross_entropy_with_logits(x.float())": "#76778e",
-    "torch.compile": "#437fca", "F.linear_cross_entropy": "#196b95", "Liger": "#55957f", "CCE": "#a78651", "quack": "#bb8321",
-    "flash-attention": "#6559b1", "fla": "#567019", "F.cross_entropy + stats": "#5b92fb",
+    "torch.compile": "#437fca",
+    "F.linear_cross_entropy": "#196b95",
+    "Liger": "#55957f",
+    "CCE": "#a78651",
+    "quack": "#bb8321",
+    "flash-attention": "#6559b1",
+    "fla": "#567019",
+    "F.cross_entropy + stats": "#5b92fb",
     "scatter + F.binary_cross_entropy_with_logits": "#5b92fb",
-}  # fmt: skip
+}
 OTHERS = ("#5b86a8", "#a07cb5", "#7f8c4a", "#4f9a9c", "#8a6f5c")
 CASE = ("place", "op", "dtype", "mode", "case")
 SPLIT = "\x1f"  # between the parts of a line's key; no text from a row keeps its control characters
 # what the page is sent of each row, shown or needed to choose and draw
 FIELDS = (
-    "place", "op", "dtype", "mode", "case", "method", "shown", "other", "line", "head", "run", "color", "status", "problem", "gap", "note",
-    "ms", "ms_lo", "ms_hi", "ideal", "share", "share_lo", "share_hi", "share_gap", "logits", "loss_error", "grad_error",
-    "time_text", "spread_text", "ideal_text", "share_text", "memory_text", "logits_text", "loss_text", "grad_text",
-    "shape", "repeats", "commit", "tests", "date", "versions",
-)  # fmt: skip
+    "place",
+    "op",
+    "dtype",
+    "mode",
+    "case",
+    "method",
+    "shown",
+    "other",
+    "line",
+    "head",
+    "run",
+    "color",
+    "status",
+    "problem",
+    "gap",
+    "note",
+    "ms",
+    "ms_lo",
+    "ms_hi",
+    "ideal",
+    "share",
+    "share_lo",
+    "share_hi",
+    "share_gap",
+    "logits",
+    "loss_error",
+    "grad_error",
+    "time_text",
+    "spread_text",
+    "ideal_text",
+    "share_text",
+    "memory_text",
+    "logits_text",
+    "loss_text",
+    "grad_text",
+    "shape",
+    "repeats",
+    "commit",
+    "tests",
+    "date",
+    "versions",
+)
 
 
 def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
-    """Every row with what the page shows of it, in the order of the lines, and how many were left out because a case had another shape.
+    """Every row with what the page shows of it, in the order of the lines, and how many were left
+    out because a case had another shape.
 
-    A row is ``shown`` if it belongs to the one run that is shown of its case, or if its method was not measured in that run and this is its
-    newest row: ``other`` says so. The rest is history.
-    """
+    A row is ``shown`` if it belongs to the one run that is shown of its case, or if its method was
+    not measured in that run and this is its newest row: ``other`` says so. The rest is history."""
     import pandas as pd
 
     frame = frame.copy()
@@ -52,14 +109,21 @@ def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
     frame["place"] = frame["device"].where(frame["device"] != "", "unnamed device") + settings
     frame["when"] = pd.to_datetime(frame["date"], utc=True, errors="coerce", format="ISO8601")
     frame = frame.sort_values("when", kind="stable", na_position="first").reset_index(drop=True)
-    frame["shape"] = [_shape(*row) for row in zip(frame["op"], frame["n"], frame["v"], frame["d"], strict=True)]
+    frame["shape"] = [
+        _shape(*row) for row in zip(frame["op"], frame["n"], frame["v"], frame["d"], strict=True)
+    ]
     if len(frame):
-        current = frame.groupby(["place", "op", "case"])["shape"].transform("last") == frame["shape"]
+        current = (
+            frame.groupby(["place", "op", "case"])["shape"].transform("last") == frame["shape"]
+        )
         left_out, frame = int((~current).sum()), frame[current]
     else:
         left_out = 0
     frame = frame.drop_duplicates([*CASE, "method", "date", "commit"], keep="last")
-    records = [_record({str(name): value for name, value in row.items()}) for row in frame.to_dict("records")]
+    records = [
+        _record({str(name): value for name, value in row.items()})
+        for row in frame.to_dict("records")
+    ]
     cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in records:
         cases.setdefault(tuple(row[key] for key in CASE), []).append(row)
@@ -71,53 +135,95 @@ def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     ok = row["status"] == "ok"
-    number = {name: _finite(row[name]) if ok else None for name in ("loss_error", "grad_error", "peak_extra_bytes")}
+    number = {
+        name: _finite(row[name]) if ok else None
+        for name in ("loss_error", "grad_error", "peak_extra_bytes")
+    }
     ms, lo, hi = (_positive(row[name]) if ok else None for name in ("ms_p50", "ms_p20", "ms_p80"))
     ideal, peak = _positive(row["ideal_ms"]), number["peak_extra_bytes"]
     bounded = ms is not None and lo is not None and hi is not None
     itemsize = DTYPES[row["dtype"]].itemsize if row["dtype"] in DTYPES else 0
-    logits = peak / (row["n"] * row["v"] * itemsize) if peak is not None and row["n"] * row["v"] * itemsize > 0 else None
+    logits = (
+        peak / (row["n"] * row["v"] * itemsize)
+        if peak is not None and row["n"] * row["v"] * itemsize > 0
+        else None
+    )
     share = _finite(ideal / ms) if ideal and ms else None
     errors = [number["loss_error"], number["grad_error"]]
     dirty = "*" if row["dirty"] else ""
-    packages = [("torch", row["torch"]), ("triton", row["triton"]), ("lossfuse", row["lossfuse"]), ("", row["package"])]
-    line, head = f"{row['case']}{SPLIT}{row['method']}", f"{row['case']}{SPLIT}{SPLIT}{row['shape']}"
+    packages = [
+        ("torch", row["torch"]),
+        ("triton", row["triton"]),
+        ("lossfuse", row["lossfuse"]),
+        ("", row["package"]),
+    ]
+    line, head = (
+        f"{row['case']}{SPLIT}{row['method']}",
+        f"{row['case']}{SPLIT}{SPLIT}{row['shape']}",
+    )
     run = f"{row['date']}{SPLIT}{row['commit'] or 'no commit'}{dirty}"
     return row | {
-        "shown": False, "other": "", "line": line, "head": head, "run": run,
-        "color": color(row["method"]), "problem": "" if ok else row["status"],
+        "shown": False,
+        "other": "",
+        "line": line,
+        "head": head,
+        "run": run,
+        "color": color(row["method"]),
+        "problem": "" if ok else row["status"],
         "gap": row["status"] if not ok else "" if peak is not None else "not measured",
-        "commit": row["commit"] + dirty, "peak": peak, "ms": ms, "ms_lo": lo if bounded else None, "ms_hi": hi if bounded else None,
-        "ideal": ideal, "share": share, "logits": logits, "loss_error": _positive(errors[0]), "grad_error": _positive(errors[1]),
+        "commit": row["commit"] + dirty,
+        "peak": peak,
+        "ms": ms,
+        "ms_lo": lo if bounded else None,
+        "ms_hi": hi if bounded else None,
+        "ideal": ideal,
+        "share": share,
+        "logits": logits,
+        "loss_error": _positive(errors[0]),
+        "grad_error": _positive(errors[1]),
         "share_gap": "" if ok else row["status"],
         "share_lo": _finite(ideal / hi) if share and bounded and ideal and hi else None,
         "share_hi": _finite(ideal / lo) if share and bounded and ideal and lo else None,
-        "time_text": _time(ms), "spread_text": f"{_time(lo)} \u2013 {_time(hi)}" if bounded else "", "ideal_text": _time(ideal),
-        "share_text": _percent(share), "memory_text": _bytes(peak), "logits_text": _times(logits),
-        "loss_text": _error(errors[0]), "grad_text": _error(errors[1]),
+        "time_text": _time(ms),
+        "spread_text": f"{_time(lo)} \u2013 {_time(hi)}" if bounded else "",
+        "ideal_text": _time(ideal),
+        "share_text": _percent(share),
+        "memory_text": _bytes(peak),
+        "logits_text": _times(logits),
+        "loss_text": _error(errors[0]),
+        "grad_text": _error(errors[1]),
         "repeats": "" if _finite(row["repeats"]) is None else f"{row['repeats']:.0f}",
         "versions": ", ".join(f"{name} {version}".strip() for name, version in packages if version),
-    }  # fmt: skip
+    }
 
 
 def _choose_run(rows: list[dict[str, Any]]) -> None:
-    """Mark the rows of one case, oldest first, that are shown: the newest run with ours and torch's, and what only other runs have."""
+    """Mark the rows of one case, oldest first, that are shown: the newest run with ours and
+    torch's, and what only other runs have."""
     ours, base = (names.get(rows[0]["op"]) for names in (OURS, BASELINE))
     methods: dict[str, set[str]] = {}
     for row in rows:
         methods.setdefault(row["run"], set()).add(row["method"])
     order = {run: place for place, run in enumerate(methods)}
-    chosen = max(methods, key=lambda run: (len({ours, base} & methods[run]), ours in methods[run], order[run]))
+    chosen = max(
+        methods,
+        key=lambda run: (len({ours, base} & methods[run]), ours in methods[run], order[run]),
+    )
     newest = {row["method"]: row for row in rows}
     for row in rows:
         if row["run"] == chosen:
             row["shown"] = True
         elif row["method"] not in methods[chosen] and row is newest[row["method"]]:
-            row |= {"shown": True, "other": "another run", "line": row["line"] + 2 * SPLIT + "other"}
+            row |= {
+                "shown": True,
+                "other": "another run",
+                "line": row["line"] + 2 * SPLIT + "other",
+            }
 
 
 def _require_bound(rows: list[dict[str, Any]]) -> None:
-    """Take the roofline from each run of a case in which a method was faster than it: it was no bound there."""
+    """Take the roofline from each run of a case in which a method was faster than it: it was no
+    bound there."""
     beaten = {row["run"] for row in rows if row["share"] and (row["share_lo"] or row["share"]) > 1}
     for row in rows:
         if row["run"] in beaten:
@@ -127,15 +233,20 @@ def _require_bound(rows: list[dict[str, Any]]) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours against torch's and against the fastest of the others, one record per device, op, dtype, mode and case.
+    """Ours against torch's and against the fastest of the others, one record per device, op, dtype,
+    mode and case.
 
-    Only ``ok`` rows of the same run are compared: what was not interleaved drifts apart, and a red commit has no ratio.
-    """
+    Only ``ok`` rows of the same run are compared: what was not interleaved drifts apart, and a red
+    commit has no ratio."""
     runs: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["shown"] and not row["other"]:
             runs.setdefault(tuple(row[key] for key in CASE), {})[row["method"]] = row
-    return [_compared(run, OURS[op], BASELINE[op]) for (_, op, *_), run in runs.items() if OURS.get(op) in run]
+    return [
+        _compared(run, OURS[op], BASELINE[op])
+        for (_, op, *_), run in runs.items()
+        if OURS.get(op) in run
+    ]
 
 
 def _compared(run: dict[str, dict[str, Any]], our_name: str, name: str) -> dict[str, Any]:
@@ -155,7 +266,11 @@ def _compared(run: dict[str, dict[str, Any]], our_name: str, name: str) -> dict[
     if base is not None and not why:
         faster = _finite(base["ms"] / ours["ms"])
         # a form of the baseline, as F.cross_entropy(x.float()) is, is no peer
-        peers = [row for row in run.values() if row["ms"] and not row["method"].startswith(("lossfuse", name))]
+        peers = [
+            row
+            for row in run.values()
+            if row["ms"] and not row["method"].startswith(("lossfuse", name))
+        ]
         peer = min(peers, key=lambda row: row["ms"], default=None)
         if ours["peak"] is None or base["peak"] is None:
             memory_why = "not measured"
@@ -167,14 +282,26 @@ def _compared(run: dict[str, dict[str, Any]], our_name: str, name: str) -> dict[
         "share": None if ours["tests"] == "failed" else ours["share"],
         "reason": CASES[ours["case"]].reason if ours["case"] in CASES else "",
         "bound": ours["share_gap"] != "not a bound",
-        "faster": faster, "within_spread": faster is not None and _overlap(ours, base), "saved": saved, "saved_share": share,
-        "faster_text": _times(faster), "saved_text": _saved(saved, share),
-        "time_text": _change("time_text", base, ours), "memory_text": _change("memory_text", base, ours),
-        "peer": peer["method"] if peer else "", "peer_faster": peer_faster, "peer_within_spread": _overlap(ours, peer),
+        "faster": faster,
+        "within_spread": faster is not None and _overlap(ours, base),
+        "saved": saved,
+        "saved_share": share,
+        "faster_text": _times(faster),
+        "saved_text": _saved(saved, share),
+        "time_text": _change("time_text", base, ours),
+        "memory_text": _change("memory_text", base, ours),
+        "peer": peer["method"] if peer else "",
+        "peer_faster": peer_faster,
+        "peer_within_spread": _overlap(ours, peer),
         "peer_faster_text": _times(peer_faster),
-        "peer_text": ", ".join(filter(None, (peer["method"], peer["time_text"], peer["memory_text"]))) if peer else "",
-        "why": why, "memory_why": memory_why,
-    }  # fmt: skip
+        "peer_text": ", ".join(
+            filter(None, (peer["method"], peer["time_text"], peer["memory_text"]))
+        )
+        if peer
+        else "",
+        "why": why,
+        "memory_why": memory_why,
+    }
 
 
 def _overlap(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
@@ -196,11 +323,16 @@ def _method_rank(method: str) -> tuple[int, str]:
 
 def _case_rank(row: dict[str, Any]) -> tuple[Any, ...]:
     known = list(CASES)
-    return (known.index(row["case"]) if row["case"] in CASES else len(known), row["n"] * row["v"], row["case"])
+    return (
+        known.index(row["case"]) if row["case"] in CASES else len(known),
+        row["n"] * row["v"],
+        row["case"],
+    )
 
 
 def clean(text: object) -> str:
-    """Without control characters, which a terminal obeys, and halves of characters, which nothing can write."""
+    """Without control characters, which a terminal obeys, and halves of characters, which nothing
+    can write."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(text))
 
 
@@ -238,11 +370,23 @@ def _bytes(count: float | None) -> str:
 def _times(value: float | None) -> str:
     if value is not None and 0 < value < 0.01:
         return "<0.01\u00d7"
-    return "" if value is None else f"{value:.2f}\u00d7" if abs(value) < 100 else f"{digits(value)}\u00d7"
+    return (
+        ""
+        if value is None
+        else f"{value:.2f}\u00d7"
+        if abs(value) < 100
+        else f"{digits(value)}\u00d7"
+    )
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f}%" if 0.1 <= abs(value) < 100 else f"{digits(100 * value)}%"
+    return (
+        ""
+        if value is None
+        else f"{100 * value:.0f}%"
+        if 0.1 <= abs(value) < 100
+        else f"{digits(100 * value)}%"
+    )
 
 
 def _error(value: float | None) -> str:
@@ -257,21 +401,34 @@ def _saved(saved: float | None, share: float | None) -> str:
         return ""
     if share is None:
         return _bytes(saved)
-    return f"{_percent(share)} less" if share >= 0.005 else f"{_percent(-share)} more" if share <= -0.005 else "the same"
+    return (
+        f"{_percent(share)} less"
+        if share >= 0.005
+        else f"{_percent(-share)} more"
+        if share <= -0.005
+        else "the same"
+    )
 
 
 def _shape(op: str, n: int, v: int, d: float) -> str:
     if op == "labels" and _finite(d) is not None:
         return f"{int(n):,} \u00d7 {int(v):,}, {int(d):,} of them 1"
-    return " \u00d7 ".join(f"{int(size):,}" for size in ((n, v) if _finite(d) is None else (n, d, v)))
+    return " \u00d7 ".join(
+        f"{int(size):,}" for size in ((n, v) if _finite(d) is None else (n, d, v))
+    )
 
 
 def dtypes(place: str) -> tuple[str, ...]:
-    """The dtypes of a device, the one that says most first: most CPUs have no bf16 instructions, and a GPU trains in bf16.
+    """The dtypes of a device, the one that says most first: most CPUs have no bf16 instructions,
+    and a GPU trains in bf16.
 
     Devices of rows are told apart by their names: of a CPU that ends in its threads.
     """
-    return ("fp32", "bf16", "fp16") if re.search(r", \d+ threads(?: \(|$)", place) else ("bf16", "fp16", "fp32")
+    return (
+        ("fp32", "bf16", "fp16")
+        if re.search(r", \d+ threads(?: \(|$)", place)
+        else ("bf16", "fp16", "fp32")
+    )
 
 
 def color(method: str) -> str:

@@ -7,7 +7,8 @@ from lossfuse.perf.protocol import Step, peak_extra_bytes
 
 
 def least_peak(call, device):
-    """The peak of a call's memory, the least of three, for what earlier tests left to be freed is part of one; None if unknown."""
+    """The peak of a call's memory, the least of three, for what earlier tests left to be freed is
+    part of one; None if unknown."""
     call()
     peaks = [peak_extra_bytes(Step(call), device) for _ in range(3)]
     return None if None in peaks else min(peaks)
@@ -31,4 +32,8 @@ class Largest(TorchDispatchMode):
 
 def _with_memory(tree):
     # wrappers of other tensors, such as DTensor, have none
-    return [t for t in torch.utils._pytree.tree_leaves(tree) if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    return [
+        t
+        for t in torch.utils._pytree.tree_leaves(tree)
+        if type(t) in (torch.Tensor, torch.nn.Parameter)
+    ]

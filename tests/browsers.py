@@ -6,23 +6,63 @@ import subprocess
 import numpy as np
 import pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-# linear RGB as people without one kind of cone see it: Machado, Oliveira and Fernandes 2009, severity 1
-PROTAN = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])
-DEUTAN = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]])
+# linear RGB as people without one kind of cone see it: Machado, Oliveira and Fernandes 2009,
+# severity 1
+PROTAN = np.array(
+    [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ]
+)
+DEUTAN = np.array(
+    [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ]
+)
 # Ottosson 2020
-CONES = np.array([[0.41222147, 0.53633254, 0.05144599], [0.2119035, 0.68069955, 0.10739696], [0.08830246, 0.28171884, 0.6299787]])
-OKLAB = np.array([[0.21045426, 0.79361778, -0.00407205], [1.9779985, -2.42859221, 0.45059371], [0.02590404, 0.78277177, -0.80867577]])
+CONES = np.array(
+    [
+        [0.41222147, 0.53633254, 0.05144599],
+        [0.2119035, 0.68069955, 0.10739696],
+        [0.08830246, 0.28171884, 0.6299787],
+    ]
+)
+OKLAB = np.array(
+    [
+        [0.21045426, 0.79361778, -0.00407205],
+        [1.9779985, -2.42859221, 0.45059371],
+        [0.02590404, 0.78277177, -0.80867577],
+    ]
+)
 
 
 def opened(page, tmp_path, address="", *options):
-    """The page's elements after its scripts have run in a browser that finds no other machine, and what they said to the console."""
+    """The page's elements after its scripts have run in a browser that finds no other machine, and
+    what they said to the console."""
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
-    fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr"]
+    fixed = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+    ]
     budget = ["--virtual-time-budget=8000", "--dump-dom", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [CHROMIUM, *fixed, *budget, *(options or ["--window-size=1400,1000"]), path.as_uri() + address]
+    command = [
+        CHROMIUM,
+        *fixed,
+        *budget,
+        *(options or ["--window-size=1400,1000"]),
+        path.as_uri() + address,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -41,7 +81,10 @@ def contrast(one, other):
 def apart(one, other):
     """The distance in OKLab, for the eyes that see the least of it."""
     seen = [
-        [OKLAB @ np.cbrt(np.clip(CONES @ np.clip(eyes @ _linear(c), 0, 1), 0, 1)) for c in (one, other)]
+        [
+            OKLAB @ np.cbrt(np.clip(CONES @ np.clip(eyes @ _linear(c), 0, 1), 0, 1))
+            for c in (one, other)
+        ]
         for eyes in (np.eye(3), PROTAN, DEUTAN)
     ]
     return min(np.linalg.norm(a - b) for a, b in seen)

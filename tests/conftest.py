@@ -1,4 +1,5 @@
-"""Where tests run: every implementation on the CPU (Triton in its interpreter), or all of them on a GPU when there is one."""
+"""Where tests run: every implementation on the CPU (Triton in its interpreter), or all of them on a
+GPU when there is one."""
 
 import os
 import tempfile
@@ -8,14 +9,17 @@ import torch
 # read when a kernel module is imported, so it is set before any test can import one
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Inductor's code is for one instruction set, which is no part of its cache's key: another capability would run this one's (torch 2.13)
+# Inductor's code is for one instruction set, which is no part of its cache's key: another
+# capability would run this one's (torch 2.13)
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     os.path.join(
-        tempfile.gettempdir(), f"lossfuse-inductor-{os.getuid() if hasattr(os, 'getuid') else ''}-{torch.backends.cpu.get_cpu_capability()}"
+        tempfile.gettempdir(),
+        f"lossfuse-inductor-{os.getuid() if hasattr(os, 'getuid') else ''}-{torch.backends.cpu.get_cpu_capability()}",
     ),
 )
-# read when CUDA starts; without it torch before 2.11 has no products where algorithms must be deterministic
+# read when CUDA starts; without it torch before 2.11 has no products where algorithms must be
+# deterministic
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import contextlib
@@ -31,13 +35,18 @@ import pytest
 
 
 def patch_once() -> None:
-    """Keep Triton's interpreter from looking for what to patch at every call of a helper within a kernel: half of its time (3.7)."""
+    """Keep Triton's interpreter from looking for what to patch at every call of a helper within a
+    kernel: half of its time (3.7)."""
     from triton.runtime import interpreter
 
     real, core = interpreter._patch_lang, interpreter.tl.core
 
     def patch(fn: Any) -> Any:
-        langs = [lang for lang in (interpreter.tl, core) if any(value is lang for value in fn.__globals__.values())]
+        langs = [
+            lang
+            for lang in (interpreter.tl, core)
+            if any(value is lang for value in fn.__globals__.values())
+        ]
         # a member that has been patched is no builtin any more
         done = len(langs) > 0 and not any(core.is_builtin(lang.load) for lang in langs)
         return interpreter._LangPatchScope() if done else real(fn)
@@ -62,12 +71,18 @@ class Place:
 
 
 GPU = torch.cuda.is_available()
-PLACES = [Place("reference", "cpu"), Place("torch", "cpu"), *([] if GPU else [Place("triton", "cpu")])]
+PLACES = [
+    Place("reference", "cpu"),
+    Place("torch", "cpu"),
+    *([] if GPU else [Place("triton", "cpu")]),
+]
 if GPU:
     PLACES += [Place("reference", "cuda"), Place("torch", "cuda"), Place("triton", "cuda")]
 
 
-interpreted_only = pytest.mark.skipif(GPU, reason="of Triton's interpreter, and where there is a GPU kernels run on that")
+interpreted_only = pytest.mark.skipif(
+    GPU, reason="of Triton's interpreter, and where there is a GPU kernels run on that"
+)
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
@@ -93,7 +108,11 @@ def fast_place(request: pytest.FixtureRequest) -> Place:
 
 def _thrifty(place: Place) -> object:
     """Triton's interpreter takes seconds where the others take milliseconds."""
-    return pytest.param(place, marks=pytest.mark.slow) if (place.impl, place.device) == ("triton", "cpu") else _marked(place)
+    return (
+        pytest.param(place, marks=pytest.mark.slow)
+        if (place.impl, place.device) == ("triton", "cpu")
+        else _marked(place)
+    )
 
 
 @pytest.fixture(params=map(_thrifty, PLACES), ids=str)
@@ -130,7 +149,8 @@ def nothing_waits() -> Iterator[None]:
 
 @pytest.fixture
 def time_is_up_when(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """The first time limit of every process started from here on ends once a file exists, whatever the machine's speed."""
+    """The first time limit of every process started from here on ends once a file exists, whatever
+    the machine's speed."""
 
     def when(path: Path) -> None:
         real, expired = subprocess.Popen.communicate, set()
@@ -150,4 +170,6 @@ def time_is_up_when(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not GPU:
-        terminalreporter.write_line("no GPU: Triton kernels ran in the interpreter and were cross-compiled, none ran on a device")
+        terminalreporter.write_line(
+            "no GPU: Triton kernels ran in the interpreter and were cross-compiled, none ran on a device"
+        )

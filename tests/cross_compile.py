@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that are not here, and print what it takes as JSON rows.
 
-A process of its own, because the interpreter replaces kernels where they are defined: run without TRITON_INTERPRET.
-"""
+A process of its own, because the interpreter replaces kernels where they are defined: run without
+TRITON_INTERPRET."""
 
 import json
 import os
@@ -17,7 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lossfuse.kernels import fused_rows, linear_rows, log_softmax_rows, scale_rows, sigmoid_rows, soft_target_rows, softmax_rows
+from lossfuse.kernels import (
+    fused_rows,
+    linear_rows,
+    log_softmax_rows,
+    scale_rows,
+    sigmoid_rows,
+    soft_target_rows,
+    softmax_rows,
+)
 from lossfuse.kernels.launch import FUSED_TABLES, UNFUSED, fused_plan, row_blocks
 
 TARGETS = {
@@ -27,36 +35,91 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # of logits, and of their gradient
-DTYPES = {"bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16"), "fp32": ("*fp32", "*fp32"), "fp32 to bf16": ("*fp32", "*bf16")}
+DTYPES = {
+    "bf16": ("*bf16", "*bf16"),
+    "fp16": ("*fp16", "*fp16"),
+    "fp32": ("*fp32", "*fp32"),
+    "fp32 to bf16": ("*fp32", "*bf16"),
+}
 # a vocabulary at which blocks have their full width
 V = 128256
 # fused kernels: every launch the tables know, aligned and not, by the vocabularies that choose it
 FUSED_V = (8192, 16384, 32768, 50257, 128256, 151643)
 
 SOFTMAX = ("scale", "softcap", "smoothing", "lse_square_scale")
-OPTION_SETS = {"plain": (), "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX)}
+OPTION_SETS = {
+    "plain": (),
+    "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX),
+}
 # what rows give beside their loss, and gradients of it
-STATISTICS = ("lse_ptr", "logprob_ptr", "entropy_ptr", "argmax_ptr", "dlse_ptr", "dlogprob_ptr", "dentropy_ptr")
+STATISTICS = (
+    "lse_ptr",
+    "logprob_ptr",
+    "entropy_ptr",
+    "argmax_ptr",
+    "dlse_ptr",
+    "dlogprob_ptr",
+    "dentropy_ptr",
+)
 # what a shard's first pass takes and leaves in place of losses, and what its gradient takes
 SHARD = ("first_class", "num_classes")
 SHARD_SETS = {"shard": (), "shard, every option": ("class_weight_ptr", *SOFTMAX, *STATISTICS)}
 SHARD_ABSENT = ("loss_ptr", "lse_ptr", "lse_square_scale")
 # a tile of the product is all of a program's registers, so each of its options counts
-TILE_OPTION_SETS = {"plain": (), "bias": ("bias_ptr",), "softcap": ("softcap",), "every option": ("bias_ptr", "scale", "softcap")}
-# and of its statistics: entropy and largest class, where they leave the fewest registers and where all is computed
+TILE_OPTION_SETS = {
+    "plain": (),
+    "bias": ("bias_ptr",),
+    "softcap": ("softcap",),
+    "every option": ("bias_ptr", "scale", "softcap"),
+}
+# and of its statistics: entropy and largest class, where they leave the fewest registers and where
+# all is computed
 TILE_STATISTICS = ("spreads_ptr", "firsts_ptr")
-TILE_OPTION_SETS |= {f"{name}, statistics": (*TILE_OPTION_SETS[name], *TILE_STATISTICS) for name in ("bias", "every option")}
+TILE_OPTION_SETS |= {
+    f"{name}, statistics": (*TILE_OPTION_SETS[name], *TILE_STATISTICS)
+    for name in ("bias", "every option")
+}
 ROW_STATISTICS = (*TILE_STATISTICS, "lse_ptr", "target_logprob_ptr", "entropy_ptr", "argmax_ptr")
-MERGE_OPTION_SETS = OPTION_SETS | {"every option, statistics": (*OPTION_SETS["every option"], *ROW_STATISTICS)}
-OPTIONAL = (*OPTION_SETS["every option"], "bias_ptr", *ROW_STATISTICS, *STATISTICS, *SHARD, "shard_ptr")
+MERGE_OPTION_SETS = OPTION_SETS | {
+    "every option, statistics": (*OPTION_SETS["every option"], *ROW_STATISTICS)
+}
+OPTIONAL = (
+    *OPTION_SETS["every option"],
+    "bias_ptr",
+    *ROW_STATISTICS,
+    *STATISTICS,
+    *SHARD,
+    "shard_ptr",
+)
 SIGMOID_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
-LOGITS = ("logits_ptr", "dlogits_ptr", "dtarget_ptr", "t_ptr", "hidden_ptr", "weight_ptr", "logp_ptr", "dlogp_ptr")
+LOGITS = (
+    "logits_ptr",
+    "dlogits_ptr",
+    "dtarget_ptr",
+    "t_ptr",
+    "hidden_ptr",
+    "weight_ptr",
+    "logp_ptr",
+    "dlogp_ptr",
+)
 # what is a multiple of 16 where rows are wide
 SIZES = (
     "V",
     "D",
     "n",
-    *(f"stride_{name}" for name in ("logits_n", "dlogits_n", "target_n", "dtarget_n", "hidden_n", "weight_v", "weight_n", "pos_weight_n")),
+    *(
+        f"stride_{name}"
+        for name in (
+            "logits_n",
+            "dlogits_n",
+            "target_n",
+            "dtarget_n",
+            "hidden_n",
+            "weight_v",
+            "weight_n",
+            "pos_weight_n",
+        )
+    ),
     *(f"stride_{name}" for name in ("logp_n", "dlogp_n")),
 )
 POINTERS = {
@@ -89,37 +152,66 @@ def sweeps(dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
     """(options, those given, launch); losses know no dtype of a gradient."""
     blocks = row_blocks(V)
     narrower = "to" in dtype
-    for options, given in (OPTION_SETS | {"statistics": (*OPTION_SETS["every option"], *STATISTICS)}).items():
+    for options, given in (
+        OPTION_SETS | {"statistics": (*OPTION_SETS["every option"], *STATISTICS)}
+    ).items():
         if not narrower:
             for kernel in (softmax_rows.row_loss_kernel, soft_target_rows.soft_row_loss_kernel):
                 yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v})
         for kernel in (softmax_rows.row_grads_kernel, soft_target_rows.soft_row_grads_kernel):
-            yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower})
+            yield (
+                options,
+                given,
+                Launch(
+                    kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower}
+                ),
+            )
     for options, given in SHARD_SETS.items():
         if not narrower:
             for kernel in (softmax_rows.row_loss_kernel, soft_target_rows.soft_row_loss_kernel):
                 constants = {"BLOCK_V": blocks.block_v, **dict.fromkeys(SHARD_ABSENT)}
-                yield options, (*given, *SHARD, "shard_ptr"), Launch(kernel, blocks.num_warps, constants)
+                yield (
+                    options,
+                    (*given, *SHARD, "shard_ptr"),
+                    Launch(kernel, blocks.num_warps, constants),
+                )
         for kernel in (softmax_rows.row_grads_kernel, soft_target_rows.soft_row_grads_kernel):
-            yield options, (*given, *SHARD), Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower})
+            yield (
+                options,
+                (*given, *SHARD),
+                Launch(
+                    kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower}
+                ),
+            )
 
 
 def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
     block = scale_rows.SCALE_BLOCK
-    yield Launch(scale_rows.scale_rows_kernel, block.num_warps, {"BLOCK": block.block_v}, options={})
+    yield Launch(
+        scale_rows.scale_rows_kernel, block.num_warps, {"BLOCK": block.block_v}, options={}
+    )
     family = "amd" if target.startswith("gfx") else "nvidia"
     group = 16 // itemsize
     seen = set()
     for v in FUSED_V:
         wide = v % 16 == 0
-        plan = fused_plan(family, v, itemsize, wide=wide, most_lead=0 if wide else group - 1, shaping=shaping)
+        plan = fused_plan(
+            family, v, itemsize, wide=wide, most_lead=0 if wide else group - 1, shaping=shaping
+        )
         if plan.kind == "sweeps" or (plan.kind, plan.block_v) in seen:
             continue
         seen.add((plan.kind, plan.block_v))
         if plan.kind == "whole":
-            yield Launch(fused_rows.whole_row_kernel, plan.num_warps, {"BLOCK_V": plan.block_v}, wide)
+            yield Launch(
+                fused_rows.whole_row_kernel, plan.num_warps, {"BLOCK_V": plan.block_v}, wide
+            )
         else:
-            constants = {"SLICE": plan.block_v, "K_BLOCK": fused_rows.words_block(plan.slices), "GROUP": group, "PHASE": 0}
+            constants = {
+                "SLICE": plan.block_v,
+                "K_BLOCK": fused_rows.words_block(plan.slices),
+                "GROUP": group,
+                "PHASE": 0,
+            }
             options = {"launch_cooperative_grid": True, **UNFUSED}
             # nothing is known of the alignment of rows
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)
@@ -130,7 +222,12 @@ def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, .
     if target not in ("sm_90", "sm_100") or dtype.startswith("fp32"):
         return
     tile = linear_rows.TILE
-    blocks = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "GROUP": tile.group}
+    blocks = {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "GROUP": tile.group,
+    }
     stages = {"num_stages": tile.num_stages, **UNFUSED}
     product = Launch(linear_rows.tile_stats_kernel, tile.num_warps, blocks, options=stages)
     blocks = {"BLOCK_N": linear_rows.MERGE_ROWS, "BLOCK_T": linear_rows.MERGE_TILES}
@@ -151,32 +248,69 @@ SIGMOID_OPTION_SETS = {
     "probabilities, loss": ("target_ptr", "weight_ptr", "stride_weight_v"),
     "probabilities, gradients": ("target_ptr", "dtarget_ptr", "weight_ptr", "stride_weight_v"),
 }
-NOT_OF = {"probabilities, loss": {"dloss_ptr", "dlogits_ptr"}, "probabilities, gradients": {"sums_ptr"}}
+NOT_OF = {
+    "probabilities, loss": {"dloss_ptr", "dlogits_ptr"},
+    "probabilities, gradients": {"sums_ptr"},
+}
 
 
 def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
     """Sums and gradients at once, the gradient's factor one number a row."""
     blocks = row_blocks(V)
     for options, given in SIGMOID_OPTION_SETS.items():
-        absent = {"target_ptr", "ids_ptr", "dtarget_ptr", "loss_ptr", "stride_dloss_v", *SIGMOID_WEIGHTS} - set(given)
+        absent = {
+            "target_ptr",
+            "ids_ptr",
+            "dtarget_ptr",
+            "loss_ptr",
+            "stride_dloss_v",
+            *SIGMOID_WEIGHTS,
+        } - set(given)
         constants = dict.fromkeys(absent | NOT_OF.get(options, set()))
-        constants |= {"BLOCK_V": blocks.block_v, "BLOCK_P": 64, "PROBABILITIES": options.startswith("probabilities")}
+        constants |= {
+            "BLOCK_V": blocks.block_v,
+            "BLOCK_P": 64,
+            "PROBABILITIES": options.startswith("probabilities"),
+        }
         constants |= {name: 1 for name in given if name.startswith("stride")}
-        yield options, given, Launch(sigmoid_rows.sigmoid_rows_kernel, blocks.num_warps, constants, options={})
+        yield (
+            options,
+            given,
+            Launch(sigmoid_rows.sigmoid_rows_kernel, blocks.num_warps, constants, options={}),
+        )
 
 
-def log_softmax_launches(target: str, itemsize: int) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """The rows of the tables that a program holds whole, a longer one, and what picks a number of each row."""
+def log_softmax_launches(
+    target: str, itemsize: int
+) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
+    """The rows of the tables that a program holds whole, a longer one, and what picks a number of
+    each row."""
     family = "amd" if target.startswith("gfx") else "nvidia"
-    for kernel, two in ((log_softmax_rows.log_softmax_kernel, False), (log_softmax_rows.log_softmax_grad_kernel, True)):
-        configs = {(c, True) for c in FUSED_TABLES[family, itemsize, two].rows} | {(row_blocks(V), False)}
+    for kernel, two in (
+        (log_softmax_rows.log_softmax_kernel, False),
+        (log_softmax_rows.log_softmax_grad_kernel, True),
+    ):
+        configs = {(c, True) for c in FUSED_TABLES[family, itemsize, two].rows} | {
+            (row_blocks(V), False)
+        }
         for config, whole in sorted(configs, key=str):
             constants: dict[str, object] = {"BLOCK_V": config.block_v, "WHOLE_ROW": whole}
             yield "plain", (), Launch(kernel, config.num_warps, constants, options={})
     rows, blocks = log_softmax_rows.NLL_ROWS, row_blocks(V)
     weighted = "class weights", ("class_weight_ptr",)
-    yield *weighted, Launch(log_softmax_rows.nll_kernel, rows.num_warps, {"BLOCK_N": rows.block_v}, options={})
-    yield *weighted, Launch(log_softmax_rows.nll_grad_kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v}, options={})
+    yield (
+        *weighted,
+        Launch(log_softmax_rows.nll_kernel, rows.num_warps, {"BLOCK_N": rows.block_v}, options={}),
+    )
+    yield (
+        *weighted,
+        Launch(
+            log_softmax_rows.nll_grad_kernel,
+            blocks.num_warps,
+            {"BLOCK_V": blocks.block_v},
+            options={},
+        ),
+    )
 
 
 def source(launch: Launch, logits: str, dlogits: str, given: tuple[str, ...]) -> ASTSource:
@@ -208,22 +342,44 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
         asm = compiled.asm["amdgcn"]
         spilled = [int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", asm)]
         assert spilled
-        return {"registers": max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", asm)), "spills": sum(spilled)}
+        return {
+            "registers": max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", asm)),
+            "spills": sum(spilled),
+        }
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", cubin.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run(
+            [tool, "-sass", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (
+        int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
+    )
     wide = len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass))
     narrow = len(re.findall(r"\b(?:LDG|STG)\S*\.[US]?(?:8|16)\b", sass))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     fused = compiled.asm["ptx"].count("fma.rn.f32")
-    found = {"registers": registers, "spills": stack + local + spills, "wide": wide, "narrow": narrow, "fused": fused}
+    found = {
+        "registers": registers,
+        "spills": stack + local + spills,
+        "wide": wide,
+        "narrow": narrow,
+        "fused": fused,
+    }
     # tiles copied by descriptor, and products of tiles
-    tma, mma = len(re.findall(r"\bUTMALDG\b", sass)), len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))
-    return found | {"tma": tma, "mma": mma, "shared": compiled.metadata.shared} if tma or mma else found
+    tma, mma = (
+        len(re.findall(r"\bUTMALDG\b", sass)),
+        len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass)),
+    )
+    return (
+        found | {"tma": tma, "mma": mma, "shared": compiled.metadata.shared}
+        if tma or mma
+        else found
+    )
 
 
 def main(targets: list[str], dtypes: list[str]) -> None:
@@ -235,7 +391,11 @@ def main(targets: list[str], dtypes: list[str]) -> None:
                 for options, given in OPTION_SETS.items()
                 for launch in fused_launches(target, itemsize, bool(given))
             ]
-            others = [*linear_launches(target, dtype), *sigmoid_launches(), *log_softmax_launches(target, itemsize)]
+            others = [
+                *linear_launches(target, dtype),
+                *sigmoid_launches(),
+                *log_softmax_launches(target, itemsize),
+            ]
             if "to" in dtype:
                 # over the logits; capped ones of split rows go another way
                 narrowing = {"whole_row_kernel": set(), "split_row_kernel": {"softcap"}}
@@ -247,13 +407,24 @@ def main(targets: list[str], dtypes: list[str]) -> None:
                 others = []
             for options, given, launch in [*sweeps(dtype), *cases, *others]:
                 compiled = triton.compile(
-                    source(launch, *DTYPES[dtype], given), target=TARGETS[target], options={"num_warps": launch.num_warps, **launch.options}
+                    source(launch, *DTYPES[dtype], given),
+                    target=TARGETS[target],
+                    options={"num_warps": launch.num_warps, **launch.options},
                 )
-                row = {"kernel": launch.name, "target": target, "dtype": dtype, "options": options, "warps": launch.num_warps}
+                row = {
+                    "kernel": launch.name,
+                    "target": target,
+                    "dtype": dtype,
+                    "options": options,
+                    "warps": launch.num_warps,
+                }
                 row |= {k.lower(): v for k, v in launch.constants.items() if k.isupper()}
                 print(json.dumps(row | resources(compiled, TARGETS[target])), flush=True)
 
 
 if __name__ == "__main__":
     named = set(sys.argv[1:])
-    main([t for t in TARGETS if t in named] or list(TARGETS), [d for d in DTYPES if d in named] or list(DTYPES))
+    main(
+        [t for t in TARGETS if t in named] or list(TARGETS),
+        [d for d in DTYPES if d in named] or list(DTYPES),
+    )

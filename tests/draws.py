@@ -1,4 +1,5 @@
-"""Calls drawn at random: shapes, strides, dtypes, options and targets, and the runs that try few of them or many."""
+"""Calls drawn at random: shapes, strides, dtypes, options and targets, and the runs that try few of
+them or many."""
 
 import inspect
 import itertools
@@ -21,10 +22,11 @@ seeds = st.integers(0, 2**20)
 
 
 def holds_for(*strategies, few=10, many=MANY):
-    """Makes a test of a property of drawn values, its last arguments: of ``few``, the same every time, or with ``-m slow`` of ``many``.
+    """Makes a test of a property of drawn values, its last arguments: of ``few``, the same every
+    time, or with ``-m slow`` of ``many``.
 
-    Its other arguments are fixtures. A failure prints the smallest values that fail; ``--hypothesis-seed`` repeats a slow run.
-    """
+    Its other arguments are fixtures. A failure prints the smallest values that fail;
+    ``--hypothesis-seed`` repeats a slow run."""
 
     def decorate(holds):
         names = list(inspect.signature(holds).parameters)
@@ -44,9 +46,14 @@ def holds_for(*strategies, few=10, many=MANY):
             # hypothesis seeds its draws by the name
             example.__qualname__ = example.__name__ = holds.__name__
             limits = settings(
-                max_examples=examples, deadline=None, derandomize=effort == "few", database=None, print_blob=True,
-                report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
-            )  # fmt: skip
+                max_examples=examples,
+                deadline=None,
+                derandomize=effort == "few",
+                database=None,
+                print_blob=True,
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            )
             # a failure shows what was drawn
             torch.set_printoptions(threshold=20, edgeitems=2)
             try:
@@ -57,15 +64,21 @@ def holds_for(*strategies, few=10, many=MANY):
 
         test.__doc__ = holds.__doc__
         test.__name__, test.__module__ = holds.__name__, holds.__module__
-        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ["effort", *fixtures]]
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in ["effort", *fixtures]
+        ]
         test.__signature__ = inspect.Signature(parameters)
-        return pytest.mark.parametrize("effort", ["few", pytest.param("many", marks=pytest.mark.slow)])(test)
+        return pytest.mark.parametrize(
+            "effort", ["few", pytest.param("many", marks=pytest.mark.slow)]
+        )(test)
 
     return decorate
 
 
 def parent_and_view(values: Tensor, layout: str):
-    """A dense tensor, and a function that takes the part of it with these values and these strides; elsewhere it is NaN or no id."""
+    """A dense tensor, and a function that takes the part of it with these values and these strides;
+    elsewhere it is NaN or no id."""
     other = math.nan if values.is_floating_point() else torch.iinfo(values.dtype).max
     if values.dim() == 0:
         return values.clone(), lambda t: t.view(())
@@ -80,7 +93,9 @@ def parent_and_view(values: Tensor, layout: str):
     elif layout == "shifted":
         # one element from where an allocation starts
         count = values.numel()
-        return torch.cat([values.new_full((1,), other), values.flatten()]), lambda t: t[1 : count + 1].view(values.shape)
+        return torch.cat([values.new_full((1,), other), values.flatten()]), lambda t: t[
+            1 : count + 1
+        ].view(values.shape)
     else:
         return values.contiguous(), lambda t: t.view(t.shape)
     parent = values.new_full(shape, other)
@@ -129,7 +144,12 @@ def loss_options(draw, reduction=None):
 @st.composite
 def class_ids(draw, shape, v, ignore_index=-100):
     """Ids of a dtype that holds them: any, one for all, all ignored."""
-    fitting = [torch.int64, torch.int32, *([torch.int16] if v < 2**15 else []), *([torch.int8] if v < 2**7 else [])]
+    fitting = [
+        torch.int64,
+        torch.int32,
+        *([torch.int16] if v < 2**15 else []),
+        *([torch.int8] if v < 2**7 else []),
+    ]
     fitting += [torch.uint8] if v < 2**8 and 0 <= ignore_index < 2**8 else []
     pattern = draw(st.sampled_from(["any", "any", "one for all", "first and last", "all ignored"]))
     ids = torch.randint(0, v, shape)
@@ -139,7 +159,13 @@ def class_ids(draw, shape, v, ignore_index=-100):
         ids = torch.where(torch.rand(shape) < 0.5, 0, v - 1)
     share = 1.0 if pattern == "all ignored" else draw(st.sampled_from([0.0, 0.3]))
     ids = ids.masked_fill(torch.rand(shape) < share, ignore_index)
-    return ids.to(draw(st.sampled_from([d for d in fitting if torch.iinfo(d).min <= ignore_index <= torch.iinfo(d).max])))
+    return ids.to(
+        draw(
+            st.sampled_from(
+                [d for d in fitting if torch.iinfo(d).min <= ignore_index <= torch.iinfo(d).max]
+            )
+        )
+    )
 
 
 @st.composite
@@ -161,7 +187,17 @@ def calls(draw):
     """Everything cross_entropy takes."""
     torch.manual_seed(draw(seeds))
     v = draw(st.integers(1, 300))
-    batch = draw(st.sampled_from([(), (1,), (draw(st.integers(1, 9)),), (draw(st.integers(1, 3)), 2), (2, 1, draw(st.integers(1, 3)))]))
+    batch = draw(
+        st.sampled_from(
+            [
+                (),
+                (1,),
+                (draw(st.integers(1, 9)),),
+                (draw(st.integers(1, 3)), 2),
+                (2, 1, draw(st.integers(1, 3))),
+            ]
+        )
+    )
     dtype = draw(dtypes)
     spread = draw(st.sampled_from([0.0, 1.0, 8.0, 30.0]))
     x = torch.randn(*batch, v) * spread + draw(st.sampled_from([0.0, 0.0, 100.0, -300.0]))
@@ -171,12 +207,15 @@ def calls(draw):
     soft = draw(st.booleans())
     options = draw(loss_options())
     if masked.any():
-        # what a mass on a class of -inf costs is infinite, or NaN to torch; and the other way round it is the largest
+        # what a mass on a class of -inf costs is infinite, or NaN to torch; and the other way round
+        # it is the largest
         options.pop("label_smoothing", None)
         if options.get("logit_scale", 1.0) < 0.0:
             options.pop("logit_scale")
     if soft:
-        target = draw(probabilities(batch, v, draw(st.sampled_from([dtype, torch.float32])))).masked_fill(masked, 0.0)
+        target = draw(
+            probabilities(batch, v, draw(st.sampled_from([dtype, torch.float32])))
+        ).masked_fill(masked, 0.0)
     else:
         options["ignore_index"] = draw(st.sampled_from([-100, -1, 0, v]))
         target = draw(class_ids(batch, v, options["ignore_index"]))
@@ -201,12 +240,20 @@ def cuts(draw, v, most=4):
 
 @st.composite
 def calls_of_ranks(draw, ranks, forms, combinations):
-    """(form, (start, stop) of each rank, probabilities or ids, options by name, rows, whether ranks have all class weights)."""
+    """(form, (start, stop) of each rank, probabilities or ids, options by name, rows, whether ranks
+    have all class weights)."""
     sizes = draw(st.lists(st.integers(0, 30), min_size=ranks, max_size=ranks).filter(any))
     starts = [0, *itertools.accumulate(sizes)]
     places = draw(st.permutations(list(itertools.pairwise(starts))))
     names = draw(st.sampled_from(combinations))
-    return draw(st.sampled_from(forms)), tuple(places), draw(st.booleans()), names, draw(st.integers(1, 9)), draw(st.booleans())
+    return (
+        draw(st.sampled_from(forms)),
+        tuple(places),
+        draw(st.booleans()),
+        names,
+        draw(st.integers(1, 9)),
+        draw(st.booleans()),
+    )
 
 
 def drawn(strategy, count):
@@ -216,5 +263,7 @@ def drawn(strategy, count):
     def keep(example):
         made.append(example)
 
-    settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate])(given(strategy)(keep))()
+    settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+    )(given(strategy)(keep))()
     return made

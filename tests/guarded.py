@@ -1,8 +1,9 @@
-"""Memory nobody may touch: tensors between bands of poison, and in Triton's interpreter a look at every address a kernel uses.
+"""Memory nobody may touch: tensors between bands of poison, and in Triton's interpreter a look at
+every address a kernel uses.
 
-A band shows a write, and a read that leaks into a result; the interpreter's addresses show every read. Programs of a launch run one after
-the other there, so what they would do to one another on a device shows in the addresses alone.
-"""
+A band shows a write, and a read that leaks into a result; the interpreter's addresses show every
+read. Programs of a launch run one after the other there, so what they would do to one another on a
+device shows in the addresses alone."""
 
 import functools
 from contextlib import contextmanager
@@ -24,14 +25,16 @@ BAND = 256
 
 
 class Guards:
-    """Tensors placed among poison. Within ``allocations`` what torch.empty and its kin return lies there too."""
+    """Tensors placed among poison. Within ``allocations`` what torch.empty and its kin return lies
+    there too."""
 
     def __init__(self, poison=True):
         self.poison = poison
         self.held = []
 
     def place(self, t, lead=0, gap=0, step=1):
-        """The numbers of ``t``, ``lead`` elements past a boundary of 64 bytes, rows ``gap`` elements apart, every ``step``-th element."""
+        """The numbers of ``t``, ``lead`` elements past a boundary of 64 bytes, rows ``gap``
+        elements apart, every ``step``-th element."""
         strides, room = [], step
         for i, size in enumerate(reversed(t.shape)):
             strides.insert(0, room)
@@ -39,9 +42,15 @@ class Guards:
         return self._between_bands(t, strides, lead)
 
     def _between_bands(self, t, strides, lead):
-        reach = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True)) + 1 if t.numel() else 0
+        reach = (
+            sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True)) + 1
+            if t.numel()
+            else 0
+        )
         bits, poison = POISON[t.dtype]
-        memory = torch.full((BAND + lead + reach + BAND,), poison if self.poison else 0, dtype=bits, device=t.device)
+        memory = torch.full(
+            (BAND + lead + reach + BAND,), poison if self.poison else 0, dtype=bits, device=t.device
+        )
         where = (t.shape, strides, BAND + lead)
         outside = torch.ones_like(memory, dtype=torch.bool)
         outside.as_strided(*where).fill_(False)
@@ -55,7 +64,9 @@ class Guards:
             @functools.wraps(make)
             def made(*args, **kwargs):
                 t = make(*args, **kwargs)
-                return t if t.numel() == 0 or t.dtype not in POISON else self._fresh(t, make.__name__)
+                return (
+                    t if t.numel() == 0 or t.dtype not in POISON else self._fresh(t, make.__name__)
+                )
 
             return made
 
@@ -83,7 +94,9 @@ class Guards:
             changed = (memory[outside] != before).nonzero()[:, 0]
             if len(changed):
                 at = int(outside.nonzero()[changed[0], 0]) - first
-                raise AssertionError(f"{len(changed)} elements beside a tensor have changed, the first at {at} from where it starts")
+                raise AssertionError(
+                    f"{len(changed)} elements beside a tensor have changed, the first at {at} from where it starts"
+                )
 
 
 class Watched:
@@ -107,7 +120,9 @@ class Watched:
     def wide(self, addresses, itemsize):
         """Every byte of elements."""
         np = self.np
-        return (addresses.astype(np.uint64)[:, None] + np.arange(itemsize, dtype=np.uint64)).reshape(-1)
+        return (
+            addresses.astype(np.uint64)[:, None] + np.arange(itemsize, dtype=np.uint64)
+        ).reshape(-1)
 
     def use(self, how, pointers, mask, itemsize, *, shared=False):
         np = self.np
@@ -118,8 +133,12 @@ class Watched:
         at = np.minimum(np.searchsorted(self.allowed, mine), max(len(self.allowed) - 1, 0))
         foreign = mine[self.allowed[at] != mine] if len(self.allowed) else mine
         if len(foreign):
-            beside = int(min((int(foreign[0]) - int(end) for end in self.allowed[[0, -1]]), key=abs))
-            raise AssertionError(f"{len(foreign)} bytes {how} that are no element of any argument, {beside} bytes from their first or last")
+            beside = int(
+                min((int(foreign[0]) - int(end) for end in self.allowed[[0, -1]]), key=abs)
+            )
+            raise AssertionError(
+                f"{len(foreign)} bytes {how} that are no element of any argument, {beside} bytes from their first or last"
+            )
         if not shared:
             self.accesses[how].append((mine, self.program))
 
@@ -128,21 +147,28 @@ class Watched:
         np = self.np
 
         def pairs(how):
-            made = [np.stack([mine, np.full(len(mine), program, np.uint64)]) for mine, program in self.accesses[how]]
-            return np.unique(np.concatenate(made, 1), axis=1) if made else np.empty((2, 0), np.uint64)
+            made = [
+                np.stack([mine, np.full(len(mine), program, np.uint64)])
+                for mine, program in self.accesses[how]
+            ]
+            return (
+                np.unique(np.concatenate(made, 1), axis=1) if made else np.empty((2, 0), np.uint64)
+            )
 
         written, read = pairs("written"), pairs("read")
         twice = len(written[0]) - len(np.unique(written[0]))
-        both = np.unique(np.concatenate([written, read[:, np.isin(read[0], written[0])]], 1), axis=1)
+        both = np.unique(
+            np.concatenate([written, read[:, np.isin(read[0], written[0])]], 1), axis=1
+        )
         return twice, len(both[0]) - len(np.unique(both[0])) - twice
 
 
 class Interpreter:
-    """Within it, each lane of each access of a kernel is an element of one of its arguments, and holds something when it is read.
+    """Within it, each lane of each access of a kernel is an element of one of its arguments, and
+    holds something when it is read.
 
-    Programs of a launch must not touch what another writes, but for atomics; ``meeting`` kernels wait for one another between reading and
-    writing, and there only writes count.
-    """
+    Programs of a launch must not touch what another writes, but for atomics; ``meeting`` kernels
+    wait for one another between reading and writing, and there only writes count."""
 
     def __init__(self, meeting=()):
         self.meeting = meeting
@@ -153,7 +179,10 @@ class Interpreter:
         import triton.runtime.interpreter as interpreter
 
         self.module, self.real = interpreter, interpreter._interpreter
-        self.call, self.at = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.set_grid_idx
+        self.call, self.at = (
+            interpreter.GridExecutor.__call__,
+            interpreter.InterpreterBuilder.set_grid_idx,
+        )
         watch = self
 
         def call(executor, *args, **kwargs):
@@ -164,7 +193,9 @@ class Interpreter:
                 name = executor.fn.__name__
                 twice, across = watch.now.races()
                 assert not twice, f"{twice} bytes written by several programs of {name}"
-                assert not across or name in watch.meeting, f"{across} bytes written by one program of {name} and read by another"
+                assert not across or name in watch.meeting, (
+                    f"{across} bytes written by one program of {name} and read by another"
+                )
                 watch.launches.append(name)
             finally:
                 watch.now = outer
@@ -174,20 +205,29 @@ class Interpreter:
             watch.at(builder, x, y, z)
 
         interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.set_grid_idx = call, at
-        interpreter._interpreter = SimpleNamespace(load=self.load, store=self.store, atomic_rmw=self.atomic_rmw, atomic_cas=self.atomic_cas)
+        interpreter._interpreter = SimpleNamespace(
+            load=self.load, store=self.store, atomic_rmw=self.atomic_rmw, atomic_cas=self.atomic_cas
+        )
         return self
 
     def __exit__(self, *exception):
         self.module._interpreter = self.real
-        self.module.GridExecutor.__call__, self.module.InterpreterBuilder.set_grid_idx = self.call, self.at
+        self.module.GridExecutor.__call__, self.module.InterpreterBuilder.set_grid_idx = (
+            self.call,
+            self.at,
+        )
 
     def load(self, pointers, mask, other, dtype):
         self.now.use("read", pointers, mask, dtype.itemsize)
         made = self.real.load(pointers, mask, other, dtype)
         for kind, (_, poison) in POISON.items():
             if kind.is_floating_point and kind.itemsize == dtype.itemsize:
-                fresh = (made.view(f"u{dtype.itemsize}") == poison) & (self.now.np.asarray(mask) != 0)
-                assert not fresh.any(), f"{int(fresh.sum())} elements are read that nobody has written"
+                fresh = (made.view(f"u{dtype.itemsize}") == poison) & (
+                    self.now.np.asarray(mask) != 0
+                )
+                assert not fresh.any(), (
+                    f"{int(fresh.sum())} elements are read that nobody has written"
+                )
         return made
 
     def store(self, pointers, value, mask):
@@ -199,5 +239,7 @@ class Interpreter:
         return self.real.atomic_rmw(op, pointers, value, mask, sem)
 
     def atomic_cas(self, pointers, compared, value, sem):
-        self.now.use("written", pointers, self.now.np.ones(1, bool), value.dtype.itemsize, shared=True)
+        self.now.use(
+            "written", pointers, self.now.np.ones(1, bool), value.dtype.itemsize, shared=True
+        )
         return self.real.atomic_cas(pointers, compared, value, sem)

@@ -11,7 +11,8 @@ PACKAGE = str(Path(lossfuse.__file__).parent)
 
 
 class AtLine:
-    """Raises at the ``n``-th line of these files of the package this thread comes to; of all, and of what opens and closes contexts."""
+    """Raises at the ``n``-th line of these files of the package this thread comes to; of all, and
+    of what opens and closes contexts."""
 
     def __init__(self, n, files=()):
         self.left, self.where = n, None
@@ -30,7 +31,8 @@ class AtLine:
             return None
 
         def line(frame, event, arg):
-            # signals are looked at after calls: not where a try begins, nor where a with statement comes again because its block has ended
+            # signals are looked at after calls: not where a try begins, nor where a with statement
+            # comes again because its block has ended
             text = linecache.getline(name, frame.f_lineno).strip()
             never = text == "try:" or (text.startswith("with ") and frame.f_lineno in seen)
             seen.add(frame.f_lineno)

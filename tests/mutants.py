@@ -1,4 +1,5 @@
-"""Gradients that are wrong on purpose, each a mistake somebody shipped. Every comparator must reject every one of them."""
+"""Gradients that are wrong on purpose, each a mistake somebody shipped. Every comparator must
+reject every one of them."""
 
 from collections.abc import Callable
 
@@ -21,7 +22,8 @@ def gradient(
     ignore: bool = True,
     row_zero_everywhere: bool = False,
 ) -> Tensor:
-    """d mean loss / d x in closed form, with label smoothing, z-loss and a soft cap; the arguments are the mistakes."""
+    """d mean loss / d x in closed form, with label smoothing, z-loss and a soft cap; the arguments
+    are the mistakes."""
     x = x.detach().double()
     v = x.shape[-1]
     u = x / SOFTCAP
@@ -30,7 +32,12 @@ def gradient(
     valid = target != -100
     one_hot = torch.zeros_like(p).scatter(1, target.where(valid, 0)[:, None], 1.0)
     lse = z.logsumexp(-1, keepdim=True)
-    g = softmax_term * p - target_sign * (1 - SMOOTHING) * one_hot - SMOOTHING / (smoothing_classes or v) + z_term * 2 * Z_SCALE * lse * p
+    g = (
+        softmax_term * p
+        - target_sign * (1 - SMOOTHING) * one_hot
+        - SMOOTHING / (smoothing_classes or v)
+        + z_term * 2 * Z_SCALE * lse * p
+    )
     if cap_slope:
         g = g / torch.cosh(u) ** 2
     if ignore:
@@ -44,7 +51,9 @@ MUTANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "softmax term dropped": lambda x, t: gradient(x, t, softmax_term=0.0),
     "sign of the target term": lambda x, t: gradient(x, t, target_sign=-1.0),
     "z-loss gradient forgotten": lambda x, t: gradient(x, t, z_term=0.0),
-    "smoothing over half the classes": lambda x, t: gradient(x, t, smoothing_classes=max(1, x.shape[-1] // 2)),
+    "smoothing over half the classes": lambda x, t: gradient(
+        x, t, smoothing_classes=max(1, x.shape[-1] // 2)
+    ),
     "divided by all rows": lambda x, t: gradient(x, t, divide_by_all_rows=True),
     "slope of the cap forgotten": lambda x, t: gradient(x, t, cap_slope=False),
     "ignored rows not ignored": lambda x, t: gradient(x, t, ignore=False),
@@ -58,7 +67,12 @@ LOGIT_SCALE = 0.7
 def objective(stats, rows: Tensor) -> Tensor:
     """A mixture of all statistics, with a weight for each row and statistic, from 1 to 3."""
     u = torch.linspace(1.0, 3.0, len(rows), dtype=stats.lse.dtype)
-    return (u * stats.lse).sum() + (u.flip(0) * stats.target_logprob).sum() + (1.5 * u * stats.entropy).sum() + 20.0 * stats.z_loss
+    return (
+        (u * stats.lse).sum()
+        + (u.flip(0) * stats.target_logprob).sum()
+        + (1.5 * u * stats.entropy).sum()
+        + 20.0 * stats.z_loss
+    )
 
 
 def statistics_gradient(
@@ -77,7 +91,8 @@ def statistics_gradient(
     weights_of_first_row: bool = False,
     divide_by_all_rows: bool = False,
 ) -> Tensor:
-    """d objective / d x in closed form, with a scale, a soft cap and z-loss; the arguments are the mistakes."""
+    """d objective / d x in closed form, with a scale, a soft cap and z-loss; the arguments are the
+    mistakes."""
     x = x.detach().double()
     capped = LOGIT_SCALE * x / SOFTCAP
     z = SOFTCAP * torch.tanh(capped)
@@ -107,12 +122,16 @@ STATISTICS_MUTANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sign of the entropy": lambda x, t: statistics_gradient(x, t, entropy_sign=-1.0),
     "entropy forgotten": lambda x, t: statistics_gradient(x, t, entropy_sign=0.0),
     "sign of the target term": lambda x, t: statistics_gradient(x, t, target_sign=-1.0),
-    "target's log-probability as its logit": lambda x, t: statistics_gradient(x, t, softmax_of_target=0.0),
+    "target's log-probability as its logit": lambda x, t: statistics_gradient(
+        x, t, softmax_of_target=0.0
+    ),
     "lse forgotten": lambda x, t: statistics_gradient(x, t, lse_term=0.0),
     "slope of the z-loss forgotten": lambda x, t: statistics_gradient(x, t, z_slope=False),
     "slope of the temperature forgotten": lambda x, t: statistics_gradient(x, t, scale_slope=False),
     "slope of the cap forgotten": lambda x, t: statistics_gradient(x, t, cap_slope=False),
     "ignored rows not ignored": lambda x, t: statistics_gradient(x, t, ignore=False),
-    "first row's weights for all": lambda x, t: statistics_gradient(x, t, weights_of_first_row=True),
+    "first row's weights for all": lambda x, t: statistics_gradient(
+        x, t, weights_of_first_row=True
+    ),
     "z-loss divided by all rows": lambda x, t: statistics_gradient(x, t, divide_by_all_rows=True),
 }

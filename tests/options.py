@@ -19,12 +19,28 @@ OPTIONS: dict[str, dict] = {
     "none": {"reduction": "none"},
     "normalizer": {"normalizer": 7.5},
 }
-EXCLUSIVE = [{"smoothing", "all smoothing"}, {"scale", "negative scale"}, {"sum", "none"}, {"sum", "normalizer"}, {"none", "normalizer"}]
+EXCLUSIVE = [
+    {"smoothing", "all smoothing"},
+    {"scale", "negative scale"},
+    {"sum", "none"},
+    {"sum", "normalizer"},
+    {"none", "normalizer"},
+]
 PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if set(pair) not in EXCLUSIVE]
 EVERYTHING = ("weight", "smoothing", "softcap", "scale", "z-loss")
-COMBINATIONS = [(), *((name,) for name in OPTIONS), *PAIRS, EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
+COMBINATIONS = [
+    (),
+    *((name,) for name in OPTIONS),
+    *PAIRS,
+    EVERYTHING,
+    (*EVERYTHING, "none"),
+    (*EVERYTHING, "normalizer"),
+]
 # where each case is many calls, pairs are for slow runs
-THRIFTY_COMBINATIONS = [pytest.param(names, marks=pytest.mark.slow) if names in PAIRS else names for names in COMBINATIONS]
+THRIFTY_COMBINATIONS = [
+    pytest.param(names, marks=pytest.mark.slow) if names in PAIRS else names
+    for names in COMBINATIONS
+]
 
 # aot_eager is all that eager is, and more
 COMPILERS = [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
@@ -54,7 +70,12 @@ def upstreams(stats, names=DIFFERENTIABLE):
     for i, name in enumerate(DIFFERENTIABLE):
         t = getattr(stats, name)
         if name in names:
-            made[name] = torch.linspace(-1.0 - i, 2.5, t.numel(), dtype=torch.float64).roll(i).reshape(t.shape).to(t.device)
+            made[name] = (
+                torch.linspace(-1.0 - i, 2.5, t.numel(), dtype=torch.float64)
+                .roll(i)
+                .reshape(t.shape)
+                .to(t.device)
+            )
     return made
 
 
@@ -66,4 +87,6 @@ def differentiated(stats, leaves, ups, **options):
         return [torch.zeros_like(t) for t in leaves]
     outputs = [getattr(stats, name) for name in known]
     given = [u.to(t.dtype) for u, t in zip(known.values(), outputs, strict=True)]
-    return torch.autograd.grad(outputs, leaves, given, allow_unused=True, materialize_grads=True, **options)
+    return torch.autograd.grad(
+        outputs, leaves, given, allow_unused=True, materialize_grads=True, **options
+    )

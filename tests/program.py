@@ -1,4 +1,5 @@
-"""The torch programs that the functions equal, as their docstrings state them: the oracle of the tests, run in float64."""
+"""The torch programs that the functions equal, as their docstrings state them: the oracle of the
+tests, run in float64."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,14 @@ def cross_entropy(
 ) -> Tensor:
     x = input if logit_scale is None else input * logit_scale
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
-    loss = F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(
+        x,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     ids = not target.is_floating_point()
     if lse_square_scale:
         z_loss = lse_square_scale * x.logsumexp(0 if x.dim() == 1 else 1) ** 2
@@ -32,7 +40,12 @@ def cross_entropy(
 
 
 def reduced(
-    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+    loss: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
 ) -> Tensor:
     """Losses of rows as the caller wants them."""
     if reduction == "none":
@@ -55,7 +68,11 @@ def upstream(loss: Tensor, dloss: Tensor | None) -> Tensor:
 
 
 def value_and_grads(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, dloss: Tensor | None = None, **options: Any
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    dloss: Tensor | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """[loss, d input, d target if it has one], in float64 of the same numbers."""
     x = input.detach().double().requires_grad_()
@@ -103,16 +120,26 @@ def cross_entropy_stats(
     logp = x.log_softmax(dim)
     lse = x.logsumexp(dim).where(valid, 0.0)
     if ids:
-        target_logprob = logp.gather(dim, target.where(valid, 0).unsqueeze(dim)).squeeze(dim).where(valid, 0.0)
+        target_logprob = (
+            logp.gather(dim, target.where(valid, 0).unsqueeze(dim)).squeeze(dim).where(valid, 0.0)
+        )
     else:
         target_logprob = (target * logp).sum(dim)
     # 0 * -inf of a class that is out is 0
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(dim).where(valid, 0.0)
     z_loss = reduced(lse_square_scale * lse**2, target, weight, ignore_index, reduction, normalizer)
     loss = cross_entropy(
-        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap,
-        logit_scale=logit_scale, lse_square_scale=lse_square_scale, normalizer=normalizer,
-    )  # fmt: skip
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lse_square_scale=lse_square_scale,
+        normalizer=normalizer,
+    )
     argmax = x.argmax(dim).where(valid, -2 if ignore_index == -1 else -1)
     return Statistics(loss, lse, target_logprob, entropy, z_loss, argmax, valid.sum())
 
@@ -120,24 +147,44 @@ def cross_entropy_stats(
 def wide_leaves(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor]]:
     """The same numbers in float64, and those of them that require a gradient."""
     wide = [t if t is None or not t.is_floating_point() else t.detach().double() for t in tensors]
-    return wide, [w.requires_grad_() for t, w in zip(tensors, wide, strict=True) if t is not None and w is not None and t.requires_grad]
+    return wide, [
+        w.requires_grad_()
+        for t, w in zip(tensors, wide, strict=True)
+        if t is not None and w is not None and t.requires_grad
+    ]
 
 
 def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, weight: Tensor | None = None, **options: Any
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Hidden states of any shape and a weight (V, D)."""
-    return cross_entropy(*logits_and_target(input, linear_weight, target, linear_bias), weight, **options)
+    return cross_entropy(
+        *logits_and_target(input, linear_weight, target, linear_bias), weight, **options
+    )
 
 
 def linear_cross_entropy_stats(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, weight: Tensor | None = None, **options: Any
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    **options: Any,
 ) -> Statistics:
     """Hidden states of any shape and a weight (V, D)."""
-    return cross_entropy_stats(*logits_and_target(input, linear_weight, target, linear_bias), weight, **options)
+    return cross_entropy_stats(
+        *logits_and_target(input, linear_weight, target, linear_bias), weight, **options
+    )
 
 
-def logits_and_target(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def logits_and_target(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     logits = F.linear(input, linear_weight, linear_bias)
     if logits.dim() > 2:
         logits = logits.movedim(-1, 1)
@@ -146,12 +193,19 @@ def logits_and_target(input: Tensor, linear_weight: Tensor, target: Tensor, line
 
 
 def head_value_and_grads(
-    operands: Sequence[Tensor | None], target: Tensor, weight: Tensor | None = None, dloss: Tensor | None = None, **options: Any
+    operands: Sequence[Tensor | None],
+    target: Tensor,
+    weight: Tensor | None = None,
+    dloss: Tensor | None = None,
+    **options: Any,
 ) -> list[Tensor]:
-    """[loss, then the gradients of hidden states, weight, bias and probabilities that require one], in float64 of the same numbers."""
+    """[loss, then the gradients of hidden states, weight, bias and probabilities that require one],
+    in float64 of the same numbers."""
     wide, leaves = wide_leaves(*operands, target)
     hidden, head, bias, t = wide
-    loss = linear_cross_entropy(hidden, head, t, bias, None if weight is None else weight.detach().double(), **options)
+    loss = linear_cross_entropy(
+        hidden, head, t, bias, None if weight is None else weight.detach().double(), **options
+    )
     grads = torch.autograd.grad(loss, leaves, upstream(loss, dloss))
     return [loss.detach(), *grads]
 
@@ -165,11 +219,20 @@ def binary_cross_entropy_with_logits(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Numbers of the shape of input, or ids of the labels that are 1; as a sum of softplus, since torch's is a difference."""
+    """Numbers of the shape of input, or ids of the labels that are 1; as a sum of softplus, since
+    torch's is a difference."""
     if not target.is_floating_point():
         ones = torch.zeros(len(input), input.shape[1] + 1, dtype=input.dtype)
         target = ones.scatter(1, target.where(target != ignore_index, input.shape[1]), 1.0)[:, :-1]
     yes = target if pos_weight is None else target * pos_weight
-    loss = yes * F.softplus(-input, threshold=700.0) + (1.0 - target) * F.softplus(input, threshold=700.0)
+    loss = yes * F.softplus(-input, threshold=700.0) + (1.0 - target) * F.softplus(
+        input, threshold=700.0
+    )
     loss = loss if weight is None else loss * weight
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / input.numel()
+    return (
+        loss
+        if reduction == "none"
+        else loss.sum()
+        if reduction == "sum"
+        else loss.sum() / input.numel()
+    )

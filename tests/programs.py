@@ -1,6 +1,7 @@
 """Programs in documents: found, and run as they stand.
 
-    torchrun --nproc-per-node 2 tests/programs.py PAGE          # all programs of a page, one after the other
+    torchrun --nproc-per-node 2 tests/programs.py PAGE          # all programs of a page, one after
+    the other
 
 Each of them makes and destroys its process group, as it does when it is started alone.
 """
@@ -31,7 +32,10 @@ class Program(NamedTuple):
 
     def run(self) -> None:
         # a traceback shows the line of the document
-        exec(compile("\n" * self.line + self.code, str(self.path), "exec"), {"__name__": self.heading})
+        exec(
+            compile("\n" * self.line + self.code, str(self.path), "exec"),
+            {"__name__": self.heading},
+        )
 
 
 def programs(path: Path) -> list[Program]:
@@ -56,12 +60,18 @@ def main() -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     make = dist.init_process_group
     # torchrun's store keeps the keys of one group when the next is made
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
     for program in programs(Path(sys.argv[1])):
         if not program.missing:
-            dist.init_process_group = partial(make, store=dist.PrefixStore(program.heading, store), rank=rank, world_size=ranks)
+            dist.init_process_group = partial(
+                make, store=dist.PrefixStore(program.heading, store), rank=rank, world_size=ranks
+            )
             program.run()
-            assert not dist.is_initialized(), f"{program.heading}: the process group is not destroyed"
+            assert not dist.is_initialized(), (
+                f"{program.heading}: the process group is not destroyed"
+            )
             print(f"ran: {program.heading}", flush=True)
 
 

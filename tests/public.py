@@ -1,4 +1,5 @@
-"""Every public function, forwards and backwards, on one set of tensors; and calls in several threads."""
+"""Every public function, forwards and backwards, on one set of tensors; and calls in several
+threads."""
 
 import threading
 from types import SimpleNamespace
@@ -41,34 +42,75 @@ def _with_gradients(t, outputs, *leaves):
 
 
 CALLS = {
-    "cross_entropy": lambda t, impl: _with_gradients(t, [lossfuse.cross_entropy(t.logits, t.ids, t.classes, impl=impl)], t.logits),
+    "cross_entropy": lambda t, impl: _with_gradients(
+        t, [lossfuse.cross_entropy(t.logits, t.ids, t.classes, impl=impl)], t.logits
+    ),
     "cross_entropy in place": lambda t, impl: _with_gradients(
-        t, [lossfuse.cross_entropy(t.logits * 1.0, t.ids, inplace=True, label_smoothing=0.1, impl=impl)], t.logits
+        t,
+        [
+            lossfuse.cross_entropy(
+                t.logits * 1.0, t.ids, inplace=True, label_smoothing=0.1, impl=impl
+            )
+        ],
+        t.logits,
     ),
     "cross_entropy none": lambda t, impl: _with_gradients(
-        t, [lossfuse.cross_entropy(t.logits * 1.0, t.ids, inplace=True, reduction="none", softcap=9.0, impl=impl)], t.logits
+        t,
+        [
+            lossfuse.cross_entropy(
+                t.logits * 1.0, t.ids, inplace=True, reduction="none", softcap=9.0, impl=impl
+            )
+        ],
+        t.logits,
     ),
     "cross_entropy of probabilities": lambda t, impl: _with_gradients(
         t, [lossfuse.cross_entropy(t.logits, t.soft, impl=impl)], t.logits, t.soft
     ),
-    "cross_entropy_stats": lambda t, impl: _with_gradients(t, lossfuse.cross_entropy_stats(t.logits, t.ids, impl=impl), t.logits),
+    "cross_entropy_stats": lambda t, impl: _with_gradients(
+        t, lossfuse.cross_entropy_stats(t.logits, t.ids, impl=impl), t.logits
+    ),
     "linear_cross_entropy": lambda t, impl: _with_gradients(
-        t, [lossfuse.linear_cross_entropy(t.hidden, t.weight, t.ids, linear_bias=t.bias, impl=impl)], t.hidden, t.weight, t.bias
+        t,
+        [lossfuse.linear_cross_entropy(t.hidden, t.weight, t.ids, linear_bias=t.bias, impl=impl)],
+        t.hidden,
+        t.weight,
+        t.bias,
     ),
     "linear_cross_entropy none": lambda t, impl: _with_gradients(
-        t, [lossfuse.linear_cross_entropy(t.hidden, t.weight, t.ids, reduction="none", impl=impl)], t.hidden, t.weight
+        t,
+        [lossfuse.linear_cross_entropy(t.hidden, t.weight, t.ids, reduction="none", impl=impl)],
+        t.hidden,
+        t.weight,
     ),
     "linear_cross_entropy_stats": lambda t, impl: _with_gradients(
-        t, lossfuse.linear_cross_entropy_stats(t.hidden, t.weight, t.ids, impl=impl), t.hidden, t.weight
+        t,
+        lossfuse.linear_cross_entropy_stats(t.hidden, t.weight, t.ids, impl=impl),
+        t.hidden,
+        t.weight,
     ),
-    "log_softmax": lambda t, impl: _with_gradients(t, [lossfuse.log_softmax(t.logits, 1, impl=impl)], t.logits),
-    "nll_loss": lambda t, impl: _with_gradients(t, [lossfuse.nll_loss(t.logits, t.ids, t.classes, impl=impl)], t.logits),
-    "binary_cross_entropy": lambda t, impl: _with_gradients(t, [lossfuse.binary_cross_entropy(t.soft, t.soft.detach(), impl=impl)], t.soft),
+    "log_softmax": lambda t, impl: _with_gradients(
+        t, [lossfuse.log_softmax(t.logits, 1, impl=impl)], t.logits
+    ),
+    "nll_loss": lambda t, impl: _with_gradients(
+        t, [lossfuse.nll_loss(t.logits, t.ids, t.classes, impl=impl)], t.logits
+    ),
+    "binary_cross_entropy": lambda t, impl: _with_gradients(
+        t, [lossfuse.binary_cross_entropy(t.soft, t.soft.detach(), impl=impl)], t.soft
+    ),
     "binary_cross_entropy_with_logits": lambda t, impl: _with_gradients(
-        t, [lossfuse.binary_cross_entropy_with_logits(t.logits, t.soft, impl=impl)], t.logits, t.soft
+        t,
+        [lossfuse.binary_cross_entropy_with_logits(t.logits, t.soft, impl=impl)],
+        t.logits,
+        t.soft,
     ),
     "binary_cross_entropy_with_logits of ids": lambda t, impl: _with_gradients(
-        t, [lossfuse.binary_cross_entropy_with_logits(t.logits * 1.0, t.ids[:, None], inplace=True, impl=impl)], t.logits
+        t,
+        [
+            lossfuse.binary_cross_entropy_with_logits(
+                t.logits * 1.0, t.ids[:, None], inplace=True, impl=impl
+            )
+        ],
+        t.logits,
     ),
 }
 

@@ -1,6 +1,7 @@
 """Functions run on several processes at once, ranks of gloo groups on the CPU.
 
-A process takes seconds to start, most of them for importing torch, so a test hands over all its cases at once::
+A process takes seconds to start, most of them for importing torch, so a test hands over all its
+cases at once::
 
     def a_case(name):                      # of a module, not a closure; runs on every rank
         assert dist.get_world_size() == 2
@@ -9,9 +10,9 @@ A process takes seconds to start, most of them for importing torch, so a test ha
     def test_layouts():
         results = cases_on_ranks(2, a_case, list(LAYOUTS))       # {name: [of rank 0, of rank 1]}
 
-A case that raises on any rank fails alone: the next has new groups. What failed, with the tracebacks of its ranks, is one AssertionError
-at the end. A rank that waits for another longer than ``patience`` fails too. ``on_ranks`` runs one function once and raises what it raised.
-"""
+A case that raises on any rank fails alone: the next has new groups. What failed, with the
+tracebacks of its ranks, is one AssertionError at the end. A rank that waits for another longer than
+``patience`` fails too. ``on_ranks`` runs one function once and raises what it raised."""
 
 import faulthandler
 import importlib.util
@@ -30,13 +31,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# seconds, ten times what a quiet machine with two cores needs: of a rank for the others, and of all cases of a call
+# seconds, ten times what a quiet machine with two cores needs: of a rank for the others, and of all
+# cases of a call
 PATIENCE = 150.0
 TIMEOUT = 1200.0
 
 
-def on_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """``function(*args)`` on each of ``n`` ranks: their results, or the first exception that one of them raised."""
+def on_ranks(
+    n: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
+) -> list[Any]:
+    """``function(*args)`` on each of ``n`` ranks: their results, or the first exception that one of
+    them raised."""
     (outcomes,) = _run(n, function, [args], timeout)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
@@ -44,13 +49,21 @@ def on_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 
     return [outcome.result for outcome in outcomes]
 
 
-def cases_on_ranks(n: int, function: Callable[[Any], Any], cases: Iterable[Any], *, timeout: float = TIMEOUT) -> dict[Any, list[Any]]:
-    """``function(case)`` for one case after the other on each of ``n`` ranks, started once; {case: results by rank}."""
+def cases_on_ranks(
+    n: int, function: Callable[[Any], Any], cases: Iterable[Any], *, timeout: float = TIMEOUT
+) -> dict[Any, list[Any]]:
+    """``function(case)`` for one case after the other on each of ``n`` ranks, started once; {case:
+    results by rank}."""
     cases = list(cases)
     results, said = {}, []
-    for case, outcomes in zip(cases, _run(n, function, [(case,) for case in cases], timeout), strict=True):
+    for case, outcomes in zip(
+        cases, _run(n, function, [(case,) for case in cases], timeout), strict=True
+    ):
         failed = [(rank, o) for rank, o in enumerate(outcomes) if o.error is not None]
-        said += [f"--- {case}, rank {rank} of {n}\n{o.trace}" for rank, o in sorted(failed, key=lambda at: at[1].when)]
+        said += [
+            f"--- {case}, rank {rank} of {n}\n{o.trace}"
+            for rank, o in sorted(failed, key=lambda at: at[1].when)
+        ]
         results[case] = [outcome.result for outcome in outcomes]
     if said:
         raise AssertionError("\n".join(["cases failed on their ranks", *said]))
@@ -81,7 +94,9 @@ def _outcome(result: Any, error: BaseException | None, when: float, trace: str) 
     return made
 
 
-def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], timeout: float) -> list[list[Outcome]]:
+def _run(
+    n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], timeout: float
+) -> list[list[Outcome]]:
     """By call, by rank."""
     spawn = multiprocessing.get_context("spawn")
     deadline = time.monotonic() + timeout
@@ -90,7 +105,11 @@ def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], tim
     with tempfile.TemporaryDirectory() as folder:
         pipes = [spawn.Pipe(duplex=False) for _ in range(n)]
         ranks = [
-            spawn.Process(target=_rank, args=(rank, n, f"{folder}/store", source, calls, timeout, send), daemon=True)
+            spawn.Process(
+                target=_rank,
+                args=(rank, n, f"{folder}/store", source, calls, timeout, send),
+                daemon=True,
+            )
             for rank, (_, send) in enumerate(pipes)
         ]
         try:
@@ -103,8 +122,13 @@ def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], tim
             while heard:
                 ready = wait(list(heard), max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    at = ", ".join(f"rank {r} in call {len(got[r])}: {calls[len(got[r])]}" for r in sorted(heard.values()))
-                    raise AssertionError(f"no word in {timeout} s from {at}; their stacks are on stderr")
+                    at = ", ".join(
+                        f"rank {r} in call {len(got[r])}: {calls[len(got[r])]}"
+                        for r in sorted(heard.values())
+                    )
+                    raise AssertionError(
+                        f"no word in {timeout} s from {at}; their stacks are on stderr"
+                    )
                 for receive in ready:
                     rank = heard[receive]
                     try:
@@ -114,7 +138,9 @@ def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], tim
                         ranks[rank].join(5)
                         if len(got[rank]) < len(calls):
                             code = ranks[rank].exitcode
-                            raise AssertionError(f"rank {rank} of {n} ended with {code} in {calls[len(got[rank])]}") from None
+                            raise AssertionError(
+                                f"rank {rank} of {n} ended with {code} in {calls[len(got[rank])]}"
+                            ) from None
                     if len(got[rank]) == len(calls):
                         heard.pop(receive, None)
         finally:
@@ -128,7 +154,13 @@ def _run(n: int, function: Callable[..., Any], calls: list[tuple[Any, ...]], tim
 
 
 def _rank(
-    rank: int, n: int, store: str, source: tuple[str, str, str], calls: list[tuple[Any, ...]], timeout: float, send: Connection
+    rank: int,
+    n: int,
+    store: str,
+    source: tuple[str, str, str],
+    calls: list[tuple[Any, ...]],
+    timeout: float,
+    send: Connection,
 ) -> None:
     faulthandler.dump_traceback_later(timeout - 3.0, exit=True)
     # a host's name need not resolve
@@ -142,7 +174,9 @@ def _rank(
     for at, args in enumerate(calls):
         if not dist.is_initialized():
             patience = timedelta(seconds=PATIENCE)
-            dist.init_process_group("gloo", init_method=f"file://{store}{at}", rank=rank, world_size=n, timeout=patience)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}{at}", rank=rank, world_size=n, timeout=patience
+            )
         torch.manual_seed(0)
         try:
             outcome = Outcome(function(*args))

@@ -5,9 +5,17 @@ from torch import Tensor
 
 
 def logits_and_ids(
-    n: int, v: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, seed: int = 0, ignored: float = 0.25, spread: float = 3.0
+    n: int,
+    v: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    seed: int = 0,
+    ignored: float = 0.25,
+    spread: float = 3.0,
 ) -> tuple[Tensor, Tensor]:
-    """Logits peaked as a model's are: the target leads by a few units in half of the rows. A share of rows is ignored, never all."""
+    """Logits peaked as a model's are: the target leads by a few units in half of the rows. A share
+    of rows is ignored, never all."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, v, generator=g) * spread
     target = torch.randint(0, v, (n,), generator=g)
@@ -19,7 +27,9 @@ def logits_and_ids(
     return x.to(dtype).to(device).requires_grad_(), target.to(device)
 
 
-def probabilities(n: int, v: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, seed: int = 1) -> Tensor:
+def probabilities(
+    n: int, v: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, seed: int = 1
+) -> Tensor:
     """Rows of class probabilities, some classes exactly 0."""
     g = torch.Generator().manual_seed(seed)
     q = torch.softmax(torch.randn(n, v, generator=g) * 2, -1)
@@ -32,9 +42,17 @@ def class_weight(v: int, device: str = "cpu", *, seed: int = 2) -> Tensor:
 
 
 def head_and_ids(
-    n: int, d: int, v: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *, seed: int = 0, ignored: float = 0.25
+    n: int,
+    d: int,
+    v: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    seed: int = 0,
+    ignored: float = 0.25,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states (N, D), a weight (V, D) and a bias (V), logits of some units, and ids; the target leads in half of the rows."""
+    """Hidden states (N, D), a weight (V, D) and a bias (V), logits of some units, and ids; the
+    target leads in half of the rows."""
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(v, d, generator=g)
     bias = torch.randn(v, generator=g)

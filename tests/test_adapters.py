@@ -1,4 +1,5 @@
-"""PEFT's adapters, put on before and after the head is fused: losses and gradients are stock's, and fused from the second step on."""
+"""PEFT's adapters, put on before and after the head is fused: losses and gradients are stock's, and
+fused from the second step on."""
 
 import copy
 
@@ -22,7 +23,12 @@ CONFIGS = {
 
 def base():
     config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).train()
@@ -30,7 +36,9 @@ def base():
 
 def adapted(model, name):
     torch.manual_seed(1)
-    made = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_dropout=0.0, init_lora_weights=False, **CONFIGS[name]))
+    made = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, lora_dropout=0.0, init_lora_weights=False, **CONFIGS[name])
+    )
     for p in made.parameters():
         # else nothing is trained where an adapter is off
         p.requires_grad_()
@@ -42,14 +50,22 @@ def step(model):
     model.zero_grad(set_to_none=True)
     out = model(input_ids=ids, labels=ids)
     out.loss.backward()
-    return out.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return out.loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(got, want):
     torch.testing.assert_close(got[0], want[0], rtol=2e-6, atol=1e-6)
     assert got[1].keys() == want[1].keys()
     for name, g in want[1].items():
-        torch.testing.assert_close(got[1][name], g, rtol=1e-4, atol=1e-5 * float(g.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[1][name],
+            g,
+            rtol=1e-4,
+            atol=1e-5 * float(g.abs().max()),
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 def fused(name, when):
@@ -127,8 +143,14 @@ METHODS = {
     "trained tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 2], **HEAD),
 }
 NOT_DEFERRED = {
-    "dropout": (lambda: peft.LoraConfig(r=2, lora_dropout=0.3, **HEAD), r"Dropout \(lora_dropout.default\) draws one mask"),
-    "dropped ranks": (lambda: peft.LoHaConfig(r=2, rank_dropout=0.5, **HEAD), "draws random numbers"),
+    "dropout": (
+        lambda: peft.LoraConfig(r=2, lora_dropout=0.3, **HEAD),
+        r"Dropout \(lora_dropout.default\) draws one mask",
+    ),
+    "dropped ranks": (
+        lambda: peft.LoHaConfig(r=2, rank_dropout=0.5, **HEAD),
+        "draws random numbers",
+    ),
 }
 
 
@@ -175,7 +197,9 @@ def test_logits_of_a_disabled_adapter_that_are_read_after_it_is_on_again():
         value = read(logits[:, :-1])
         model.zero_grad()
         value.backward()
-        return value.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None and "lora" not in n}
+        return value.detach(), {
+            n: p.grad for n, p in model.named_parameters() if p.grad is not None and "lora" not in n
+        }
 
     model = adapted(base(), "body and head")
     reads = (
@@ -192,7 +216,9 @@ def test_logits_of_a_disabled_adapter_that_are_read_after_it_is_on_again():
 SWITCHES = {
     "another adapter": lambda model: model.set_adapter("other"),
     "none": lambda model: model.base_model.disable_adapter_layers(),
-    "another scale": lambda model: [m.scale_layer(3.0) for m in model.modules() if hasattr(m, "scale_layer")],
+    "another scale": lambda model: [
+        m.scale_layer(3.0) for m in model.modules() if hasattr(m, "scale_layer")
+    ],
     "eval": lambda model: model.eval(),
     "taken off": lambda model: model.unload(),
 }
@@ -231,7 +257,10 @@ def test_adapters_merged_before_the_loss_are_named():
     ids = torch.arange(24).view(2, 12)
     logits = model(input_ids=ids).logits
     model.merge_adapter()
-    with pytest.raises(RuntimeError, match="merged_adapters of Linear has been changed|a parameter of the head has been changed"):
+    with pytest.raises(
+        RuntimeError,
+        match="merged_adapters of Linear has been changed|a parameter of the head has been changed",
+    ):
         logits.logsumexp(-1)
 
 
@@ -271,7 +300,9 @@ def test_accelerate_makes_outputs_float32():
         model.forward = operations.convert_outputs_to_fp32(model.forward)
         out = model(input_ids=ids)
         assert out.logits.dtype == torch.float32 and out["logits"].shape == (2, 12, V)
-        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1))
+        loss = torch.nn.functional.cross_entropy(
+            out.logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1)
+        )
         loss.backward()
         losses.append(loss.detach())
     torch.testing.assert_close(*losses, rtol=2e-3, atol=2e-3)

@@ -22,9 +22,15 @@ def test_any_grad_output(place, value, reduction, soft):
     if soft:
         target = probabilities(6, 40, device=place.device)
         leaves.append(target)
-    ones = torch.autograd.grad(lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl), leaves)
+    ones = torch.autograd.grad(
+        lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl), leaves
+    )
     loss = lossfuse.cross_entropy(x, target, reduction=reduction, impl=place.impl)
-    for got, one in zip(torch.autograd.grad(loss, leaves, torch.tensor(value, device=place.device)), ones, strict=True):
+    for got, one in zip(
+        torch.autograd.grad(loss, leaves, torch.tensor(value, device=place.device)),
+        ones,
+        strict=True,
+    ):
         # entries of 1e-8 times 1e-30 are subnormal
         torch.testing.assert_close(got, one * value, rtol=1e-6, atol=1e-37)
 
@@ -40,7 +46,9 @@ def test_grad_output_of_any_stride(place, shape):
             "strided": torch.randn(6, 8)[::2, ::2],
             "transposed": torch.randn(4, 3).t(),
         }[shape]
-    (got,) = torch.autograd.grad(lossfuse.cross_entropy(x, target, reduction="none", impl=place.impl), x, dloss)
+    (got,) = torch.autograd.grad(
+        lossfuse.cross_entropy(x, target, reduction="none", impl=place.impl), x, dloss
+    )
     (want,) = torch.autograd.grad(F.cross_entropy(x, target, reduction="none"), x, dloss)
     torch.testing.assert_close(got, want)
 
@@ -58,8 +66,19 @@ def test_gradients_accumulate_in_a_leaf(place):
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_gradcheck_and_gradgradcheck_in_fp64(impl, soft, reduction):
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    target = torch.softmax(torch.randn(3, 5, dtype=torch.float64), 1).requires_grad_() if soft else torch.tensor([1, -100, 4])
-    options = {"label_smoothing": 0.2, "softcap": 4.0, "logit_scale": 1.5, "lse_square_scale": 0.1, "reduction": reduction, "impl": impl}
+    target = (
+        torch.softmax(torch.randn(3, 5, dtype=torch.float64), 1).requires_grad_()
+        if soft
+        else torch.tensor([1, -100, 4])
+    )
+    options = {
+        "label_smoothing": 0.2,
+        "softcap": 4.0,
+        "logit_scale": 1.5,
+        "lse_square_scale": 0.1,
+        "reduction": reduction,
+        "impl": impl,
+    }
     weight = torch.rand(5, dtype=torch.float64)
 
     def f(x, target):
@@ -71,8 +90,13 @@ def test_gradcheck_and_gradgradcheck_in_fp64(impl, soft, reduction):
 
 def test_double_backward_in_half_precision_has_the_dtypes(place):
     x, target = logits_and_ids(5, 11, torch.bfloat16, device=place.device)
-    (g,) = torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=place.impl), x, create_graph=True)
-    assert g.dtype == torch.bfloat16 and torch.autograd.grad(g.float().pow(2).sum(), x)[0].dtype == torch.bfloat16
+    (g,) = torch.autograd.grad(
+        lossfuse.cross_entropy(x, target, impl=place.impl), x, create_graph=True
+    )
+    assert (
+        g.dtype == torch.bfloat16
+        and torch.autograd.grad(g.float().pow(2).sum(), x)[0].dtype == torch.bfloat16
+    )
 
 
 class TestTransforms:
@@ -97,19 +121,35 @@ class TestTransforms:
         x, target = torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6))
         args = [a if d == 0 else a[0] for a, d in zip((x, target), in_dims, strict=True)]
         got = torch.func.vmap(lossfuse.cross_entropy, in_dims=in_dims)(*args)
-        want = torch.stack([F.cross_entropy(*(a[i] if d == 0 else a for a, d in zip(args, in_dims, strict=True))) for i in range(4)])
+        want = torch.stack(
+            [
+                F.cross_entropy(
+                    *(a[i] if d == 0 else a for a, d in zip(args, in_dims, strict=True))
+                )
+                for i in range(4)
+            ]
+        )
         torch.testing.assert_close(got, want)
 
     def test_per_sample_gradients(self):
         x, target = torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6))
         got = torch.func.vmap(torch.func.grad(lossfuse.cross_entropy))(x, target)
-        torch.testing.assert_close(got, torch.stack([torch.func.grad(F.cross_entropy)(a, t) for a, t in zip(x, target, strict=True)]))
+        torch.testing.assert_close(
+            got,
+            torch.stack(
+                [torch.func.grad(F.cross_entropy)(a, t) for a, t in zip(x, target, strict=True)]
+            ),
+        )
 
-    @pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+    @pytest.mark.parametrize(
+        "transform", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian]
+    )
     def test_jacobians(self, transform):
         x, target = torch.randn(3, 5), torch.tensor([0, 4, -100])
         got = transform(lambda x: lossfuse.cross_entropy(x, target, reduction="none"))(x)
-        torch.testing.assert_close(got, transform(lambda x: F.cross_entropy(x, target, reduction="none"))(x))
+        torch.testing.assert_close(
+            got, transform(lambda x: F.cross_entropy(x, target, reduction="none"))(x)
+        )
 
     def test_jvp_of_probabilities(self):
         x, q = torch.randn(3, 5), torch.softmax(torch.randn(3, 5), 1)
@@ -135,7 +175,10 @@ def test_a_weight_that_requires_grad_gets_one():
 def test_nothing_is_saved_without_grad(place):
     x, target = logits_and_ids(5, 11, device=place.device)
     saved = []
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with (
+        torch.no_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
         assert not lossfuse.cross_entropy(x, target, impl=place.impl).requires_grad
     assert saved == []
 
@@ -151,7 +194,10 @@ def test_what_is_saved_is_no_second_tensor_of_the_logits_size(fast_place):
 def test_checkpointing_recomputes_it(place):
     x, target = logits_and_ids(5, 40, device=place.device)
     loss = torch.utils.checkpoint.checkpoint(loss_of(place), x, target, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=place.impl), x))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, x),
+        torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=place.impl), x),
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -159,8 +205,14 @@ def test_create_graph_where_target_comes_from_the_logits(place, reduction):
     """Self-entropy with a penalty on its gradient: each path once."""
 
     def first(f):
-        x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).to(place.device).requires_grad_()
-        (g,) = torch.autograd.grad(f(x, x.softmax(1), reduction=reduction).sum(), x, create_graph=True)
+        x = (
+            torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+            .to(place.device)
+            .requires_grad_()
+        )
+        (g,) = torch.autograd.grad(
+            f(x, x.softmax(1), reduction=reduction).sum(), x, create_graph=True
+        )
         return g, *torch.autograd.grad(g.pow(2).sum(), x)
 
     got = first(lambda *a, **k: lossfuse.cross_entropy(*a, **k, impl=place.impl))
@@ -172,7 +224,9 @@ def test_hooks_run_once_under_create_graph(place):
     z = x * 1
     calls = []
     z.register_hook(lambda g: calls.append(1) or g * 2)
-    (got,) = torch.autograd.grad(lossfuse.cross_entropy(z, target, impl=place.impl), x, create_graph=True)
+    (got,) = torch.autograd.grad(
+        lossfuse.cross_entropy(z, target, impl=place.impl), x, create_graph=True
+    )
     (want,) = torch.autograd.grad(F.cross_entropy(x, target), x)
     assert calls == [1]
     torch.testing.assert_close(got, 2 * want)
@@ -191,7 +245,9 @@ def test_batched_grad_outputs(place, reduction):
 
 def test_a_bad_target_under_torch_func_is_nan_not_zero():
     """Nothing can look at values there; a zero gradient would be a silent lie."""
-    grad = torch.func.grad(lambda x: lossfuse.cross_entropy(x, torch.tensor([0, 1, 7])))(torch.randn(3, 5))
+    grad = torch.func.grad(lambda x: lossfuse.cross_entropy(x, torch.tensor([0, 1, 7])))(
+        torch.randn(3, 5)
+    )
     assert grad[2].isnan().all() and grad[:2].isfinite().all()
 
 
@@ -204,17 +260,27 @@ def test_a_normalizer_with_a_tangent():
 
 
 def test_a_checkpoint_frees_the_formed_gradient():
-    """What autograd holds between forward and backward goes through its hooks, so that checkpointing can drop it."""
+    """What autograd holds between forward and backward goes through its hooks, so that
+    checkpointing can drop it."""
     x, target = logits_and_ids(5, 4000)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, lambda shape: torch.zeros(shape)):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.shape, lambda shape: torch.zeros(shape)
+    ):
         loss = lossfuse.cross_entropy(x, target)
     assert "ReducedLoss" not in type(loss.grad_fn).__name__
     held = []
     node = loss.grad_fn
     while node is not None:
-        held += [v for v in getattr(node, "__dict__", {}).values() if isinstance(v, torch.Tensor | tuple)]
+        held += [
+            v for v in getattr(node, "__dict__", {}).values() if isinstance(v, torch.Tensor | tuple)
+        ]
         node = node.next_functions[0][0] if node.next_functions else None
-    assert not [t for v in held for t in (v if isinstance(v, tuple) else (v,)) if isinstance(t, torch.Tensor) and t.numel() >= x.numel()]
+    assert not [
+        t
+        for v in held
+        for t in (v if isinstance(v, tuple) else (v,))
+        if isinstance(t, torch.Tensor) and t.numel() >= x.numel()
+    ]
 
 
 def test_the_mean_does_not_need_the_logits_again_on_the_cpu():

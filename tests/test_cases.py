@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lossfuse.perf.cases import CASES, DTYPES, MODES, Case, head_like_a_model, labels_like_a_model, logits_like_a_model, named
+from lossfuse.perf.cases import (
+    CASES,
+    DTYPES,
+    MODES,
+    Case,
+    head_like_a_model,
+    labels_like_a_model,
+    logits_like_a_model,
+    named,
+)
 from lossfuse.perf.mistakes import Mistake
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -25,17 +34,40 @@ def test_every_case_has_a_reason_and_rows_for_both_kinds_of_device():
     for name in CASES:
         small, large = named(name, CPU), named(name, CUDA)
         assert small.n <= large.n and small.v == large.v and small.p == large.p
-        assert small.op == (name.split("-")[0] if name.startswith(("head-", "labels-")) else "logits")
+        assert small.op == (
+            name.split("-")[0] if name.startswith(("head-", "labels-")) else "logits"
+        )
         # a machine of 24 GiB holds logits, a copy and what torch makes of them, in fp32
         assert 6 * small.logits_bytes(4) + 3 * small.input_bytes(4) < 12 << 30
 
 
 def test_shapes_of_your_own():
-    assert named("4096X128256", CPU) == Case("4096x128256", 4096, 128256, None, "a shape of your own")
+    assert named("4096X128256", CPU) == Case(
+        "4096x128256", 4096, 128256, None, "a shape of your own"
+    )
     assert named("8x16x32", CPU).op == "head" and named("8x16x32", CPU).d == 16
-    assert named("8X32P4", CPU) == Case("8x32p4", 8, 32, None, "a shape of your own", 4) and named("8x32p4", CPU).op == "labels"
-    assert named("8x1000", CPU).size == "8 x 1,000" and named("8x1000p4", CPU).size == "8 x 1,000, 4 of them 1"
-    for wrong in ("llama", "8", "8x", "0x5", "-1x5", "2x3x4x5", "", "8x1e3", "8x32p0", "8x32p32", "8x16x32p4", "8p4"):
+    assert (
+        named("8X32P4", CPU) == Case("8x32p4", 8, 32, None, "a shape of your own", 4)
+        and named("8x32p4", CPU).op == "labels"
+    )
+    assert (
+        named("8x1000", CPU).size == "8 x 1,000"
+        and named("8x1000p4", CPU).size == "8 x 1,000, 4 of them 1"
+    )
+    for wrong in (
+        "llama",
+        "8",
+        "8x",
+        "0x5",
+        "-1x5",
+        "2x3x4x5",
+        "",
+        "8x1e3",
+        "8x32p0",
+        "8x32p32",
+        "8x16x32p4",
+        "8p4",
+    ):
         with pytest.raises(Mistake, match="must be one of llama2.*NxV"):
             named(wrong, CPU)
 
@@ -46,7 +78,9 @@ def test_least_work():
     assert logits.moved_bytes("no_grad", 2) == logits.moved_bytes("forward", 2) == 8192 * 128256 * 2
     assert head.flops("forward+backward") == 6 * 8192 * 4096 * 128256 == 3 * head.flops("no_grad")
     labels = named("labels-amazon", CUDA)
-    assert labels.moved_bytes("forward+backward", 2) == 2 * 1024 * 670091 * 2 and labels.input_bytes(2) == 1024 * (670091 * 2 + 5 * 8)
+    assert labels.moved_bytes(
+        "forward+backward", 2
+    ) == 2 * 1024 * 670091 * 2 and labels.input_bytes(2) == 1024 * (670091 * 2 + 5 * 8)
     assert head.input_bytes(2) == 2 * (8192 + 128256) * 4096 + 8 * 8192
 
 
@@ -76,7 +110,12 @@ def test_the_head_gives_such_logits():
 def test_labels_are_what_a_tagger_says():
     x, ids = labels_like_a_model(400, 3000, 8, torch.float32, CPU)
     given = ids >= 0
-    assert ids.shape == (400, 8) and given[:, 0].all() and (ids[~given] == -100).all() and 3.5 < given.sum(1).float().mean() < 5.5
+    assert (
+        ids.shape == (400, 8)
+        and given[:, 0].all()
+        and (ids[~given] == -100).all()
+        and 3.5 < given.sum(1).float().mean() < 5.5
+    )
     p = torch.sigmoid(x.gather(1, ids.clamp(min=0)))[given]
     # the quantiles of Beta(0.4, 0.8)
     assert 0.04 < (p > 0.95).float().mean() < 0.09 and 0.10 < (p < 0.01).float().mean() < 0.16

@@ -22,9 +22,15 @@ CASES = {
     "a narrow head needs rows for its tiles": ((16384, 512, 256000, BF16, LinearOptions()), 4096),
     "a small vocabulary has enough": ((16384, 4096, 32000, BF16, LinearOptions()), 4096),
     "one chunk of all": ((300, 4096, 128256, BF16, LinearOptions()), 300),
-    "equal chunks, not one of 4096 and one of 8": ((4104, 4096, 32000, BF16, LinearOptions()), 2176),
+    "equal chunks, not one of 4096 and one of 8": (
+        (4104, 4096, 32000, BF16, LinearOptions()),
+        2176,
+    ),
     "a single row": ((8192, 4096, 128256, BF16, LinearOptions(chunk_bytes=1)), 1),
-    "as many bytes as asked": ((8192, 4096, 128256, BF16, LinearOptions(chunk_bytes=GiB // 4)), 512),
+    "as many bytes as asked": (
+        (8192, 4096, 128256, BF16, LinearOptions(chunk_bytes=GiB // 4)),
+        512,
+    ),
     "more than there is": ((100, 8, 32, FP32, LinearOptions(chunk_bytes=GiB)), 100),
 }
 
@@ -37,13 +43,21 @@ def test_on_an_accelerator(name):
 
 @pytest.mark.parametrize(
     ("n", "v", "dtype", "rows"),
-    [(8192, 128256, FP32, 512), (8192, 1_000_000, FP32, 256), (8192, 100, FP32, 512), (10, 100, FP32, 10), (0, 100, FP32, 1)],
+    [
+        (8192, 128256, FP32, 512),
+        (8192, 1_000_000, FP32, 256),
+        (8192, 100, FP32, 512),
+        (10, 100, FP32, 10),
+        (0, 100, FP32, 1),
+    ],
 )
 def test_on_a_cpu(n, v, dtype, rows):
     assert chunk_rows(n, 64, v, dtype, LinearOptions(), cpu=True) == rows
 
 
-@pytest.mark.parametrize(("v", "stride"), [(1, 16), (16, 16), (17, 32), (128256, 128256), (50257, 50272)])
+@pytest.mark.parametrize(
+    ("v", "stride"), [(1, 16), (16, 16), (17, 32), (128256, 128256), (50257, 50272)]
+)
 def test_rows_start_where_accesses_are_wide(v, stride):
     assert padded(v) == stride and stride % ROW_ALIGNMENT == 0
 

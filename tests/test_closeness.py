@@ -8,7 +8,11 @@ import program
 from closeness import assert_formula_close, assert_gradient_close
 from rows import logits_and_ids
 
-OPTIONS = {"label_smoothing": mutants.SMOOTHING, "lse_square_scale": mutants.Z_SCALE, "softcap": mutants.SOFTCAP}
+OPTIONS = {
+    "label_smoothing": mutants.SMOOTHING,
+    "lse_square_scale": mutants.Z_SCALE,
+    "softcap": mutants.SOFTCAP,
+}
 
 # the two tiers as they are used: small in fp32, and a real vocabulary in each stored dtype
 CASES = [

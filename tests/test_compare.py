@@ -13,10 +13,24 @@ from lossfuse.perf.rows import append  # noqa: E402
 
 def row(commit, ms, spread=0.01, **changes):
     return {
-        "case": "llama2", "op": "logits", "mode": "no_grad", "dtype": "bf16", "n": 4, "v": 8, "method": "lossfuse", "status": "ok",
-        "ms_p50": ms, "ms_p20": ms * (1 - spread), "ms_p80": ms * (1 + spread), "peak_extra_bytes": 1 << 20, "device": "H100",
-        "commit": commit, "dirty": False, "tests": "passed", "date": f"2026-01-0{ord(commit[0]) - 96}",
-    } | changes  # fmt: skip
+        "case": "llama2",
+        "op": "logits",
+        "mode": "no_grad",
+        "dtype": "bf16",
+        "n": 4,
+        "v": 8,
+        "method": "lossfuse",
+        "status": "ok",
+        "ms_p50": ms,
+        "ms_p20": ms * (1 - spread),
+        "ms_p80": ms * (1 + spread),
+        "peak_extra_bytes": 1 << 20,
+        "device": "H100",
+        "commit": commit,
+        "dirty": False,
+        "tests": "passed",
+        "date": f"2026-01-0{ord(commit[0]) - 96}",
+    } | changes
 
 
 def sides(tmp_path, *rows):
@@ -27,9 +41,18 @@ def sides(tmp_path, *rows):
 
 def test_a_difference_beyond_the_spread_is_a_ratio(tmp_path):
     both = compare.compare(
-        *sides(tmp_path, row("aaaa", 2.0), row("bbbb", 1.0), row("aaaa", 2.0, mode="forward"), row("bbbb", 2.01, mode="forward"))
+        *sides(
+            tmp_path,
+            row("aaaa", 2.0),
+            row("bbbb", 1.0),
+            row("aaaa", 2.0, mode="forward"),
+            row("bbbb", 2.01, mode="forward"),
+        )
     )
-    assert both["faster"].tolist()[0] == pytest.approx(2.0) and both["faster"].isna().tolist() == [False, True]
+    assert both["faster"].tolist()[0] == pytest.approx(2.0) and both["faster"].isna().tolist() == [
+        False,
+        True,
+    ]
     assert both["verdict"].tolist() == ["", "within the spread"]
 
 

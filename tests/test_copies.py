@@ -19,16 +19,28 @@ def through_a_file(t):
     return torch.load(file, weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda t: pickle.loads(pickle.dumps(t)), "torch.save": through_a_file}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda t: pickle.loads(pickle.dumps(t)),
+    "torch.save": through_a_file,
+}
 HOW = pytest.mark.parametrize("how", COPIES)
 V = 40
-OPTIONS = [LossSpec(softcap=3.0, ignore_index=7), lossfuse.LinearOptions(chunk_bytes=77, drop_ignored=True)]
+OPTIONS = [
+    LossSpec(softcap=3.0, ignore_index=7),
+    lossfuse.LinearOptions(chunk_bytes=77, drop_ignored=True),
+]
 # with parameters of its own, the linear form's is in test_linear_autograd
 MODULES = {
-    "CrossEntropyLoss": lambda: lossfuse.CrossEntropyLoss(class_weight(V), reduction="sum", label_smoothing=0.1, softcap=5.0),
+    "CrossEntropyLoss": lambda: lossfuse.CrossEntropyLoss(
+        class_weight(V), reduction="sum", label_smoothing=0.1, softcap=5.0
+    ),
     "NLLLoss": lambda: lossfuse.NLLLoss(class_weight(V), reduction="sum"),
     "LogSoftmax": lambda: lossfuse.LogSoftmax(1),
-    "BCEWithLogitsLoss": lambda: lossfuse.BCEWithLogitsLoss(pos_weight=class_weight(V), reduction="sum"),
+    "BCEWithLogitsLoss": lambda: lossfuse.BCEWithLogitsLoss(
+        pos_weight=class_weight(V), reduction="sum"
+    ),
     "BCELoss": lambda: lossfuse.BCELoss(reduction="sum"),
 }
 
@@ -36,7 +48,10 @@ MODULES = {
 def call(name, module):
     x, ids = logits_and_ids(6, V)
     if name in ("BCEWithLogitsLoss", "BCELoss"):
-        return module(x if "Logits" in name else x.sigmoid(), torch.rand(6, V, generator=torch.Generator().manual_seed(0)))
+        return module(
+            x if "Logits" in name else x.sigmoid(),
+            torch.rand(6, V, generator=torch.Generator().manual_seed(0)),
+        )
     return module(x) if name == "LogSoftmax" else module(x, ids)
 
 

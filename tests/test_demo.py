@@ -30,11 +30,15 @@ def test_batches_are_next_tokens_and_repeat_with_their_seed():
     ids = torch.arange(1000)
     first = list(batches(ids, 3, 10, 2, seed=4))
     assert all(torch.equal(target, tokens + 1) for tokens, target in first)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, batches(ids, 3, 10, 2, seed=4), strict=True))
+    assert all(
+        torch.equal(a[0], b[0]) for a, b in zip(first, batches(ids, 3, 10, 2, seed=4), strict=True)
+    )
 
 
 def test_both_losses_train_alike_and_are_drawn(tmp_path, capsys):
-    setup = demo.Setup(vocab_size=600, characters=300_000, steps=6, batch=4, length=16, width=16, layers=1, heads=2)
+    setup = demo.Setup(
+        vocab_size=600, characters=300_000, steps=6, batch=4, length=16, width=16, layers=1, heads=2
+    )
     result = demo.main(tmp_path / "demo.png", setup)
     theirs, ours = (result.runs[name] for name in (demo.TORCH, demo.OURS))
     assert len(ours.losses) == 6 and len(set(ours.losses)) == 6
@@ -52,11 +56,16 @@ def test_both_losses_train_alike_and_are_drawn(tmp_path, capsys):
 def test_whole_steps_compute_the_same_loss():
     torch.manual_seed(0)
     model, tokens = demo.Transformer(600, 16, 16, 1, 2), torch.randint(0, 600, (4, 17))
-    losses = [loss(model, tokens[:, :-1], tokens[:, 1:].flatten()) for loss, _ in demo.STEPS.values()]
+    losses = [
+        loss(model, tokens[:, :-1], tokens[:, 1:].flatten()) for loss, _ in demo.STEPS.values()
+    ]
     assert [loss.item() for loss in losses] == pytest.approx([losses[0].item()] * 4, rel=1e-5)
 
 
-@pytest.mark.parametrize(("load", "said"), [(0.9, None), (1.0, "a load of 1.0 on 2 CPUs"), (7.25, "a load of 7.2 on 2 CPUs")])
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [(0.9, None), (1.0, "a load of 1.0 on 2 CPUs"), (7.25, "a load of 7.2 on 2 CPUs")],
+)
 def test_a_busy_machine_is_said(load, said, monkeypatch):
     monkeypatch.setattr(demo.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setattr(demo.os, "cpu_count", lambda: 2)
@@ -79,7 +88,12 @@ def test_what_comes_and_how_long_it_takes_is_said_first(tmp_path, capsys, monkey
 
 def test_too_little_text_is_said():
     with pytest.raises(RuntimeError, match="raise characters or lower vocab_size"):
-        demo.train(demo.Setup(vocab_size=50_000, characters=1000, steps=1), CPU, lambda line: None, lambda runs: None)
+        demo.train(
+            demo.Setup(vocab_size=50_000, characters=1000, steps=1),
+            CPU,
+            lambda line: None,
+            lambda runs: None,
+        )
 
 
 def test_timing_is_interleaved_and_drops_the_first_round():

@@ -1,4 +1,5 @@
-"""Losses whose classes are cut among ranks, against the torch program on whole rows in fp64: gloo, two and four ranks."""
+"""Losses whose classes are cut among ranks, against the torch program on whole rows in fp64: gloo,
+two and four ranks."""
 
 import contextlib
 import copy
@@ -11,24 +12,46 @@ import torch.distributed as dist
 
 import lossfuse
 import program
-from closeness import assert_formula_close, assert_gradient_close, assert_product_close, assert_statistics_close
+from closeness import (
+    assert_formula_close,
+    assert_gradient_close,
+    assert_product_close,
+    assert_statistics_close,
+)
 from lossfuse import LinearOptions, VocabShard, targets
 from lossfuse.ops import head_chunks
 from lossfuse.vocab_parallel import backend as shard_backend
-from options import COMBINATIONS, EVERYTHING, OPTIONS, differentiated, options_of, upstream, upstreams
+from options import (
+    COMBINATIONS,
+    EVERYTHING,
+    OPTIONS,
+    differentiated,
+    options_of,
+    upstream,
+    upstreams,
+)
 from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
 from test_promises import kept_over_ranks, promises_over_ranks
 
-SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]
+SINGLE = [
+    (),
+    *((name,) for name in OPTIONS),
+    EVERYTHING,
+    (*EVERYTHING, "none"),
+    (*EVERYTHING, "normalizer"),
+]
 FORMS = ("logits", "inplace", "statistics", "head", "head statistics")
 # three chunks of rows
 CHUNKS = LinearOptions(chunk_bytes=2 * 32 * 4)
 # what two ranks pass for one option
 DIFFERING = {
-    "label_smoothing": (0.1, 0.2), "softcap": (3.0, 4.0), "logit_scale": (None, 2.0), "lse_square_scale": (0.0, 0.1),
+    "label_smoothing": (0.1, 0.2),
+    "softcap": (3.0, 4.0),
+    "logit_scale": (None, 2.0),
+    "lse_square_scale": (0.0, 0.1),
     "ignore_index": (-100, 3),
-}  # fmt: skip
+}
 
 
 def my_slice(cuts):
@@ -39,7 +62,15 @@ def my_slice(cuts):
 
 def mine(t, classes, dim=-1):
     """The part of a tensor that this rank holds: a leaf of its own where the whole is one."""
-    return t if t is None else t.detach().movedim(dim, 0)[classes].movedim(0, dim).contiguous().requires_grad_(t.requires_grad)
+    return (
+        t
+        if t is None
+        else t.detach()
+        .movedim(dim, 0)[classes]
+        .movedim(0, dim)
+        .contiguous()
+        .requires_grad_(t.requires_grad)
+    )
 
 
 @contextlib.contextmanager
@@ -50,7 +81,18 @@ def saying(what):
         raise AssertionError(f"{what}: {error}") from error
 
 
-def check_logits(form, cuts, soft, names, *, whole_weight=True, impl="torch", dtype=torch.float32, n=6, compare=assert_formula_close):
+def check_logits(
+    form,
+    cuts,
+    soft,
+    names,
+    *,
+    whole_weight=True,
+    impl="torch",
+    dtype=torch.float32,
+    n=6,
+    compare=assert_formula_close,
+):
     v = cuts_end(cuts)
     classes = my_slice(cuts)
     shard = VocabShard(classes.start, v)
@@ -71,7 +113,9 @@ def check_logits(form, cuts, soft, names, *, whole_weight=True, impl="torch", dt
         theirs = differentiated(want, leaves, ups)
     else:
         inplace = form == "inplace"
-        got = lossfuse.cross_entropy(local * 1.0 if inplace else local, local_target, inplace=inplace, **given)
+        got = lossfuse.cross_entropy(
+            local * 1.0 if inplace else local, local_target, inplace=inplace, **given
+        )
         want = program.cross_entropy(wide, wide_target, wide_weight, **options)
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
         up = upstream(x, options)
@@ -86,32 +130,51 @@ def cuts_end(cuts):
     return max(stop for _, stop in cuts)
 
 
-def check_head(form, cuts, soft, names, *, whole_weight=True, impl="torch", n=6, hidden_grad="reduced"):
+def check_head(
+    form, cuts, soft, names, *, whole_weight=True, impl="torch", n=6, hidden_grad="reduced"
+):
     v = cuts_end(cuts)
     classes = my_slice(cuts)
     shard = VocabShard(classes.start, v, hidden_grad=hidden_grad)
     hidden, head, bias, ids = head_and_ids(n, 5, v)
     target = probabilities(n, v) if soft else ids
     weight, options = options_of(names, v, "cpu")
-    (wide, wide_head, wide_bias, wide_target, wide_weight), leaves = program.wide_leaves(hidden, head, bias, target, weight)
-    local_head, local_bias, local_target = mine(head, classes, 0), mine(bias, classes), mine(target, classes) if soft else target
+    (wide, wide_head, wide_bias, wide_target, wide_weight), leaves = program.wide_leaves(
+        hidden, head, bias, target, weight
+    )
+    local_head, local_bias, local_target = (
+        mine(head, classes, 0),
+        mine(bias, classes),
+        mine(target, classes) if soft else target,
+    )
     given = {
-        "linear_bias": local_bias, "weight": weight if whole_weight else mine(weight, classes), "shard": shard, "impl": impl,
-        "options": CHUNKS, **options,
-    }  # fmt: skip
+        "linear_bias": local_bias,
+        "weight": weight if whole_weight else mine(weight, classes),
+        "shard": shard,
+        "impl": impl,
+        "options": CHUNKS,
+        **options,
+    }
     own = [t for t in (hidden, local_head, local_bias, local_target) if t.requires_grad]
     if form == "head statistics":
         got = lossfuse.linear_cross_entropy_stats(hidden, local_head, local_target, **given)
-        want = program.linear_cross_entropy_stats(wide, wide_head, wide_target, wide_bias, wide_weight, **options)
+        want = program.linear_cross_entropy_stats(
+            wide, wide_head, wide_target, wide_bias, wide_weight, **options
+        )
         assert_statistics_close(got, want)
         ups = upstreams(got)
         ours, theirs = differentiated(got, own, ups), differentiated(want, leaves, ups)
     else:
         got = lossfuse.linear_cross_entropy(hidden, local_head, local_target, **given)
-        want = program.linear_cross_entropy(wide, wide_head, wide_target, wide_bias, wide_weight, **options)
+        want = program.linear_cross_entropy(
+            wide, wide_head, wide_target, wide_bias, wide_weight, **options
+        )
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
         up = upstream(hidden, options)
-        ours, theirs = torch.autograd.grad(got, own, up), torch.autograd.grad(want, leaves, up.double())
+        ours, theirs = (
+            torch.autograd.grad(got, own, up),
+            torch.autograd.grad(want, leaves, up.double()),
+        )
     dhidden, *rest = ours
     if hidden_grad == "partial":
         dist.all_reduce(dhidden)
@@ -145,7 +208,9 @@ GRID = list(itertools.product(FORMS, (False, True)))
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_every_pair_of_options(n):
-    cases_on_ranks(n, every_option, [(form, soft, tuple(COMBINATIONS)) for form, soft in GRID], timeout=5000.0)
+    cases_on_ranks(
+        n, every_option, [(form, soft, tuple(COMBINATIONS)) for form, soft in GRID], timeout=5000.0
+    )
 
 
 def random_call(case):
@@ -159,7 +224,12 @@ def random_call(case):
 def test_random_cuts_of_random_rows(n):
     """Shards of any sizes, some empty, in any order of ranks."""
     draws = pytest.importorskip("draws", exc_type=ImportError)
-    cases_on_ranks(n, random_call, draws.drawn(draws.calls_of_ranks(n, FORMS, COMBINATIONS), 150), timeout=5000.0)
+    cases_on_ranks(
+        n,
+        random_call,
+        draws.drawn(draws.calls_of_ranks(n, FORMS, COMBINATIONS), 150),
+        timeout=5000.0,
+    )
 
 
 # --- what is not a grid: (name, of a function here) on two ranks or four
@@ -188,65 +258,212 @@ def errors():
 
     bad = ids.clone()
     bad[3] = 37
-    agreed(IndexError, "target of row 3 is 37 on rank 0", lossfuse.cross_entropy, local, bad, shard=shard)
+    agreed(
+        IndexError,
+        "target of row 3 is 37 on rank 0",
+        lossfuse.cross_entropy,
+        local,
+        bad,
+        shard=shard,
+    )
     # found by one rank alone
-    agreed(IndexError, "target of row 3 is 37 on rank 1", lossfuse.cross_entropy, local, bad if rank else ids, shard=shard)
+    agreed(
+        IndexError,
+        "target of row 3 is 37 on rank 1",
+        lossfuse.cross_entropy,
+        local,
+        bad if rank else ids,
+        shard=shard,
+    )
     other = ids.clone()
     other[0] = (ids[0] + 1) % 37
-    agreed(ValueError, "target differs between the ranks", lossfuse.cross_entropy, local, other if rank else ids, shard=shard)
-    agreed(ValueError, "target differs", lossfuse.cross_entropy, local, ids.flip(0) if rank else ids, shard=shard)
+    agreed(
+        ValueError,
+        "target differs between the ranks",
+        lossfuse.cross_entropy,
+        local,
+        other if rank else ids,
+        shard=shard,
+    )
+    agreed(
+        ValueError,
+        "target differs",
+        lossfuse.cross_entropy,
+        local,
+        ids.flip(0) if rank else ids,
+        shard=shard,
+    )
     # alike in their sum, and in their sum with rows counted
     for mine_of, other in (((1, 2, 2, 1), (2, 1, 1, 2)), ((3, 7, 3), (4, 5, 4))):
         given = torch.tensor(other if rank else mine_of)
-        agreed(ValueError, "target differs", lossfuse.cross_entropy, local[: len(given)], given, shard=shard)
+        agreed(
+            ValueError,
+            "target differs",
+            lossfuse.cross_entropy,
+            local[: len(given)],
+            given,
+            shard=shard,
+        )
     # each of them would change the loss, or what is ignored
     for name, values in DIFFERING.items():
         options = {name: values[rank]}
-        agreed(ValueError, "the ranks of shard.group differ in", lossfuse.cross_entropy, local, ids.clamp(min=0), shard=shard, **options)
+        agreed(
+            ValueError,
+            "the ranks of shard.group differ in",
+            lossfuse.cross_entropy,
+            local,
+            ids.clamp(min=0),
+            shard=shard,
+            **options,
+        )
     soft = torch.rand(6, local.shape[1])
-    agreed(ValueError, "differ in", lossfuse.cross_entropy, local, soft, shard=shard, softcap=3.0 + rank)
+    agreed(
+        ValueError,
+        "differ in",
+        lossfuse.cross_entropy,
+        local,
+        soft,
+        shard=shard,
+        softcap=3.0 + rank,
+    )
     of_more = VocabShard(classes.start, 37 + rank)
     agreed(ValueError, "differ in num_classes", lossfuse.cross_entropy, local, ids, shard=of_more)
     # a number is one, whatever its type
-    lossfuse.cross_entropy(local, ids, shard=shard, softcap=(3, 3.0)[rank], ignore_index=(-100, np.int64(-100))[rank])
+    lossfuse.cross_entropy(
+        local, ids, shard=shard, softcap=(3, 3.0)[rank], ignore_index=(-100, np.int64(-100))[rank]
+    )
     for stats in (lossfuse.cross_entropy_stats, lossfuse.cross_entropy):
         with_gap = VocabShard(0 if rank == 0 else 21, 38)
-        agreed(ValueError, "hold the classes [0, 20), [21, 38); expected each of [0, 38) once", stats, local, ids, shard=with_gap)
+        agreed(
+            ValueError,
+            "hold the classes [0, 20), [21, 38); expected each of [0, 38) once",
+            stats,
+            local,
+            ids,
+            shard=with_gap,
+        )
     overlapping = VocabShard(0 if rank == 0 else 19, 36)
-    agreed(ValueError, "[0, 20), [19, 36)", lossfuse.cross_entropy, local, ids.clamp(max=35), shard=overlapping)
-    agreed(ValueError, "expected each of [0, 40) once", lossfuse.cross_entropy, local, ids, shard=VocabShard(classes.start, 40))
+    agreed(
+        ValueError,
+        "[0, 20), [19, 36)",
+        lossfuse.cross_entropy,
+        local,
+        ids.clamp(max=35),
+        shard=overlapping,
+    )
+    agreed(
+        ValueError,
+        "expected each of [0, 40) once",
+        lossfuse.cross_entropy,
+        local,
+        ids,
+        shard=VocabShard(classes.start, 40),
+    )
     with lossfuse.debug_targets():
         few = 6 - rank
-        agreed(ValueError, "have [6, 5] rows", lossfuse.cross_entropy, local[:few], ids[:few], shard=shard)
+        agreed(
+            ValueError,
+            "have [6, 5] rows",
+            lossfuse.cross_entropy,
+            local[:few],
+            ids[:few],
+            shard=shard,
+        )
     # nothing was left half done
     check_logits("logits", TWO, False, ())
 
     hidden, head, _, ids = head_and_ids(6, 5, 37)
     call, local_head = lossfuse.linear_cross_entropy, mine(head, classes, 0)
-    agreed(IndexError, "on rank 1", call, hidden, local_head, ids.clamp(max=36) + 37 * rank, shard=shard)
+    agreed(
+        IndexError,
+        "on rank 1",
+        call,
+        hidden,
+        local_head,
+        ids.clamp(max=36) + 37 * rank,
+        shard=shard,
+    )
     # a row of the call, not of its chunk, or of the rows that are left
     late = torch.where(ids == -100, -100, 0)
     late[0], late[5] = -100, 37
     for how in (CHUNKS, LinearOptions(drop_ignored=True)):
         for form in (call, lossfuse.linear_cross_entropy_stats):
-            agreed(IndexError, "target of row 5 is 37", form, hidden, local_head, late, shard=shard, options=how)
+            agreed(
+                IndexError,
+                "target of row 5 is 37",
+                form,
+                hidden,
+                local_head,
+                late,
+                shard=shard,
+                options=how,
+            )
     fewer = torch.full((6,), -100) if rank else ids
-    agreed(ValueError, "target differs", call, hidden, local_head, fewer, shard=shard, options=LinearOptions(drop_ignored=True))
+    agreed(
+        ValueError,
+        "target differs",
+        call,
+        hidden,
+        local_head,
+        fewer,
+        shard=shard,
+        options=LinearOptions(drop_ignored=True),
+    )
     # 256 and 300 rows in chunks of 128
     n = 300 if rank else 256
-    many, zeros, some = torch.ones(n, 5), torch.zeros(n, dtype=torch.int64), LinearOptions(chunk_bytes=128 * 32 * 4)
+    many, zeros, some = (
+        torch.ones(n, 5),
+        torch.zeros(n, dtype=torch.int64),
+        LinearOptions(chunk_bytes=128 * 32 * 4),
+    )
     with lossfuse.debug_targets():
-        agreed(ValueError, "have [256, 300] rows", call, many, local_head, zeros, shard=shard, options=some)
+        agreed(
+            ValueError,
+            "have [256, 300] rows",
+            call,
+            many,
+            local_head,
+            zeros,
+            shard=shard,
+            options=some,
+        )
     # the reference, which auto is for a weight that has a gradient
     x_ids = logits_and_ids(6, 37)[1]
     for given in ({"impl": "reference"}, {"weight": torch.ones(37, requires_grad=True)}):
-        agreed(IndexError, "target of row 3 is 37 on rank 1", lossfuse.cross_entropy, local, bad if rank else x_ids, shard=shard, **given)
-        agreed(ValueError, "target differs", lossfuse.cross_entropy_stats, local, x_ids.flip(0) if rank else x_ids, shard=shard, **given)
         agreed(
-            IndexError, "row 5 is 37 on rank 1", call, hidden, local_head, late.clamp(max=36) + rank * (late == 37), shard=shard, **given
+            IndexError,
+            "target of row 3 is 37 on rank 1",
+            lossfuse.cross_entropy,
+            local,
+            bad if rank else x_ids,
+            shard=shard,
+            **given,
         )
-    assert "must be a lossfuse.VocabShard" in raised(TypeError, call, hidden, local_head, ids, shard=(0, 37))
-    assert "with shard it must be (C, D)" in raised(ValueError, call, hidden, local_head[:, None], ids[:, None], shard=shard)
+        agreed(
+            ValueError,
+            "target differs",
+            lossfuse.cross_entropy_stats,
+            local,
+            x_ids.flip(0) if rank else x_ids,
+            shard=shard,
+            **given,
+        )
+        agreed(
+            IndexError,
+            "row 5 is 37 on rank 1",
+            call,
+            hidden,
+            local_head,
+            late.clamp(max=36) + rank * (late == 37),
+            shard=shard,
+            **given,
+        )
+    assert "must be a lossfuse.VocabShard" in raised(
+        TypeError, call, hidden, local_head, ids, shard=(0, 37)
+    )
+    assert "with shard it must be (C, D)" in raised(
+        ValueError, call, hidden, local_head[:, None], ids[:, None], shard=shard
+    )
     said = raised(ValueError, lossfuse.cross_entropy, local, ids, torch.ones(5), shard=shard)
     assert f"expected ({classes.stop - classes.start},) or, of all classes, (37,)" in said
     made = lossfuse.cross_entropy(local, ids, shard=shard)
@@ -277,23 +494,35 @@ def shards_that_are_none():
         cut = torch.arange(v).chunk(dist.get_world_size())
         mine_of = cut[dist.get_rank()] if dist.get_rank() < len(cut) else torch.arange(0)
         shard = VocabShard.even(v)
-        assert shard.num_classes == v and (shard.start == int(mine_of[0]) if len(mine_of) else shard.start == v)
+        assert shard.num_classes == v and (
+            shard.start == int(mine_of[0]) if len(mine_of) else shard.start == v
+        )
 
 
 def many_classes():
-    """1031 classes of which no rank has as many as another, real dtypes, entries relative to themselves."""
-    cuts = tuple((int(c[0]), int(c[-1]) + 1) for c in torch.arange(1031).chunk(dist.get_world_size()))
+    """1031 classes of which no rank has as many as another, real dtypes, entries relative to
+    themselves."""
+    cuts = tuple(
+        (int(c[0]), int(c[-1]) + 1) for c in torch.arange(1031).chunk(dist.get_world_size())
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for form, soft in itertools.product(("logits", "inplace"), (False,)):
             for names in ((), ("none",), ("z-loss", "softcap", "weight")):
-                check_logits(form, cuts, soft, names, dtype=dtype, n=70, compare=assert_gradient_close)
+                check_logits(
+                    form, cuts, soft, names, dtype=dtype, n=70, compare=assert_gradient_close
+                )
     x, ids = logits_and_ids(40, 1031, torch.float64)
     classes = my_slice(cuts)
     local = mine(x, classes)
     got = lossfuse.cross_entropy(local, ids, shard=VocabShard.even(1031), label_smoothing=0.1)
     want = program.cross_entropy(x, ids, label_smoothing=0.1)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(torch.autograd.grad(got, local)[0], torch.autograd.grad(want, x)[0][:, classes], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, local)[0],
+        torch.autograd.grad(want, x)[0][:, classes],
+        rtol=1e-10,
+        atol=1e-14,
+    )
 
 
 def groups_of_one_and_no_rows():
@@ -311,7 +540,9 @@ def groups_of_one_and_no_rows():
                 torch.testing.assert_close(g, w)
     classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
     for weight in (None, class_weight(37)):
-        none = lossfuse.cross_entropy_stats(mine(x, classes)[:0], torch.arange(0), weight, reduction="sum", shard=shard)
+        none = lossfuse.cross_entropy_stats(
+            mine(x, classes)[:0], torch.arange(0), weight, reduction="sum", shard=shard
+        )
         assert none.loss == 0.0 and none.argmax.shape == (0,)
 
 
@@ -333,10 +564,17 @@ def shapes():
             local_target = target if target is ids else mine(target, classes, len(lead))
             for reduction in ("mean", "none"):
                 got = lossfuse.cross_entropy(local, local_target, reduction=reduction, shard=shard)
-                want = torch.nn.functional.cross_entropy(x.double(), target if target is ids else target.double(), reduction=reduction)
+                want = torch.nn.functional.cross_entropy(
+                    x.double(), target if target is ids else target.double(), reduction=reduction
+                )
                 torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-                ours, theirs = torch.autograd.grad(got.sum(), local)[0], torch.autograd.grad(want.sum(), x)[0]
-                assert_formula_close(ours, theirs.movedim(len(lead), 0)[classes].movedim(0, len(lead)))
+                ours, theirs = (
+                    torch.autograd.grad(got.sum(), local)[0],
+                    torch.autograd.grad(want.sum(), x)[0],
+                )
+                assert_formula_close(
+                    ours, theirs.movedim(len(lead), 0)[classes].movedim(0, len(lead))
+                )
 
 
 def same_on_every_rank_and_every_time():
@@ -365,7 +603,9 @@ def in_place_contract():
         where = local.data_ptr()
         loss = lossfuse.cross_entropy(local, ids, reduction=reduction, inplace=True, shard=shard)
         slopes = []
-        local.register_hook(lambda g, slopes=slopes: slopes.append(g)) if reduction == "none" else None
+        local.register_hook(
+            lambda g, slopes=slopes: slopes.append(g)
+        ) if reduction == "none" else None
         loss.sum().backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="inplace=True|consumed"):
             loss.sum().backward()
@@ -377,7 +617,9 @@ def in_place_contract():
     # what is raised before anything is written leaves the logits as they were
     local = mine(x, classes) * 1.0
     with pytest.raises(ValueError, match="target differs"):
-        lossfuse.cross_entropy(local, ids.flip(0) if dist.get_rank() else ids, inplace=True, shard=shard)
+        lossfuse.cross_entropy(
+            local, ids.flip(0) if dist.get_rank() else ids, inplace=True, shard=shard
+        )
     assert torch.equal(local, x[:, classes])
 
 
@@ -398,11 +640,15 @@ def the_reference():
     classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
     x, ids = logits_and_ids(6, 37)
     local = mine(x, classes)
-    (ours,) = second_derivative_of(lossfuse.cross_entropy(local, ids, shard=shard, impl="reference"), local)
+    (ours,) = second_derivative_of(
+        lossfuse.cross_entropy(local, ids, shard=shard, impl="reference"), local
+    )
     wide = x.detach().double().requires_grad_()
     (theirs,) = second_derivative_of(torch.nn.functional.cross_entropy(wide, ids), wide)
     assert_formula_close(ours, theirs[:, classes])
-    none = lossfuse.cross_entropy(local[:0], ids[:0], reduction="sum", shard=shard, impl="reference")
+    none = lossfuse.cross_entropy(
+        local[:0], ids[:0], reduction="sum", shard=shard, impl="reference"
+    )
     assert none == 0.0 and not torch.autograd.grad(none, local)[0].any()
     # which auto is for a weight that has a gradient, of its classes or of all
     for whole in (False, True):
@@ -413,7 +659,9 @@ def the_reference():
         logp = wide.detach().log_softmax(1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
         kept = wide_weight[ids.clamp(min=0)] * (ids >= 0)
         (theirs,) = torch.autograd.grad(-(kept * logp).sum() / kept.sum(), wide_weight)
-        assert_formula_close(torch.autograd.grad(loss, given)[0], theirs if whole else theirs[classes])
+        assert_formula_close(
+            torch.autograd.grad(loss, given)[0], theirs if whole else theirs[classes]
+        )
 
 
 def where_nobody_looks():
@@ -446,7 +694,12 @@ def where_nobody_looks():
 def kernels():
     """Ours, in the interpreter."""
     for soft in (False, True):
-        for form, names in (("logits", EVERYTHING), ("inplace", ()), ("statistics", ("none", "weight")), ("head", ("smoothing",))):
+        for form, names in (
+            ("logits", EVERYTHING),
+            ("inplace", ()),
+            ("statistics", ("none", "weight")),
+            ("head", ("smoothing",)),
+        ):
             check(form, TWO, soft, names, impl="triton", n=3)
 
 
@@ -461,17 +714,27 @@ def compiled(backend="aot_eager"):
     weight = class_weight(37)
 
     def of_logits(t):
-        return lossfuse.cross_entropy(t, ids, weight, shard=shard, label_smoothing=0.1, lse_square_scale=0.01)
+        return lossfuse.cross_entropy(
+            t, ids, weight, shard=shard, label_smoothing=0.1, lse_square_scale=0.01
+        )
 
     def of_head(h, w):
         made = lossfuse.linear_cross_entropy_stats(h, w, head_ids, reduction="none", shard=shard)
-        return lossfuse.linear_cross_entropy(h, w, head_ids, shard=shard) + (made.loss + made.entropy).sum()
+        return (
+            lossfuse.linear_cross_entropy(h, w, head_ids, shard=shard)
+            + (made.loss + made.entropy).sum()
+        )
 
-    for fn, leaves in ((of_logits, [mine(x, classes)]), (of_head, [hidden, mine(head, classes, 0)])):
+    for fn, leaves in (
+        (of_logits, [mine(x, classes)]),
+        (of_head, [hidden, mine(head, classes, 0)]),
+    ):
         want = fn(*leaves)
         got = torch.compile(fn, fullgraph=True, backend=backend)(*leaves)
         torch.testing.assert_close(got, want)
-        for g, w in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+        for g, w in zip(
+            torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
+        ):
             torch.testing.assert_close(g, w)
 
 
@@ -483,7 +746,9 @@ def dtensors():
     x, ids = logits_and_ids(6, 37)
     weight, options = options_of(EVERYTHING, 37, "cpu")
     wide = x.detach().double().requires_grad_()
-    for call, placements in itertools.product((lossfuse.cross_entropy, lossfuse.cross_entropy_stats), ([Shard(1)], [Replicate()])):
+    for call, placements in itertools.product(
+        (lossfuse.cross_entropy, lossfuse.cross_entropy_stats), ([Shard(1)], [Replicate()])
+    ):
         for target in (ids, distribute_tensor(ids, mesh, [Replicate()])):
             for given in (weight, distribute_tensor(weight, mesh, [Replicate()])):
                 leaf = distribute_tensor(x.detach(), mesh, placements).requires_grad_()
@@ -498,35 +763,57 @@ def dtensors():
     soft = probabilities(6, 37).detach()
     cut = distribute_tensor(x.detach(), mesh, [Shard(1)])
     got = lossfuse.cross_entropy(cut, distribute_tensor(soft, mesh, [Shard(1)]))
-    torch.testing.assert_close(got.double(), torch.nn.functional.cross_entropy(wide, soft.double()), rtol=1e-5, atol=1e-6)
-    assert "expected Shard(1)" in raised(ValueError, lossfuse.cross_entropy, distribute_tensor(x.detach(), mesh, [Shard(0)]), ids)
+    torch.testing.assert_close(
+        got.double(), torch.nn.functional.cross_entropy(wide, soft.double()), rtol=1e-5, atol=1e-6
+    )
+    assert "expected Shard(1)" in raised(
+        ValueError, lossfuse.cross_entropy, distribute_tensor(x.detach(), mesh, [Shard(0)]), ids
+    )
     partial = DTensor.from_local(x.detach(), mesh, [Partial()])
     assert "Partial" in raised(ValueError, lossfuse.cross_entropy, partial, ids)
-    assert "knows its shard" in raised(ValueError, lossfuse.cross_entropy, cut, ids, shard=VocabShard.even(37))
-    assert "target is a DTensor" in raised(ValueError, lossfuse.cross_entropy, x, distribute_tensor(ids, mesh, [Replicate()]))
+    assert "knows its shard" in raised(
+        ValueError, lossfuse.cross_entropy, cut, ids, shard=VocabShard.even(37)
+    )
+    assert "target is a DTensor" in raised(
+        ValueError, lossfuse.cross_entropy, x, distribute_tensor(ids, mesh, [Replicate()])
+    )
 
     hidden, head, bias, ids = head_and_ids(6, 5, 37)
     leaves = [t.detach().double().requires_grad_() for t in (hidden, head, bias)]
     for placements in ([Shard(0)], [Replicate()]):
         h = distribute_tensor(hidden.detach(), mesh, [Replicate()]).requires_grad_()
-        w, b = (distribute_tensor(t.detach(), mesh, placements).requires_grad_() for t in (head, bias))
+        w, b = (
+            distribute_tensor(t.detach(), mesh, placements).requires_grad_() for t in (head, bias)
+        )
         got = lossfuse.linear_cross_entropy(h, w, ids, linear_bias=b, label_smoothing=0.1)
-        want = program.linear_cross_entropy(leaves[0], leaves[1], ids, leaves[2], label_smoothing=0.1)
+        want = program.linear_cross_entropy(
+            leaves[0], leaves[1], ids, leaves[2], label_smoothing=0.1
+        )
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-        for g, t in zip(torch.autograd.grad(got, [h, w, b]), torch.autograd.grad(want, leaves), strict=True):
+        for g, t in zip(
+            torch.autograd.grad(got, [h, w, b]), torch.autograd.grad(want, leaves), strict=True
+        ):
             assert_product_close(g.full_tensor(), t)
     # through the reference, which auto is for a class weight that has a gradient
     h, w, class_weights = hidden.detach(), head.detach(), class_weight(37)
     cut_h = distribute_tensor(h, mesh, [Replicate()]).requires_grad_()
     cut_w = distribute_tensor(w, mesh, [Shard(0)]).requires_grad_()
-    got = lossfuse.linear_cross_entropy(cut_h, cut_w, ids, weight=class_weights.clone().requires_grad_())
+    got = lossfuse.linear_cross_entropy(
+        cut_h, cut_w, ids, weight=class_weights.clone().requires_grad_()
+    )
     want = program.linear_cross_entropy(leaves[0], leaves[1], ids, None, class_weights.double())
-    for g, t in zip(torch.autograd.grad(got, [cut_h, cut_w]), torch.autograd.grad(want, leaves[:2]), strict=True):
+    for g, t in zip(
+        torch.autograd.grad(got, [cut_h, cut_w]), torch.autograd.grad(want, leaves[:2]), strict=True
+    ):
         assert_product_close(g.full_tensor(), t)
     w = cut_w
-    assert "unshard the weight first" in raised(ValueError, lossfuse.linear_cross_entropy, hidden, w, ids)
+    assert "unshard the weight first" in raised(
+        ValueError, lossfuse.linear_cross_entropy, hidden, w, ids
+    )
     rows, classes = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in (hidden, head))
-    assert "expected Replicate on its mesh" in raised(ValueError, lossfuse.linear_cross_entropy, rows, classes, ids)
+    assert "expected Replicate on its mesh" in raised(
+        ValueError, lossfuse.linear_cross_entropy, rows, classes, ids
+    )
 
 
 def other_dtypes_of_heads():
@@ -553,18 +840,23 @@ def other_dtypes_of_heads():
 
 
 def weights_of_other_ranks_in_float16():
-    """As on a GPU, where gradients of float16 logits have a unit: a target's weight may be out of proportion to all of another rank."""
+    """As on a GPU, where gradients of float16 logits have a unit: a target's weight may be out of
+    proportion to all of another rank."""
     weight = torch.ones(37)
     weight[20:] = 1e4
     hidden, head, _, ids = head_and_ids(64, 24, 37, torch.float16)
     wide = [t.detach().double().requires_grad_() for t in (hidden, head)]
-    theirs = torch.autograd.grad(program.linear_cross_entropy(*wide, ids, None, weight.double()), wide)
+    theirs = torch.autograd.grad(
+        program.linear_cross_entropy(*wide, ids, None, weight.double()), wide
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_chunks, "mixes", lambda device: True)
         for cuts in (TWO, ((37, 37), (0, 37))):
             classes = my_slice(cuts)
             leaves = [hidden, mine(head, classes, 0)]
-            loss = lossfuse.linear_cross_entropy(*leaves, ids, weight=weight, shard=VocabShard(classes.start, 37))
+            loss = lossfuse.linear_cross_entropy(
+                *leaves, ids, weight=weight, shard=VocabShard(classes.start, 37)
+            )
             slopes = torch.autograd.grad(loss, leaves)
             for g, t in zip(slopes, (theirs[0], theirs[1][classes]), strict=True):
                 assert float((g.double() - t).norm()) <= 2e-3 * float(t.norm())
@@ -581,24 +873,43 @@ def subgroups():
     got = lossfuse.cross_entropy(local, ids, shard=shard)
     want = torch.nn.functional.cross_entropy(x.double(), ids)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    assert_formula_close(torch.autograd.grad(got, local)[0], torch.autograd.grad(want, x)[0][:, classes])
+    assert_formula_close(
+        torch.autograd.grad(got, local)[0], torch.autograd.grad(want, x)[0][:, classes]
+    )
 
 
 def by_modules():
     classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
     x, ids = logits_and_ids(6, 37)
     loss = lossfuse.CrossEntropyLoss(label_smoothing=0.1, shard=shard)(mine(x, classes), ids)
-    torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(x.double(), ids, label_smoothing=0.1))
+    torch.testing.assert_close(
+        loss.double(), torch.nn.functional.cross_entropy(x.double(), ids, label_smoothing=0.1)
+    )
     # a copy, as an average of weights takes one, is of the same group
     module = lossfuse.CrossEntropyLoss(shard=VocabShard(classes.start, 37, dist.group.WORLD))
-    torch.testing.assert_close(copy.deepcopy(module)(mine(x, classes), ids), module(mine(x, classes), ids))
+    torch.testing.assert_close(
+        copy.deepcopy(module)(mine(x, classes), ids), module(mine(x, classes), ids)
+    )
 
 
 ON_TWO = (
-    errors, shards_that_are_none, many_classes, groups_of_one_and_no_rows, shapes, same_on_every_rank_and_every_time,
-    in_place_contract, partial_hidden, the_reference, dtensors, other_dtypes_of_heads,
-    weights_of_other_ranks_in_float16, by_modules, compiled, kernels, where_nobody_looks,
-)  # fmt: skip
+    errors,
+    shards_that_are_none,
+    many_classes,
+    groups_of_one_and_no_rows,
+    shapes,
+    same_on_every_rank_and_every_time,
+    in_place_contract,
+    partial_hidden,
+    the_reference,
+    dtensors,
+    other_dtypes_of_heads,
+    weights_of_other_ranks_in_float16,
+    by_modules,
+    compiled,
+    kernels,
+    where_nobody_looks,
+)
 # those of test_promises, of slices of the classes
 PROMISES = promises_over_ranks(every=False)
 ON_FOUR = (shards_that_are_none, many_classes, subgroups)
@@ -624,7 +935,8 @@ def test_four_ranks():
 
 
 def several_in_one_graph():
-    """What the graph makes takes memory by the shard's size in one loss and not in the other: gathers go by in one order all the same."""
+    """What the graph makes takes memory by the shard's size in one loss and not in the other:
+    gathers go by in one order all the same."""
     cuts = ((0, 2000), (2000, 2037))
     classes, shard = my_slice(cuts), VocabShard(my_slice(cuts).start, 2037)
     x, ids = logits_and_ids(6, 2037)
@@ -639,7 +951,9 @@ def several_in_one_graph():
     got = torch.compile(losses, fullgraph=True)(*leaves)
     assert not torch._inductor.config.reorder_for_peak_memory
     torch.testing.assert_close(got, want)
-    for g, w in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+    for g, w in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
+    ):
         torch.testing.assert_close(g, w)
 
 

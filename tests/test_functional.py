@@ -1,4 +1,5 @@
-"""Tier 1: is it the right formula? Small sizes in fp32, every option alone and every pair, against the torch program in fp64."""
+"""Tier 1: is it the right formula? Small sizes in fp32, every option alone and every pair, against
+the torch program in fp64."""
 
 from decimal import Decimal
 from fractions import Fraction
@@ -15,7 +16,9 @@ from rows import class_weight, logits_and_ids, probabilities
 
 
 def check(place, x, target, weight, options):
-    want = program.value_and_grads(x, target, weight, dloss=(dloss := upstream(x, options)), **options)
+    want = program.value_and_grads(
+        x, target, weight, dloss=(dloss := upstream(x, options)), **options
+    )
     loss = lossfuse.cross_entropy(x, target, weight, impl=place.impl, **options)
     leaves = [x, target] if target.requires_grad else [x]
     grads = torch.autograd.grad(loss, leaves, dloss.to(loss).reshape(loss.shape))
@@ -44,7 +47,9 @@ def test_class_probabilities(place, names):
 def test_small_sizes(place, n, v):
     x, target = logits_and_ids(n, v, device=place.device)
     check(place, x, target, *options_of(EVERYTHING, v, place.device))
-    check(place, x, probabilities(n, v, device=place.device), *options_of(EVERYTHING, v, place.device))
+    check(
+        place, x, probabilities(n, v, device=place.device), *options_of(EVERYTHING, v, place.device)
+    )
 
 
 @pytest.mark.parametrize("only", ["input", "target"])
@@ -75,15 +80,26 @@ def test_float64_is_float64(place):
 
 
 NUMBERS = {
-    "float16": np.float16, "float32": np.float32, "float64": np.float64, "0-d array": np.array, "Fraction": Fraction, "Decimal": Decimal,
-}  # fmt: skip
+    "float16": np.float16,
+    "float32": np.float32,
+    "float64": np.float64,
+    "0-d array": np.array,
+    "Fraction": Fraction,
+    "Decimal": Decimal,
+}
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_numbers_of_other_kinds_are_their_values(place, kind):
-    """Numpy's would be computed with in their own precision: 1 - label_smoothing in half, for logits of any dtype."""
+    """Numpy's would be computed with in their own precision: 1 - label_smoothing in half, for
+    logits of any dtype."""
     x, target = logits_and_ids(5, 17, device=place.device, ignored=0.0)
-    values = {"label_smoothing": 0.0625, "softcap": 12.5, "logit_scale": 0.375, "lse_square_scale": 0.015625}
+    values = {
+        "label_smoothing": 0.0625,
+        "softcap": 12.5,
+        "logit_scale": 0.375,
+        "lse_square_scale": 0.015625,
+    }
     want = lossfuse.cross_entropy(x, target, impl=place.impl, ignore_index=16, **values)
     given = {name: NUMBERS[kind](value) for name, value in values.items()}
     got = lossfuse.cross_entropy(x, target, impl=place.impl, ignore_index=np.int64(16), **given)
@@ -92,7 +108,10 @@ def test_numbers_of_other_kinds_are_their_values(place, kind):
 
 def test_normalizer_as_a_tensor(place):
     x, target = logits_and_ids(5, 17, device=place.device)
-    for normalizer in (torch.tensor(12, device=place.device), torch.tensor(12.0, device=place.device)):
+    for normalizer in (
+        torch.tensor(12, device=place.device),
+        torch.tensor(12.0, device=place.device),
+    ):
         got = lossfuse.cross_entropy(x, target, normalizer=normalizer, impl=place.impl)
         assert torch.equal(got, lossfuse.cross_entropy(x, target, normalizer=12, impl=place.impl))
 
@@ -103,17 +122,31 @@ def test_normalizer_may_require_grad(place):
     loss = lossfuse.cross_entropy(x, target, normalizer=normalizer, impl=place.impl)
     got = torch.autograd.grad(loss, [x, normalizer])
     torch.testing.assert_close(got[1], -loss.detach() / 4)
-    torch.testing.assert_close(got[0], torch.autograd.grad(lossfuse.cross_entropy(x, target, normalizer=4.0, impl=place.impl), x)[0])
+    torch.testing.assert_close(
+        got[0],
+        torch.autograd.grad(lossfuse.cross_entropy(x, target, normalizer=4.0, impl=place.impl), x)[
+            0
+        ],
+    )
 
 
 @pytest.mark.parametrize(
     ("size_average", "reduce", "means"),
-    [(None, True, "mean"), (True, None, "mean"), (False, None, "sum"), (False, True, "sum"), (True, False, "none"), (None, False, "none")],
+    [
+        (None, True, "mean"),
+        (True, None, "mean"),
+        (False, None, "sum"),
+        (False, True, "sum"),
+        (True, False, "none"),
+        (None, False, "none"),
+    ],
 )
 def test_deprecated_arguments_warn_and_win(size_average, reduce, means):
     x, target = logits_and_ids(5, 17)
     with pytest.warns(UserWarning, match=f"reduction='{means}'"):
-        got = lossfuse.cross_entropy(x, target, size_average=size_average, reduce=reduce, reduction="sum")
+        got = lossfuse.cross_entropy(
+            x, target, size_average=size_average, reduce=reduce, reduction="sum"
+        )
     assert torch.equal(got, lossfuse.cross_entropy(x, target, reduction=means))
 
 
@@ -122,7 +155,10 @@ def test_inputs_are_not_written_to(place):
     t = probabilities(6, 300, device=place.device)
     before = [a.detach().clone() for a in (x, target, t)]
     versions = [a._version for a in (x, target, t)]
-    (lossfuse.cross_entropy(x, target, impl=place.impl) + lossfuse.cross_entropy(x, t, impl=place.impl)).backward()
+    (
+        lossfuse.cross_entropy(x, target, impl=place.impl)
+        + lossfuse.cross_entropy(x, t, impl=place.impl)
+    ).backward()
     assert all(torch.equal(a, b) for a, b in zip((x, target, t), before, strict=True))
     assert [a._version for a in (x, target, t)] == versions
 
@@ -139,9 +175,13 @@ def test_autocast_changes_nothing(place):
     x, target = logits_and_ids(5, 17, torch.bfloat16, device=place.device)
     t = probabilities(5, 17, device=place.device)
     for aim in (target, t):
-        want = lossfuse.cross_entropy(x, aim, label_smoothing=0.1, lse_square_scale=0.1, impl=place.impl)
+        want = lossfuse.cross_entropy(
+            x, aim, label_smoothing=0.1, lse_square_scale=0.1, impl=place.impl
+        )
         with torch.autocast(place.device, dtype=torch.bfloat16):
-            got = lossfuse.cross_entropy(x, aim, label_smoothing=0.1, lse_square_scale=0.1, impl=place.impl)
+            got = lossfuse.cross_entropy(
+                x, aim, label_smoothing=0.1, lse_square_scale=0.1, impl=place.impl
+            )
         (grad,) = torch.autograd.grad(got, x)
         assert got.dtype == torch.float32 and torch.equal(got, want)
         assert grad.dtype == torch.bfloat16 and torch.equal(grad, torch.autograd.grad(want, x)[0])
@@ -151,10 +191,26 @@ def test_module_is_the_function_and_a_torch_module(place):
     x, target = logits_and_ids(6, 9, device=place.device)
     weight = class_weight(9, place.device)
     target = target.where(target >= 0, 3)
-    options = {"ignore_index": 3, "label_smoothing": 0.2, "reduction": "sum", "softcap": 9.0, "logit_scale": 2.0, "lse_square_scale": 0.1}
+    options = {
+        "ignore_index": 3,
+        "label_smoothing": 0.2,
+        "reduction": "sum",
+        "softcap": 9.0,
+        "logit_scale": 2.0,
+        "lse_square_scale": 0.1,
+    }
     module = lossfuse.CrossEntropyLoss(weight, **options, impl=place.impl)
     assert isinstance(module, torch.nn.CrossEntropyLoss)
-    assert list(module.state_dict()) == ["weight"] == list(torch.nn.CrossEntropyLoss(weight).state_dict())
-    assert torch.equal(module(x, target), lossfuse.cross_entropy(x, target, weight, **options, impl=place.impl))
+    assert (
+        list(module.state_dict())
+        == ["weight"]
+        == list(torch.nn.CrossEntropyLoss(weight).state_dict())
+    )
+    assert torch.equal(
+        module(x, target), lossfuse.cross_entropy(x, target, weight, **options, impl=place.impl)
+    )
     mean = lossfuse.CrossEntropyLoss(reduction="mean", impl=place.impl)
-    assert torch.equal(mean(x, target, normalizer=5), lossfuse.cross_entropy(x, target, normalizer=5, impl=place.impl))
+    assert torch.equal(
+        mean(x, target, normalizer=5),
+        lossfuse.cross_entropy(x, target, normalizer=5, impl=place.impl),
+    )

@@ -1,4 +1,5 @@
-"""Loss and gradient in one pass: each way of launching it by name, at sizes the interpreter can do, and the tables that choose one."""
+"""Loss and gradient in one pass: each way of launching it by name, at sizes the interpreter can do,
+and the tables that choose one."""
 
 import itertools
 import math
@@ -49,7 +50,9 @@ def force(monkeypatch):
             if way == "whole":
                 return launch.FusedPlan("whole", max(128, 1 << (v - 1).bit_length()), 1)
             assert most_lead is not None and v >= 2 * 16 // itemsize
-            return launch.FusedPlan("split", way, max(1, min(4, way // 128)), -(-(v + most_lead) // way))
+            return launch.FusedPlan(
+                "split", way, max(1, min(4, way // 128)), -(-(v + most_lead) // way)
+            )
 
         monkeypatch.setattr(fused_rows, "fused_plan", plan)
         fused_rows._plans.clear()
@@ -60,9 +63,15 @@ def force(monkeypatch):
 def ours(x, target, weight=None, *, dloss=None, dlogits=None, **options):
     """(loss, gradient), in place of a copy unless there is a tensor for it."""
     dlogits = x.detach().clone() if dlogits is None else dlogits
-    source = dlogits if dlogits.shape == x.shape and torch.equal(dlogits.nan_to_num(), x.detach().nan_to_num()) else x.detach()
+    source = (
+        dlogits
+        if dlogits.shape == x.shape and torch.equal(dlogits.nan_to_num(), x.detach().nan_to_num())
+        else x.detach()
+    )
     dloss = torch.ones((), device=x.device).expand(len(x)) if dloss is None else dloss
-    return backend.row_loss_and_grads(source, target, weight, dloss, LossSpec(**options), dlogits, None), dlogits
+    return backend.row_loss_and_grads(
+        source, target, weight, dloss, LossSpec(**options), dlogits, None
+    ), dlogits
 
 
 def check(x, target, weight=None, *, apart=False, **options):
@@ -110,7 +119,12 @@ def test_rows_cut_into_slices(force, device, v, width, dtype):
     ("way", "given"),
     [
         # both ways compute a tile by the same helpers
-        pytest.param(way, given, id=f"{way}-{'+'.join(given) or 'plain'}", marks=pytest.mark.slow if way == 64 and len(given) == 2 else ())
+        pytest.param(
+            way,
+            given,
+            id=f"{way}-{'+'.join(given) or 'plain'}",
+            marks=pytest.mark.slow if way == 64 and len(given) == 2 else (),
+        )
         for way in ("whole", 64)
         for given in COMBINATIONS
     ],
@@ -131,7 +145,15 @@ def test_options_and_pairs(force, device, way, given):
 def test_every_option_in_half_precision(force, device, way, dtype):
     force(way)
     x, target = logits_and_ids(3, 150, dtype, device)
-    check(x, target, class_weight(150, device), label_smoothing=0.1, softcap=9.0, logit_scale=0.7, lse_square_scale=1e-2)
+    check(
+        x,
+        target,
+        class_weight(150, device),
+        label_smoothing=0.1,
+        softcap=9.0,
+        logit_scale=0.7,
+        lse_square_scale=1e-2,
+    )
 
 
 @pytest.mark.parametrize("way", ["whole", 64])
@@ -147,7 +169,11 @@ def test_class_weights_of_zero(force, device, way):
 @pytest.mark.parametrize("way", ["whole", 64])
 def test_ours_is_no_mutant(force, device, way):
     x, target = logits_and_ids(5, 101, device=device)
-    options = {"label_smoothing": mutants.SMOOTHING, "lse_square_scale": mutants.Z_SCALE, "softcap": mutants.SOFTCAP}
+    options = {
+        "label_smoothing": mutants.SMOOTHING,
+        "lse_square_scale": mutants.Z_SCALE,
+        "softcap": mutants.SOFTCAP,
+    }
     target[0] = -100
     force(way)
     _, grad = ours(x, target, dloss=(1.0 / (target != -100).sum()).expand(5), **options)
@@ -157,8 +183,14 @@ def test_ours_is_no_mutant(force, device, way):
             assert_gradient_close(grad, mutant(x, target), terms=1e-3)
 
 
-@pytest.mark.parametrize("where", [slice(0, 64), slice(64, None), slice(1, None), slice(0, -1)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"softcap": 15.0}, {"logit_scale": -0.5}], ids=["plain", "softcap", "negative scale"])
+@pytest.mark.parametrize(
+    "where", [slice(0, 64), slice(64, None), slice(1, None), slice(0, -1)], ids=str
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 15.0}, {"logit_scale": -0.5}],
+    ids=["plain", "softcap", "negative scale"],
+)
 @pytest.mark.parametrize("way", ["whole", 64])
 def test_slices_without_a_finite_logit(force, device, way, options, where):
     force(way)
@@ -196,7 +228,9 @@ def test_a_confident_target_keeps_its_digits(force, device, way, margin):
     loss, grad = ours(x, target)
     others = (v - 1) * math.exp(-margin)
     assert loss.tolist() == pytest.approx([math.log1p(others)] * 3, rel=1e-5)
-    assert grad[torch.arange(3), target].tolist() == pytest.approx([-others / (1 + others)] * 3, rel=1e-5)
+    assert grad[torch.arange(3), target].tolist() == pytest.approx(
+        [-others / (1 + others)] * 3, rel=1e-5
+    )
     assert grad[0, 1].item() == pytest.approx(others / (1 + others) / (v - 1), rel=1e-5)
 
 
@@ -212,7 +246,9 @@ def test_ties_of_the_maximum_in_one_and_in_several_slices(force, device, at, top
 @pytest.mark.parametrize("way", ["whole", 64, "sweeps"])
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize(
-    "options", [{}, {"label_smoothing": 0.1, "lse_square_scale": 0.1, "softcap": 9.0, "logit_scale": 0.0}], ids=["plain", "all"]
+    "options",
+    [{}, {"label_smoothing": 0.1, "lse_square_scale": 0.1, "softcap": 9.0, "logit_scale": 0.0}],
+    ids=["plain", "all"],
 )
 def test_ignored_rows_may_hold_anything(force, device, way, poison, options):
     force(way)
@@ -232,7 +268,11 @@ def test_bad_targets_are_nan_and_read_nothing(force, device, way):
     for options in ({}, {"label_smoothing": 0.1, "lse_square_scale": 0.1}):
         loss, grad = ours(x, target, class_weight(130, device), **options)
         bad = [False, True, True, True, True, False]
-        assert loss.isnan().tolist() == bad and grad.isnan().all(-1).tolist() == bad and grad.isnan().any(-1).tolist() == bad
+        assert (
+            loss.isnan().tolist() == bad
+            and grad.isnan().all(-1).tolist() == bad
+            and grad.isnan().any(-1).tolist() == bad
+        )
 
 
 @pytest.mark.parametrize("way", ["whole", 64])
@@ -251,7 +291,8 @@ def test_undefined_rows_are_as_in_two_sweeps(force, device, way):
 
 
 def in_frame(x, gap, lead, filler):
-    """``x`` in a row of memory that holds ``filler`` around and between its rows, the first of which starts ``lead`` elements in."""
+    """``x`` in a row of memory that holds ``filler`` around and between its rows, the first of
+    which starts ``lead`` elements in."""
     n, v = x.shape
     memory = torch.full((64 + n * (v + gap) + 64,), filler, dtype=x.dtype, device=x.device)
     rows = memory.as_strided((n, v), (v + gap, 1), 32 + lead)
@@ -261,13 +302,20 @@ def in_frame(x, gap, lead, filler):
     return memory, rows, outside
 
 
-@pytest.mark.parametrize(("lead", "gap"), [*(pytest.param(*at, marks=pytest.mark.slow) for at in ((0, 0), (0, 1))), (1, 6), (3, 16)])
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("lead", "gap"),
+    [*(pytest.param(*at, marks=pytest.mark.slow) for at in ((0, 0), (0, 1))), (1, 6), (3, 16)],
+)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("way", ["whole", 64, "sweeps"])
 def test_nothing_outside_the_rows_is_read_or_written(force, device, way, dtype, gap, lead):
     force(way)
     x, target = logits_and_ids(3, 101, dtype, device)
-    want = program.value_and_grads(x, target, dloss=torch.ones(3), reduction="none", label_smoothing=0.1)
+    want = program.value_and_grads(
+        x, target, dloss=torch.ones(3), reduction="none", label_smoothing=0.1
+    )
     dloss, spec = torch.ones(3, device=device), LossSpec(label_smoothing=0.1)
     memory, rows, outside = in_frame(x.detach(), gap, lead, NAN)
     into, drows, doutside = in_frame(torch.zeros_like(x), gap, lead, 7.0)
@@ -279,16 +327,24 @@ def test_nothing_outside_the_rows_is_read_or_written(force, device, way, dtype, 
     assert memory[outside].isnan().all() and into[doutside].eq(7.0).all()
 
 
-@pytest.mark.parametrize("case", ["logits off by one", "gradient off by one", "rows with gaps", "aligned rows with gaps"])
+@pytest.mark.parametrize(
+    "case", ["logits off by one", "gradient off by one", "rows with gaps", "aligned rows with gaps"]
+)
 @pytest.mark.parametrize("v", [2500, 4097])
 def test_where_logits_and_gradient_are_aligned_differently(device, v, case):
     """By the tables: whatever they choose must be right."""
     x, target = logits_and_ids(3, v, torch.float32, device)
     want = program.value_and_grads(x, target, dloss=torch.ones(3), reduction="none")
-    lead, gap = {"logits off by one": (1, 0), "gradient off by one": (0, 0), "rows with gaps": (0, 3)}.get(case, (0, 16))
+    lead, gap = {
+        "logits off by one": (1, 0),
+        "gradient off by one": (0, 0),
+        "rows with gaps": (0, 3),
+    }.get(case, (0, 16))
     _, rows, _ = in_frame(x.detach(), gap, lead, NAN)
     _, dlogits, _ = in_frame(torch.zeros_like(x), 0, case == "gradient off by one", NAN)
-    loss = backend.row_loss_and_grads(rows, target, None, torch.ones(3, device=device), LossSpec(), dlogits, None)
+    loss = backend.row_loss_and_grads(
+        rows, target, None, torch.ones(3, device=device), LossSpec(), dlogits, None
+    )
     assert_loss_close(loss, want[0])
     assert_gradient_close(dlogits, want[1])
     (plan,) = fused_rows._plans.values()
@@ -296,7 +352,8 @@ def test_where_logits_and_gradient_are_aligned_differently(device, v, case):
 
 
 def over(x, dtype, gap=0):
-    """A copy of the logits in fp32 rows of a padded length, and a gradient over the first bytes of each, between guards."""
+    """A copy of the logits in fp32 rows of a padded length, and a gradient over the first bytes of
+    each, between guards."""
     n, v = x.shape
     length = -(-v // 16) * 16 + gap
     memory = torch.full((n, length), 7.0, device=x.device)
@@ -316,32 +373,45 @@ def over(x, dtype, gap=0):
 @pytest.mark.parametrize("gap", [0, pytest.param(4, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     ("way", "v"),
-    [("whole", 203), (64, 203), (64, 256), *(pytest.param(*way, marks=pytest.mark.slow) for way in ((128, 1001), ("sweeps", 5000)))],
+    [
+        ("whole", 203),
+        (64, 203),
+        (64, 256),
+        *(pytest.param(*way, marks=pytest.mark.slow) for way in ((128, 1001), ("sweeps", 5000))),
+    ],
 )
 def test_a_narrower_gradient_over_the_logits(force, device, way, v, gap, options, dtype):
-    """A row of it ends where other programs' logits have been; rows that start between 16-byte boundaries go another way."""
+    """A row of it ends where other programs' logits have been; rows that start between 16-byte
+    boundaries go another way."""
     force(way if gap % 4 == 0 else "whole")
     x, target = logits_and_ids(5, v, torch.float32, device)
     logits, dlogits, memory = over(x, dtype, gap)
     weight = class_weight(v, device)
     dloss = torch.linspace(-1.0, 2.0, 5, device=device)
     want = program.value_and_grads(x, target, weight, dloss=dloss, reduction="none", **options)
-    loss = backend.row_loss_and_grads(logits, target, weight, dloss, LossSpec(**options), dlogits, None)
+    loss = backend.row_loss_and_grads(
+        logits, target, weight, dloss, LossSpec(**options), dlogits, None
+    )
     assert_loss_close(loss, want[0])
-    assert_gradient_close(dlogits, want[1].to(dtype), terms=options.get("label_smoothing", 0.0) / v * 2.2)
+    assert_gradient_close(
+        dlogits, want[1].to(dtype), terms=options.get("label_smoothing", 0.0) / v * 2.2
+    )
     assert (memory[:, v:] == 7.0).all()
 
 
 @pytest.mark.parametrize("v", [203, 40_000])
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 def test_a_narrower_gradient_of_capped_logits(device, soft, v):
-    """Their slope needs the logits again: as the launcher chooses, with rows that fit a program and rows that do not."""
+    """Their slope needs the logits again: as the launcher chooses, with rows that fit a program and
+    rows that do not."""
     x, target = logits_and_ids(3, v, torch.float32, device)
     target = probabilities(3, v, torch.float32, device).detach() if soft else target
     logits, dlogits, _ = over(x, torch.float16)
     dloss = torch.full((3,), 100.0, device=device)
     want = program.value_and_grads(x, target, dloss=dloss, reduction="none", softcap=9.0)
-    loss = backend.row_loss_and_grads(logits, target, None, dloss, LossSpec(softcap=9.0), dlogits, None)
+    loss = backend.row_loss_and_grads(
+        logits, target, None, dloss, LossSpec(softcap=9.0), dlogits, None
+    )
     assert_loss_close(loss, want[0])
     assert_gradient_close(dlogits, want[1].to(torch.float16), terms=1e-3 if soft else 0.0)
 
@@ -366,7 +436,8 @@ def test_rows_that_are_columns_in_memory(device, soft):
 
 @pytest.mark.parametrize("v", [203, 5000])
 def test_in_place_is_the_same_from_statistics(device, v):
-    """The target's logit is read before its block is overwritten, wherever it lies; of probabilities nothing is read twice."""
+    """The target's logit is read before its block is overwritten, wherever it lies; of
+    probabilities nothing is read twice."""
     x, target = logits_and_ids(4, v, device=device)
     target[:3] = torch.tensor([0, v // 2, v - 1])
     x = x.detach()
@@ -403,7 +474,10 @@ def test_any_number_of_slices_gives_the_same(force, device):
 def test_numbers_of_rows(force, device, n):
     for way in ("whole", 32):
         force(way)
-        x, target = torch.randn(n, 19, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+        x, target = (
+            torch.randn(n, 19, device=device),
+            torch.zeros(n, dtype=torch.int64, device=device),
+        )
         loss, grad = ours(x, target, dlogits=torch.full_like(x, NAN))
         assert_loss_close(loss, -torch.log_softmax(x.double(), -1)[:, 0])
         assert grad.isfinite().all()
@@ -419,7 +493,9 @@ def test_rows_beyond_two_to_the_31_elements(force, device, way):
     x, target = logits_and_ids(3, 203, torch.float16, device, ignored=0.0)
     rows.copy_(x.detach())
     want = program.value_and_grads(x, target, dloss=torch.ones(3), reduction="none")
-    loss = backend.row_loss_and_grads(rows, target, None, torch.ones(3, device=device), LossSpec(), rows, None)
+    loss = backend.row_loss_and_grads(
+        rows, target, None, torch.ones(3, device=device), LossSpec(), rows, None
+    )
     assert_loss_close(loss, want[0])
     assert_gradient_close(rows, want[1])
 
@@ -429,14 +505,23 @@ def test_rows_beyond_two_to_the_31_elements(force, device, way):
 def test_multiply_in_place(device, n, dtype):
     t = torch.randn(n, device=device).to(dtype)
     for factor in (1.0, -0.375, NAN):
-        for number in (torch.tensor(factor, device=device), torch.tensor(factor, dtype=dtype, device=device)):
+        for number in (
+            torch.tensor(factor, device=device),
+            torch.tensor(factor, dtype=dtype, device=device),
+        ):
             got = t.clone()
             scale_rows.multiply_in_place(got, number)
             if factor == 1.0:
                 assert torch.equal(got, t)
             else:
                 # one unit in the last place: the interpreter truncates
-                torch.testing.assert_close(got, (t.float() * factor).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7, equal_nan=True)
+                torch.testing.assert_close(
+                    got,
+                    (t.float() * factor).to(dtype),
+                    rtol=torch.finfo(dtype).eps,
+                    atol=1e-7,
+                    equal_nan=True,
+                )
 
 
 def test_multiply_in_place_with_gaps(device):
@@ -453,16 +538,23 @@ def test_tables_cover_every_vocabulary(key, aligned):
     lead = 0 if aligned else 16 // itemsize - 1
     real = (16384, 16385, 32000, 32768, 50257, 128256, 151936, 262144, 300_000)
     for v in itertools.chain(range(1, 3000), range(3000, 300_000, 23), real):
-        plan = launch.fused_plan(family, v, itemsize, wide=aligned and v % 16 == 0, most_lead=lead, shaping=shaping)
+        plan = launch.fused_plan(
+            family, v, itemsize, wide=aligned and v % 16 == 0, most_lead=lead, shaping=shaping
+        )
         if plan.kind == "whole":
             assert v <= plan.block_v < max(129, 2 * v) and plan.block_v <= table.rows[-1].block_v
         elif plan.kind == "split":
             # no slice is empty, none is missing, and a row has the two groups that its edges need
-            assert (plan.slices - 1) * plan.block_v < v + lead <= plan.slices * plan.block_v and v >= 2 * 16 // itemsize
+            assert (
+                plan.slices - 1
+            ) * plan.block_v < v + lead <= plan.slices * plan.block_v and v >= 2 * 16 // itemsize
             assert launch.LaunchConfig(plan.block_v, plan.num_warps) in table.slices
         else:
             assert v > table.rows[-1].block_v and not table.slices
-        assert plan.kind == "sweeps" or (plan.num_warps in (1, 2, 4, 8, 16, 32) and plan.num_warps <= (16 if family == "amd" else 32))
+        assert plan.kind == "sweeps" or (
+            plan.num_warps in (1, 2, 4, 8, 16, 32)
+            and plan.num_warps <= (16 if family == "amd" else 32)
+        )
 
 
 @pytest.mark.parametrize(
@@ -508,12 +600,19 @@ def test_rows_that_32_bits_do_not_count_are_refused():
 
 def test_devices_without_a_table_and_gradients_at_other_alignments_sweep_twice():
     assert launch.fused_plan("xpu", 1000, 2, wide=True, most_lead=0, shaping=False) == launch.SWEEPS
-    assert launch.fused_plan("nvidia", 50257, 2, wide=False, most_lead=None, shaping=False) == launch.SWEEPS
-    assert launch.fused_plan("nvidia", 5000, 2, wide=False, most_lead=None, shaping=False).kind == "whole"
+    assert (
+        launch.fused_plan("nvidia", 50257, 2, wide=False, most_lead=None, shaping=False)
+        == launch.SWEEPS
+    )
+    assert (
+        launch.fused_plan("nvidia", 5000, 2, wide=False, most_lead=None, shaping=False).kind
+        == "whole"
+    )
 
 
 class FakeDevice:
-    """Stands for a compiled kernel on a device with room for some programs; ``free`` of them at present."""
+    """Stands for a compiled kernel on a device with room for some programs; ``free`` of them at
+    present."""
 
     def __init__(self, monkeypatch, resident, free=None):
         self.grids = []
@@ -536,7 +635,12 @@ class FakeDevice:
 @pytest.mark.parametrize(
     ("resident", "free", "grids", "kind"),
     [
-        (35, None, [1, 32], "split"),  # three rows of 8 and no part of a fourth: 24, but there are 4 rows to do
+        (
+            35,
+            None,
+            [1, 32],
+            "split",
+        ),  # three rows of 8 and no part of a fourth: 24, but there are 4 rows to do
         (30, None, [1, 24], "split"),
         (8, None, [1, 8], "split"),
         (7, None, [1], "sweeps"),  # one program of a row would wait for ever
@@ -561,7 +665,11 @@ def test_no_more_programs_than_run_at_once(monkeypatch, force, device, resident,
 def test_other_errors_of_a_launch_are_not_swallowed(monkeypatch, force):
     force(16)
     device = FakeDevice(monkeypatch, 100)
-    monkeypatch.setattr(FakeDevice, "__getitem__", lambda self, grid: (_ for _ in ()).throw(RuntimeError("illegal memory access")))
+    monkeypatch.setattr(
+        FakeDevice,
+        "__getitem__",
+        lambda self, grid: (_ for _ in ()).throw(RuntimeError("illegal memory access")),
+    )
     with pytest.raises(RuntimeError, match="illegal"):
         ours(torch.randn(4, 128), torch.zeros(4, dtype=torch.int64))
     assert device.grids == []

@@ -1,4 +1,5 @@
-"""What only a GPU can show: no synchronisation, captured graphs, memory to the byte, sizes beyond 2^31."""
+"""What only a GPU can show: no synchronisation, captured graphs, memory to the byte, sizes beyond
+2^31."""
 
 import pytest
 import torch
@@ -54,7 +55,11 @@ def test_nothing_waits_for_the_device(name, v):
 @pytest.mark.parametrize("name", CALLS)
 def test_a_captured_step_replays_on_new_numbers(name, v):
     x, target = logits_and_ids(64, v, torch.bfloat16, "cuda")
-    held, ids, factor = x.detach().clone().requires_grad_(), target.clone(), torch.tensor(2.0, device="cuda")
+    held, ids, factor = (
+        x.detach().clone().requires_grad_(),
+        target.clone(),
+        torch.tensor(2.0, device="cuda"),
+    )
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -129,7 +134,9 @@ def test_more_than_two_to_the_31_elements():
     address = held[0].data_ptr()
     target = torch.randint(0, v, (n,), device="cuda")
     last = held[0][-8:].clone()
-    want = torch.autograd.grad(F.cross_entropy(wide := last.double().requires_grad_(), target[-8:], reduction="sum"), wide)[0]
+    want = torch.autograd.grad(
+        F.cross_entropy(wide := last.double().requires_grad_(), target[-8:], reduction="sum"), wide
+    )[0]
     anchor = torch.zeros((), device="cuda", requires_grad=True)
 
     class Hand(torch.autograd.Function):
@@ -223,7 +230,12 @@ def test_backward_in_a_thread_of_autograd_on_the_stream_of_the_forward():
     assert torch.equal(loss, want[0]) and torch.equal(grad, want[1])
 
 
-HEADS = {"default": {}, "none": {"reduction": "none"}, "cap": {"softcap": 20.0}, "smoothing": {"label_smoothing": 0.1}}
+HEADS = {
+    "default": {},
+    "none": {"reduction": "none"},
+    "cap": {"softcap": 20.0},
+    "smoothing": {"label_smoothing": 0.1},
+}
 
 
 def head_step(hidden, weight, target, factor, **options):
@@ -258,7 +270,8 @@ def test_a_head_waits_for_nothing(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_is_as_near_as_eager_with_fp32_logits(name, dtype, v):
-    """Several chunks, the gradient over the logits: a race of programs that share a row would show here."""
+    """Several chunks, the gradient over the logits: a race of programs that share a row would show
+    here."""
     hidden, weight, target = head(700, 128, v, dtype)
     factor = torch.tensor(64.0, device="cuda")
     options = lossfuse.LinearOptions(chunk_bytes=256 * 4 * v)
@@ -310,4 +323,6 @@ def test_a_head_takes_a_chunk_and_its_sums(lean):
         del made
     gradients = 2 * d * (n + v)
     chunk = 256 << 20
-    assert extra <= max(chunk + gradients if lean else chunk + 2 * gradients, 3 * gradients) * 1.05 + (64 << 20)
+    assert extra <= max(
+        chunk + gradients if lean else chunk + 2 * gradients, 3 * gradients
+    ) * 1.05 + (64 << 20)

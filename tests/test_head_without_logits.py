@@ -1,4 +1,5 @@
-"""The loss of a head without a gradient, from the product whose logits stay in registers: through the public function."""
+"""The loss of a head without a gradient, from the product whose logits stay in registers: through
+the public function."""
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def inputs(device, n=70, d=24, v=300):
     g = torch.Generator().manual_seed(0)
     # the product takes no fp32 on a GPU
     dtype = torch.float32 if device == "cpu" else torch.float16
-    hidden, weight, bias = (torch.randn(*shape, generator=g).to(dtype).to(device) for shape in ((n, d), (v, d), (v,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=g).to(dtype).to(device) for shape in ((n, d), (v, d), (v,))
+    )
     target = torch.randint(0, v, (n,), generator=g)
     target[::7] = -100
     obstacle = None if device == "cpu" else linear_rows._device_obstacle(torch.device(device))
@@ -86,7 +89,9 @@ def test_per_token_losses_have_a_backward(used, device):
     grads = []
     for impl in ("triton", "reference"):
         loss = lossfuse.linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
-        grads.append(torch.autograd.grad((loss * torch.linspace(-1, 1, 70, device=device)).sum(), operands))
+        grads.append(
+            torch.autograd.grad((loss * torch.linspace(-1, 1, 70, device=device)).sum(), operands)
+        )
     assert used == [60 if device == "cpu" else 70]
     for got, want in zip(*grads, strict=True):
         if got.dtype == torch.float32:

@@ -1,4 +1,5 @@
-"""What a call costs the host beside its launches: no way through an operator's registration, unless somebody is there to see it."""
+"""What a call costs the host beside its launches: no way through an operator's registration, unless
+somebody is there to see it."""
 
 import gc
 import sys
@@ -19,15 +20,19 @@ GRAD = pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 
 @pytest.fixture
 def no_launches(monkeypatch):
-    """All but the kernels, and the look at the ids, which only the CPU takes; of CPU tensors, whether or not there is a GPU."""
+    """All but the kernels, and the look at the ids, which only the CPU takes; of CPU tensors,
+    whether or not there is a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    null = SimpleNamespace(row_loss=lambda logits, *_: (torch.empty(len(logits)), torch.empty(2, len(logits))))
+    null = SimpleNamespace(
+        row_loss=lambda logits, *_: (torch.empty(len(logits)), torch.empty(2, len(logits)))
+    )
     monkeypatch.setattr(library, "backend", lambda impl, cut: null)
     monkeypatch.setattr(library, "require_ids_in_range", lambda *_: None)
 
 
 def functions_called(call):
-    """How many functions, of Python and of C, a call runs: what the host does, on whatever processor and however busy."""
+    """How many functions, of Python and of C, a call runs: what the host does, on whatever
+    processor and however busy."""
     called = 0
 
     def count(frame, event, arg):
@@ -68,7 +73,9 @@ def test_an_eager_call_goes_through_no_operator(fast_place, reduction, inplace, 
 
     def call():
         z = x * 1.0 if grad else x.detach()
-        loss = lossfuse.cross_entropy(z, target, reduction=reduction, inplace=inplace, impl=fast_place.impl).sum()
+        loss = lossfuse.cross_entropy(
+            z, target, reduction=reduction, inplace=inplace, impl=fast_place.impl
+        ).sum()
         if grad:
             loss.backward()
 
@@ -108,7 +115,9 @@ def test_a_mode_sees_the_operators(mode, grad):
     with mode() as seen, torch.set_grad_enabled(grad):
         loss = lossfuse.cross_entropy(x, target, reduction="none", impl="torch").sum()
     # a mode of functions sees what was called, as it sees F.cross_entropy and nothing in it
-    assert ("lossfuse.row_loss.default" if mode is Dispatched else str(lossfuse.cross_entropy)) in seen.names
+    assert (
+        "lossfuse.row_loss.default" if mode is Dispatched else str(lossfuse.cross_entropy)
+    ) in seen.names
     if grad and mode is Dispatched:
         with Dispatched() as seen:
             loss.backward()

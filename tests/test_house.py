@@ -1,4 +1,5 @@
-"""The layers and walks of CONTRIBUTING: imports point down, without cycles, and steps name what exists; public names are documented."""
+"""The layers and walks of CONTRIBUTING: imports point down, without cycles, and steps name what
+exists; public names are documented."""
 
 import ast
 import graphlib
@@ -13,15 +14,29 @@ import lossfuse
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # from top to bottom, a row of the table each: folders and files
-LAYERS = [re.findall(r"`([\w/.]+)`", names) for names in re.findall(r"^\| (`.+`) \| .+ \|$", CONTRIBUTING, re.M)]
+LAYERS = [
+    re.findall(r"`([\w/.]+)`", names)
+    for names in re.findall(r"^\| (`.+`) \| .+ \|$", CONTRIBUTING, re.M)
+]
 # file and names of each step
 STEPS = re.findall(r"^\d\. `([\w/]+\.py)` ((?:`[\w.]+`(?:, )?)+):", CONTRIBUTING, re.M)
-FOLDERS = ["perf", "kernels", "lossfuse", *(f"lossfuse/{init.parent.name}" for init in (ROOT / "lossfuse").glob("*/__init__.py"))]
-FILES = sorted(f"{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+FOLDERS = [
+    "perf",
+    "kernels",
+    "lossfuse",
+    *(f"lossfuse/{init.parent.name}" for init in (ROOT / "lossfuse").glob("*/__init__.py")),
+]
+FILES = sorted(
+    f"{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
+)
 
 
 def layers_of(file: str) -> list[int]:
-    return [i for i, names in enumerate(LAYERS) if file in names or f"{file.rpartition('/')[0]}/" in names]
+    return [
+        i
+        for i, names in enumerate(LAYERS)
+        if file in names or f"{file.rpartition('/')[0]}/" in names
+    ]
 
 
 def imported(file: str) -> set[str]:
@@ -33,7 +48,11 @@ def imported(file: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = (
+                ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
+                if node.level
+                else ""
+            )
             module = ".".join(part for part in (base, node.module) if part)
             found |= {n if (n := f"{module}.{a.name}") in names else module for a in node.names}
         elif isinstance(node, ast.Import):
@@ -50,7 +69,13 @@ def test_every_file_is_in_one_layer():
 
 @pytest.mark.parametrize("layer", range(len(LAYERS)), ids=["+".join(names) for names in LAYERS])
 def test_imports_point_down(layer):
-    up = {(file, other) for file in FILES if layers_of(file) == [layer] for other in IMPORTS[file] if layers_of(other) < [layer]}
+    up = {
+        (file, other)
+        for file in FILES
+        if layers_of(file) == [layer]
+        for other in IMPORTS[file]
+        if layers_of(other) < [layer]
+    }
     assert up == set()
 
 
@@ -64,31 +89,58 @@ def test_steps_of_the_walks_name_functions_that_exist():
         defined = set()
         for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                inner = [n.name for n in node.body if isinstance(n, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+                inner = (
+                    [n.name for n in node.body if isinstance(n, ast.FunctionDef)]
+                    if isinstance(node, ast.ClassDef)
+                    else []
+                )
                 defined |= {node.name, *(f"{node.name}.{name}" for name in inner)}
-        missing += [f"{file}: {name}" for name in re.findall(r"`([\w.]+)`", names) if name not in defined]
+        missing += [
+            f"{file}: {name}" for name in re.findall(r"`([\w.]+)`", names) if name not in defined
+        ]
     assert missing == []
     assert len(STEPS) == len(re.findall(r"^\d\. ", CONTRIBUTING, re.M))
 
 
 def test_the_reference_and_the_kernels_have_few_readers():
     """Backends are judged by the reference, and one file launches kernels."""
-    assert not any("lossfuse/reference.py" in IMPORTS[file] for file in FILES if file.startswith("lossfuse/backends/"))
-    launching = {file for file in FILES if not file.startswith("kernels/") and any(f.startswith("kernels/") for f in IMPORTS[file])}
+    assert not any(
+        "lossfuse/reference.py" in IMPORTS[file]
+        for file in FILES
+        if file.startswith("lossfuse/backends/")
+    )
+    launching = {
+        file
+        for file in FILES
+        if not file.startswith("kernels/") and any(f.startswith("kernels/") for f in IMPORTS[file])
+    }
     assert launching == {"lossfuse/backends/triton.py"}
 
 
 def test_every_file_says_what_it_is_about():
-    assert [file for file in FILES if not ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))] == []
+    assert [
+        file
+        for file in FILES
+        if not ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    ] == []
 
 
 @pytest.mark.parametrize("name", lossfuse.__all__)
 def test_public_names_are_documented(name):
-    """What it is; and each argument of a function by its name, there or in the docstring of a function it refers to."""
+    """What it is; and each argument of a function by its name, there or in the docstring of a
+    function it refers to."""
     public = getattr(lossfuse, name)
     doc = public.__doc__ or ""
     # a NamedTuple's own, or a dataclass's
     assert doc and not doc.startswith(f"{name}(")
     if inspect.isfunction(public):
-        referred = [getattr(lossfuse, other).__doc__ for other in re.findall(r"``(\w+)``", doc) if other in lossfuse.__all__]
-        assert [p for p in inspect.signature(public).parameters if not re.search(rf"\b{p}\b", "".join([doc, *referred]))] == []
+        referred = [
+            getattr(lossfuse, other).__doc__
+            for other in re.findall(r"``(\w+)``", doc)
+            if other in lossfuse.__all__
+        ]
+        assert [
+            p
+            for p in inspect.signature(public).parameters
+            if not re.search(rf"\b{p}\b", "".join([doc, *referred]))
+        ] == []

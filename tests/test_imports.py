@@ -14,7 +14,9 @@ COMPUTE = "import torch, lossfuse; x = torch.randn(3, 5); t = torch.tensor([1, 2
 
 def python(code: str, cwd: Path = ROOT, **env: str) -> str:
     keep = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=keep | env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=keep | env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -52,7 +54,9 @@ report = lossfuse.fuse_lm_head(model)
 torch.nn.functional.cross_entropy(model.lm_head(torch.randn(3, 4)), torch.tensor([1, 2, 0])).backward()
 print(report)
 """
-    assert python(code).strip() == "LogitsReport(fused=Counter({'cross_entropy': 1}), made=Counter())"
+    assert (
+        python(code).strip() == "LogitsReport(fused=Counter({'cross_entropy': 1}), made=Counter())"
+    )
 
 
 def test_the_torch_backend_works_where_triton_cannot_be_imported():
@@ -77,7 +81,11 @@ def test_the_folders_are_no_packages_of_their_own():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "perf" / "__init__.py").exists()
     # the other package of this name may be there, once a test has used transformers
-    ours = [name for name in ("kernels", "perf") if name in sys.modules and str(ROOT) in str(sys.modules[name].__spec__)]
+    ours = [
+        name
+        for name in ("kernels", "perf")
+        if name in sys.modules and str(ROOT) in str(sys.modules[name].__spec__)
+    ]
     assert ours == []
 
 
@@ -86,7 +94,9 @@ def test_the_other_kernels_package_wins_from_this_folder():
     pytest.importorskip("transformers")
     other = python("import kernels; print(kernels.__file__)", cwd=ROOT.parent).strip()
     assert python("import kernels; print(kernels.__file__)").strip() == other
-    assert "LlamaForCausalLM" in python("from transformers import LlamaForCausalLM; import lossfuse; print(LlamaForCausalLM)")
+    assert "LlamaForCausalLM" in python(
+        "from transformers import LlamaForCausalLM; import lossfuse; print(LlamaForCausalLM)"
+    )
 
 
 def test_the_wheel_built_from_the_sdist_computes_a_loss(tmp_path):
@@ -94,26 +104,50 @@ def test_the_wheel_built_from_the_sdist_computes_a_loss(tmp_path):
     pytest.importorskip("hatchling")
 
     def build(*args: str) -> Path:
-        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), *args]
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--outdir",
+            str(tmp_path),
+            *args,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return max(tmp_path.glob("lossfuse-*"), key=lambda p: p.stat().st_mtime_ns)
 
     sdist = build("--sdist", str(ROOT))
     unpacked = tmp_path / "unpacked"
-    subprocess.run(["tar", "xzf", str(sdist), "--one-top-level=" + str(unpacked), "--strip-components=1"], check=True)
+    subprocess.run(
+        ["tar", "xzf", str(sdist), "--one-top-level=" + str(unpacked), "--strip-components=1"],
+        check=True,
+    )
     wheel = build("--wheel", str(unpacked))
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"lossfuse"}
-    for name in ("lossfuse/py.typed", "lossfuse/kernels/softmax_rows.py", "lossfuse/perf/__main__.py", "lossfuse/backends/torch_rows.py"):
+    for name in (
+        "lossfuse/py.typed",
+        "lossfuse/kernels/softmax_rows.py",
+        "lossfuse/perf/__main__.py",
+        "lossfuse/backends/torch_rows.py",
+    ):
         assert name in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
-    # an environment with torch and nothing of ours: site-packages as a plain path, whose .pth files (editable installs) do not run
+    # an environment with torch and nothing of ours: site-packages as a plain path, whose .pth files
+    # (editable installs) do not run
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     packages = str(Path(__import__("torch").__file__).parent.parent)
-    code = f"import sys; sys.path[:] = [{str(site)!r}] + [p for p in sys.path if 'site-packages' not in p] + [{packages!r}]\n" + COMPUTE
-    code += "\nassert lossfuse.__file__.startswith(" + repr(str(site)) + "); import lossfuse.kernels.launch, importlib.util as u"
+    code = (
+        f"import sys; sys.path[:] = [{str(site)!r}] + [p for p in sys.path if 'site-packages' not in p] + [{packages!r}]\n"
+        + COMPUTE
+    )
+    code += (
+        "\nassert lossfuse.__file__.startswith("
+        + repr(str(site))
+        + "); import lossfuse.kernels.launch, importlib.util as u"
+    )
     code += "\nassert u.find_spec('lossfuse.perf.__main__')"
     assert float(python(code, cwd=tmp_path)) > 0

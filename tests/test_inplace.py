@@ -1,4 +1,5 @@
-"""``inplace=True``: the gradient lies where the logits were, autograd knows, and a stale use raises instead of giving a number."""
+"""``inplace=True``: the gradient lies where the logits were, autograd knows, and a stale use raises
+instead of giving a number."""
 
 import gc
 import types
@@ -49,11 +50,23 @@ def test_gradient_is_right_and_lies_in_the_logits(fast_place, dtype, reduction, 
     x, target = logits_and_ids(N, V, dtype, fast_place.device)
     if weighted:
         options = options | {"weight": torch.rand(V, device=x.device) + 0.5}
-    dloss = torch.rand(N, device=x.device) + 0.3 if reduction == "none" else torch.tensor(2.0, device=x.device)
-    loss64, want = truth(x, target, dloss, reduction=reduction, **{k: v.double() if k == "weight" else v for k, v in options.items()})
+    dloss = (
+        torch.rand(N, device=x.device) + 0.3
+        if reduction == "none"
+        else torch.tensor(2.0, device=x.device)
+    )
+    loss64, want = truth(
+        x,
+        target,
+        dloss,
+        reduction=reduction,
+        **{k: v.double() if k == "weight" else v for k, v in options.items()},
+    )
     _, logits = produced(x)
     address = logits.data_ptr()
-    loss = lossfuse.cross_entropy(logits, target, reduction=reduction, inplace=True, impl=fast_place.impl, **options)
+    loss = lossfuse.cross_entropy(
+        logits, target, reduction=reduction, inplace=True, impl=fast_place.impl, **options
+    )
     torch.testing.assert_close(loss.double(), loss64, rtol=2e-6, atol=1e-6)
     (got,) = torch.autograd.grad(loss, logits, dloss)
     assert got.data_ptr() == address and type(got) is torch.Tensor
@@ -68,7 +81,9 @@ def test_a_factor_is_applied_after_a_first_rounding(fast_place, dtype):
     leaf, logits = produced(x)
     (call(logits, target, fast_place) * 1.7).backward()
     want = 1.7 * truth(x, target)[1]
-    torch.testing.assert_close(leaf.grad.double(), want, rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-30)
+    torch.testing.assert_close(
+        leaf.grad.double(), want, rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-30
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -77,7 +92,9 @@ def test_probabilities_keep_their_memory_and_get_a_gradient(fast_place, reductio
     q = probabilities(N, V, torch.float32, fast_place.device).detach().requires_grad_()
     before = q.detach().clone()
     leaf, logits = produced(x)
-    lossfuse.cross_entropy(logits, q, reduction=reduction, inplace=True, impl=fast_place.impl).sum().backward()
+    lossfuse.cross_entropy(
+        logits, q, reduction=reduction, inplace=True, impl=fast_place.impl
+    ).sum().backward()
     q64, x64 = q.detach().double().requires_grad_(), x.detach().double().requires_grad_()
     F.cross_entropy(x64, q64, reduction=reduction).sum().backward()
     assert torch.equal(q.detach(), before)
@@ -86,7 +103,9 @@ def test_probabilities_keep_their_memory_and_get_a_gradient(fast_place, reductio
 
 
 def call(logits, target, place, reduction="mean", **options):
-    return lossfuse.cross_entropy(logits, target, reduction=reduction, inplace=True, impl=place.impl, **options)
+    return lossfuse.cross_entropy(
+        logits, target, reduction=reduction, inplace=True, impl=place.impl, **options
+    )
 
 
 def values_of(logits):
@@ -128,8 +147,18 @@ def test_consumed_logits_still_know_their_shape(fast_place):
     leaf, logits = produced(x)
     loss = call(logits, target, fast_place)
     assert isinstance(logits, Consumed) and isinstance(logits, torch.Tensor)
-    assert logits.shape == (N, V) and logits.dtype == torch.float32 and logits.device == leaf.device and len(logits) == N
-    assert logits.requires_grad and not logits.is_leaf and logits.grad_fn is not None and logits.numel() == N * V
+    assert (
+        logits.shape == (N, V)
+        and logits.dtype == torch.float32
+        and logits.device == leaf.device
+        and len(logits) == N
+    )
+    assert (
+        logits.requires_grad
+        and not logits.is_leaf
+        and logits.grad_fn is not None
+        and logits.numel() == N * V
+    )
     assert GONE in repr(logits) and GONE in f"{logits}"
     seen = []
     logits.register_hook(seen.append)
@@ -138,7 +167,8 @@ def test_consumed_logits_still_know_their_shape(fast_place):
 
 
 def test_before_the_loss_everything_is_as_ever(fast_place):
-    """Uses before the loss whose backward does not need the logits are right: their gradients are added."""
+    """Uses before the loss whose backward does not need the logits are right: their gradients are
+    added."""
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf, logits = produced(x)
     before = logits.sum() * 0.5
@@ -150,7 +180,8 @@ def test_before_the_loss_everything_is_as_ever(fast_place):
 
 
 def test_until_the_backward_of_none_the_logits_are_whole(fast_place):
-    """What is written in the backward may be read, and saved, before it; what was saved counts if its backward comes first."""
+    """What is written in the backward may be read, and saved, before it; what was saved counts if
+    its backward comes first."""
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf, logits = produced(x)
     losses = call(logits, target, fast_place, "none")
@@ -188,7 +219,10 @@ def test_a_second_backward_raises(fast_place, reduction, factor):
         loss.backward()
     assert torch.equal(leaf.grad, first)
     torch.testing.assert_close(
-        first.double(), factor * truth(x, target, reduction="sum" if reduction == "none" else "mean")[1], rtol=1e-5, atol=1e-8
+        first.double(),
+        factor * truth(x, target, reduction="sum" if reduction == "none" else "mean")[1],
+        rtol=1e-5,
+        atol=1e-8,
     )
 
 
@@ -238,7 +272,11 @@ def test_inplace_is_off_unless_asked_for(fast_place):
     _, logits = produced(x)
     version = logits._version
     lossfuse.cross_entropy(logits, target, impl=fast_place.impl).backward()
-    assert torch.equal(logits, x.detach()) and logits._version == version and type(logits) is torch.Tensor
+    assert (
+        torch.equal(logits, x.detach())
+        and logits._version == version
+        and type(logits) is torch.Tensor
+    )
 
 
 def aliases(x):
@@ -259,7 +297,9 @@ def aliases(x):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", ["a detached alias", "a slice of a longer tensor", "a layer's own view", "a transpose"])
+@pytest.mark.parametrize(
+    "name", ["a detached alias", "a slice of a longer tensor", "a layer's own view", "a transpose"]
+)
 def test_memory_that_others_see_is_not_written(fast_place, name, reduction):
     """Peers write it and the others read gradients for logits."""
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
@@ -284,7 +324,9 @@ def test_an_alias_made_before_the_backward_is_not_written(fast_place):
     alias = logits.detach()
     loss.backward()
     assert torch.equal(alias, x.detach()) and type(logits) is torch.Tensor
-    torch.testing.assert_close(leaf.grad.double(), truth(x, target, reduction="sum")[1], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        leaf.grad.double(), truth(x, target, reduction="sum")[1], rtol=1e-5, atol=1e-8
+    )
 
 
 PARTS = {
@@ -310,16 +352,23 @@ def test_parts_of_one_tensor_leave_each_other_alone(fast_place, name, reduction)
     with pytest.warns(UserWarning, match="inplace=True has no effect: "), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         # sums: a part may have no valid target
-        losses = [call(part, t, fast_place, "none" if reduction == "none" else "sum").sum() for part, t in zip(parts, targets, strict=True)]
+        losses = [
+            call(part, t, fast_place, "none" if reduction == "none" else "sum").sum()
+            for part, t in zip(parts, targets, strict=True)
+        ]
     assert torch.equal(torch.cat([part.detach() for part in parts]), x.detach())
     sum(losses).backward()
     assert torch.equal(torch.cat([part.detach() for part in parts]), x.detach())
-    torch.testing.assert_close(leaf.grad.double(), truth(x, target, reduction="sum")[1], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        leaf.grad.double(), truth(x, target, reduction="sum")[1], rtol=1e-5, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    "only", [lambda x: x.chunk(1), lambda x: x.split(N), lambda x: x[None].unbind(0)], ids=["chunk", "split", "unbind"]
+    "only",
+    [lambda x: x.chunk(1), lambda x: x.split(N), lambda x: x[None].unbind(0)],
+    ids=["chunk", "split", "unbind"],
 )
 def test_the_only_part_is_the_whole(fast_place, only, reduction):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
@@ -341,7 +390,11 @@ def test_arguments_in_the_memory_of_the_logits(argument):
     options = {"normalizer": logits[0, 0].detach()} if argument == "normalizer" else {}
     with pytest.warns(UserWarning, match="has no effect"):
         loss = lossfuse.cross_entropy(logits, q, inplace=True, **options)
-    want = F.cross_entropy(x, x) if argument == "target" else F.cross_entropy(x, q, reduction="sum") / x[0, 0]
+    want = (
+        F.cross_entropy(x, x)
+        if argument == "target"
+        else F.cross_entropy(x, q, reduction="sum") / x[0, 0]
+    )
     torch.testing.assert_close(loss, want)
 
 
@@ -349,7 +402,8 @@ def test_arguments_in_the_memory_of_the_logits(argument):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_logits_that_are_their_own_probabilities(fast_place, reduction):
-    """One tensor in two arguments is one reader of its memory, which must not be written while it is the target."""
+    """One tensor in two arguments is one reader of its memory, which must not be written while it
+    is the target."""
     x = torch.rand(N, V, device=fast_place.device)
     leaf, logits = produced(x)
     with pytest.warns(UserWarning, match="target lies in the memory of input"):
@@ -364,7 +418,8 @@ def test_logits_that_are_their_own_probabilities(fast_place, reduction):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_negative_view_is_not_written(fast_place):
-    """Its memory holds the numbers with another sign, as that of the imaginary part of a conjugate does."""
+    """Its memory holds the numbers with another sign, as that of the imaginary part of a conjugate
+    does."""
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf = x.detach().clone().requires_grad_()
     with pytest.warns(UserWarning, match="input is a negative view"):
@@ -373,23 +428,32 @@ def test_a_negative_view_is_not_written(fast_place):
     assert_gradient_close(leaf.grad, truth(x, target)[1])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_traced_call_is_right_and_whole(reduction):
-    """TorchScript's tracer keeps the operator that writes, and differentiates the graph without what it has written."""
+    """TorchScript's tracer keeps the operator that writes, and differentiates the graph without
+    what it has written."""
     (x, target), (other, ids) = (logits_and_ids(N, V, seed=seed) for seed in (0, 1))
 
     def step(x, target):
-        return lossfuse.cross_entropy(x * 1.0, target, reduction=reduction, inplace=True, impl="torch").sum()
+        return lossfuse.cross_entropy(
+            x * 1.0, target, reduction=reduction, inplace=True, impl="torch"
+        ).sum()
 
     traced = torch.jit.trace(step, (x.detach().requires_grad_(), target), check_trace=False)
     leaf = other.detach().requires_grad_()
     traced(leaf, ids).backward()
-    assert_gradient_close(leaf.grad, truth(other, ids, reduction="mean" if reduction == "mean" else "sum")[1])
+    assert_gradient_close(
+        leaf.grad, truth(other, ids, reduction="mean" if reduction == "mean" else "sum")[1]
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("view", [lambda t: t.view(-1, V), lambda t: t.view(-1, V)[:]], ids=["view", "view of a view"])
+@pytest.mark.parametrize(
+    "view", [lambda t: t.view(-1, V), lambda t: t.view(-1, V)[:]], ids=["view", "view of a view"]
+)
 def test_a_whole_view_takes_its_base_with_it(fast_place, view, reduction):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf, logits = produced(x.detach().view(2, 3, V))
@@ -397,7 +461,10 @@ def test_a_whole_view_takes_its_base_with_it(fast_place, view, reduction):
     with pytest.raises(RuntimeError, match=GONE):
         logits.argmax(-1)
     torch.testing.assert_close(
-        leaf.grad.view(N, V).double(), truth(x, target, reduction="mean" if reduction == "mean" else "sum")[1], rtol=1e-5, atol=1e-8
+        leaf.grad.view(N, V).double(),
+        truth(x, target, reduction="mean" if reduction == "mean" else "sum")[1],
+        rtol=1e-5,
+        atol=1e-8,
     )
 
 
@@ -445,7 +512,11 @@ def test_a_write_that_stops_half_way_is_told(fast_place, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(lossfuse.ops.library, "backend", lambda impl, cut: types.SimpleNamespace(row_loss_and_grads=full))
+        patch.setattr(
+            lossfuse.ops.library,
+            "backend",
+            lambda impl, cut: types.SimpleNamespace(row_loss_and_grads=full),
+        )
         call(logits, target, fast_place)
     with pytest.raises(RuntimeError, match=GONE):
         lossfuse.cross_entropy(logits, target)
@@ -457,13 +528,18 @@ LAYOUTS = {
     "(N, C, d)": lambda x: x.view(2, 3, V).transpose(1, 2).contiguous(),
     "(N, C, d) of a transpose": lambda x: x.view(2, 3, V).clone().transpose(1, 2),
     "transposed": lambda x: x.t().contiguous().t(),
-    "every second row": lambda x: torch.full((N, 2 * V), 7.0).to(x).as_strided((N, V), (2 * V, 1)).copy_(x),
-    "an odd offset": lambda x: torch.full((N * V + 9,), 7.0).to(x).as_strided((N, V), (V, 1), 1).copy_(x),
+    "every second row": lambda x: (
+        torch.full((N, 2 * V), 7.0).to(x).as_strided((N, V), (2 * V, 1)).copy_(x)
+    ),
+    "an odd offset": lambda x: (
+        torch.full((N * V + 9,), 7.0).to(x).as_strided((N, V), (V, 1), 1).copy_(x)
+    ),
 }
 
 
 class Hand(torch.autograd.Function):
-    """A tensor of any layout as a layer hands it over; what arrives is kept, and the memory around it."""
+    """A tensor of any layout as a layer hands it over; what arrives is kept, and the memory around
+    it."""
 
     @staticmethod
     def forward(ctx, anchor, make, arrived):
@@ -488,7 +564,9 @@ def test_any_layout_is_right_and_its_neighbours_untouched(fast_place, name, redu
     target = target.view(2, 3) if held.dim() == 3 else target
     want = truth(held, target, reduction="mean" if reduction == "mean" else "sum")[1]
     arrived = []
-    logits = Hand.apply(torch.zeros((), device=x.device, requires_grad=True), lambda: LAYOUTS[name](x), arrived)
+    logits = Hand.apply(
+        torch.zeros((), device=x.device, requires_grad=True), lambda: LAYOUTS[name](x), arrived
+    )
     call(logits, target, fast_place, reduction).sum().backward()
     assert isinstance(logits, Consumed) == (name != "(N, C, d)")
     got, whole = arrived
@@ -522,7 +600,9 @@ def test_checkpointing_and_saved_tensor_hooks(fast_place):
 def test_reentrant_checkpointing(fast_place):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf = x.detach().clone().requires_grad_()
-    torch.utils.checkpoint.checkpoint(lambda leaf: call(leaf * 1.0, target, fast_place), leaf, use_reentrant=True).backward()
+    torch.utils.checkpoint.checkpoint(
+        lambda leaf: call(leaf * 1.0, target, fast_place), leaf, use_reentrant=True
+    ).backward()
     torch.testing.assert_close(leaf.grad.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
 
 
@@ -547,7 +627,9 @@ TRANSFORMS = {
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
     "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
     "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(f))(torch.stack([x, x]))[1],
-    "grad of vmap": lambda f, x: torch.func.grad(lambda t: torch.vmap(f)(torch.stack([t, t])).sum())(x) / 2,
+    "grad of vmap": lambda f, x: (
+        torch.func.grad(lambda t: torch.vmap(f)(torch.stack([t, t])).sum())(x) / 2
+    ),
 }
 
 
@@ -573,7 +655,8 @@ def test_a_compiled_call_is_right_and_whole(backend):
     torch.testing.assert_close(leaf.grad.double(), truth(x, target)[1], rtol=1e-5, atol=1e-8)
 
 
-# what a compiled model may return: made of (2, 3, V) logits, and what becomes of it ("consumed", "shared" with a warning, or "copied")
+# what a compiled model may return: made of (2, 3, V) logits, and what becomes of it ("consumed",
+# "shared" with a warning, or "copied")
 RETURNED = {
     "a view": (lambda y: y.view(-1, V), "consumed"),
     "a transpose": (lambda y: y.transpose(1, 2), "consumed"),
@@ -590,7 +673,8 @@ RETURNED = {
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", RETURNED)
 def test_what_a_compiled_model_returns(fast_place, name, reduction):
-    """Compilers make a view again outside of their graph, from memory that they return, keep or hand to others as well."""
+    """Compilers make a view again outside of their graph, from memory that they return, keep or
+    hand to others as well."""
     torch.compiler.reset()
     make, becomes = RETURNED[name]
     x, _ = logits_and_ids(N, V, torch.float32, fast_place.device)
@@ -604,7 +688,9 @@ def test_what_a_compiled_model_returns(fast_place, name, reduction):
 
     leaf = x.detach().clone().requires_grad_()
     logits, *others = outputs(torch.compile(model, backend="aot_eager", fullgraph=True), leaf)
-    target = torch.arange(logits.numel() // V, device=x.device).view(logits.shape[:1] + logits.shape[2:])
+    target = torch.arange(logits.numel() // V, device=x.device).view(
+        logits.shape[:1] + logits.shape[2:]
+    )
     target.view(-1)[0] = -100
     kept = others if becomes == "consumed" else [logits, *others]
     before = [t.detach().clone() for t in kept]

@@ -1,4 +1,5 @@
-"""An interrupt anywhere in a call: logits are what they were or are known to be gone, and the next call is right."""
+"""An interrupt anywhere in a call: logits are what they were or are known to be gone, and the next
+call is right."""
 
 import pytest
 import torch
@@ -52,11 +53,19 @@ STEPS = {
     "none, in place": lambda s: s.grad(s.loss(s.unviewed, inplace=True, reduction="none")),
     "none, a view in place": lambda s: s.grad(s.loss(s.logits, inplace=True, reduction="none")),
     "new memory": lambda s: s.grad(s.loss(s.logits)),
-    "statistics": lambda s: s.grad(lossfuse.cross_entropy_stats(s.logits, TARGET, impl=s.impl).entropy),
-    "head": lambda s: s.grad(lossfuse.linear_cross_entropy(s.logits, X.detach(), TARGET % N, impl=s.impl)),
-    "labels": lambda s: s.grad(lossfuse.binary_cross_entropy_with_logits(s.logits, X.detach().sigmoid(), impl=s.impl)),
+    "statistics": lambda s: s.grad(
+        lossfuse.cross_entropy_stats(s.logits, TARGET, impl=s.impl).entropy
+    ),
+    "head": lambda s: s.grad(
+        lossfuse.linear_cross_entropy(s.logits, X.detach(), TARGET % N, impl=s.impl)
+    ),
+    "labels": lambda s: s.grad(
+        lossfuse.binary_cross_entropy_with_logits(s.logits, X.detach().sigmoid(), impl=s.impl)
+    ),
     "labels in place": lambda s: s.grad(
-        lossfuse.binary_cross_entropy_with_logits(s.logits, X.detach().sigmoid(), impl=s.impl, inplace=True)
+        lossfuse.binary_cross_entropy_with_logits(
+            s.logits, X.detach().sigmoid(), impl=s.impl, inplace=True
+        )
     ),
 }
 
@@ -89,7 +98,11 @@ def check(step, every=1, files=()):
         try:
             for t in step.seen:
                 assert_whole_or_gone(t)
-            assert not threads._making.locked() and torch.get_num_threads() == before and torch.is_grad_enabled()
+            assert (
+                not threads._making.locked()
+                and torch.get_num_threads() == before
+                and torch.is_grad_enabled()
+            )
             del kept
             assert not targets.debugging()
             for got, again in zip(want, step(), strict=True):
@@ -104,12 +117,18 @@ def check(step, every=1, files=()):
 THRIFTY = {"in place": 1, "a view in place": 4, "none, a view in place": 8, "labels in place": 2}
 
 
-@pytest.mark.parametrize(("name", "every"), [*THRIFTY.items(), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in STEPS)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [*THRIFTY.items(), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in STEPS)],
+    ids=str,
+)
 def test_every_line(name, every):
     assert check(Step(STEPS[name]), every) > 10
 
 
-@pytest.mark.parametrize("name", ["in place", pytest.param("none, in place", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["in place", pytest.param("none, in place", marks=pytest.mark.slow)]
+)
 def test_every_line_where_threads_share_the_work(name, monkeypatch):
     """From the making of the threads on; those that write have stopped before anybody is told."""
     monkeypatch.setattr(torch_rows, "THREAD_LEAST_BYTES", 64)
@@ -117,13 +136,17 @@ def test_every_line_where_threads_share_the_work(name, monkeypatch):
     monkeypatch.setattr(threads, "workers", lambda: 3)
     shared = []
     real = threads.run
-    monkeypatch.setattr(threads, "run", lambda tasks, count: shared.append(count) or real(tasks, count))
+    monkeypatch.setattr(
+        threads, "run", lambda tasks, count: shared.append(count) or real(tasks, count)
+    )
 
     def step(s):
         threads._forget()
         return STEPS[name](s)
 
-    assert check(Step(step), files=("backends/threads", "autograd", "consumed")) > 30 and set(shared) == {3}
+    assert check(Step(step), files=("backends/threads", "autograd", "consumed")) > 30 and set(
+        shared
+    ) == {3}
 
 
 def test_debugging_ends_with_its_block():
@@ -133,7 +156,9 @@ def test_debugging_ends_with_its_block():
         with lossfuse.debug_targets():
             return step.grad(step.loss(step.logits))
 
-    assert check(Step(debugged), 10, files=("functional", "inputs", "autograd", "ops", "backends")) > 5
+    assert (
+        check(Step(debugged), 10, files=("functional", "inputs", "autograd", "ops", "backends")) > 5
+    )
 
 
 class Model(nn.Module):
@@ -179,7 +204,9 @@ def test_every_line_of_a_step_of_a_fused_head(every):
     assert count > 50
 
 
-@pytest.mark.parametrize("own", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "a forward of its own"])
+@pytest.mark.parametrize(
+    "own", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "a forward of its own"]
+)
 def test_every_line_of_fusing_and_undoing(own):
     """Each can be called again, and undone nothing is left."""
 

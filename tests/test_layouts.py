@@ -1,4 +1,5 @@
-"""What a loss costs over many ranks: calls and bytes of the formulas against what two and four ranks hand to torch.distributed."""
+"""What a loss costs over many ranks: calls and bytes of the formulas against what two and four
+ranks hand to torch.distributed."""
 
 import contextlib
 import inspect
@@ -23,7 +24,8 @@ from lossfuse.perf.mistakes import Mistake  # noqa: E402
 from ranks import cases_on_ranks  # noqa: E402
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities  # noqa: E402
 
-# more classes of a shard than there are numbers of anything else; of four shards the last is smaller
+# more classes of a shard than there are numbers of anything else; of four shards the last is
+# smaller
 N, D, V = 13, 5, 4002
 LOGITS = Loss(N, V, dtype="fp32")
 # chunks of 5, 5 and 3 rows on two ranks
@@ -39,7 +41,11 @@ OF_LOGITS = {
     "weights and smoothing": {"class_weights": True, "smoothing": True},
     "weights, normalizer": {"class_weights": True, "normalizer": True},
     "probabilities": {"probabilities": True},
-    "probabilities, weights, smoothing": {"probabilities": True, "class_weights": True, "smoothing": True},
+    "probabilities, weights, smoothing": {
+        "probabilities": True,
+        "class_weights": True,
+        "smoothing": True,
+    },
     "statistics": {"statistics": True},
     "statistics, no entropy": {"statistics": True, "entropy": False, "reduction": "none"},
     "statistics, everything": {"statistics": True, "class_weights": True, "smoothing": True},
@@ -49,32 +55,65 @@ OF_LOGITS = {
 OF_A_HEAD = OF_LOGITS | {
     "partial": {"hidden_grad": "partial"},
     "one chunk": {"options": LinearOptions()},
-    "statistics of probabilities, none": {"statistics": True, "probabilities": True, "reduction": "none"},
+    "statistics of probabilities, none": {
+        "statistics": True,
+        "probabilities": True,
+        "reduction": "none",
+    },
 }
 CASES = {f"logits, {name}": replace(LOGITS, **options) for name, options in OF_LOGITS.items()} | {
     f"head, {name}": replace(HEAD, **options) for name, options in OF_A_HEAD.items()
 }
 # operands in bf16, shards and their reduction in fp32
-SHARDED = {name: replace(HEAD, dtype="bf16", reshard=name == "reshard") for name in ("fsdp", "reshard")}
+SHARDED = {
+    name: replace(HEAD, dtype="bf16", reshard=name == "reshard") for name in ("fsdp", "reshard")
+}
 LAYOUTS = {
     2: [Layout(fsdp=2)],
     4: [Layout(tp=2, fsdp=2), Layout(sp=2, fsdp=2), Layout(fsdp=2, dp=2)],
 }
 
-INPUTS = ("input", "input_tensor", "tensor", "tensor_list", "object_list", "obj", "input_list", "input_tensor_list", "scatter_list")
+INPUTS = (
+    "input",
+    "input_tensor",
+    "tensor",
+    "tensor_list",
+    "object_list",
+    "obj",
+    "input_list",
+    "input_tensor_list",
+    "scatter_list",
+)
 KINDS = {
-    "all_gather_single": "all-gather", "all_gather_into_tensor": "all-gather", "all_reduce": "all-reduce",
-    "reduce_scatter_single": "reduce-scatter", "reduce_scatter_tensor": "reduce-scatter",
-}  # fmt: skip
+    "all_gather_single": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "all_reduce": "all-reduce",
+    "reduce_scatter_single": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+}
 OTHERS = (
-    "all_gather", "all_gather_object", "all_to_all", "all_to_all_single", "batch_isend_irecv", "broadcast", "broadcast_object_list",
-    "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter", "scatter", "send",
-)  # fmt: skip
+    "all_gather",
+    "all_gather_object",
+    "all_to_all",
+    "all_to_all_single",
+    "batch_isend_irecv",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "irecv",
+    "isend",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+    "send",
+)
 
 
 @contextlib.contextmanager
 def counting():
-    """Calls of torch.distributed as they are made: (kind, ranks of the group, bytes handed over), and their elements."""
+    """Calls of torch.distributed as they are made: (kind, ranks of the group, bytes handed over),
+    and their elements."""
     calls, elements = Counter(), []
     plain = {name: getattr(dist, name) for name in (*KINDS, *OTHERS) if hasattr(dist, name)}
 
@@ -84,7 +123,11 @@ def counting():
         def count(*args, **kwargs):
             given = parameters.bind(*args, **kwargs).arguments
             handed = given[next(known for known in INPUTS if known in given)]
-            calls[KINDS.get(name, name), dist.get_world_size(given.get("group")), handed.numel() * handed.element_size()] += 1
+            calls[
+                KINDS.get(name, name),
+                dist.get_world_size(given.get("group")),
+                handed.numel() * handed.element_size(),
+            ] += 1
             elements.append(handed.numel())
             return call(*args, **kwargs)
 
@@ -92,7 +135,8 @@ def counting():
 
     for name, call in plain.items():
         setattr(dist, name, counted(name, call))
-    # as on an accelerator: on a CPU the ranks of a head first compare all their rows, in a gather of its own
+    # as on an accelerator: on a CPU the ranks of a head first compare all their rows, in a gather
+    # of its own
     look, head_ops.values_are_at_hand = head_ops.values_are_at_hand, lambda t: False
     try:
         yield calls, elements
@@ -116,25 +160,37 @@ FREE = {"softcap": 30.0, "logit_scale": 0.7, "lse_square_scale": 1e-4}
 
 
 def call_of(loss, n, group=None, **free):
-    """What the loss describes, on this rank: a function of the head's weight, and that weight; None for logits."""
+    """What the loss describes, on this rank: a function of the head's weight, and that weight; None
+    for logits."""
     world = 1 if group is None else group.size()
     shard = None if world == 1 else VocabShard.even(loss.v, group, hidden_grad=loss.hidden_grad)
-    mine = slice(0, loss.v) if shard is None else slice(shard.start, shard.start + -(-loss.v // world))
+    mine = (
+        slice(0, loss.v) if shard is None else slice(shard.start, shard.start + -(-loss.v // world))
+    )
     dtype, grads = DTYPES[loss.dtype], loss.mode != "no_grad"
     hidden, head, _, ids = head_and_ids(n, D, loss.v, dtype, ignored=0.0)
     target = probabilities(n, loss.v)[:, mine].detach().contiguous() if loss.probabilities else ids
     options = {
-        "weight": class_weight(loss.v) if loss.class_weights else None, "reduction": loss.reduction, "shard": shard, "impl": "torch",
-        "label_smoothing": 0.1 * loss.smoothing, "normalizer": 7.5 if loss.normalizer else None, **free,
-    }  # fmt: skip
+        "weight": class_weight(loss.v) if loss.class_weights else None,
+        "reduction": loss.reduction,
+        "shard": shard,
+        "impl": "torch",
+        "label_smoothing": 0.1 * loss.smoothing,
+        "normalizer": 7.5 if loss.normalizer else None,
+        **free,
+    }
     if loss.statistics:
         options |= {"entropy": loss.entropy, "argmax": loss.argmax}
     if loss.d is None:
-        logits = logits_and_ids(n, loss.v, dtype)[0].detach()[:, mine].contiguous().requires_grad_(grads)
+        logits = (
+            logits_and_ids(n, loss.v, dtype)[0].detach()[:, mine].contiguous().requires_grad_(grads)
+        )
         of_logits = lossfuse.cross_entropy_stats if loss.statistics else lossfuse.cross_entropy
         return lambda weight: of_logits(logits, target, **options), None
     hidden.requires_grad_(grads)
-    of_head = lossfuse.linear_cross_entropy_stats if loss.statistics else lossfuse.linear_cross_entropy
+    of_head = (
+        lossfuse.linear_cross_entropy_stats if loss.statistics else lossfuse.linear_cross_entropy
+    )
     weight = head.detach()[mine].contiguous().requires_grad_(grads)
     return lambda weight: of_head(hidden, weight, target, options=loss.options, **options), weight
 
@@ -181,7 +237,9 @@ def count_sharded(case):
     head = fully_shard(
         Head(weight.detach().float()),
         mesh=mesh["dp", "fsdp"] if layout.dp > 1 else mesh["fsdp"],
-        mp_policy=MixedPrecisionPolicy(param_dtype=DTYPES[loss.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=DTYPES[loss.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
         reshard_after_forward=loss.reshard,
     )
     # which gloo has, and an average not
@@ -198,14 +256,17 @@ def count(case):
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_hand_over_what_the_formulas_say(n):
-    cases_on_ranks(n, count, [*CASES, *((name, layout) for name in SHARDED for layout in LAYOUTS[n])])
+    cases_on_ranks(
+        n, count, [*CASES, *((name, layout) for name in SHARDED for layout in LAYOUTS[n])]
+    )
 
 
 # --- memory
 
 
 def count_memory(chunk_bytes):
-    """A step of a head in float32, where a CPU and an accelerator do the same but for the CPU's blocks of a chunk."""
+    """A step of a head in float32, where a CPU and an accelerator do the same but for the CPU's
+    blocks of a chunk."""
     from lossfuse.backends.torch_rows import block_rows
     from lossfuse.perf.memory import profile_memory
 
@@ -214,7 +275,11 @@ def count_memory(chunk_bytes):
     n, d, v = 600, 640, 12000
     classes = v // layout.tp
     loss = Loss(n, v, d, dtype="fp32", options=LinearOptions(chunk_bytes=chunk_bytes))
-    hidden, weight, ids = torch.randn(n, d, requires_grad=True), torch.randn(classes, d, requires_grad=True), torch.randint(v, (n,))
+    hidden, weight, ids = (
+        torch.randn(n, d, requires_grad=True),
+        torch.randn(classes, d, requires_grad=True),
+        torch.randint(v, (n,)),
+    )
     shard = VocabShard.even(v)
 
     def step():
@@ -225,7 +290,9 @@ def count_memory(chunk_bytes):
     predicted = ours(loss, layout).peak - weight.nbytes - hidden.nbytes
     block = block_rows(n, classes, 4, 4, True, 1) * classes * 4
     # a few numbers per row, which the formulas do not itemise
-    assert abs(predicted + block - measured) <= 64 << 10, f"{predicted + block} by formula, {measured} measured"
+    assert abs(predicted + block - measured) <= 64 << 10, (
+        f"{predicted + block} by formula, {measured} measured"
+    )
 
 
 @pytest.mark.slow
@@ -244,7 +311,9 @@ def test_one_rank_holds_what_the_estimate_of_one_device_says(name, dtype, mode):
     inputs = (case.n + case.v) * case.d * DTYPES[dtype].itemsize
     found = {way.name: way.peak - inputs for way in (ours(loss, Layout()), *others(loss, Layout()))}
     assert found["lossfuse"] == pytest.approx(needs["lossfuse linear"], rel=0.05)
-    assert found["gathered whole"] == pytest.approx(needs["linear + F.cross_entropy(x.float())"], rel=0.05)
+    assert found["gathered whole"] == pytest.approx(
+        needs["linear + F.cross_entropy(x.float())"], rel=0.05
+    )
 
 
 # --- many ranks
@@ -253,7 +322,10 @@ LLAMA = Loss(8192, 128256, 4096)
 
 
 def test_a_ring():
-    sent = {kind: Collective("", "", kind, "tp", 3, (12, 6)).sent for kind in ("all-gather", "reduce-scatter", "all-reduce")}
+    sent = {
+        kind: Collective("", "", kind, "tp", 3, (12, 6)).sent
+        for kind in ("all-gather", "reduce-scatter", "all-reduce")
+    }
     assert sent == {"all-gather": 36, "reduce-scatter": 12, "all-reduce": 24}
     assert Collective("", "", "all-reduce", "tp", 3, (12, 6)).ring_steps == 8
 
@@ -265,10 +337,15 @@ def test_nothing_of_ours_grows_with_the_classes_or_the_replicas():
     chunks = LinearOptions(chunk_bytes=1)
     for loss in (Loss(64, 128256, 4096, options=chunks), Loss(64, 128256, statistics=True)):
         few = of_rows(loss, Layout(tp=8))
-        assert few == of_rows(replace(loss, v=2 * loss.v), Layout(tp=8)) == of_rows(loss, Layout(tp=8, fsdp=512, dp=4))
+        assert (
+            few
+            == of_rows(replace(loss, v=2 * loss.v), Layout(tp=8))
+            == of_rows(loss, Layout(tp=8, fsdp=512, dp=4))
+        )
     sizes = [ours(LLAMA, Layout(tp=8, fsdp=ranks)) for ranks in (64, 256, 1024)]
     assert all(way.calls == sizes[0].calls for way in sizes)
-    # a ring over ever more ranks sends what it is given once, and no more, but for the padding of classes
+    # a ring over ever more ranks sends what it is given once, and no more, but for the padding of
+    # classes
     assert sizes[-1].sent() < 1.05 * sizes[0].sent()
     assert sizes[-1].peak <= sizes[0].peak
     assert ours(LLAMA, Layout(sp=8)).sent("numbers of rows") == 0
@@ -280,19 +357,46 @@ def test_alternatives():
     assert ways["Megatron"].sent("numbers of rows") == 3 * 2 * 7 * 8192 * 4 // 8
     # two chunks, each with a header of five int64
     assert ways["lossfuse"].sent("numbers of rows") == 7 * (3 * 4 * 8192 + 2 * 5 * 8)
-    assert [way.name for way in others(replace(LLAMA, statistics=True), Layout(tp=8))] == ["gathered whole"]
+    assert [way.name for way in others(replace(LLAMA, statistics=True), Layout(tp=8))] == [
+        "gathered whole"
+    ]
 
 
 def test_the_command(capsys, monkeypatch):
     # a terminal's width
     monkeypatch.setenv("COLUMNS", "160")
-    command = ["estimate", "head-llama3", "--link-gbps", "tp=3600,fsdp=400", "--fits", "1", "--layout"]
+    command = [
+        "estimate",
+        "head-llama3",
+        "--link-gbps",
+        "tp=3600,fsdp=400",
+        "--fits",
+        "1",
+        "--layout",
+    ]
     assert main([*command, "tp=8,fsdp=64"]) == 0
     printed = capsys.readouterr().out
-    assert "512: tp=8,fsdp=64" in printed and "reduce-scatter" in printed and "weight gradient, its 32-bit sum" in printed
+    assert (
+        "512: tp=8,fsdp=64" in printed
+        and "reduce-scatter" in printed
+        and "weight gradient, its 32-bit sum" in printed
+    )
     assert "fits" in printed and "  no" in printed and "3600 Gbit/s over tp" in printed
     assert all(" ".join(sentence.split()) in " ".join(printed.split()) for sentence in ASSUMPTIONS)
-    assert main([*command, "tp=8,fsdp=64", "tp=2", "--reduction", "none", "--statistics", "--class-weights"]) == 0
+    assert (
+        main(
+            [
+                *command,
+                "tp=8,fsdp=64",
+                "tp=2",
+                "--reduction",
+                "none",
+                "--statistics",
+                "--class-weights",
+            ]
+        )
+        == 0
+    )
     assert "2: tp=2" in capsys.readouterr().out
     assert main(["estimate", "8192x128256", "--layout", "tp=8", "--mode", "no_grad"]) == 0
     assert "weight" in capsys.readouterr().out

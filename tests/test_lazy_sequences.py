@@ -1,4 +1,5 @@
-"""Random sequences of what torch can do to the logits of a fused head: numbers and gradients as of a model without, or an error."""
+"""Random sequences of what torch can do to the logits of a fused head: numbers and gradients as of
+a model without, or an error."""
 
 import copy
 import random
@@ -43,10 +44,17 @@ class Some:
         self.index = rng.randrange(-3, 4)
 
     def like(self, *shape):
-        return torch.rand(*shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        return torch.rand(
+            *shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
+        )
 
     def ids(self, z, *shape):
-        return torch.randint(0, max(1, z.shape[-1] if z.dim() else 1), shape, generator=torch.Generator().manual_seed(self.seed))
+        return torch.randint(
+            0,
+            max(1, z.shape[-1] if z.dim() else 1),
+            shape,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
 
 def rows(z):
@@ -55,7 +63,9 @@ def rows(z):
 
 def loss(z, s, **options):
     y = s.ids(z, z.numel() // max(1, z.shape[-1]))
-    return F.cross_entropy(rows(z), torch.where(s.like(len(y)) < 0.3, -100, y), reduction="sum", **options)
+    return F.cross_entropy(
+        rows(z), torch.where(s.like(len(y)) < 0.3, -100, y), reduction="sum", **options
+    )
 
 
 def entropy(z, s):
@@ -64,30 +74,82 @@ def entropy(z, s):
 
 # of elements, of rows and classes, in place, and what reads
 STEPS = [
-    lambda z, s: z * s.factor, lambda z, s: s.factor * z, lambda z, s: z / 1.25, lambda z, s: -z, lambda z, s: torch.tanh(z),
-    lambda z, s: 3.0 * torch.tanh(z / 3.0), lambda z, s: z + s.like(z.shape[-1]), lambda z, s: z + s.like(*z.shape), lambda z, s: z - 1.0,
-    lambda z, s: z.clone(), lambda z, s: z.contiguous(), lambda z, s: z.detach(), lambda z, s: z.to(torch.float64, copy=True),
-    lambda z, s: z.exp(), lambda z, s: z**2, lambda z, s: z.clamp(-1, 1), lambda z, s: z + z, lambda z, s: z * z,
-    lambda z, s: z[:, :-1], lambda z, s: z[..., 1:, :], lambda z, s: z[s.index], lambda z, s: z[..., :5], lambda z, s: z[..., 2:5],
-    lambda z, s: z[s.like(*z.shape[:-1]) > 0.4], lambda z, s: z[torch.tensor([0, 1])], lambda z, s: z[None], lambda z, s: z[..., 0],
-    lambda z, s: z.view(-1, z.shape[-1]), lambda z, s: z.flatten(0, 1), lambda z, s: z.view(B, -1, z.shape[-1]), lambda z, s: z.mT,
-    lambda z, s: z.transpose(1, 2), lambda z, s: z.movedim(-1, 1), lambda z, s: z.squeeze(0), lambda z, s: z.unsqueeze(s.index),
-    lambda z, s: z.split(2, 0)[0], lambda z, s: z.unbind(0)[0], lambda z, s: torch.cat([z, z * 2]), lambda z, s: z.expand(2, *z.shape),
-    lambda z, s: z.mul_(1.5), lambda z, s: z.add_(s.like(z.shape[-1])), lambda z, s: (z.__setitem__((..., 0), 0.25), z)[1],
-    lambda z, s: (z[..., :3].mul_(2.0), z)[1], lambda z, s: z.masked_fill_(s.like(*z.shape) > 0.8, -3.0), lambda z, s: z.tanh_(),
-    lambda z, s: z.log_softmax(-1), lambda z, s: z.softmax(-1), lambda z, s: F.log_softmax(z, 1), lambda z, s: z.logsumexp(-1),
-    lambda z, s: z.logsumexp(-1, keepdim=True), lambda z, s: z.argmax(-1), lambda z, s: z.max(-1)[0], lambda z, s: z.sum(-1),
-    lambda z, s: z.mean(), lambda z, s: z.gather(-1, s.ids(z, *z.shape[:-1], 1)), lambda z, s: z.topk(2, -1)[0], entropy,
-    lambda z, s: z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1), lambda z, s: (z.softmax(-1) * (z * 2).log_softmax(-1)).sum(-1),
-    loss, lambda z, s: loss(z, s, label_smoothing=0.1), lambda z, s: loss(z, s, weight=s.like(z.shape[-1]) + 0.1),
-    lambda z, s: F.cross_entropy(z.transpose(1, 2), s.ids(z, *z.shape[:-1])), lambda z, s: F.cross_entropy(rows(z), s.like(*rows(z).shape)),
-    lambda z, s: F.cross_entropy(rows(z), rows(z).detach().softmax(-1)), lambda z, s: F.cross_entropy(rows(z), rows(z).argmax(-1)),
+    lambda z, s: z * s.factor,
+    lambda z, s: s.factor * z,
+    lambda z, s: z / 1.25,
+    lambda z, s: -z,
+    lambda z, s: torch.tanh(z),
+    lambda z, s: 3.0 * torch.tanh(z / 3.0),
+    lambda z, s: z + s.like(z.shape[-1]),
+    lambda z, s: z + s.like(*z.shape),
+    lambda z, s: z - 1.0,
+    lambda z, s: z.clone(),
+    lambda z, s: z.contiguous(),
+    lambda z, s: z.detach(),
+    lambda z, s: z.to(torch.float64, copy=True),
+    lambda z, s: z.exp(),
+    lambda z, s: z**2,
+    lambda z, s: z.clamp(-1, 1),
+    lambda z, s: z + z,
+    lambda z, s: z * z,
+    lambda z, s: z[:, :-1],
+    lambda z, s: z[..., 1:, :],
+    lambda z, s: z[s.index],
+    lambda z, s: z[..., :5],
+    lambda z, s: z[..., 2:5],
+    lambda z, s: z[s.like(*z.shape[:-1]) > 0.4],
+    lambda z, s: z[torch.tensor([0, 1])],
+    lambda z, s: z[None],
+    lambda z, s: z[..., 0],
+    lambda z, s: z.view(-1, z.shape[-1]),
+    lambda z, s: z.flatten(0, 1),
+    lambda z, s: z.view(B, -1, z.shape[-1]),
+    lambda z, s: z.mT,
+    lambda z, s: z.transpose(1, 2),
+    lambda z, s: z.movedim(-1, 1),
+    lambda z, s: z.squeeze(0),
+    lambda z, s: z.unsqueeze(s.index),
+    lambda z, s: z.split(2, 0)[0],
+    lambda z, s: z.unbind(0)[0],
+    lambda z, s: torch.cat([z, z * 2]),
+    lambda z, s: z.expand(2, *z.shape),
+    lambda z, s: z.mul_(1.5),
+    lambda z, s: z.add_(s.like(z.shape[-1])),
+    lambda z, s: (z.__setitem__((..., 0), 0.25), z)[1],
+    lambda z, s: (z[..., :3].mul_(2.0), z)[1],
+    lambda z, s: z.masked_fill_(s.like(*z.shape) > 0.8, -3.0),
+    lambda z, s: z.tanh_(),
+    lambda z, s: z.log_softmax(-1),
+    lambda z, s: z.softmax(-1),
+    lambda z, s: F.log_softmax(z, 1),
+    lambda z, s: z.logsumexp(-1),
+    lambda z, s: z.logsumexp(-1, keepdim=True),
+    lambda z, s: z.argmax(-1),
+    lambda z, s: z.max(-1)[0],
+    lambda z, s: z.sum(-1),
+    lambda z, s: z.mean(),
+    lambda z, s: z.gather(-1, s.ids(z, *z.shape[:-1], 1)),
+    lambda z, s: z.topk(2, -1)[0],
+    entropy,
+    lambda z, s: z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1),
+    lambda z, s: (z.softmax(-1) * (z * 2).log_softmax(-1)).sum(-1),
+    loss,
+    lambda z, s: loss(z, s, label_smoothing=0.1),
+    lambda z, s: loss(z, s, weight=s.like(z.shape[-1]) + 0.1),
+    lambda z, s: F.cross_entropy(z.transpose(1, 2), s.ids(z, *z.shape[:-1])),
+    lambda z, s: F.cross_entropy(rows(z), s.like(*rows(z).shape)),
+    lambda z, s: F.cross_entropy(rows(z), rows(z).detach().softmax(-1)),
+    lambda z, s: F.cross_entropy(rows(z), rows(z).argmax(-1)),
     lambda z, s: F.nll_loss(rows(z.log_softmax(-1)), s.ids(z, z.numel() // z.shape[-1])),
     lambda z, s: lossfuse.cross_entropy(rows(z), rows(z)),
-    lambda z, s: lossfuse.cross_entropy(rows(z), s.ids(z, z.numel() // z.shape[-1]), softcap=4.0, logit_scale=-0.5),
-    lambda z, s: torch.no_grad()(lambda: z.argmax(-1))(), lambda z, s: F.kl_div(z.log_softmax(-1), s.like(*z.shape), reduction="sum"),
-    lambda z, s: torch.tensor([*z.shape, z.dim(), z.numel(), z.requires_grad, z.is_leaf]), lambda z, s: torch.zeros_like(z),
-]  # fmt: skip
+    lambda z, s: lossfuse.cross_entropy(
+        rows(z), s.ids(z, z.numel() // z.shape[-1]), softcap=4.0, logit_scale=-0.5
+    ),
+    lambda z, s: torch.no_grad()(lambda: z.argmax(-1))(),
+    lambda z, s: F.kl_div(z.log_softmax(-1), s.like(*z.shape), reduction="sum"),
+    lambda z, s: torch.tensor([*z.shape, z.dim(), z.numel(), z.requires_grad, z.is_leaf]),
+    lambda z, s: torch.zeros_like(z),
+]
 
 
 def one_for_each_row(z, s):
@@ -106,69 +168,144 @@ def with_extremes(z, s):
 
 # of rows: parts, shapes, order, several
 STEPS += [
-    lambda z, s: z.select(s.index % z.dim(), 0), lambda z, s: z.narrow(s.index % z.dim(), 0, 1), lambda z, s: z.unbind(1)[-1],
-    lambda z, s: z.split([1, z.shape[1] - 1], 1)[1], lambda z, s: z.chunk(2, s.index % 2)[-1], lambda z, s: z.tensor_split(2, 1)[0],
-    lambda z, s: z.index_select(s.index % 2, torch.tensor([0, 0, 1])), lambda z, s: z[[1, 0, 1]], lambda z, s: z[:, [0, 2]],
-    lambda z, s: z[0, None], lambda z, s: z[..., None, :], lambda z, s: z[torch.tensor([[0, 1], [1, 0]])], lambda z, s: z[::2],
-    lambda z, s: z[torch.arange(z.shape[0])[:, None], torch.tensor([0, 1])], lambda z, s: z[:, torch.tensor([True, False, True, True])],
-    lambda z, s: torch.stack(list(z), 1), lambda z, s: torch.cat([z[:1], z, z[1:]], 0), lambda z, s: torch.cat(z.unbind(1)),
-    lambda z, s: torch.cat([z * 2, z * 2], 1), lambda z, s: torch.cat([z, z.detach()]), lambda z, s: z.repeat(2, *[1] * (z.dim() - 1)),
-    lambda z, s: z.repeat_interleave(2, s.index % 2), lambda z, s: z.repeat_interleave(torch.tensor([2, 1]), 0), lambda z, s: z.flip(0, 1),
-    lambda z, s: z.flip(s.index % z.dim()), lambda z, s: z.roll(1, s.index % 2), lambda z, s: z.permute(*range(z.dim())[::-1]),
-    lambda z, s: z.transpose(0, 1), lambda z, s: z.transpose(s.index % z.dim(), 0), lambda z, s: z.unflatten(0, (-1, 2)),
-    lambda z, s: z.squeeze(), lambda z, s: z.flatten(s.index % 2, 1), lambda z, s: z.expand(-1, *z.shape[1:]),
-    lambda z, s: torch.take_along_dim(z, torch.tensor([[[1], [0]]]), 1), lambda z, s: z.movedim(0, 1),
-    lambda z, s: z.gather(0, torch.tensor([[[1]]]).expand(1, *z.shape[1:])), lambda z, s: torch.no_grad()(lambda: z[:, 1:])(),
+    lambda z, s: z.select(s.index % z.dim(), 0),
+    lambda z, s: z.narrow(s.index % z.dim(), 0, 1),
+    lambda z, s: z.unbind(1)[-1],
+    lambda z, s: z.split([1, z.shape[1] - 1], 1)[1],
+    lambda z, s: z.chunk(2, s.index % 2)[-1],
+    lambda z, s: z.tensor_split(2, 1)[0],
+    lambda z, s: z.index_select(s.index % 2, torch.tensor([0, 0, 1])),
+    lambda z, s: z[[1, 0, 1]],
+    lambda z, s: z[:, [0, 2]],
+    lambda z, s: z[0, None],
+    lambda z, s: z[..., None, :],
+    lambda z, s: z[torch.tensor([[0, 1], [1, 0]])],
+    lambda z, s: z[::2],
+    lambda z, s: z[torch.arange(z.shape[0])[:, None], torch.tensor([0, 1])],
+    lambda z, s: z[:, torch.tensor([True, False, True, True])],
+    lambda z, s: torch.stack(list(z), 1),
+    lambda z, s: torch.cat([z[:1], z, z[1:]], 0),
+    lambda z, s: torch.cat(z.unbind(1)),
+    lambda z, s: torch.cat([z * 2, z * 2], 1),
+    lambda z, s: torch.cat([z, z.detach()]),
+    lambda z, s: z.repeat(2, *[1] * (z.dim() - 1)),
+    lambda z, s: z.repeat_interleave(2, s.index % 2),
+    lambda z, s: z.repeat_interleave(torch.tensor([2, 1]), 0),
+    lambda z, s: z.flip(0, 1),
+    lambda z, s: z.flip(s.index % z.dim()),
+    lambda z, s: z.roll(1, s.index % 2),
+    lambda z, s: z.permute(*range(z.dim())[::-1]),
+    lambda z, s: z.transpose(0, 1),
+    lambda z, s: z.transpose(s.index % z.dim(), 0),
+    lambda z, s: z.unflatten(0, (-1, 2)),
+    lambda z, s: z.squeeze(),
+    lambda z, s: z.flatten(s.index % 2, 1),
+    lambda z, s: z.expand(-1, *z.shape[1:]),
+    lambda z, s: torch.take_along_dim(z, torch.tensor([[[1], [0]]]), 1),
+    lambda z, s: z.movedim(0, 1),
+    lambda z, s: z.gather(0, torch.tensor([[[1]]]).expand(1, *z.shape[1:])),
+    lambda z, s: torch.no_grad()(lambda: z[:, 1:])(),
     # of another call of the head
-    lambda z, s: torch.cat([z, s.other]), lambda z, s: torch.stack([s.other, z]), lambda z, s: torch.cat([s.other[:, 1:], z], 1),
-    lambda z, s: torch.cat([z * 2, s.other * 2, z * 2]), lambda z, s: s.other,
-    lambda z, s: torch.cat([z.log_softmax(-1), s.other.log_softmax(-1)]), lambda z, s: s.other - z,
+    lambda z, s: torch.cat([z, s.other]),
+    lambda z, s: torch.stack([s.other, z]),
+    lambda z, s: torch.cat([s.other[:, 1:], z], 1),
+    lambda z, s: torch.cat([z * 2, s.other * 2, z * 2]),
+    lambda z, s: s.other,
+    lambda z, s: torch.cat([z.log_softmax(-1), s.other.log_softmax(-1)]),
+    lambda z, s: s.other - z,
     lambda z, s: (torch.cat([z, s.other]), s.other.mul_(2.0))[0],
     # of elements: a value for each row or class, learnt ones, masks
-    lambda z, s: z / (s.like(*z.shape[:-1], 1) + 0.5), lambda z, s: z * s.like(z.shape[0], *[1] * (z.dim() - 1)).requires_grad_(),
-    lambda z, s: z * torch.nn.Parameter(s.like(()) + 0.5), lambda z, s: z - z.logsumexp(-1, keepdim=True), lambda z, s: z.div(0.7),
-    lambda z, s: z - z.detach().max(-1, keepdim=True)[0], lambda z, s: z - z.amax(-1, keepdim=True), lambda z, s: 1.0 - z,
-    lambda z, s: z.masked_fill(s.like(z.shape[-1]) > 0.7, -5.0), lambda z, s: z.masked_fill(s.like(*z.shape[:-1], 1) > 0.7, -2.0),
-    lambda z, s: torch.where(s.like(z.shape[-1]) > 0.5, z, -z), lambda z, s: z.clamp(min=-0.5), lambda z, s: (z > 0.1),
-    lambda z, s: (z > 0.1).double(), lambda z, s: z.sigmoid(), lambda z, s: F.softplus(z), lambda z, s: torch.no_grad()(z.softmax)(-1),
-    lambda z, s: z.softmax(-1).log(), lambda z, s: z.detach() * z, lambda z, s: torch.sin(z), lambda z, s: z.relu(),
+    lambda z, s: z / (s.like(*z.shape[:-1], 1) + 0.5),
+    lambda z, s: z * s.like(z.shape[0], *[1] * (z.dim() - 1)).requires_grad_(),
+    lambda z, s: z * torch.nn.Parameter(s.like(()) + 0.5),
+    lambda z, s: z - z.logsumexp(-1, keepdim=True),
+    lambda z, s: z.div(0.7),
+    lambda z, s: z - z.detach().max(-1, keepdim=True)[0],
+    lambda z, s: z - z.amax(-1, keepdim=True),
+    lambda z, s: 1.0 - z,
+    lambda z, s: z.masked_fill(s.like(z.shape[-1]) > 0.7, -5.0),
+    lambda z, s: z.masked_fill(s.like(*z.shape[:-1], 1) > 0.7, -2.0),
+    lambda z, s: torch.where(s.like(z.shape[-1]) > 0.5, z, -z),
+    lambda z, s: z.clamp(min=-0.5),
+    lambda z, s: z > 0.1,
+    lambda z, s: (z > 0.1).double(),
+    lambda z, s: z.sigmoid(),
+    lambda z, s: F.softplus(z),
+    lambda z, s: torch.no_grad()(z.softmax)(-1),
+    lambda z, s: z.softmax(-1).log(),
+    lambda z, s: z.detach() * z,
+    lambda z, s: torch.sin(z),
+    lambda z, s: z.relu(),
     lambda z, s: z.abs() + 1e-3,
     # classes
-    lambda z, s: z[..., [1, 3]], lambda z, s: z[:, -1, [2, 0, 2]], lambda z, s: z[..., -2], lambda z, s: z.select(-1, 1),
-    lambda z, s: z[0, :, torch.tensor([[1, 2], [0, 0]])], lambda z, s: z[..., s.like(z.shape[-1]) > 0.6], lambda z, s: z[..., 1:],
-    lambda z, s: z.index_select(-1, torch.tensor([4, 1])), lambda z, s: z.narrow(-1, 1, 3), lambda z, s: z[..., ::2],
-    lambda z, s: rows(z)[torch.arange(len(rows(z))), one_for_each_row(rows(z), s)], lambda z, s: z.gather(-1, s.ids(z, *z.shape[:-1], 3)),
+    lambda z, s: z[..., [1, 3]],
+    lambda z, s: z[:, -1, [2, 0, 2]],
+    lambda z, s: z[..., -2],
+    lambda z, s: z.select(-1, 1),
+    lambda z, s: z[0, :, torch.tensor([[1, 2], [0, 0]])],
+    lambda z, s: z[..., s.like(z.shape[-1]) > 0.6],
+    lambda z, s: z[..., 1:],
+    lambda z, s: z.index_select(-1, torch.tensor([4, 1])),
+    lambda z, s: z.narrow(-1, 1, 3),
+    lambda z, s: z[..., ::2],
+    lambda z, s: rows(z)[torch.arange(len(rows(z))), one_for_each_row(rows(z), s)],
+    lambda z, s: z.gather(-1, s.ids(z, *z.shape[:-1], 3)),
     lambda z, s: z[torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([[2], [3]])],
     lambda z, s: z[:, torch.tensor([0, 1]), torch.tensor([-1, 3])],
-    lambda z, s: z.take_along_dim(s.ids(z, *z.shape[:-1], 2), -1), lambda z, s: z[s.like(*z.shape[:-1]) > 0.5, 1],
+    lambda z, s: z.take_along_dim(s.ids(z, *z.shape[:-1], 2), -1),
+    lambda z, s: z[s.like(*z.shape[:-1]) > 0.5, 1],
     # in place
-    lambda z, s: z.div_(0.7), lambda z, s: z.detach().mul_(2.0), lambda z, s: z.sub_(1.0), lambda z, s: z.clamp_(-1.0, 1.0),
-    lambda z, s: (z.__setitem__((..., slice(4, None)), -7.0), z)[1], lambda z, s: (z.__setitem__((..., [0, 2]), -3.0), z * 1.5)[1],
-    lambda z, s: (z.clone().mul_(3.0), z)[1], lambda z, s: (z[..., 0].mul_(2.0), z)[1], lambda z, s: (z[0].neg_(), z)[1],
-    lambda z, s: (z.__setitem__((..., 1), z[..., 1] + 1.0), z)[1], lambda z, s: torch.no_grad()(z.mul_)(2.0), lambda z, s: z.__imul__(2.0),
+    lambda z, s: z.div_(0.7),
+    lambda z, s: z.detach().mul_(2.0),
+    lambda z, s: z.sub_(1.0),
+    lambda z, s: z.clamp_(-1.0, 1.0),
+    lambda z, s: (z.__setitem__((..., slice(4, None)), -7.0), z)[1],
+    lambda z, s: (z.__setitem__((..., [0, 2]), -3.0), z * 1.5)[1],
+    lambda z, s: (z.clone().mul_(3.0), z)[1],
+    lambda z, s: (z[..., 0].mul_(2.0), z)[1],
+    lambda z, s: (z[0].neg_(), z)[1],
+    lambda z, s: (z.__setitem__((..., 1), z[..., 1] + 1.0), z)[1],
+    lambda z, s: torch.no_grad()(z.mul_)(2.0),
+    lambda z, s: z.__imul__(2.0),
     # readers
-    lambda z, s: z.max(-1, keepdim=True)[0], lambda z, s: z.max(), lambda z, s: z.min(-1)[0], lambda z, s: z.amin(-1), with_extremes,
-    lambda z, s: z.mean(-1, keepdim=True), lambda z, s: z.mean((0, -1)), lambda z, s: z.sum(), lambda z, s: z.sum((0, 1, 2), keepdim=True),
-    lambda z, s: z.mean(0), lambda z, s: z.std(-1) if z.dim() > 1 else z, lambda z, s: torch.linalg.vector_norm(z, dim=-1),
+    lambda z, s: z.max(-1, keepdim=True)[0],
+    lambda z, s: z.max(),
+    lambda z, s: z.min(-1)[0],
+    lambda z, s: z.amin(-1),
+    with_extremes,
+    lambda z, s: z.mean(-1, keepdim=True),
+    lambda z, s: z.mean((0, -1)),
+    lambda z, s: z.sum(),
+    lambda z, s: z.sum((0, 1, 2), keepdim=True),
+    lambda z, s: z.mean(0),
+    lambda z, s: z.std(-1) if z.dim() > 1 else z,
+    lambda z, s: torch.linalg.vector_norm(z, dim=-1),
     lambda z, s: z.norm(dim=-1),
-    lambda z, s: (z.topk(3, -1)[1] == one_for_each_row(z, s)[..., None]).any(-1), lambda z, s: torch.isnan(z).any(),
+    lambda z, s: (z.topk(3, -1)[1] == one_for_each_row(z, s)[..., None]).any(-1),
+    lambda z, s: torch.isnan(z).any(),
     lambda z, s: z.isfinite().all(),
-    lambda z, s: (z > 0.1).sum(-1), lambda z, s: (z < -0.03).any(-1, keepdim=True), lambda z, s: (z > 0.07).double().mean(), categorical,
+    lambda z, s: (z > 0.1).sum(-1),
+    lambda z, s: (z < -0.03).any(-1, keepdim=True),
+    lambda z, s: (z > 0.07).double().mean(),
+    categorical,
     lambda z, s: -(s.like(*z.shape).softmax(-1) * z.log_softmax(-1)).sum(-1),
     lambda z, s: (F.one_hot(one_for_each_row(z, s), z.shape[-1]) * z).sum(-1),
     lambda z, s: F.kl_div(z.log_softmax(-1), s.like(*z.shape).softmax(-1), reduction="batchmean"),
     lambda z, s: F.mse_loss(z, s.like(*z.shape)),
-    lambda z, s: F.mse_loss(z, (z * 0.5).detach(), reduction="none"), lambda z, s: F.l1_loss(s.like(*z.shape), z, reduction="sum"),
+    lambda z, s: F.mse_loss(z, (z * 0.5).detach(), reduction="none"),
+    lambda z, s: F.l1_loss(s.like(*z.shape), z, reduction="sum"),
     lambda z, s: F.cross_entropy(rows(z), (rows(z) * 0.5).softmax(-1)),
     lambda z, s: (z.softmax(-1) * (z.log_softmax(-1) - s.like(z.shape[-1]))).sum(-1),
     lambda z, s: F.nll_loss(rows(z), one_for_each_row(rows(z), s), weight=s.like(z.shape[-1])),
     lambda z, s: F.multi_margin_loss(rows(z), one_for_each_row(rows(z), s)),
-    lambda z, s: F.binary_cross_entropy_with_logits(z[..., -1, 1], s.like(*z.shape[:-2])), lambda z, s: (z.softmax(-1).square()).sum(-1),
-]  # fmt: skip
+    lambda z, s: F.binary_cross_entropy_with_logits(z[..., -1, 1], s.like(*z.shape[:-2])),
+    lambda z, s: (z.softmax(-1).square()).sum(-1),
+]
 
 
 def done(model, seed):
-    """Every tensor that a random sequence of steps makes, or the error of one, and the gradients of a mixture of them."""
+    """Every tensor that a random sequence of steps makes, or the error of one, and the gradients of
+    a mixture of them."""
     rng = random.Random(seed)
     pool, other = [model(IDS)], model(IDS.flip(1))
     for _ in range(rng.randrange(1, 7)):
@@ -180,7 +317,11 @@ def done(model, seed):
     # a view that was taken under no_grad requires grad in torch, and has no graph
     mixed = [(z * u).sum() for z, u in zip(pool, upstream, strict=True) if z.requires_grad]
     parameters = list(model.parameters())
-    grads = torch.autograd.grad(sum(mixed), parameters, allow_unused=True, materialize_grads=True) if mixed else ()
+    grads = (
+        torch.autograd.grad(sum(mixed), parameters, allow_unused=True, materialize_grads=True)
+        if mixed
+        else ()
+    )
     return [z.detach().cpu() + 0 for z in pool], list(grads)
 
 
@@ -196,7 +337,14 @@ def compare(seeds):
             warnings.simplefilter("ignore")
             try:
                 want = done(model, seed)
-            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, ZeroDivisionError):
+            except (
+                RuntimeError,
+                IndexError,
+                ValueError,
+                TypeError,
+                AttributeError,
+                ZeroDivisionError,
+            ):
                 continue
             try:
                 got = done(fused, seed)
@@ -204,10 +352,16 @@ def compare(seeds):
                 assert "these logits were never made" in str(error), f"seed {seed}: {error}"
                 continue
         try:
-            for mine, stock in zip([t for part in got for t in part], [t for part in want for t in part], strict=True):
+            for mine, stock in zip(
+                [t for part in got for t in part], [t for part in want for t in part], strict=True
+            ):
                 # an exponential of a sum over all logits has gradients of 1e16 that cancel
-                size = float(stock.double().abs().nan_to_num(1.0, 1.0).max()) if stock.numel() else 0.0
-                torch.testing.assert_close(mine, stock, rtol=1e-8, atol=1e-9 * max(1.0, size), equal_nan=True)
+                size = (
+                    float(stock.double().abs().nan_to_num(1.0, 1.0).max()) if stock.numel() else 0.0
+                )
+                torch.testing.assert_close(
+                    mine, stock, rtol=1e-8, atol=1e-9 * max(1.0, size), equal_nan=True
+                )
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         same += 1

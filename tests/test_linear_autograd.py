@@ -1,4 +1,5 @@
-"""What autograd and autocast may ask of a head's loss: once, twice, batched, recomputed; right or a sentence."""
+"""What autograd and autocast may ask of a head's loss: once, twice, batched, recomputed; right or a
+sentence."""
 
 import copy
 import io
@@ -39,17 +40,25 @@ class TestSecondBackward:
         loss = ours(*head, reduction=reduction)
         loss.backward(retain_graph=retain)
         before = [t.grad.clone() for t in head[:3]]
-        with pytest.raises(RuntimeError, match=r"a second backward needs the gradients .*LinearOptions\(allow_retain_graph=True\)"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"a second backward needs the gradients .*LinearOptions\(allow_retain_graph=True\)",
+        ):
             loss.backward()
         assert all(torch.equal(t.grad, b) for t, b in zip(head, before, strict=False))
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_it_is_right_when_asked_to_keep(self, place, reduction):
         head = head_and_ids(6, 5, 11, device=place.device)
-        loss, want = ours(*head, reduction=reduction, options=KEPT, impl=place.impl), eager(*head, reduction=reduction)
+        loss, want = (
+            ours(*head, reduction=reduction, options=KEPT, impl=place.impl),
+            eager(*head, reduction=reduction),
+        )
         for factor in (0.3, -2.0, 1.0):
             got = torch.autograd.grad(loss.sum() * factor, head[:3], retain_graph=True)
-            torch.testing.assert_close(got, torch.autograd.grad(want.sum() * factor, head[:3], retain_graph=True))
+            torch.testing.assert_close(
+                got, torch.autograd.grad(want.sum() * factor, head[:3], retain_graph=True)
+            )
 
     def test_none_keeps_nothing_and_can_again(self, head):
         loss = ours(*head, reduction="none").sum()
@@ -72,7 +81,10 @@ class TestSecondDerivative:
         head = head_and_ids(6, 5, 11, device=fast_place.device)
         loss = ours(*head, reduction=reduction, impl=fast_place.impl, options=options)
         dloss = torch.ones(2, *loss.shape, device=loss.device) if batched else torch.ones_like(loss)
-        with pytest.raises(RuntimeError, match=r"no second derivative \(create_graph=True\) but with impl='reference'"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"no second derivative \(create_graph=True\) but with impl='reference'",
+        ):
             torch.autograd.grad(loss, head[:3], dloss, create_graph=True, is_grads_batched=batched)
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -81,7 +93,14 @@ class TestSecondDerivative:
         operands = [t.double().requires_grad_() for t in (hidden, weight, bias)]
 
         def f(*operands):
-            return ours(*operands, target, reduction=reduction, impl="reference", softcap=4.0, lse_square_scale=0.1)
+            return ours(
+                *operands,
+                target,
+                reduction=reduction,
+                impl="reference",
+                softcap=4.0,
+                lse_square_scale=0.1,
+            )
 
         assert gradcheck(f, operands) and gradgradcheck(f, operands)
 
@@ -94,7 +113,12 @@ class TestSecondDerivative:
             leaves.append(probabilities(3, 4, torch.float64))
 
         def f(hidden, weight, bias, target=target):
-            given = {"weight": class_weight(4), "label_smoothing": 0.2, "reduction": reduction, "options": KEPT}
+            given = {
+                "weight": class_weight(4),
+                "label_smoothing": 0.2,
+                "reduction": reduction,
+                "options": KEPT,
+            }
             return lossfuse.linear_cross_entropy(hidden, weight, target, linear_bias=bias, **given)
 
         assert gradcheck(f, leaves)
@@ -105,15 +129,19 @@ class TestTransforms:
 
     def test_grad(self, head):
         operands, target = [t.detach() for t in head[:3]], head[3]
-        got, want = (torch.func.grad(lambda *o, f=f: f(*o, target), argnums=(0, 1, 2))(*operands) for f in (ours, eager))
+        got, want = (
+            torch.func.grad(lambda *o, f=f: f(*o, target), argnums=(0, 1, 2))(*operands)
+            for f in (ours, eager)
+        )
         torch.testing.assert_close(got, want)
 
     def test_per_sample_gradients(self, head):
         hidden, weight, bias, target = (t.detach() for t in head)
         got, want = (
-            torch.func.vmap(torch.func.grad(lambda w, h, t, f=f: f(h[None], w, bias, t[None], reduction="sum")), in_dims=(None, 0, 0))(
-                weight, hidden, target
-            )
+            torch.func.vmap(
+                torch.func.grad(lambda w, h, t, f=f: f(h[None], w, bias, t[None], reduction="sum")),
+                in_dims=(None, 0, 0),
+            )(weight, hidden, target)
             for f in (ours, eager)
         )
         torch.testing.assert_close(got, want)
@@ -121,7 +149,9 @@ class TestTransforms:
     def test_jvp(self, head):
         operands, target = tuple(t.detach() for t in head[:3]), head[3]
         tangents = tuple(torch.randn_like(t) for t in operands)
-        got, want = (torch.func.jvp(lambda *o, f=f: f(*o, target), operands, tangents) for f in (ours, eager))
+        got, want = (
+            torch.func.jvp(lambda *o, f=f: f(*o, target), operands, tangents) for f in (ours, eager)
+        )
         torch.testing.assert_close(got, want)
 
     def test_forward_mode(self, head):
@@ -135,7 +165,9 @@ class TestTransforms:
 
     def test_a_bad_target_under_torch_func_is_nan_not_zero(self):
         weight = torch.randn(4, 2)
-        grad = torch.func.grad(lambda h: lossfuse.linear_cross_entropy(h, weight, torch.tensor([0, 1, 7])))(torch.randn(3, 2))
+        grad = torch.func.grad(
+            lambda h: lossfuse.linear_cross_entropy(h, weight, torch.tensor([0, 1, 7]))
+        )(torch.randn(3, 2))
         assert grad[2].isnan().all() and grad[:2].isfinite().all()
 
 
@@ -148,7 +180,10 @@ class TestGraphs:
 
         def total(f, **options):
             h = (F.embedding(ids, weight) + hidden) * 2.0
-            return f(h, weight, bias, target, reduction=reduction, **options).sum() * 0.3 + (h.square().sum() + weight.sum()) * 1e-2
+            return (
+                f(h, weight, bias, target, reduction=reduction, **options).sum() * 0.3
+                + (h.square().sum() + weight.sum()) * 1e-2
+            )
 
         got = torch.autograd.grad(total(ours, impl=place.impl), [hidden, weight, bias])
         torch.testing.assert_close(got, torch.autograd.grad(total(eager), [hidden, weight, bias]))
@@ -157,16 +192,29 @@ class TestGraphs:
         hidden, weight, bias, target = head
 
         def total(f):
-            return f(hidden, weight, bias, target) * 2.0 - f(hidden * 0.5, weight, None, target, reduction="sum")
+            return f(hidden, weight, bias, target) * 2.0 - f(
+                hidden * 0.5, weight, None, target, reduction="sum"
+            )
 
-        torch.testing.assert_close(torch.autograd.grad(total(ours), head[:3]), torch.autograd.grad(total(eager), head[:3]))
+        torch.testing.assert_close(
+            torch.autograd.grad(total(ours), head[:3]), torch.autograd.grad(total(eager), head[:3])
+        )
 
     @pytest.mark.parametrize("options", [LinearOptions(), KEPT], ids=["", "kept"])
     def test_gradients_accumulate(self, head, options):
         hidden, weight, bias, target = head
         for part in (slice(0, 2), slice(2, 3), slice(3, 6)):
-            ours(hidden[part], weight, bias, target[part], normalizer=float((target != -100).sum()), options=options).backward()
-        torch.testing.assert_close([t.grad for t in head[:3]], list(torch.autograd.grad(eager(*head), head[:3])))
+            ours(
+                hidden[part],
+                weight,
+                bias,
+                target[part],
+                normalizer=float((target != -100).sum()),
+                options=options,
+            ).backward()
+        torch.testing.assert_close(
+            [t.grad for t in head[:3]], list(torch.autograd.grad(eager(*head), head[:3]))
+        )
 
     def test_parts_of_a_backward(self, head):
         loss = ours(*head, options=KEPT)
@@ -195,9 +243,12 @@ class TestGraphs:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: stored[i].clone()):
             loss = ours(*head, reduction=reduction).sum()
         torch.testing.assert_close(
-            torch.autograd.grad(loss, head[:3]), torch.autograd.grad(eager(*head, reduction=reduction).sum(), head[:3])
+            torch.autograd.grad(loss, head[:3]),
+            torch.autograd.grad(eager(*head, reduction=reduction).sum(), head[:3]),
         )
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, lambda shape: torch.zeros(shape)):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.shape, lambda shape: torch.zeros(shape)
+        ):
             loss = ours(*head, reduction="mean")
         assert not any(g.any() for g in torch.autograd.grad(loss, head[:3]))
 
@@ -207,14 +258,19 @@ class TestGraphs:
         head[1].register_post_accumulate_grad_hook(lambda w: calls.append("after"))
         ours(*head).backward()
         assert calls == [(11, 5), "after"]
-        torch.testing.assert_close(head[1].grad, torch.autograd.grad(eager(*head), head[1])[0])  # whose hook doubles, too
+        torch.testing.assert_close(
+            head[1].grad, torch.autograd.grad(eager(*head), head[1])[0]
+        )  # whose hook doubles, too
 
     @pytest.mark.filterwarnings("ignore:There is a performance drop")
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_batched_grad_outputs(self, head, reduction):
         got, want = (f(*head, reduction=reduction) for f in (ours, eager))
         dlosses = torch.randn(4, *got.shape)
-        got, want = (torch.autograd.grad(loss, head[:3], dlosses, is_grads_batched=True) for loss in (got, want))
+        got, want = (
+            torch.autograd.grad(loss, head[:3], dlosses, is_grads_batched=True)
+            for loss in (got, want)
+        )
         torch.testing.assert_close(got, want)
 
     @pytest.mark.parametrize("dloss", ["expanded", "strided", "reversed"])
@@ -222,9 +278,15 @@ class TestGraphs:
         head = head_and_ids(6, 5, 11, device=place.device)
         # a move would make it dense
         with torch.device(place.device):
-            dloss = {"expanded": torch.tensor(0.3).expand(6), "strided": torch.randn(12)[::2], "reversed": torch.randn(6).flip(0)}[dloss]
+            dloss = {
+                "expanded": torch.tensor(0.3).expand(6),
+                "strided": torch.randn(12)[::2],
+                "reversed": torch.randn(6).flip(0),
+            }[dloss]
         got = torch.autograd.grad(ours(*head, reduction="none", impl=place.impl), head[:3], dloss)
-        torch.testing.assert_close(got, torch.autograd.grad(eager(*head, reduction="none"), head[:3], dloss))
+        torch.testing.assert_close(
+            got, torch.autograd.grad(eager(*head, reduction="none"), head[:3], dloss)
+        )
 
     @pytest.mark.parametrize("name", ["hidden", "weight"])
     @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -250,12 +312,28 @@ class TestMainGrad:
         weight.main_grad = torch.full((11, 5), 3.0, dtype=wide)
         wants = weight.detach().double().requires_grad_()
         (want,) = torch.autograd.grad(
-            eager(hidden.detach().double(), wants, bias.detach().double(), target, reduction=reduction).sum() * 0.3, wants
+            eager(
+                hidden.detach().double(), wants, bias.detach().double(), target, reduction=reduction
+            ).sum()
+            * 0.3,
+            wants,
         )
         for times in (1, 2):
-            (ours(hidden, weight, bias, target, reduction=reduction, options=LinearOptions(main_grad=True)).sum() * 0.3).backward()
+            (
+                ours(
+                    hidden,
+                    weight,
+                    bias,
+                    target,
+                    reduction=reduction,
+                    options=LinearOptions(main_grad=True),
+                ).sum()
+                * 0.3
+            ).backward()
             assert weight.grad is None and hidden.grad is not None and bias.grad is not None
-            torch.testing.assert_close(weight.main_grad, 3.0 + times * want.to(wide), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                weight.main_grad, 3.0 + times * want.to(wide), rtol=1e-6, atol=1e-6
+            )
 
     def test_under_autocast_the_parameter_has_it(self):
         hidden, weight, bias, target = head_and_ids(6, 5, 11)
@@ -265,7 +343,10 @@ class TestMainGrad:
         loss.backward()
         assert weight.grad is None
         torch.testing.assert_close(
-            weight.main_grad, torch.autograd.grad(eager(hidden, weight, bias, target), weight)[0], rtol=0.05, atol=2e-3
+            weight.main_grad,
+            torch.autograd.grad(eager(hidden, weight, bias, target), weight)[0],
+            rtol=0.05,
+            atol=2e-3,
         )
 
     @pytest.mark.parametrize(
@@ -286,12 +367,19 @@ class TestMainGrad:
 
     def test_where_nobody_would_write_it(self, head):
         head[1].main_grad = torch.zeros(11, 5)
-        with pytest.raises(ValueError, match="options.main_grad needs another implementation than the reference"):
+        with pytest.raises(
+            ValueError, match="options.main_grad needs another implementation than the reference"
+        ):
             ours(*head, options=LinearOptions(main_grad=True), impl="reference")
         weight = torch.randn(11, 2, 5, requires_grad=True)
         weight.main_grad = torch.zeros_like(weight)
         with pytest.raises(ValueError, match="options.main_grad .* linear_weight has 3 dimensions"):
-            lossfuse.linear_cross_entropy(head[0], weight, torch.zeros(6, 2, dtype=torch.long), options=LinearOptions(main_grad=True))
+            lossfuse.linear_cross_entropy(
+                head[0],
+                weight,
+                torch.zeros(6, 2, dtype=torch.long),
+                options=LinearOptions(main_grad=True),
+            )
 
     def test_a_frozen_weight_leaves_it_alone(self, head):
         head[1].requires_grad_(False).main_grad = torch.zeros(11, 5)
@@ -316,7 +404,11 @@ class TestAutocast:
             torch.testing.assert_close(g, w, rtol=0.05, atol=0.03)
 
     def test_weights_of_k_dimensions(self):
-        hidden, weight, target = torch.randn(4, 5), torch.randn(7, 3, 5), torch.randint(0, 7, (4, 3))
+        hidden, weight, target = (
+            torch.randn(4, 5),
+            torch.randn(7, 3, 5),
+            torch.randint(0, 7, (4, 3)),
+        )
         with torch.autocast("cpu", torch.bfloat16):
             got = lossfuse.linear_cross_entropy(hidden, weight, target)
         logits = torch.einsum("nd,vkd->nvk", hidden.bfloat16().double(), weight.bfloat16().double())
@@ -327,7 +419,10 @@ class TestAutocast:
         with torch.autocast("cpu", torch.bfloat16):
             ours(hidden.bfloat16(), weight, bias, target).backward()
         assert weight.grad.dtype == torch.float32
-        with pytest.raises(TypeError, match="linear_weight has dtype torch.float32 but input has dtype torch.bfloat16; cast one"):
+        with pytest.raises(
+            TypeError,
+            match="linear_weight has dtype torch.float32 but input has dtype torch.bfloat16; cast one",
+        ):
             ours(hidden.bfloat16(), weight, bias, target)
 
     def test_float64_stays(self, head):
@@ -337,34 +432,62 @@ class TestAutocast:
 
 
 class TestModule:
-    @pytest.mark.parametrize("given", [{}, {"bias": True}, {"bias": True, "out_features": (2, 3), "weight": True}], ids=str)
+    @pytest.mark.parametrize(
+        "given",
+        [{}, {"bias": True}, {"bias": True, "out_features": (2, 3), "weight": True}],
+        ids=str,
+    )
     def test_it_is_that_of_torch(self, given):
         if not hasattr(torch.nn, "LinearCrossEntropyLoss"):
             pytest.skip("this torch has no LinearCrossEntropyLoss")
-        given = given | ({"weight": class_weight(7)} if "weight" in given else {}) | {"label_smoothing": 0.1, "reduction": "sum"}
+        given = (
+            given
+            | ({"weight": class_weight(7)} if "weight" in given else {})
+            | {"label_smoothing": 0.1, "reduction": "sum"}
+        )
         torch.manual_seed(5)
         theirs = torch.nn.LinearCrossEntropyLoss(5, 7, **given)
         torch.manual_seed(5)
         module = lossfuse.LinearCrossEntropyLoss(5, 7, **given)
-        torch.testing.assert_close(dict(module.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            dict(module.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0
+        )
         other = lossfuse.LinearCrossEntropyLoss(5, 7, **given)
         other.load_state_dict(theirs.state_dict())
         theirs.load_state_dict(other.state_dict())
         hidden, target = torch.randn(4, 5), torch.randint(0, 7, (4, *given.get("out_features", ())))
         torch.testing.assert_close(module(hidden, target), theirs(hidden, target))
-        got, want = (torch.autograd.grad(m(hidden, target), m.parameters()) for m in (other, theirs))
+        got, want = (
+            torch.autograd.grad(m(hidden, target), m.parameters()) for m in (other, theirs)
+        )
         torch.testing.assert_close(got, want)
 
     def test_copies(self):
-        given = {"bias": True, "softcap": 9.0, "lse_square_scale": 1e-3, "ignore_index": None, "impl": "torch", "logit_scale": 0.5}
-        module = lossfuse.LinearCrossEntropyLoss(5, 7, **given, options=LinearOptions(acc_dtype=torch.float32, chunk_bytes=64))
+        given = {
+            "bias": True,
+            "softcap": 9.0,
+            "lse_square_scale": 1e-3,
+            "ignore_index": None,
+            "impl": "torch",
+            "logit_scale": 0.5,
+        }
+        module = lossfuse.LinearCrossEntropyLoss(
+            5, 7, **given, options=LinearOptions(acc_dtype=torch.float32, chunk_bytes=64)
+        )
         hidden, target = torch.randn(4, 5), torch.tensor([0, -100, 6, 3])
         want = module(hidden, target, normalizer=3.0)
         stored = io.BytesIO()
         torch.save(module, stored)
         stored.seek(0)
-        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(stored, weights_only=False)):
-            assert torch.equal(other(hidden, target, normalizer=3.0), want) and other.options == module.options
+        for other in (
+            copy.deepcopy(module),
+            pickle.loads(pickle.dumps(module)),
+            torch.load(stored, weights_only=False),
+        ):
+            assert (
+                torch.equal(other(hidden, target, normalizer=3.0), want)
+                and other.options == module.options
+            )
         assert "num_classes=7" in repr(module) and "in_features=5" in repr(module)
 
     def test_a_tied_weight(self):
@@ -374,7 +497,9 @@ class TestModule:
         target = torch.tensor([0, -100, 6, 3])
         module(embedding(torch.tensor([1, 2, 3, 3])), target).backward()
         got, embedding.weight.grad = embedding.weight.grad, None
-        F.cross_entropy(F.linear(embedding(torch.tensor([1, 2, 3, 3])), embedding.weight), target).backward()
+        F.cross_entropy(
+            F.linear(embedding(torch.tensor([1, 2, 3, 3])), embedding.weight), target
+        ).backward()
         torch.testing.assert_close(got, embedding.weight.grad)
 
     @pytest.mark.parametrize(

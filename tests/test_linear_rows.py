@@ -1,4 +1,5 @@
-"""Losses of rows out of hidden states and a head, without logits: the tiles at sizes the interpreter can do, and what they refuse."""
+"""Losses of rows out of hidden states and a head, without logits: the tiles at sizes the
+interpreter can do, and what they refuse."""
 
 import itertools
 import math
@@ -19,7 +20,8 @@ from lossfuse.kernels import linear_rows
 
 GPU = torch.cuda.is_available()
 INF, NAN = float("inf"), float("nan")
-# tl.dot of bf16 is wrong in the interpreter; on a GPU products of fp32 are not taken, which it would round to tf32
+# tl.dot of bf16 is wrong in the interpreter; on a GPU products of fp32 are not taken, which it
+# would round to tf32
 DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.float32, torch.float16]
 TILE_V = linear_rows.TILE.block_v
 OPTIONS = {
@@ -45,7 +47,9 @@ def on_16_bytes(t, dtype, device):
     """The same numbers, with every row on 16 bytes and NaN between them."""
     per_16_bytes = 16 // dtype.itemsize
     n, d = t.shape
-    memory = torch.full((n, -(-d // per_16_bytes) * per_16_bytes + per_16_bytes), NAN, dtype=dtype, device=device)
+    memory = torch.full(
+        (n, -(-d // per_16_bytes) * per_16_bytes + per_16_bytes), NAN, dtype=dtype, device=device
+    )
     memory[:, :d] = t.to(dtype)
     return memory[:, :d]
 
@@ -71,15 +75,26 @@ def ours(hidden, weight, target, bias=None, class_weight=None, **options):
     spec = LossSpec(**options)
     assert linear_rows.runs_on(hidden, weight) is None
     z_scale = spec.lse_square_scale or None
-    return linear_rows.row_loss(hidden, weight, bias, target, class_weight, **keywords(spec), lse_square_scale=z_scale)
+    return linear_rows.row_loss(
+        hidden, weight, bias, target, class_weight, **keywords(spec), lse_square_scale=z_scale
+    )
 
 
-def our_stats(hidden, weight, target, bias=None, class_weight=None, *, entropy=True, argmax=True, **options):
+def our_stats(
+    hidden, weight, target, bias=None, class_weight=None, *, entropy=True, argmax=True, **options
+):
     spec = LossSpec(**options)
     return linear_rows.row_stats(
-        hidden, weight, bias, target, class_weight,
-        entropy=entropy, argmax=argmax, **keywords(spec), lse_square_scale=spec.lse_square_scale or None,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        target,
+        class_weight,
+        entropy=entropy,
+        argmax=argmax,
+        **keywords(spec),
+        lse_square_scale=spec.lse_square_scale or None,
+    )
 
 
 def logits_of(hidden, weight, bias=None):
@@ -99,14 +114,21 @@ def assert_close(got, want, *, atol=5e-6):
 
 
 def oracle_stats(hidden, weight, target, bias=None, **options):
-    """(lse, log-probability of the target, entropy) in float64, largest class; of rows without a target what ``row_stats`` says."""
+    """(lse, log-probability of the target, entropy) in float64, largest class; of rows without a
+    target what ``row_stats`` says."""
     spec = LossSpec(**options)
     z = reference.shaped(logits_of(hidden, weight, bias), spec)
-    ignored, bad = target == spec.ignore_index, ((target < 0) | (target >= len(weight))) & (target != spec.ignore_index)
+    ignored, bad = (
+        target == spec.ignore_index,
+        ((target < 0) | (target >= len(weight))) & (target != spec.ignore_index),
+    )
     logp = torch.log_softmax(z, -1)
     entropy = -torch.where(logp == -INF, 0.0, logp.exp() * logp).sum(-1)
     of_target = logp.gather(1, torch.where(ignored | bad, 0, target)[:, None])[:, 0]
-    numbers = (t.masked_fill(ignored, 0.0).masked_fill(bad, NAN) for t in (torch.logsumexp(z, -1), of_target, entropy))
+    numbers = (
+        t.masked_fill(ignored, 0.0).masked_fill(bad, NAN)
+        for t in (torch.logsumexp(z, -1), of_target, entropy)
+    )
     return *numbers, z.argmax(-1).masked_fill(ignored | bad, -2 if spec.ignore_index == -1 else -1)
 
 
@@ -164,15 +186,35 @@ def test_options_and_pairs(device, given):
         options |= OPTIONS[name]
     target = target.where(target != -100, options.get("ignore_index", -100))
     target[1] = options.get("ignore_index", -100)
-    bias = torch.randn(300, generator=torch.Generator().manual_seed(1)).to(device) if "bias" in given else None
-    check(hidden, weight, target, bias, class_weight(300, device) if "weight" in given else None, **options)
+    bias = (
+        torch.randn(300, generator=torch.Generator().manual_seed(1)).to(device)
+        if "bias" in given
+        else None
+    )
+    check(
+        hidden,
+        weight,
+        target,
+        bias,
+        class_weight(300, device) if "weight" in given else None,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_option_and_a_bias_like_the_weight(device, dtype):
     hidden, weight, target = head(6, 300, 24, dtype, device)
     bias = torch.linspace(-2, 2, 300, device=device).to(dtype)
-    check(hidden, weight, target, bias, class_weight(300, device), softcap=9.0, logit_scale=0.7, lse_square_scale=1e-2)
+    check(
+        hidden,
+        weight,
+        target,
+        bias,
+        class_weight(300, device),
+        softcap=9.0,
+        logit_scale=0.7,
+        lse_square_scale=1e-2,
+    )
 
 
 STATISTICS = {
@@ -180,7 +222,13 @@ STATISTICS = {
     "bias": {"bias": True},
     "softcap": {"softcap": 9.0},
     "negative scale": {"logit_scale": -0.7},
-    "every option": {"bias": True, "weight": True, "softcap": 9.0, "logit_scale": 0.7, "lse_square_scale": 1e-2},
+    "every option": {
+        "bias": True,
+        "weight": True,
+        "softcap": 9.0,
+        "logit_scale": 0.7,
+        "lse_square_scale": 1e-2,
+    },
     "ignore_index of -1": {"ignore_index": -1},
 }
 
@@ -225,7 +273,9 @@ def test_the_first_of_equal_classes(device, at):
     hidden = torch.zeros(3, 8)
     hidden[:, 0] = torch.tensor([1.0, 1.0, 0.0])
     target = torch.tensor([at[0], 100, 7], device=device)
-    got = check_stats(on_16_bytes(hidden, DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device), target)
+    got = check_stats(
+        on_16_bytes(hidden, DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device), target
+    )
     # of the last row every class is the largest
     assert got[4].tolist() == [at[0], at[0], 0]
 
@@ -235,7 +285,10 @@ def test_entropy_of_a_confident_row_keeps_its_digits(device, margin):
     at = torch.tensor([0, 270, 599], device=device)
     weight = torch.zeros(600, 8)
     weight[at.cpu(), torch.arange(3)] = margin
-    hidden, weight = on_16_bytes(torch.eye(3, 8), DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device)
+    hidden, weight = (
+        on_16_bytes(torch.eye(3, 8), DTYPES[0], device),
+        on_16_bytes(weight, DTYPES[0], device),
+    )
     _, _, _, entropy, classes = our_stats(hidden, weight, at)
     others = 599 * math.exp(-margin)
     want = math.log1p(others) + others * margin / (1 + others)
@@ -272,7 +325,9 @@ def test_statistics_of_undefined_rows(device, value):
     assert loss[0] == lse[0] == target_logprob[0] == entropy[0] == 0.0 and classes[0] == -1
     for t in (loss, target_logprob, entropy):
         assert t[1:].isnan().all()
-    torch.testing.assert_close(lse[1:], torch.full((2,), value, device=device), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        lse[1:], torch.full((2,), value, device=device), rtol=0, atol=0, equal_nan=True
+    )
     assert ((classes[1:] >= 0) & (classes[1:] < 300)).all()
 
 
@@ -288,7 +343,11 @@ def test_several_infinite_logits(device, at):
     assert all(t.isnan().all() for t in (loss, target_logprob, entropy))
 
 
-@pytest.mark.parametrize("options", [{}, {"lse_square_scale": 0.1, "softcap": 9.0, "logit_scale": 0.0}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lse_square_scale": 0.1, "softcap": 9.0, "logit_scale": 0.0}],
+    ids=["plain", "all"],
+)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_ignored_rows_may_hold_anything(device, poison, options):
     hidden, weight, target = head(5, 300, 24, device=device, ignored=0.0)
@@ -306,11 +365,22 @@ def test_bad_targets_are_nan_and_read_nothing(device):
     for options in ({}, {"lse_square_scale": 0.1}):
         loss = ours(hidden, weight, target, class_weight=class_weight(300, device), **options)
         assert loss.isnan().tolist() == [False, True, True, True, True, True, False]
-        assert_close(loss, oracle(hidden, weight, target, class_weight=class_weight(300, device), **options))
+        assert_close(
+            loss, oracle(hidden, weight, target, class_weight=class_weight(300, device), **options)
+        )
 
 
 @pytest.mark.parametrize(
-    "where", [slice(0, TILE_V), slice(64, 128), slice(TILE_V, None), slice(1, None), slice(0, -1), slice(10, 700)], ids=str
+    "where",
+    [
+        slice(0, TILE_V),
+        slice(64, 128),
+        slice(TILE_V, None),
+        slice(1, None),
+        slice(0, -1),
+        slice(10, 700),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("options", [{}, {"logit_scale": -0.5}], ids=["plain", "negative scale"])
 def test_tiles_and_parts_without_a_finite_logit(device, options, where):
@@ -333,7 +403,9 @@ def test_undefined_rows_are_undefined(device, value, at):
     bias = torch.zeros(300, device=device)
     bias[at] = value
     loss = ours(hidden, weight, target, bias)
-    torch.testing.assert_close(loss.double(), oracle(hidden, weight, target, bias), rtol=1e-5, atol=5e-6, equal_nan=True)
+    torch.testing.assert_close(
+        loss.double(), oracle(hidden, weight, target, bias), rtol=1e-5, atol=5e-6, equal_nan=True
+    )
     assert loss[3] == 0.0 and (value == -INF or loss[:3].isnan().all())
     # only the row that holds it
     hidden[1, 3] = value
@@ -344,22 +416,33 @@ def test_undefined_rows_are_undefined(device, value, at):
 def test_rows_of_no_finite_logit_are_nan(device):
     hidden, weight, target = head(3, 300, 24, device=device, ignored=0.0)
     target[0] = -100
-    assert ours(hidden, weight, target, torch.full((300,), -INF, device=device)).isnan().tolist() == [False, True, True]
+    assert ours(
+        hidden, weight, target, torch.full((300,), -INF, device=device)
+    ).isnan().tolist() == [False, True, True]
 
 
 def whole_numbers(n, v, d, device):
     """Logits without rounding: even and small."""
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randint(-2, 3, (n, d), generator=g), torch.randint(-2, 3, (v, d), generator=g) * 2
+    hidden, weight = (
+        torch.randint(-2, 3, (n, d), generator=g),
+        torch.randint(-2, 3, (v, d), generator=g) * 2,
+    )
     target = torch.randint(0, v, (n,), generator=g)
-    return on_16_bytes(hidden, DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device), target.to(device)
+    return (
+        on_16_bytes(hidden, DTYPES[0], device),
+        on_16_bytes(weight, DTYPES[0], device),
+        target.to(device),
+    )
 
 
 @pytest.mark.parametrize("offset", [1e4, -(2.0**24)])
 def test_a_common_offset_cancels_exactly(device, offset):
     hidden, weight, target = whole_numbers(6, 600, 8, device)
     loss = check(hidden, weight, target)
-    assert torch.equal(ours(hidden, weight, target, torch.full((600,), offset, device=device)), loss)
+    assert torch.equal(
+        ours(hidden, weight, target, torch.full((600,), offset, device=device)), loss
+    )
 
 
 @pytest.mark.parametrize("margin", [5.0, 17.0, 40.0])
@@ -370,21 +453,29 @@ def test_a_confident_target_keeps_its_digits(device, v, margin):
     weight = torch.zeros(v, 8)
     weight[target.cpu(), torch.arange(3)] = margin
     hidden = torch.eye(3, 8)
-    loss = ours(on_16_bytes(hidden, DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device), target)
+    loss = ours(
+        on_16_bytes(hidden, DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device), target
+    )
     assert loss.tolist() == pytest.approx([math.log1p((v - 1) * math.exp(-margin))] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_confident_rows_of_rounded_products(device, dtype):
-    """The target's logit and the maximum are the same number, so what is left is the sum of the others."""
+    """The target's logit and the maximum are the same number, so what is left is the sum of the
+    others."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(700, 96, generator=g) / 96**0.5
     target = torch.tensor([3, 255, 256, 450, 699])
-    hidden, weight = on_16_bytes(weight[target] * 30, dtype, device), on_16_bytes(weight, dtype, device)
+    hidden, weight = (
+        on_16_bytes(weight[target] * 30, dtype, device),
+        on_16_bytes(weight, dtype, device),
+    )
     want = oracle(hidden, weight, target.to(device))
     assert want.max() < 1e-5
     # logits of size 30 are off by some fp32 units, and a loss as small as this by as much of itself
-    torch.testing.assert_close(ours(hidden, weight, target.to(device)).double(), want, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        ours(hidden, weight, target.to(device)).double(), want, rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("at", [(0, 300), (0, 1), (5, 64, 128, 255, 256), (255, 256)], ids=str)
@@ -420,7 +511,9 @@ def test_neither_programs_nor_chunks_change_a_bit(device, monkeypatch):
     want = ours(hidden, weight, target, bias)
     want_stats = our_stats(hidden, weight, target, bias)
     for programs in (2, 7):
-        monkeypatch.setattr(linear_rows, "multiprocessors", lambda device, programs=programs: programs)
+        monkeypatch.setattr(
+            linear_rows, "multiprocessors", lambda device, programs=programs: programs
+        )
         assert torch.equal(ours(hidden, weight, target, bias), want)
     monkeypatch.setattr(linear_rows, "LEAST_ROWS", linear_rows.TILE.block_n)
     monkeypatch.setattr(linear_rows, "PARTS_BUDGET", 0)
@@ -477,10 +570,18 @@ class FakeProperties:
 @pytest.mark.skipif(torch.version.hip is not None, reason="of CUDA")
 @pytest.mark.parametrize(
     ("major", "minor", "shared", "obstacle"),
-    [(9, 0, 232448, None), (10, 0, 232448, None), (8, 0, 166912, "8.0"), (8, 9, 101376, "8.9"), (12, 0, 101376, "101376 bytes")],
+    [
+        (9, 0, 232448, None),
+        (10, 0, 232448, None),
+        (8, 0, 166912, "8.0"),
+        (8, 9, 101376, "8.9"),
+        (12, 0, 101376, "101376 bytes"),
+    ],
 )
 def test_devices(monkeypatch, major, minor, shared, obstacle):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeProperties(major, minor, shared))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: FakeProperties(major, minor, shared)
+    )
     said = linear_rows._device_obstacle(torch.device("cuda"))
     assert said is None if obstacle is None else obstacle in said
     assert "CUDA" in linear_rows._device_obstacle(torch.device("xpu"))
@@ -495,7 +596,9 @@ def test_the_callers_allocator_is_left_alone(elsewhere):
 
     def use():
         before = allocation._allocator.get()
-        linear_rows._with_descriptors(torch.device("cpu"), lambda: seen.append(allocation._allocator.get()(64, 128, None)))
+        linear_rows._with_descriptors(
+            torch.device("cpu"), lambda: seen.append(allocation._allocator.get()(64, 128, None))
+        )
         assert allocation._allocator.get() is before
         seen.append("left alone")
 

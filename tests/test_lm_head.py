@@ -1,4 +1,5 @@
-"""``fuse_lm_head`` on a small model in plain torch: everything that may be done with its logits is what it was, or raises."""
+"""``fuse_lm_head`` on a small model in plain torch: everything that may be done with its logits is
+what it was, or raises."""
 
 import contextlib
 import copy
@@ -172,59 +173,122 @@ READERS = {
     "rows that count": lambda z: F.cross_entropy(z[MASK], TARGET[MASK]),
     "classes last but one": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
     "probabilities": lambda z: F.cross_entropy(z.reshape(-1, V), PROBABILITIES.reshape(-1, V)),
-    "probabilities of three dimensions": lambda z: F.cross_entropy(z.transpose(1, 2), PROBABILITIES.transpose(1, 2), label_smoothing=0.1),
+    "probabilities of three dimensions": lambda z: F.cross_entropy(
+        z.transpose(1, 2), PROBABILITIES.transpose(1, 2), label_smoothing=0.1
+    ),
     "one row": lambda z: F.cross_entropy(z[1, 2], TARGET[1, 2]),
     "module": lambda z: nn.CrossEntropyLoss(reduction="sum")(z.view(-1, V), TARGET.view(-1)),
     "named arguments": lambda z: F.cross_entropy(input=z.view(-1, V), target=TARGET.view(-1)),
-    "ours": lambda z: lossfuse.cross_entropy(z.view(-1, V), TARGET.view(-1), softcap=4.0, logit_scale=0.9, lse_square_scale=1e-2),
-    "ours with a normalizer": lambda z: lossfuse.cross_entropy(z.view(-1, V), TARGET.view(-1), normalizer=5.0),
-    "our statistics": lambda z: (lambda s: s.loss + s.lse.mean() + s.entropy.sum())(
-        lossfuse.cross_entropy_stats(z.view(-1, V), TARGET.view(-1), reduction="none")._replace(loss=torch.zeros(()))
+    "ours": lambda z: lossfuse.cross_entropy(
+        z.view(-1, V), TARGET.view(-1), softcap=4.0, logit_scale=0.9, lse_square_scale=1e-2
     ),
-    "nll of log_softmax": lambda z: F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), TARGET.view(-1)),
-    "nll, weighted": lambda z: nn.NLLLoss(CLASS_WEIGHT)(nn.LogSoftmax(-1)(z.view(-1, V)), TARGET.view(-1)),
-    "our nll_loss of our log_softmax": lambda z: lossfuse.nll_loss(lossfuse.log_softmax(z, -1).view(-1, V), TARGET.view(-1), CLASS_WEIGHT),
-    "log_softmax and gather": lambda z: z.log_softmax(-1).gather(-1, VALID.unsqueeze(-1)).squeeze(-1).sum(),
+    "ours with a normalizer": lambda z: lossfuse.cross_entropy(
+        z.view(-1, V), TARGET.view(-1), normalizer=5.0
+    ),
+    "our statistics": lambda z: (lambda s: s.loss + s.lse.mean() + s.entropy.sum())(
+        lossfuse.cross_entropy_stats(z.view(-1, V), TARGET.view(-1), reduction="none")._replace(
+            loss=torch.zeros(())
+        )
+    ),
+    "nll of log_softmax": lambda z: F.nll_loss(
+        F.log_softmax(z, dim=-1).view(-1, V), TARGET.view(-1)
+    ),
+    "nll, weighted": lambda z: nn.NLLLoss(CLASS_WEIGHT)(
+        nn.LogSoftmax(-1)(z.view(-1, V)), TARGET.view(-1)
+    ),
+    "our nll_loss of our log_softmax": lambda z: lossfuse.nll_loss(
+        lossfuse.log_softmax(z, -1).view(-1, V), TARGET.view(-1), CLASS_WEIGHT
+    ),
+    "log_softmax and gather": lambda z: (
+        z.log_softmax(-1).gather(-1, VALID.unsqueeze(-1)).squeeze(-1).sum()
+    ),
     "gather": lambda z: torch.gather(z, -1, VALID.unsqueeze(-1)).sum(),
     "probability of the target": lambda z: z.softmax(-1).gather(-1, VALID.unsqueeze(-1)).sum(),
-    "take_along_dim": lambda z: torch.take_along_dim(torch.log_softmax(input=z, dim=-1), VALID.unsqueeze(-1), dim=-1).sum(),
-    "selective log_softmax": lambda z: (z.gather(-1, VALID.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(z, dim=-1)).sum(),
+    "take_along_dim": lambda z: torch.take_along_dim(
+        torch.log_softmax(input=z, dim=-1), VALID.unsqueeze(-1), dim=-1
+    ).sum(),
+    "selective log_softmax": lambda z: (
+        z.gather(-1, VALID.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(z, dim=-1)
+    ).sum(),
     "logsumexp, kept": lambda z: (z.logsumexp(-1, keepdim=True) ** 2).sum(),
     "logsumexp, transposed": lambda z: (z.transpose(1, 2).logsumexp(1) ** 2).sum(),
-    "entropy of p and log p": lambda z: (lambda lp: -(lp.exp() * lp).sum(-1))(F.log_softmax(z, dim=-1)).sum(),
+    "entropy of p and log p": lambda z: (lambda lp: -(lp.exp() * lp).sum(-1))(
+        F.log_softmax(z, dim=-1)
+    ).sum(),
     "entropy of p and logits": lambda z: (z.logsumexp(-1) - (z.softmax(-1) * z).sum(dim=-1)).sum(),
     "LabelSmoother": lambda z: smoother(z),
-    "argmax": lambda z: ce(z) + (z.argmax(-1) == TARGET).sum() + z.view(-1, V).argmax(dim=1, keepdim=True).sum(),
+    "argmax": lambda z: (
+        ce(z) + (z.argmax(-1) == TARGET).sum() + z.view(-1, V).argmax(dim=1, keepdim=True).sum()
+    ),
     "evenly spread": lambda z: F.log_softmax(z, -1).sum(-1, keepdim=True).sum(),
     "selective log_softmax of TRL": lambda z: torch.stack(
-        [row.gather(-1, ids[:, None])[:, 0] - row.logsumexp(-1) for row, ids in zip(z, VALID, strict=True)]
+        [
+            row.gather(-1, ids[:, None])[:, 0] - row.logsumexp(-1)
+            for row, ids in zip(z, VALID, strict=True)
+        ]
     ).sum(),
-    "entropy in parts": lambda z: torch.cat([entropy(part) for part in z.view(-1, V).split(5)]).square().sum(),
-    "log_softmax[range, target]": lambda z: F.log_softmax(z.view(-1, V), -1)[torch.arange(B * T), VALID.view(-1)].sum(),
+    "entropy in parts": lambda z: (
+        torch.cat([entropy(part) for part in z.view(-1, V).split(5)]).square().sum()
+    ),
+    "log_softmax[range, target]": lambda z: F.log_softmax(z.view(-1, V), -1)[
+        torch.arange(B * T), VALID.view(-1)
+    ].sum(),
     "logits[:, range, target]": lambda z: z[:, torch.arange(T), torch.arange(T)].square().sum(),
-    "gather of several classes": lambda z: z.log_softmax(-1).gather(-1, torch.stack([VALID, VALID, VALID.flip(0)], -1)).square().sum(),
+    "gather of several classes": lambda z: (
+        z.log_softmax(-1).gather(-1, torch.stack([VALID, VALID, VALID.flip(0)], -1)).square().sum()
+    ),
     "a few classes": lambda z: F.cross_entropy(z[:, -1, [5, 9]] * 2.0, torch.tensor([0, 1])),
-    "a few classes of a slice": lambda z: F.cross_entropy((z + ROW)[..., 3:9].reshape(-1, 6), torch.zeros(B * T, dtype=torch.int64)),
-    "one class": lambda z: F.binary_cross_entropy_with_logits(2.0 * torch.tanh(z / 2.0)[:, -1, 7], torch.ones(B)),
+    "a few classes of a slice": lambda z: F.cross_entropy(
+        (z + ROW)[..., 3:9].reshape(-1, 6), torch.zeros(B * T, dtype=torch.int64)
+    ),
+    "one class": lambda z: F.binary_cross_entropy_with_logits(
+        2.0 * torch.tanh(z / 2.0)[:, -1, 7], torch.ones(B)
+    ),
     "classes from the second": lambda z: z[..., 1:].logsumexp(-1).square().sum(),
-    "max": lambda z: z.max(-1).values.square().sum() + z.amax(-1, keepdim=True).sum() + z.min(-1)[0].sum(),
+    "max": lambda z: (
+        z.max(-1).values.square().sum() + z.amax(-1, keepdim=True).sum() + z.min(-1)[0].sum()
+    ),
     "max of all": lambda z: z.max() + z.view(-1, V).min(),
-    "mean and variance": lambda z: z.mean(-1).square().sum() + z.std(-1).sum() + z.mean() + z.norm(dim=-1).sum(),
+    "mean and variance": lambda z: (
+        z.mean(-1).square().sum() + z.std(-1).sum() + z.mean() + z.norm(dim=-1).sum()
+    ),
     "sum of all": lambda z: (z**2).sum() + z.sum((0, 2)).square().sum(),
-    "topk": lambda z: z.topk(3, -1).values.square().sum() + (z.topk(3, -1).indices == TARGET[..., None]).any(-1).sum(),
-    "is nothing wrong": lambda z: ce(z) + torch.isnan(z).any() + z.isinf().any() + torch.isfinite(z).all(),
-    "Categorical": lambda z: (lambda c: c.log_prob(VALID).sum() + c.entropy().square().sum())(torch.distributions.Categorical(logits=z)),
+    "topk": lambda z: (
+        z.topk(3, -1).values.square().sum()
+        + (z.topk(3, -1).indices == TARGET[..., None]).any(-1).sum()
+    ),
+    "is nothing wrong": lambda z: (
+        ce(z) + torch.isnan(z).any() + z.isinf().any() + torch.isfinite(z).all()
+    ),
+    "Categorical": lambda z: (lambda c: c.log_prob(VALID).sum() + c.entropy().square().sum())(
+        torch.distributions.Categorical(logits=z)
+    ),
     "log of softmax": lambda z: (torch.log(z.softmax(-1)) * PROBABILITIES).sum(),
-    "entropy of others, without a gradient": lambda z: (torch.no_grad()(z.softmax)(-1) * z.log_softmax(-1)).sum(),
-    "taught by probabilities": lambda z: -(PROBABILITIES * z.log_softmax(-1)).sum(-1).square().mean(),
-    "kl_div": lambda z: F.kl_div(z.log_softmax(-1), PROBABILITIES, reduction="batchmean") + F.kl_div(z, PROBABILITIES, reduction="sum"),
+    "entropy of others, without a gradient": lambda z: (
+        torch.no_grad()(z.softmax)(-1) * z.log_softmax(-1)
+    ).sum(),
+    "taught by probabilities": lambda z: (
+        -(PROBABILITIES * z.log_softmax(-1)).sum(-1).square().mean()
+    ),
+    "kl_div": lambda z: (
+        F.kl_div(z.log_softmax(-1), PROBABILITIES, reduction="batchmean")
+        + F.kl_div(z, PROBABILITIES, reduction="sum")
+    ),
     "one_hot": lambda z: -(F.one_hot(VALID, V) * z.log_softmax(-1)).sum(-1).square().mean(),
     "taught by itself": lambda z: F.cross_entropy(z.view(-1, V), (z * 0.5).softmax(-1).view(-1, V)),
-    "distance to a teacher": lambda z: F.mse_loss(z, PROBABILITIES) + F.l1_loss(PROBABILITIES, z, reduction="sum"),
+    "distance to a teacher": lambda z: (
+        F.mse_loss(z, PROBABILITIES) + F.l1_loss(PROBABILITIES, z, reduction="sum")
+    ),
     "hinge": lambda z: F.multi_margin_loss(z.view(-1, V), VALID.view(-1)),
-    "nll of others": lambda z: F.nll_loss((z * 0.5 - 1.0).sigmoid().log().view(-1, V), TARGET.view(-1), weight=CLASS_WEIGHT),
-    "cross_entropy of others, weighted and smoothed": lambda z: ce(z.clamp(-1, 1), weight=CLASS_WEIGHT, label_smoothing=0.1),
-    "cross_entropy of rows that repeat": lambda z: ce(torch.cat([z, z]), torch.cat([TARGET, TARGET.flip(0)])),
+    "nll of others": lambda z: F.nll_loss(
+        (z * 0.5 - 1.0).sigmoid().log().view(-1, V), TARGET.view(-1), weight=CLASS_WEIGHT
+    ),
+    "cross_entropy of others, weighted and smoothed": lambda z: ce(
+        z.clamp(-1, 1), weight=CLASS_WEIGHT, label_smoothing=0.1
+    ),
+    "cross_entropy of rows that repeat": lambda z: ce(
+        torch.cat([z, z]), torch.cat([TARGET, TARGET.flip(0)])
+    ),
 }
 
 
@@ -245,7 +309,9 @@ def smoother(z):
     nll_loss.masked_fill_(padding_mask, 0.0)
     smoothed_loss.masked_fill_(padding_mask, 0.0)
     active = padding_mask.numel() - padding_mask.long().sum()
-    return 0.9 * nll_loss.sum() / active + 0.1 * smoothed_loss.sum() / (active * log_probs.shape[-1])
+    return 0.9 * nll_loss.sum() / active + 0.1 * smoothed_loss.sum() / (
+        active * log_probs.shape[-1]
+    )
 
 
 def gradients(model, read, ids=IDS):
@@ -267,7 +333,11 @@ def same(model, read, *, rtol=2e-5, atol=2e-6, vouched=True):
         assert (g is None) == (grads[name] is None), name
         if g is not None:
             torch.testing.assert_close(
-                grads[name], g, rtol=rtol, atol=atol * max(1.0, float(g.abs().max())), msg=lambda m, n=name: f"{n}: {m}"
+                grads[name],
+                g,
+                rtol=rtol,
+                atol=atol * max(1.0, float(g.abs().max())),
+                msg=lambda m, n=name: f"{n}: {m}",
             )
     return report
 
@@ -297,9 +367,13 @@ def test_what_is_recorded_is_made_bit_for_bit(name):
         if name != "rows by a mask" or ask in ("size", "dim", "numel", "__len__"):
             assert getattr(lazy, ask)() == getattr(want, ask)()
     assert not report.made
-    with pytest.warns(UserWarning, match=r"sin makes the logits of a fused head, shape \(2, 6\) times 37 classes") as warned:
+    with pytest.warns(
+        UserWarning, match=r"sin makes the logits of a fused head, shape \(2, 6\) times 37 classes"
+    ) as warned:
         made = torch.sin(lazy)
-    assert torch.equal(made, torch.sin(want)) and len(warned) == 1 and warned[0].filename == __file__
+    assert (
+        torch.equal(made, torch.sin(want)) and len(warned) == 1 and warned[0].filename == __file__
+    )
     assert report.made == {"sin": 1} and not report.fused
     # the second time nobody is told, and nothing is made again
     assert torch.equal(torch.sin(lazy), made) and report.made == {"sin": 1}
@@ -307,9 +381,19 @@ def test_what_is_recorded_is_made_bit_for_bit(name):
 
 TWO_CALLS = {
     "cat": lambda z, y: ce(torch.cat([z, y]), torch.cat([TARGET, TARGET.flip(0)])),
-    "of parts": lambda z, y: ce(torch.cat([y[:, 1:] * 0.5, z * 0.5], 1), torch.cat([TARGET[:, 1:], TARGET], 1)),
-    "stack": lambda z, y: torch.stack([z, y]).log_softmax(-1).gather(-1, torch.stack([VALID, VALID]).unsqueeze(-1)).square().sum(),
-    "of both, and of each": lambda z, y: ce(torch.cat([z, y, z]), torch.cat([TARGET] * 3)) + z.logsumexp(-1).square().sum() + ce(y),
+    "of parts": lambda z, y: ce(
+        torch.cat([y[:, 1:] * 0.5, z * 0.5], 1), torch.cat([TARGET[:, 1:], TARGET], 1)
+    ),
+    "stack": lambda z, y: (
+        torch.stack([z, y])
+        .log_softmax(-1)
+        .gather(-1, torch.stack([VALID, VALID]).unsqueeze(-1))
+        .square()
+        .sum()
+    ),
+    "of both, and of each": lambda z, y: (
+        ce(torch.cat([z, y, z]), torch.cat([TARGET] * 3)) + z.logsumexp(-1).square().sum() + ce(y)
+    ),
 }
 
 
@@ -345,8 +429,14 @@ def test_joined_rows_are_what_they_were_when_a_call_is_written_to():
 
 # of a tensor, for which values are not needed
 QUESTIONS = {
-    **{name: (lambda z, name=name: getattr(z, name)()) for name in ("_is_view", "is_conj", "is_neg", "is_inference", "is_shared")},
-    **{name: (lambda z, name=name: getattr(z, name)()) for name in ("is_pinned", "is_signed", "dim_order", "stride", "get_device")},
+    **{
+        name: (lambda z, name=name: getattr(z, name)())
+        for name in ("_is_view", "is_conj", "is_neg", "is_inference", "is_shared")
+    },
+    **{
+        name: (lambda z, name=name: getattr(z, name)())
+        for name in ("is_pinned", "is_signed", "dim_order", "stride", "get_device")
+    },
     **{
         name: (lambda z, name=name: getattr(z, name))
         for name in ("is_mkldnn", "is_xla", "is_mtia", "output_nr", "retains_grad", "itemsize")
@@ -361,7 +451,11 @@ QUESTIONS = {
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-@pytest.mark.parametrize("part", [lambda z: z, lambda z: z[:, 1:], lambda z: z.transpose(1, 2)], ids=["whole", "a part", "transposed"])
+@pytest.mark.parametrize(
+    "part",
+    [lambda z: z, lambda z: z[:, 1:], lambda z: z.transpose(1, 2)],
+    ids=["whole", "a part", "transposed"],
+)
 def test_questions_that_need_no_values_are_answered_without_them(name, part):
     want = QUESTIONS[name](part(Tiny("linear")(IDS)))
     model = Tiny("linear")
@@ -375,7 +469,16 @@ def test_questions_that_need_no_values_are_answered_without_them(name, part):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", ["cross_entropy", "smoothed and weighted", "probabilities", "our statistics", "log_softmax and gather"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cross_entropy",
+        "smoothed and weighted",
+        "probabilities",
+        "our statistics",
+        "log_softmax and gather",
+    ],
+)
 def test_heads(head, name):
     """Those that are not linear make a chunk of logits at a time, and again in the backward."""
     report = same(Tiny(head, cap=3.0), READERS[name])
@@ -397,14 +500,18 @@ WITHOUT_LOGITS = {
     "of what is clamped": lambda z, y: ce(z.clamp(-1, 1), y),
     "with classes filled": lambda z, y: ce(z.masked_fill(ROW > 1.0, -5.0), y),
     "with temperatures": lambda z, y: ce(z / torch.full((len(z), 1), 1.5, requires_grad=True), y),
-    "in parts": lambda z, y: sum(ce(part, ids) for part, ids in zip(z.split(999), y.split(999), strict=True)),
+    "in parts": lambda z, y: sum(
+        ce(part, ids) for part, ids in zip(z.split(999), y.split(999), strict=True)
+    ),
     "of rows that repeat": lambda z, y: ce(torch.cat([z[:2000], z[2000:]]), y),
     "max": lambda z, y: z.max(-1)[0].sum() + z.max(),
     "topk": lambda z, y: z.topk(2, -1)[0].sum(),
     "mean": lambda z, y: z.mean() + z.sum(-1).mean(),
     "isnan": lambda z, y: z.isnan().any() + ce(z, y),
     "entropy": lambda z, y: entropy(z / torch.full((len(z), 1), 1.5)).sum(),
-    "Categorical": lambda z, y: (lambda c: (c.log_prob(y) + c.entropy()).sum())(torch.distributions.Categorical(logits=z)),
+    "Categorical": lambda z, y: (lambda c: (c.log_prob(y) + c.entropy()).sum())(
+        torch.distributions.Categorical(logits=z)
+    ),
     "log_softmax[range, target]": lambda z, y: z.log_softmax(-1)[torch.arange(len(z)), y].sum(),
     "one class": lambda z, y: z[:, 3].sum() + z[:, [1, 2]].sum(),
 }
@@ -420,7 +527,9 @@ def test_no_tensor_of_all_logits(name, head):
         if fuse:
             fuse_any(model, options=lossfuse.LinearOptions(chunk_bytes=64 * 48 * 4))
         with Largest() as largest:
-            WITHOUT_LOGITS[name](model(ids)[..., :-1, :].float().flatten(0, 1), target[:, 1:].flatten()).backward()
+            WITHOUT_LOGITS[name](
+                model(ids)[..., :-1, :].float().flatten(0, 1), target[:, 1:].flatten()
+            ).backward()
         logits = 64 * 63 * V * 4
         assert (largest.bytes < logits / 3) == fuse
     report = fuse_any(model)
@@ -436,7 +545,11 @@ def test_detached():
     lossfuse.fuse_lm_head(model)
     z = model(IDS)
     assert z.requires_grad and not z.is_leaf and z.grad_fn is not None
-    assert not z.detach().requires_grad and not ce(z.detach()).requires_grad and not z.detach().logsumexp(-1).requires_grad
+    assert (
+        not z.detach().requires_grad
+        and not ce(z.detach()).requires_grad
+        and not z.detach().logsumexp(-1).requires_grad
+    )
     with torch.no_grad():
         cut = z[:, :-1] * 2
         assert not ce(z).requires_grad
@@ -534,7 +647,9 @@ UNKNOWN = {
     "gradient reversed, same tensor": lambda z: ce(AsItIs.apply(z)),
     "hook": hooked,
     "retain_grad": retained,
-    "backward of logits": lambda z: torch.autograd.backward([z], [torch.ones(B, T, V)], retain_graph=True) or ce(z),
+    "backward of logits": lambda z: (
+        torch.autograd.backward([z], [torch.ones(B, T, V)], retain_graph=True) or ce(z)
+    ),
     "div_ and an alias": divided,
     "__setitem__": assigned,
     "out": written_out,
@@ -548,7 +663,9 @@ UNKNOWN = {
     "one class is written to": lambda z: (z[..., 3].mul_(2.0), ce(z))[1],
     "one class is added to": lambda z: (z.__setitem__((..., 3), z[..., 3] + 1.0), ce(z))[1],
     "pad": lambda z: ce(F.pad(z, (0, 0, 0, 1))[:, :-1]),
-    "as_strided": lambda z: (lambda s: torch.as_strided(s, s.shape, s.stride()))(z[:, :-1]).square().sum(),
+    "as_strided": lambda z: (
+        (lambda s: torch.as_strided(s, s.shape, s.stride()))(z[:, :-1]).square().sum()
+    ),
     "vmap": lambda z: torch.vmap(lambda row: (row**2).sum())(z).sum(),
 }
 
@@ -558,7 +675,8 @@ UNKNOWN = {
 @pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
 def test_what_is_unknown_makes_them_and_is_right(name, head):
     report = same(Tiny(head), UNKNOWN[name])
-    # older torch.autograd.backward does not ask whose tensors it is given, so that nothing is counted
+    # older torch.autograd.backward does not ask whose tensors it is given, so that nothing is
+    # counted
     assert report.made or (name == "backward of logits" and torch.__version__ < "2.11")
 
 
@@ -599,7 +717,10 @@ def test_gradients_of_logits_that_a_loss_went_past():
     lossfuse.fuse_lm_head(model)
     z = model(IDS)
     loss = ce(z)
-    with pytest.raises(RuntimeError, match="retain_grad asks for the gradient of logits that a loss has been read off"):
+    with pytest.raises(
+        RuntimeError,
+        match="retain_grad asks for the gradient of logits that a loss has been read off",
+    ):
         z.retain_grad()
     seen = []
     with pytest.warns(UserWarning, match="register_hook asks"):
@@ -613,7 +734,9 @@ def test_gradients_of_logits_that_a_loss_went_past():
 
 GRADIENTS_OF_LOGITS = {
     "grad": lambda loss, z: torch.autograd.grad(loss, z),
-    "grad, unused allowed": lambda loss, z: torch.autograd.grad([loss], inputs=[z], allow_unused=True),
+    "grad, unused allowed": lambda loss, z: torch.autograd.grad(
+        [loss], inputs=[z], allow_unused=True
+    ),
     "backward": lambda loss, z: loss.backward(inputs=[z]),
     "a function of the loss": lambda loss, z: torch.autograd.grad((loss * 2).exp(), z[:, :-1]),
 }
@@ -627,7 +750,9 @@ def test_gradients_with_respect_to_logits_that_a_loss_went_past(name):
     picked = z.log_softmax(-1).gather(-1, VALID.unsqueeze(-1))
     picked.masked_fill_(VALID.unsqueeze(-1) == 0, 0.0)
     for loss in (ce(z), picked.sum()):
-        with pytest.raises(RuntimeError, match="asks for the gradient of logits that a loss has been read off"):
+        with pytest.raises(
+            RuntimeError, match="asks for the gradient of logits that a loss has been read off"
+        ):
             GRADIENTS_OF_LOGITS[name](loss, z)
     # of what has not gone past them there is one
     with pytest.warns(UserWarning, match="makes the logits"):
@@ -637,7 +762,9 @@ def test_gradients_with_respect_to_logits_that_a_loss_went_past(name):
 def test_a_second_derivative_of_a_fused_head_names_the_remedy():
     model = Tiny()
     lossfuse.fuse_lm_head(model)
-    with pytest.raises(RuntimeError, match=r"no second derivative .*lossfuse.unfuse_lm_head\(model\)"):
+    with pytest.raises(
+        RuntimeError, match=r"no second derivative .*lossfuse.unfuse_lm_head\(model\)"
+    ):
         torch.autograd.grad(ce(model(IDS)), model.body.weight, create_graph=True)
 
 
@@ -679,17 +806,22 @@ def test_a_step_between_loss_and_backward(head, reduction):
     except RuntimeError as error:
         assert "has been changed" in str(error) or "modified by an inplace operation" in str(error)
     else:
-        torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in want.parameters()])
+        torch.testing.assert_close(
+            [p.grad for p in model.parameters()], [p.grad for p in want.parameters()]
+        )
 
 
 def test_a_hook_for_backwards_of_a_tied_head():
-    """Who asks for the gradient of the logits gets it, and the embedding behind them one of its own, each once."""
+    """Who asks for the gradient of the logits gets it, and the embedding behind them one of its
+    own, each once."""
     found = []
     for fused in (False, True):
         model, seen = Tiny("tied"), []
         if fused:
             lossfuse.fuse_lm_head(model)
-        model.lm_head.register_full_backward_hook(lambda module, grads, outputs, seen=seen: seen.append(outputs[0]))
+        model.lm_head.register_full_backward_hook(
+            lambda module, grads, outputs, seen=seen: seen.append(outputs[0])
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ce(model(IDS)).backward()
@@ -698,7 +830,8 @@ def test_a_hook_for_backwards_of_a_tied_head():
 
 
 def test_a_weight_behind_its_own_hidden_states():
-    """Where nothing of their graph is freed, a gradient that went too far would be counted twice."""
+    """Where nothing of their graph is freed, a gradient that went too far would be counted
+    twice."""
     found = []
     for fused in (False, True):
         model = Tiny("linear")
@@ -752,11 +885,16 @@ def test_our_loss_has_the_dtype_of_its_logits(dtype):
     model = Tiny().double()
     lossfuse.fuse_lm_head(model)
     read = lossfuse.cross_entropy_stats(model(IDS).flatten(0, 1).to(dtype), TARGET.flatten())
-    assert {t.dtype for t in read if t.is_floating_point()} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert {t.dtype for t in read if t.is_floating_point()} == {
+        torch.float64 if dtype == torch.float64 else torch.float32
+    }
 
 
 STALE = {
-    "step": (lambda m, h: torch.optim.SGD(m.parameters(), 0.1).step(), "a parameter of the head has been changed"),
+    "step": (
+        lambda m, h: torch.optim.SGD(m.parameters(), 0.1).step(),
+        "a parameter of the head has been changed",
+    ),
     "hidden states": (lambda m, h: h[0].detach().add_(1.0), "the hidden states has been changed"),
 }
 
@@ -791,7 +929,9 @@ def test_functional_call_is_the_parameters_it_was_given():
     lora = Tiny("LoRA")
     whole = WithLoss(lora)
     fuse_any(lora)
-    loss = torch.func.functional_call(whole, {n: (p.detach() * 2).requires_grad_() for n, p in whole.named_parameters()}, (IDS,))
+    loss = torch.func.functional_call(
+        whole, {n: (p.detach() * 2).requires_grad_() for n, p in whole.named_parameters()}, (IDS,)
+    )
     with pytest.raises(RuntimeError, match="a parameter of the head has been changed"):
         loss.backward()
     want_grad = torch.func.grad(lambda p: ce(torch.func.functional_call(Tiny(), p, (IDS,))))(others)
@@ -852,17 +992,47 @@ def with_another_forward(at):
 NOT_DEFERRED = {
     "a class of the caller": (Flagged, "its Flagged is not known to compute each row alone"),
     "a subclass that mixes rows": (lambda: Shift(D, V), "its Shift is not known"),
-    "one of its modules": (lambda: nn.Sequential(Shift(D, D), nn.Linear(D, V)), r"Shift \(0\) is not known"),
-    "a weight with functions of its own": (with_a_weight_of_its_own, "has a parameter of class Doubled"),
-    "dropout": (lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(D, V)), r"Dropout \(0\) draws one mask for all rows"),
+    "one of its modules": (
+        lambda: nn.Sequential(Shift(D, D), nn.Linear(D, V)),
+        r"Shift \(0\) is not known",
+    ),
+    "a weight with functions of its own": (
+        with_a_weight_of_its_own,
+        "has a parameter of class Doubled",
+    ),
+    "dropout": (
+        lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(D, V)),
+        r"Dropout \(0\) draws one mask for all rows",
+    ),
     "a hook inside": (with_a_hook, r"Linear \(0\) has hooks"),
-    "another forward": (lambda: with_another_forward(""), "the forward of its Sequential has been replaced"),
-    "another forward inside": (lambda: with_another_forward("1"), r"Linear \(1\) has a forward that has been replaced"),
-    "power iteration": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, V)), "_SpectralNorm .* is not known"),
-    "hidden states written over": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(D, V)), r"ReLU \(0\) writes over the hidden"),
-    "a norm over rows": (lambda: nn.Sequential(nn.LayerNorm((T, D)), nn.Linear(D, V)), r"LayerNorm \(0\) normalizes over several"),
-    "a softmax over rows": (lambda: nn.Sequential(nn.Softmax(1), nn.Linear(D, V)), r"Softmax \(0\) works along"),
-    "batch norm": (lambda: nn.Sequential(nn.BatchNorm1d(T), nn.Linear(D, V)), r"BatchNorm1d \(0\) is not known"),
+    "another forward": (
+        lambda: with_another_forward(""),
+        "the forward of its Sequential has been replaced",
+    ),
+    "another forward inside": (
+        lambda: with_another_forward("1"),
+        r"Linear \(1\) has a forward that has been replaced",
+    ),
+    "power iteration": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, V)),
+        "_SpectralNorm .* is not known",
+    ),
+    "hidden states written over": (
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(D, V)),
+        r"ReLU \(0\) writes over the hidden",
+    ),
+    "a norm over rows": (
+        lambda: nn.Sequential(nn.LayerNorm((T, D)), nn.Linear(D, V)),
+        r"LayerNorm \(0\) normalizes over several",
+    ),
+    "a softmax over rows": (
+        lambda: nn.Sequential(nn.Softmax(1), nn.Linear(D, V)),
+        r"Softmax \(0\) works along",
+    ),
+    "batch norm": (
+        lambda: nn.Sequential(nn.BatchNorm1d(T), nn.Linear(D, V)),
+        r"BatchNorm1d \(0\) is not known",
+    ),
 }
 
 
@@ -888,24 +1058,37 @@ def test_a_head_that_cannot_be_repeated_is_the_models_own(name):
     stock, model = (with_head(seeded(make)) for _ in range(2))
     report = lossfuse.fuse_lm_head(model, options=SMALL)
     want = drawn(stock, ce)
-    with pytest.warns(UserWarning, match=f"leaves the head of Tiny as it is.*{why}.*row_wise=True") as warned:
+    with pytest.warns(
+        UserWarning, match=f"leaves the head of Tiny as it is.*{why}.*row_wise=True"
+    ) as warned:
         got = drawn(model, ce)
     assert warned[0].filename == __file__
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    assert drawn(model, ce)[0] == drawn(stock, ce)[0] and report.made == {"forward": 2} and not report.fused
+    assert (
+        drawn(model, ce)[0] == drawn(stock, ce)[0]
+        and report.made == {"forward": 2}
+        and not report.fused
+    )
     if name == "a class of the caller":
         assert model.lm_head.calls == stock.lm_head.calls == 2
 
 
 DEFERRED = {
     "layers": lambda: nn.Sequential(
-        nn.LayerNorm(D), nn.Dropout(0.0), nn.Linear(D, D), nn.ReLU(inplace=True), nn.RMSNorm(D), nn.Linear(D, V)
+        nn.LayerNorm(D),
+        nn.Dropout(0.0),
+        nn.Linear(D, D),
+        nn.ReLU(inplace=True),
+        nn.RMSNorm(D),
+        nn.Linear(D, V),
     ),
     "dropout that is off": lambda: nn.Sequential(nn.Dropout(0.5).eval(), nn.Linear(D, V)),
     "weight norm": parametrized,
     "weight norm inside": lambda: nn.Sequential(nn.Identity(), parametrized()),
     "an older weight norm": lambda: older_weight_norm(nn.Linear(D, V)),
-    "an older weight norm inside": lambda: nn.Sequential(nn.GELU(), older_weight_norm(nn.Linear(D, V))),
+    "an older weight norm inside": lambda: nn.Sequential(
+        nn.GELU(), older_weight_norm(nn.Linear(D, V))
+    ),
 }
 
 
@@ -991,7 +1174,10 @@ class Multiplies(Tiny):
 def test_a_forward_that_does_not_call_its_head_says_so_once():
     model = Multiplies()
     lossfuse.fuse_lm_head(model)
-    with pytest.warns(UserWarning, match="the forward of Multiplies has not called its head, a Linear, .*has fused nothing") as warned:
+    with pytest.warns(
+        UserWarning,
+        match="the forward of Multiplies has not called its head, a Linear, .*has fused nothing",
+    ) as warned:
         for _ in range(2):
             ce(model(IDS)).backward()
     assert len(warned) == 1 and warned[0].filename == __file__
@@ -1045,7 +1231,9 @@ def test_dtypes(dtype, head, upcast):
     assert abs(got.double() - truth) <= 1.1 * abs(want.double() - truth) + 4 * eps
     for name, true in true_grads.items():
         assert grads[name].dtype == dtype
-        off, stock_off = ((g.double() - true).norm() / true.norm() for g in (grads[name], want_grads[name]))
+        off, stock_off = (
+            (g.double() - true).norm() / true.norm() for g in (grads[name], want_grads[name])
+        )
         assert off <= 1.2 * stock_off + eps, name
 
 
@@ -1061,10 +1249,18 @@ def test_autocast(head, double):
             loss, entropy = ce(z), (lambda lp: -(lp.exp() * lp).sum(-1))(z.log_softmax(-1))
         outside = ce(z)
         (loss + entropy.sum()).backward()
-        values = {"loss": loss.detach(), "entropy": entropy.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+        values = {
+            "loss": loss.detach(),
+            "entropy": entropy.detach(),
+            **{name: p.grad for name, p in model.named_parameters()},
+        }
         return (z.dtype, loss.dtype, entropy.dtype, outside.dtype), values, report
 
-    (dtypes, stock, _), (_, true, _), (got_dtypes, got, report) = run(False, True), run(False, False), run(True, True)
+    (dtypes, stock, _), (_, true, _), (got_dtypes, got, report) = (
+        run(False, True),
+        run(False, False),
+        run(True, True),
+    )
     assert got_dtypes == dtypes and report.fused and not report.made
     for name, t in true.items():
         off, stock_off = ((values[name].double() - t.double()).norm() for values in (got, stock))
@@ -1074,7 +1270,8 @@ def test_autocast(head, double):
 @pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
 @pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
 def test_under_autocast_the_head_learns_from_logits_that_are_made(head):
-    """torch 2.8 remembers what was cast without a gradient, as for a look at the shape of logits."""
+    """torch 2.8 remembers what was cast without a gradient, as for a look at the shape of
+    logits."""
 
     def read(z):
         return z.square().sum()
@@ -1104,7 +1301,15 @@ def test_a_wide_bias_keeps_its_digits():
 
 def snapshot(model):
     return [
-        (name, {k: v for k, v in m.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")}, list(m._parameters))
+        (
+            name,
+            {
+                k: v
+                for k, v in m.__dict__.items()
+                if k not in ("_parameters", "_buffers", "_modules")
+            },
+            list(m._parameters),
+        )
         for name, m in model.named_modules()
     ]
 
@@ -1174,7 +1379,9 @@ MODES = {
     "eval": lambda model: model.eval() and contextlib.nullcontext(),
     "no_grad": lambda model: torch.no_grad(),
     "inference": lambda model: torch.inference_mode(),
-    "eval, no_grad, autocast": lambda model: model.eval() and both(torch.no_grad(), torch.autocast("cpu", torch.bfloat16)),
+    "eval, no_grad, autocast": lambda model: (
+        model.eval() and both(torch.no_grad(), torch.autocast("cpu", torch.bfloat16))
+    ),
 }
 
 
@@ -1197,7 +1404,11 @@ def test_evaluation_takes_no_memory_for_logits(mode, head):
         got = ce(model(ids), target)
     assert got.requires_grad == want.requires_grad and got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=1e-2 if "autocast" in mode else 1e-5, atol=1e-6)
-    assert largest.bytes < 64 * 64 * V * 4 / 3 and report.fused == {"cross_entropy": 1} and not report.made
+    assert (
+        largest.bytes < 64 * 64 * V * 4 / 3
+        and report.fused == {"cross_entropy": 1}
+        and not report.made
+    )
     with MODES[mode](model), pytest.warns(UserWarning, match="sin makes"):
         made = model(IDS).sin()
     assert torch.equal(made, logits.sin()) and made.requires_grad == logits.requires_grad
@@ -1231,7 +1442,10 @@ def test_copies_are_fused_and_their_own(how):
         torch.save(model, file)
         file.seek(0)
         other = torch.load(file, weights_only=False)
-    assert other.lm_head.weight is other.embedding.weight and other.lm_head.weight is not model.lm_head.weight
+    assert (
+        other.lm_head.weight is other.embedding.weight
+        and other.lm_head.weight is not model.lm_head.weight
+    )
     loss = ce(other(IDS))
     loss.backward()
     assert model.lm_head.weight.grad is None and other.lm_head.weight.grad is not None
@@ -1270,7 +1484,9 @@ def test_a_head_that_is_replaced():
     ce(model(IDS))
     model.lm_head = Lora(first)
     ce(model(IDS))
-    assert "forward" not in first.__dict__ and report.fused == {"cross_entropy": 2} and not report.made
+    assert (
+        "forward" not in first.__dict__ and report.fused == {"cross_entropy": 2} and not report.made
+    )
     model.lm_head = nn.Linear(D, V + 3)
     assert model(IDS).shape == (B, T, V + 3) and not report.made
 
@@ -1307,7 +1523,8 @@ def test_two_heads_one_after_the_other():
 
 
 def test_hooks_of_the_head():
-    """Forward hooks see lazy logits and may change them; a hook of the backward needs their gradient, so they are made."""
+    """Forward hooks see lazy logits and may change them; a hook of the backward needs their
+    gradient, so they are made."""
     model, seen = Tiny(), []
     model.lm_head.register_forward_hook(lambda m, args, out: out * 0.5)
     assert same(model, ce).fused == {"cross_entropy": 1}
@@ -1319,19 +1536,34 @@ def test_hooks_of_the_head():
 
 def fused_as(said):
     model = Says()
-    model.heads, model.said = nn.ModuleList(nn.Linear(D, V) for _ in range(2)), lambda _: said(model)
+    model.heads, model.said = (
+        nn.ModuleList(nn.Linear(D, V) for _ in range(2)),
+        lambda _: said(model),
+    )
     return lossfuse.fuse_lm_head(model)
 
 
 ERRORS = {
-    "no module": (lambda: lossfuse.fuse_lm_head("model"), TypeError, "model is a str but must be a torch.nn.Module"),
+    "no module": (
+        lambda: lossfuse.fuse_lm_head("model"),
+        TypeError,
+        "model is a str but must be a torch.nn.Module",
+    ),
     "no head": (
         lambda: lossfuse.fuse_lm_head(nn.Linear(2, 3)),
         ValueError,
         "model is a Linear in which no output head .*pass head=",
     ),
-    "no such name": (lambda: lossfuse.fuse_lm_head(Tiny(), head="lm_haed"), ValueError, "no module 'lm_haed'"),
-    "head of another kind": (lambda: lossfuse.fuse_lm_head(Tiny(), head=3), TypeError, "head is a int but must be a module, or the name"),
+    "no such name": (
+        lambda: lossfuse.fuse_lm_head(Tiny(), head="lm_haed"),
+        ValueError,
+        "no module 'lm_haed'",
+    ),
+    "head of another kind": (
+        lambda: lossfuse.fuse_lm_head(Tiny(), head=3),
+        TypeError,
+        "head is a int but must be a module, or the name",
+    ),
     "it has none": (
         lambda: fused_as(lambda m: setattr(m, "head", m.__dict__["_modules"].pop("lm_head"))),
         ValueError,
@@ -1342,15 +1574,31 @@ ERRORS = {
         TypeError,
         "get_output_embeddings.* of Says is a ModuleList of 2 modules, each a head .* head='heads.0'",
     ),
-    "an embedding": (lambda: fused_as(lambda m: m.embedding), TypeError, "of Says is an Embedding, whose forward takes ids"),
+    "an embedding": (
+        lambda: fused_as(lambda m: m.embedding),
+        TypeError,
+        "of Says is an Embedding, whose forward takes ids",
+    ),
     "an embedding by name": (
         lambda: lossfuse.fuse_lm_head(Tiny(), head="embedding"),
         TypeError,
         "head='embedding' of Tiny is an Embedding",
     ),
-    "row_wise": (lambda: lossfuse.fuse_lm_head(Tiny(), row_wise=1), TypeError, "row_wise is 1 but must be True or False"),
-    "evaluation": (lambda: lossfuse.fuse_lm_head(Tiny(), evaluation=None), TypeError, "evaluation is None but must be"),
-    "options": (lambda: lossfuse.fuse_lm_head(Tiny(), options={}), TypeError, "options is a dict but must be a lossfuse.LinearOptions"),
+    "row_wise": (
+        lambda: lossfuse.fuse_lm_head(Tiny(), row_wise=1),
+        TypeError,
+        "row_wise is 1 but must be True or False",
+    ),
+    "evaluation": (
+        lambda: lossfuse.fuse_lm_head(Tiny(), evaluation=None),
+        TypeError,
+        "evaluation is None but must be",
+    ),
+    "options": (
+        lambda: lossfuse.fuse_lm_head(Tiny(), options={}),
+        TypeError,
+        "options is a dict but must be a lossfuse.LinearOptions",
+    ),
 }
 
 
@@ -1369,7 +1617,9 @@ def test_gradient_checkpointing(head, reentrant):
     want, want_grads = gradients(model, ce)
     report = fuse_any(model)
     model.zero_grad()
-    x = checkpoint(lambda e: torch.tanh(model.body(e)) * 3, model.embedding(IDS), use_reentrant=reentrant)
+    x = checkpoint(
+        lambda e: torch.tanh(model.body(e)) * 3, model.embedding(IDS), use_reentrant=reentrant
+    )
     loss = checkpoint(lambda h: ce(model.lm_head(h)), x, use_reentrant=reentrant)
     loss.backward()
     torch.testing.assert_close(loss.detach(), want)
@@ -1390,10 +1640,15 @@ def test_compiled(head):
         loss = ce(compiled(IDS))
         loss.backward()
         torch.testing.assert_close(loss.detach(), want)
-        torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, want_grads)
+        torch.testing.assert_close(
+            {name: p.grad for name, p in model.named_parameters()}, want_grads
+        )
     assert report.fused == {"cross_entropy": 2} and not report.made
     torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="lossfuse.fuse_lm_head runs the head and the loss outside the graphs"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported,
+        match="lossfuse.fuse_lm_head runs the head and the loss outside the graphs",
+    ):
         torch.compile(model, backend="aot_eager", fullgraph=True)(IDS)
 
 
@@ -1403,13 +1658,25 @@ def test_what_trainers_do_with_an_output():
     want = model(IDS).detach()
     lossfuse.fuse_lm_head(model)
     z = model(IDS)
-    assert isinstance(z, torch.Tensor) and torch.is_tensor(z) and z.size(-1) == V and z.size() == want.size()
-    assert repr(z) == "LazyLogits(logits of shape (2, 6, 37), dtype=torch.float32, not made)" and z.type() == "torch.FloatTensor"
+    assert (
+        isinstance(z, torch.Tensor)
+        and torch.is_tensor(z)
+        and z.size(-1) == V
+        and z.size() == want.size()
+    )
+    assert (
+        repr(z) == "LazyLogits(logits of shape (2, 6, 37), dtype=torch.float32, not made)"
+        and z.type() == "torch.FloatTensor"
+    )
     assert hash(z) == id(z) and z in {z: 1}
     assert z.new_zeros(2, 3).shape == (2, 3) and z.new_tensor([1.0]).dtype == z.dtype
     assert lossfuse.fuse_lm_head(model).made == {}
     assert torch.equal(z.detach().cpu(), want) and (z.detach().numpy() == want.numpy()).all()
-    assert z.data_ptr() == z.untyped_storage().data_ptr() != 0 and hash(z) == id(z) and repr(z).startswith("tensor(")
+    assert (
+        z.data_ptr() == z.untyped_storage().data_ptr() != 0
+        and hash(z) == id(z)
+        and repr(z).startswith("tensor(")
+    )
     for make in (
         lambda z: z.detach().cpu(),
         lambda z: torch.from_numpy(z.detach().numpy()),
@@ -1417,7 +1684,11 @@ def test_what_trainers_do_with_an_output():
         lambda z: torch.load(saved(z)),
         lambda z: pickle.loads(pickle.dumps(z.detach())),
         lambda z: copy.deepcopy(z.detach()),
-        lambda z: torch.nn.parallel.scatter_gather.gather([z], "cpu") if torch.cuda.is_available() else z.detach().cpu(),
+        lambda z: (
+            torch.nn.parallel.scatter_gather.gather([z], "cpu")
+            if torch.cuda.is_available()
+            else z.detach().cpu()
+        ),
         lambda z: torch.from_dlpack(z.detach()),
         lambda z: z.flatten()[torch.arange(B * T * V)].view(B, T, V),
     ):
@@ -1440,7 +1711,8 @@ def test_no_rows():
 
 
 def test_a_parameter_put_aside():
-    """As FSDP2 does after a head's forward: loss and logits are of the weight that the call was given."""
+    """As FSDP2 does after a head's forward: loss and logits are of the weight that the call was
+    given."""
     model, stock = Tiny("linear"), Tiny("linear")(IDS)
     lossfuse.fuse_lm_head(model)
     z = model(IDS)
@@ -1452,7 +1724,8 @@ def test_a_parameter_put_aside():
 
 
 def replica_of(model):
-    """As torch.nn.parallel.replicate makes one for every GPU: shallow copies of modules, with copies of parameters that are none."""
+    """As torch.nn.parallel.replicate makes one for every GPU: shallow copies of modules, with
+    copies of parameters that are none."""
     modules = list(model.modules())
     copies = {id(m): m._replicate_for_data_parallel() for m in modules}
     for m in modules:

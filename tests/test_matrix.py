@@ -41,16 +41,25 @@ def versions(package):
 
 
 EXTRAS = PROJECT["optional-dependencies"]
-PROMISED = floors(*PROJECT["dependencies"], *EXTRAS["triton"][:1], *EXTRAS["transformers"], *EXTRAS["perf"])
+PROMISED = floors(
+    *PROJECT["dependencies"], *EXTRAS["triton"][:1], *EXTRAS["transformers"], *EXTRAS["perf"]
+)
 
 
 @pytest.mark.parametrize("package", PROMISED)
 def test_the_oldest_version_that_is_promised_works(package):
     floor = PROMISED[package]
-    assert any(version == floor or version.startswith(f"{floor}.") for version in versions(package)), floor
+    assert any(
+        version == floor or version.startswith(f"{floor}.") for version in versions(package)
+    ), floor
 
 
-OLDEST, NEWEST = map(int, re.search(r"\| Python \| 3\.(\d+) \| 3\.(\d+) \|", matrix.PAGE.read_text(encoding="utf-8")).groups())
+OLDEST, NEWEST = map(
+    int,
+    re.search(
+        r"\| Python \| 3\.(\d+) \| 3\.(\d+) \|", matrix.PAGE.read_text(encoding="utf-8")
+    ).groups(),
+)
 PYTHONS = [f"3.{minor}" for minor in range(OLDEST, NEWEST + 1)]
 INSTALLS = [row for row in matrix.ROWS if row.suite == "install"]
 
@@ -58,14 +67,19 @@ INSTALLS = [row for row in matrix.ROWS if row.suite == "install"]
 def test_every_promised_python_can_install_what_the_pages_tell_people_to():
     assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
     assert [row.python for row in INSTALLS] == PYTHONS
-    assert {row.name for row in INSTALLS} <= {row["row"] for row in matrix.read() if row["result"] == "resolves"}
+    assert {row.name for row in INSTALLS} <= {
+        row["row"] for row in matrix.read() if row["result"] == "resolves"
+    }
     ci = ROOT / ".ci" / "run"
     if ci.exists():
         assert all(row.name in ci.read_text(encoding="utf-8").split() for row in INSTALLS)
 
 
 def test_what_pip_is_given_is_read_from_the_pages():
-    assert [re.fullmatch(r"-c constraints\.txt -e '\.\[(\w+)\]'", words)[1] for words in matrix.installs()] == ["perf", "test", "dev"]
+    assert [
+        re.fullmatch(r"-c constraints\.txt -e '\.\[(\w+)\]'", words)[1]
+        for words in matrix.installs()
+    ] == ["perf", "test", "dev"]
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -73,7 +87,9 @@ def test_every_package_has_one_pin(python):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
-    here = Counter(pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(environment))
+    here = Counter(
+        pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(environment)
+    )
     several = {name for name, n in Counter(pin.name for pin in pins).items() if n > 1}
     assert set(here.values()) == {1} and several <= here.keys()
 
@@ -81,11 +97,19 @@ def test_every_package_has_one_pin(python):
 @pytest.mark.parametrize(("status", "result"), [(0, "resolves"), (1, "fails")])
 def test_a_command_that_cannot_be_resolved_is_red(monkeypatch, status, result):
     def run(command, what, console, *, may_fail=False):
-        return subprocess.CompletedProcess(command, status if what == matrix.installs()[-1] else 0, "Would install\n + torch==2.13.0\n")
+        return subprocess.CompletedProcess(
+            command,
+            status if what == matrix.installs()[-1] else 0,
+            "Would install\n + torch==2.13.0\n",
+        )
 
     monkeypatch.setattr(matrix, "run", run)
     made = matrix.resolved(INSTALLS[0], Console())
-    assert made["result"] == result and made["torch"] == "2.13.0" and made.keys() == set(matrix.COLUMNS)
+    assert (
+        made["result"] == result
+        and made["torch"] == "2.13.0"
+        and made.keys() == set(matrix.COLUMNS)
+    )
 
 
 def test_the_page_shows_the_rows():
@@ -103,7 +127,14 @@ def test_a_report_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("came", "code"), [({"a": "works", "b": "resolves"}, 0), ({"a": "works", "b": "fails"}, 1), ({"a": "works"}, 1), ({}, 1)], ids=str
+    ("came", "code"),
+    [
+        ({"a": "works", "b": "resolves"}, 0),
+        ({"a": "works", "b": "fails"}, 1),
+        ({"a": "works"}, 1),
+        ({}, 1),
+    ],
+    ids=str,
 )
 def test_green_is_for_rows_that_ran(monkeypatch, capsys, came, code):
     def outcome(row, console):

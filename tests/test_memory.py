@@ -1,4 +1,5 @@
-"""How much is allocated, watched operator by operator on the CPU: one tensor like the logits for the gradient, one block beside it."""
+"""How much is allocated, watched operator by operator on the CPU: one tensor like the logits for
+the gradient, one block beside it."""
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from rows import logits_and_ids, probabilities
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 30.0, "label_smoothing": 0.1, "lse_square_scale": 1e-4}], ids=["plain", "every option"]
+    "options",
+    [{}, {"softcap": 30.0, "label_smoothing": 0.1, "lse_square_scale": 1e-4}],
+    ids=["plain", "every option"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
@@ -22,7 +25,9 @@ def test_nothing_larger_than_a_block_is_allocated(dtype, soft, options):
     target = probabilities(n, v, dtype).detach() if soft else target
     grad = torch.empty_like(x)
     with Largest() as largest:
-        torch_rows.row_loss_and_grads(x, target, None, torch.ones(()).expand(n), LossSpec(**options), grad, None)
+        torch_rows.row_loss_and_grads(
+            x, target, None, torch.ones(()).expand(n), LossSpec(**options), grad, None
+        )
     assert 0 < largest.bytes <= torch_rows.CPU_BLOCK_BYTES < n * v * x.element_size() / 3
     with Largest() as largest:
         torch_rows.row_loss(x, target, None, LossSpec(**options))
@@ -59,7 +64,9 @@ def test_the_gradient_is_handed_over_not_copied():
     ],
     ids=["plain", "softcap", "smoothing and z-loss", "none"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_peak_of_a_call(dtype, options, share):
     """Loss and gradient, in units of logits of 125 or 63 MiB; torch takes 3."""
     x, target = logits_and_ids(1024, 32000, dtype)

@@ -1,4 +1,5 @@
-"""The memory profiler: bytes exact, places named, recording always off afterwards, pictures that no name can break."""
+"""The memory profiler: bytes exact, places named, recording always off afterwards, pictures that no
+name can break."""
 
 import html
 import io
@@ -52,9 +53,15 @@ def require_consistent(profile):
         assert change.bytes == held >= 0
     times = [change.ms for change in profile.timeline]
     assert times == sorted(times) and times[0] == 0
-    assert profile.peak_bytes == max(change.bytes for change in profile.timeline) == sum(group.bytes for group in profile.alive)
+    assert (
+        profile.peak_bytes
+        == max(change.bytes for change in profile.timeline)
+        == sum(group.bytes for group in profile.alive)
+    )
     assert profile.end_bytes == held == sum(places.values())
-    assert [group.bytes for group in profile.alive] == sorted((group.bytes for group in profile.alive), reverse=True)
+    assert [group.bytes for group in profile.alive] == sorted(
+        (group.bytes for group in profile.alive), reverse=True
+    )
     if profile.alive:
         assert sum(group.share for group in profile.alive) == pytest.approx(1)
 
@@ -71,12 +78,17 @@ def test_known_allocations_to_the_byte():
     require_consistent(profile)
     assert [change.bytes for change in profile.timeline] == [0, 4000, 6400, 2400, 2407, 2407]
     assert (profile.peak_bytes, profile.end_bytes, profile.device) == (6400, 2407, "cpu")
-    assert [(group.bytes, group.count, group.share) for group in profile.alive] == [(4000, 1, 0.625), (2400, 1, 0.375)]
+    assert [(group.bytes, group.count, group.share) for group in profile.alive] == [
+        (4000, 1, 0.625),
+        (2400, 1, 0.375),
+    ]
     line = step.__code__.co_firstlineno
     assert [group.where.split(", ")[0] for group in profile.alive] == ["ones", "ones"]
     for group, offset in zip(profile.alive, (1, 2), strict=True):
         assert group.where.endswith(f"test_memory_profile.py:{line + offset} in step")
-        assert group.stack[:2] == ("empty", "ones") and "profile_memory" not in " ".join(group.stack)
+        assert group.stack[:2] == ("empty", "ones") and "profile_memory" not in " ".join(
+            group.stack
+        )
 
 
 def test_allocations_of_one_place_are_one_group():
@@ -133,7 +145,8 @@ def test_torch_cross_entropy_holds_three_times_the_logits():
     assert forward.where.startswith("_log_softmax, ") and "backward" not in forward.where
     # no Python runs in these; they are traced to the line whose backward they are
     assert [group.where for group in backward] == [
-        f"{operator}, backward of {forward.where.split(', ')[1]}" for operator in ("nll_loss_backward", "_log_softmax_backward_data")
+        f"{operator}, backward of {forward.where.split(', ')[1]}"
+        for operator in ("nll_loss_backward", "_log_softmax_backward_data")
     ]
 
 
@@ -147,7 +160,8 @@ def test_lossfuse_holds_the_gradient_and_little_else():
 
 
 class Nested(torch.autograd.Function):
-    """Backward inside backward, as reentrant checkpointing does it; autograd moves to other threads when it is deep."""
+    """Backward inside backward, as reentrant checkpointing does it; autograd moves to other threads
+    when it is deep."""
 
     @staticmethod
     def forward(ctx, x, depth):
@@ -169,12 +183,16 @@ NESTED = []
 
 def test_autograd_threads_are_seen():
     NESTED.clear()
-    profile = on_cpu(lambda: Nested.apply(torch.ones(1, requires_grad=True), 62).sum().backward(), warmup=0)
+    profile = on_cpu(
+        lambda: Nested.apply(torch.ones(1, requires_grad=True), 62).sum().backward(), warmup=0
+    )
     ((thread, _),) = NESTED
     assert thread != threading.get_native_id()
     largest = profile.alive[0]
     assert 4 * 12345 <= largest.bytes < 5 * 12345
-    assert largest.where == "ones, backward, NestedBackward", "its line is another thread's, and numbers of nodes are each thread's own"
+    assert largest.where == "ones, backward, NestedBackward", (
+        "its line is another thread's, and numbers of nodes are each thread's own"
+    )
 
 
 def test_errors_pass_through_and_end_the_recording():
@@ -214,7 +232,9 @@ def native_frame(name):
 
 
 def trace(action, addr, size, us, frames=None):
-    return {"action": action, "addr": addr, "size": size, "time_us": us, "stream": 0} | ({} if frames is None else {"frames": frames})
+    return {"action": action, "addr": addr, "size": size, "time_us": us, "stream": 0} | (
+        {} if frames is None else {"frames": frames}
+    )
 
 
 def snapshot():
@@ -222,7 +242,9 @@ def snapshot():
     forward = [
         native_frame("at::detail::empty_generic(c10::ArrayRef<long>)"),
         native_frame("at::_ops::empty_strided::call(c10::ArrayRef<c10::SymInt>)"),
-        native_frame("at::_ops::_log_softmax::redispatch(c10::DispatchKeySet, at::Tensor const&, long, bool)"),
+        native_frame(
+            "at::_ops::_log_softmax::redispatch(c10::DispatchKeySet, at::Tensor const&, long, bool)"
+        ),
         native_frame("at::_ops::cross_entropy_loss::call(at::Tensor const&)"),
         python_frame(3555, "cross_entropy", torch_file),
         python_frame(12, "step"),
@@ -231,15 +253,21 @@ def snapshot():
     ]
     backward = [
         native_frame("at::_ops::_log_softmax_backward_data::call(at::Tensor const&)"),
-        native_frame("torch::autograd::generated::LogSoftmaxBackward0::apply(std::vector<at::Tensor>&&)"),
-        native_frame("torch::autograd::Engine::evaluate_function(std::shared_ptr<torch::autograd::GraphTask>&)"),
+        native_frame(
+            "torch::autograd::generated::LogSoftmaxBackward0::apply(std::vector<at::Tensor>&&)"
+        ),
+        native_frame(
+            "torch::autograd::Engine::evaluate_function(std::shared_ptr<torch::autograd::GraphTask>&)"
+        ),
     ]
     entries = [
         trace("free_requested", 0x10, 5000, 1_000_000),
         trace("free_completed", 0x10, 5000, 1_000_000),
         trace("segment_alloc", 0x1000, 2 << 20, 1_000_100, forward),
         trace("alloc", 0x1000, 1000, 1_001_000, forward),
-        trace("alloc", 0x2000, 300, 1_002_000, [python_frame(20, "helper"), python_frame(12, "step")]),
+        trace(
+            "alloc", 0x2000, 300, 1_002_000, [python_frame(20, "helper"), python_frame(12, "step")]
+        ),
         trace("free_requested", 0x2000, 300, 1_003_000),
         # another stream still uses 0x2000 here
         trace("alloc", 0x3000, 700, 1_004_000, backward),
@@ -250,13 +278,26 @@ def snapshot():
         trace("oom", 0, 1 << 40, 1_008_000, forward),
         trace("snapshot", 0, 0, 1_009_000),
     ]
-    return {"segments": [], "device_traces": [[trace("alloc", 0x1000, 9999, 1_000_000, forward)], entries]}
+    return {
+        "segments": [],
+        "device_traces": [[trace("alloc", 0x1000, 9999, 1_000_000, forward)], entries],
+    }
 
 
 def test_cuda_trace_is_replayed():
-    profile = memory._replay(memory._cuda_events(snapshot(), 1), 1_000_000_000, 1_010_000_000, "cuda:1")
+    profile = memory._replay(
+        memory._cuda_events(snapshot(), 1), 1_000_000_000, 1_010_000_000, "cuda:1"
+    )
     require_consistent(profile)
-    steps = [(1.0, 1000), (2.0, 1300), (4.0, 2000), (5.0, 1700), (6.0, 700), (7.0, 750), (10.0, 750)]
+    steps = [
+        (1.0, 1000),
+        (2.0, 1300),
+        (4.0, 2000),
+        (5.0, 1700),
+        (6.0, 700),
+        (7.0, 750),
+        (10.0, 750),
+    ]
     assert [(change.ms, change.bytes) for change in profile.timeline] == [(0, 0), *steps]
     assert (profile.peak_bytes, profile.peak_ms, profile.end_bytes) == (2000, 4.0, 750)
     assert [(group.bytes, group.where) for group in profile.alive] == [
@@ -278,7 +319,10 @@ def test_cuda_trace_is_replayed():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_agrees_with_the_allocator():
     device = torch.device("cuda")
-    logits, target = torch.randn(512, 4000, device=device, requires_grad=True), torch.randint(0, 4000, (512,), device=device)
+    logits, target = (
+        torch.randn(512, 4000, device=device, requires_grad=True),
+        torch.randint(0, 4000, (512,), device=device),
+    )
 
     def step():
         logits.grad = None
@@ -321,7 +365,10 @@ def nasty():
     for i in range(9):
         held += 1000 - i
         changes.append(Change(i + 1.0, held, 1000 - i, NASTY if i == 0 else f"place {i}"))
-    alive = tuple(Alive(change.where, change.change, 1, change.change / held, (NASTY, "[bold]")) for change in changes[1:])
+    alive = tuple(
+        Alive(change.where, change.change, 1, change.change / held, (NASTY, "[bold]"))
+        for change in changes[1:]
+    )
     changes.append(Change(12.0, held - 992, -992, "place 8"))
     return MemoryProfile("cpu", held, 9.0, changes[-1].bytes, tuple(changes), alive)
 
@@ -331,7 +378,9 @@ def test_html_is_offline_and_no_name_escapes_into_it(nasty, tmp_path):
     page = (tmp_path / "memory.html").read_text(encoding="utf-8")
     assert NASTY not in page and "</script><script>alert" not in page
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
-    assert NASTY in json.dumps(json.loads(data)).replace('\\"', '"') and html.escape(NASTY) in page, "the name itself must survive"
+    assert (
+        NASTY in json.dumps(json.loads(data)).replace('\\"', '"') and html.escape(NASTY) in page
+    ), "the name itself must survive"
     assert "source: false" in page, "view source would write the spec unescaped"
     assert '<script src="http' not in page and 'type="text/javascript" src=' not in page
 
@@ -340,17 +389,32 @@ def test_html_is_offline_and_no_name_escapes_into_it(nasty, tmp_path):
 def test_the_page_has_a_title_fits_a_phone_and_names_what_is_grey(nasty, tmp_path):
     save(nasty, tmp_path / "memory.html")
     page = (tmp_path / "memory.html").read_text(encoding="utf-8")
-    dom, console = opened(page, tmp_path, "", "--window-size=390,844", "--blink-settings=preferredColorScheme=0")
-    assert not console and 'data-drawn="1"' in dom and "<title>Peak memory: 8.8 KiB beyond the start</title>" in dom
+    dom, console = opened(
+        page, tmp_path, "", "--window-size=390,844", "--blink-settings=preferredColorScheme=0"
+    )
+    assert (
+        not console
+        and 'data-drawn="1"' in dom
+        and "<title>Peak memory: 8.8 KiB beyond the start</title>" in dom
+    )
     shown = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", dom, flags=re.DOTALL)
     # chromium's narrowest window has 485 pixels
     assert max(float(width) for width in re.findall(r'<svg[^>]* width="([\d.]+)"', shown)) <= 485
-    assert "other allocations (2 places)" in shown and "peak 8.8 KiB" in shown and html.escape(NASTY, quote=False) in shown
+    assert (
+        "other allocations (2 places)" in shown
+        and "peak 8.8 KiB" in shown
+        and html.escape(NASTY, quote=False) in shown
+    )
     assert THEMES["dark"]["ink"] in shown and THEMES["light"]["ink"] not in shown
     # every label has room for itself and a gap, in pixels of 12 pixels' type
-    labels = re.findall(r'<text [^>]*transform="translate\(([\d.]+),[\d.]+\)"[^>]*opacity="1">([\d.,]+)</text>', shown)
+    labels = re.findall(
+        r'<text [^>]*transform="translate\(([\d.]+),[\d.]+\)"[^>]*opacity="1">([\d.,]+)</text>',
+        shown,
+    )
     across = sorted({float(x): text for x, text in labels if float(x) >= 0}.items())
-    assert len(across) > 2 and all(b - a > 7 * len(text) for (a, text), (b, _) in itertools.pairwise(across))
+    assert len(across) > 2 and all(
+        b - a > 7 * len(text) for (a, text), (b, _) in itertools.pairwise(across)
+    )
 
 
 def test_what_is_gone_by_the_peak_is_counted_among_the_others():
@@ -381,7 +445,9 @@ def test_saved_by_suffix(suffix, nasty, tmp_path):
 def test_a_failed_save_leaves_the_older_file(nasty, tmp_path, monkeypatch):
     path = tmp_path / "memory.csv"
     path.write_text("an older one")
-    monkeypatch.setattr(memory_view.os, "replace", lambda partial, path: 1 / len(partial.read_text()[:0]))
+    monkeypatch.setattr(
+        memory_view.os, "replace", lambda partial, path: 1 / len(partial.read_text()[:0])
+    )
     with pytest.raises(ZeroDivisionError):
         save(nasty, path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["an older one"]
@@ -389,14 +455,19 @@ def test_a_failed_save_leaves_the_older_file(nasty, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", ["memory.pdf", "memory"])
 def test_unknown_suffix_is_said(file, nasty, tmp_path):
-    with pytest.raises(ValueError, match=rf"{file}' ends in .*, expected one of \.png, \.svg, \.html, \.csv"):
+    with pytest.raises(
+        ValueError, match=rf"{file}' ends in .*, expected one of \.png, \.svg, \.html, \.csv"
+    ):
         save(nasty, tmp_path / file)
 
 
 def test_no_spike_is_lost_in_the_picture():
     # 20,000 changes of one byte in 2 ms, and in between one large allocation for 100 ns
     events = [memory._Event(100 * i, i // 2, (i + 1) % 2, "small", ()) for i in range(20_000)]
-    events[7776:7778] = [memory._Event(777_600, -1, 1000, "spike", ()), memory._Event(777_700, -1, 0, "spike", ())]
+    events[7776:7778] = [
+        memory._Event(777_600, -1, 1000, "spike", ()),
+        memory._Event(777_700, -1, 0, "spike", ()),
+    ]
     profile = memory._replay(events, 0, 2_000_000, "cpu")
     require_consistent(profile)
     assert (profile.peak_bytes, profile.peak_ms) == (1000, 0.7776)
@@ -410,7 +481,9 @@ def test_no_spike_is_lost_in_the_picture():
 def test_chart_shows_seven_places_and_the_rest(nasty):
     spec = timeline_chart(nasty).to_dict()
     (bars,) = (rows for rows in spec["datasets"].values() if "count" in rows[0])
-    assert [row["label"] for row in bars] == [group.where for group in nasty.alive[:7]] + ["other allocations (2 places)"]
+    assert [row["label"] for row in bars] == [group.where for group in nasty.alive[:7]] + [
+        "other allocations (2 places)"
+    ]
     assert bars[-1]["bytes"] == sum(group.bytes for group in nasty.alive[7:])
 
 
@@ -468,7 +541,10 @@ def test_main_loads_measures_shows_and_writes(folder, capsys):
         "absent": ("my_absent.part:step", r"there is no module 'my_absent'"),
         "missing": ("my_train_step:Deep.other", r"'Deep' has no attribute 'other'"),
         "no callable": ("my_train_step:number", r"is int, expected something to call"),
-        "arguments": ("my_train_step:Deep.needs", r"without arguments, but missing a required argument: 'a'"),
+        "arguments": (
+            "my_train_step:Deep.needs",
+            r"without arguments, but missing a required argument: 'a'",
+        ),
     }.values(),
 )
 def test_a_step_that_cannot_be_is_named(text, message, folder):

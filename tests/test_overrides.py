@@ -1,4 +1,5 @@
-"""Who asks ``__torch_function__`` sees every public function, as it sees torch's own: subclasses of Tensor, function modes, torch.fx."""
+"""Who asks ``__torch_function__`` sees every public function, as it sees torch's own: subclasses of
+Tensor, function modes, torch.fx."""
 
 import warnings
 from typing import ClassVar
@@ -49,7 +50,10 @@ def tensors_of(result):
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_results_of_a_subclass_are_of_that_subclass(function, impl):
     first, *others = CALLS[function]
-    want, got = function(first, *others, impl=impl), function(first.as_subclass(Plain), *others, impl=impl)
+    want, got = (
+        function(first, *others, impl=impl),
+        function(first.as_subclass(Plain), *others, impl=impl),
+    )
     assert type(got) is (type(want) if isinstance(want, tuple) else Plain)
     for w, g in zip(tensors_of(want), tensors_of(got), strict=True):
         assert type(g) is Plain
@@ -58,12 +62,20 @@ def test_results_of_a_subclass_are_of_that_subclass(function, impl):
 
 def test_statistics_that_are_not_computed_are_none_of_a_subclass_too():
     got = lossfuse.cross_entropy_stats(X.as_subclass(Plain), IDS, entropy=False, argmax=False)
-    assert isinstance(got, lossfuse.LossStats) and got.entropy is got.argmax is None and type(got.lse) is Plain
+    assert (
+        isinstance(got, lossfuse.LossStats)
+        and got.entropy is got.argmax is None
+        and type(got.lse) is Plain
+    )
 
 
 def test_statistics_are_built_from_their_fields_alone():
     fields = range(7)
-    assert lossfuse.LossStats(*fields) == lossfuse.LossStats._make(fields) == lossfuse.LossStats(fields)
+    assert (
+        lossfuse.LossStats(*fields)
+        == lossfuse.LossStats._make(fields)
+        == lossfuse.LossStats(fields)
+    )
     with pytest.raises(TypeError, match="missing 6 required positional arguments"):
         lossfuse.LossStats(X)
 
@@ -91,7 +103,9 @@ def test_a_function_mode_sees_the_call(function):
     with Mode():
         got = function(*CALLS[function])
     assert seen == [function]
-    torch.testing.assert_close(tuple(tensors_of(got)), tuple(tensors_of(function(*CALLS[function]))), rtol=0, atol=0)
+    torch.testing.assert_close(
+        tuple(tensors_of(got)), tuple(tensors_of(function(*CALLS[function]))), rtol=0, atol=0
+    )
 
 
 @EACH
@@ -104,7 +118,12 @@ def test_fx_traces_it(function):
 
     traced = torch.fx.symbolic_trace(Module())
     assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [function]
-    torch.testing.assert_close(tuple(tensors_of(traced(first))), tuple(tensors_of(function(first, *others))), rtol=0, atol=0)
+    torch.testing.assert_close(
+        tuple(tensors_of(traced(first))),
+        tuple(tensors_of(function(first, *others))),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_every_public_function_of_tensors_is_here():

@@ -1,4 +1,5 @@
-"""Rows of measurements: they come back as they went in, no writer loses another's, and a foreign file is a sentence."""
+"""Rows of measurements: they come back as they went in, no writer loses another's, and a foreign
+file is a sentence."""
 
 import multiprocessing
 
@@ -13,9 +14,21 @@ from lossfuse.perf.rows import BadRows, append, read  # noqa: E402
 
 def row(**changes):
     made = dict.fromkeys(rows.COLUMNS) | {
-        "schema": rows.VERSION, "case": "llama2", "op": "logits", "mode": "no_grad", "dtype": "bf16", "n": 4, "v": 8,
-        "method": "a,\"b\"\nc", "status": "ok", "note": "", "ms_p50": 1.25, "dirty": False, "tests": "passed", "date": "2026-01-01",
-    }  # fmt: skip
+        "schema": rows.VERSION,
+        "case": "llama2",
+        "op": "logits",
+        "mode": "no_grad",
+        "dtype": "bf16",
+        "n": 4,
+        "v": 8,
+        "method": 'a,"b"\nc',
+        "status": "ok",
+        "note": "",
+        "ms_p50": 1.25,
+        "dirty": False,
+        "tests": "passed",
+        "date": "2026-01-01",
+    }
     return made | changes
 
 
@@ -54,7 +67,10 @@ def test_a_file_without_a_last_newline_grows_by_whole_lines(tmp_path):
         (",".join([*rows.COLUMNS, "extra"]) + "\n", r"has columns \['extra'\]$"),
         (",".join(reversed(rows.COLUMNS)) + "\n", "another order"),
         (",".join(rows.COLUMNS) + "\n1" + "," * (len(rows.COLUMNS) - 1) + "\n", "rows of schema 1"),
-        (",".join(rows.COLUMNS) + f"\n{rows.VERSION}" + ",x" * (len(rows.COLUMNS) - 1) + "\n", "column 'n' that is not an integer"),
+        (
+            ",".join(rows.COLUMNS) + f"\n{rows.VERSION}" + ",x" * (len(rows.COLUMNS) - 1) + "\n",
+            "column 'n' that is not an integer",
+        ),
         ("\x00\x01\xff", "is not a CSV file|has columns"),
         ('"', "is not a CSV file|has columns"),
     ],
@@ -110,7 +126,10 @@ def _write(path, writer):
 @pytest.mark.slow
 def test_writers_at_the_same_time_lose_nothing(tmp_path):
     path = tmp_path / "rows.csv"
-    writers = [multiprocessing.get_context("spawn").Process(target=_write, args=(path, i)) for i in range(3)]
+    writers = [
+        multiprocessing.get_context("spawn").Process(target=_write, args=(path, i))
+        for i in range(3)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -1,4 +1,5 @@
-"""What perf does with foreign data and with the machine: rows are text, files are written where asked, and nothing else is touched."""
+"""What perf does with foreign data and with the machine: rows are text, files are written where
+asked, and nothing else is touched."""
 
 import ast
 import os
@@ -20,18 +21,84 @@ from lossfuse.perf.rows import append, read, write_atomically  # noqa: E402
 SOURCES = sorted((Path(__file__).parent.parent / "perf").glob("*.py"))
 # of code, of the network, of a shell
 MODULES = {
-    "code", "ftplib", "http", "httpx", "marshal", "multiprocessing", "pickle", "pty", "requests", "shelve", "socket", "socketserver", "ssl",
-    "telnetlib", "urllib", "urllib3", "webbrowser", "xmlrpc", "yaml", "dill", "cloudpickle", "joblib", "asyncio",
-}  # fmt: skip
-CALLS = {"eval", "exec", "compile", "__import__", "read_pickle", "to_pickle", "unsafe_load", "system", "popen", "getoutput", "from_url"}
+    "code",
+    "ftplib",
+    "http",
+    "httpx",
+    "marshal",
+    "multiprocessing",
+    "pickle",
+    "pty",
+    "requests",
+    "shelve",
+    "socket",
+    "socketserver",
+    "ssl",
+    "telnetlib",
+    "urllib",
+    "urllib3",
+    "webbrowser",
+    "xmlrpc",
+    "yaml",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "asyncio",
+}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "read_pickle",
+    "to_pickle",
+    "unsafe_load",
+    "system",
+    "popen",
+    "getoutput",
+    "from_url",
+}
 # who may start a program, and which
-PROGRAMS = {"environment.py": {"git", "sys.executable"}, "gpu.py": {"sys.executable"}, "sanitizer.py": {"command", "sys.executable"}}
+PROGRAMS = {
+    "environment.py": {"git", "sys.executable"},
+    "gpu.py": {"sys.executable"},
+    "sanitizer.py": {"command", "sys.executable"},
+}
 STARTERS = ("subprocess.run", "subprocess.Popen")
-NO_STARTERS = ("PIPE", "STDOUT", "DEVNULL", "TimeoutExpired", "SubprocessError", "CalledProcessError", "CompletedProcess", "Popen[")
+NO_STARTERS = (
+    "PIPE",
+    "STDOUT",
+    "DEVNULL",
+    "TimeoutExpired",
+    "SubprocessError",
+    "CalledProcessError",
+    "CompletedProcess",
+    "Popen[",
+)
 HOSTILE = (
-    "<script>alert(1)</script>", "'\"`", "=cmd|' /C calc'!A0", "+1", "@SUM(1)", "\u202eevil", "é\U0001f600\ufeff", "x" * 100_000,
-    "a\rb", "a\r\nb", "a\nb", "a\0b", "\x1b[2J\x9b2J", "NaN", "None", "[bold]", "[/]", "{{7*7}}", "${x}", "../../etc", "\ud800", "",
-)  # fmt: skip
+    "<script>alert(1)</script>",
+    "'\"`",
+    "=cmd|' /C calc'!A0",
+    "+1",
+    "@SUM(1)",
+    "\u202eevil",
+    "é\U0001f600\ufeff",
+    "x" * 100_000,
+    "a\rb",
+    "a\r\nb",
+    "a\nb",
+    "a\0b",
+    "\x1b[2J\x9b2J",
+    "NaN",
+    "None",
+    "[bold]",
+    "[/]",
+    "{{7*7}}",
+    "${x}",
+    "../../etc",
+    "\ud800",
+    "",
+)
 
 
 def names_of(tree):
@@ -42,7 +109,13 @@ def names_of(tree):
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield "import", (node.module or "").split(".")[0], node
         elif isinstance(node, ast.Call):
-            yield "call", node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", ""), node
+            yield (
+                "call",
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", ""),
+                node,
+            )
 
 
 def complaints(source, file):
@@ -54,7 +127,10 @@ def complaints(source, file):
         # of a model or a pattern, not of code
         harmless = called in ("torch.compile", "re.compile")
         bad = name in (MODULES if kind == "import" else CALLS) and not harmless
-        bad |= called in ("torch.load", "np.load", "numpy.load") or keywords.get("shell", "False") != "False"
+        bad |= (
+            called in ("torch.load", "np.load", "numpy.load")
+            or keywords.get("shell", "False") != "False"
+        )
         if kind == "import" and name == "subprocess" and file not in PROGRAMS:
             bad = True
         if bad:
@@ -64,7 +140,9 @@ def complaints(source, file):
 
 def test_no_module_can_run_data_reach_a_network_or_start_a_shell():
     assert len(SOURCES) > 15
-    assert [line for path in SOURCES for line in complaints(path.read_text(encoding="utf-8"), path.name)] == []
+    assert [
+        line for path in SOURCES for line in complaints(path.read_text(encoding="utf-8"), path.name)
+    ] == []
 
 
 def test_programs_are_named_in_the_source():
@@ -73,13 +151,23 @@ def test_programs_are_named_in_the_source():
         source = path.read_text(encoding="utf-8")
         if "subprocess" not in source:
             continue
-        lists = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.List) and node.elts]
+        lists = [
+            node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.List) and node.elts
+        ]
         firsts = {ast.unparse(node.elts[0]).strip("'") for node in lists}
-        started[path.name] = {first for first in firsts if first in ("git", "sys.executable", "command")}
+        started[path.name] = {
+            first for first in firsts if first in ("git", "sys.executable", "command")
+        }
         # the only arguments of a program are lists, never a line for a shell
-        runs = [node for kind, name, node in names_of(ast.parse(source)) if kind == "call" and ast.unparse(node.func) in STARTERS]
+        runs = [
+            node
+            for kind, name, node in names_of(ast.parse(source))
+            if kind == "call" and ast.unparse(node.func) in STARTERS
+        ]
         assert runs and all(isinstance(run.args[0], ast.List | ast.Name) for run in runs)
-        assert source.count("subprocess.") == len(runs) + sum(source.count(f"subprocess.{name}") for name in NO_STARTERS)
+        assert source.count("subprocess.") == len(runs) + sum(
+            source.count(f"subprocess.{name}") for name in NO_STARTERS
+        )
     assert started == PROGRAMS
 
 
@@ -96,13 +184,18 @@ def test_what_is_forbidden_is_found(line):
 
 def test_hostile_text_goes_to_a_file_and_comes_back_as_text(tmp_path):
     path = tmp_path / "rows.csv"
-    strange = [whole_row(case=text, method=text, note=text, device=text, commit=text) for text in HOSTILE]
+    strange = [
+        whole_row(case=text, method=text, note=text, device=text, commit=text) for text in HOSTILE
+    ]
     append(path, strange)
     # a second writer reads what the first has written
     append(path, strange[:1])
     frame = read([path])
     assert len(frame) == len(HOSTILE) + 1
-    expected = [text.replace("\r\n", "\n").replace("\r", "\n").replace("\ud800", "\\ud800") for text in HOSTILE]
+    expected = [
+        text.replace("\r\n", "\n").replace("\r", "\n").replace("\ud800", "\\ud800")
+        for text in HOSTILE
+    ]
     for column in ("case", "method", "note", "device", "commit"):
         assert frame[column].tolist() == [*expected, HOSTILE[0]]
 
@@ -117,7 +210,9 @@ def test_a_file_that_another_program_has_saved_is_read(tmp_path, how):
     assert read([path])["case"].tolist() == ["é", "b", "c"]
 
 
-@pytest.mark.parametrize("n", ["1.5", "1" + "0" * 30, "9223372036854775808", "inf", "1e400", "nan", "0x10", ""])
+@pytest.mark.parametrize(
+    "n", ["1.5", "1" + "0" * 30, "9223372036854775808", "inf", "1e400", "nan", "0x10", ""]
+)
 def test_a_number_that_is_no_integer_is_refused(tmp_path, n):
     path = tmp_path / "rows.csv"
     append(path, [whole_row(n=12345)])
@@ -131,7 +226,20 @@ def test_nothing_obeys_a_foreign_file_but_text(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     evil = "\x1b]0;owned\x07\x9b2J[/bold]"
     for commit, ms in (("aaaa", 2.0), ("bbbb", 1.0)):
-        append(path, [whole_row(case=evil, method=evil, torch=evil, device=evil, commit=commit + evil, ms_p50=ms, tests="passed")])
+        append(
+            path,
+            [
+                whole_row(
+                    case=evil,
+                    method=evil,
+                    torch=evil,
+                    device=evil,
+                    commit=commit + evil,
+                    ms_p50=ms,
+                    tests="passed",
+                )
+            ],
+        )
     assert main(["compare", f"{path}@aaaa", f"{path}@bbbb"]) == 0
     text = path.read_text()
     path.write_text(text.replace(f"{rows.VERSION},", f"{evil},", 1))
@@ -161,7 +269,11 @@ def _demo(path, source):
     return main(["demo", "--out", str(path)])
 
 
-WRITERS = {"dashboard": (_dashboard, "page.html"), "memory": (_memory, "memory.csv"), "append": (_append, "rows.csv")}
+WRITERS = {
+    "dashboard": (_dashboard, "page.html"),
+    "memory": (_memory, "memory.csv"),
+    "append": (_append, "rows.csv"),
+}
 
 
 def refused(call, path, source, capsys):
@@ -179,7 +291,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path, capsys, name):
     append(source, [whole_row()])
     folder = tmp_path / "folder"
     (folder / file).mkdir(parents=True)
-    assert refused(call, folder / file, source, capsys) and list(folder.iterdir()) == [folder / file]
+    assert refused(call, folder / file, source, capsys) and list(folder.iterdir()) == [
+        folder / file
+    ]
     if hasattr(os, "mkfifo"):
         pipe, link = tmp_path / file, tmp_path / f"link.{file}"
         os.mkfifo(pipe)

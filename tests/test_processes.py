@@ -80,20 +80,40 @@ if __name__ == "__main__":
 def run(tmp_path, *arguments):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
     # a backward starts autograd's thread for every GPU, and with those torch's backward refuses to run after a fork
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run([sys.executable, str(path), *arguments], env=environment, capture_output=True, text=True, timeout=2000)
+    done = subprocess.run(
+        [sys.executable, str(path), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=2000,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
 
-FORKED = [f"{how} {when}" for when in ("after import", "after first use") for how in ("fork", "torch's fork")]
+FORKED = [
+    f"{how} {when}"
+    for when in ("after import", "after first use")
+    for how in ("fork", "torch's fork")
+]
 
 
 def expected(*spawned):
     forked = FORKED if hasattr(os, "fork") else []
-    return sorted([*forked, "here", *(f"{how} after first use" for how in spawned), "a thread after the main one", "at exit"])
+    return sorted(
+        [
+            *forked,
+            "here",
+            *(f"{how} after first use" for how in spawned),
+            "a thread after the main one",
+            "at exit",
+        ]
+    )
 
 
 def test_forks_and_the_end_of_a_process(tmp_path):

@@ -1,4 +1,5 @@
-"""Products with an fp32 result of half-precision operands, which only CUDA has: their way through the chunk loop, with stand-ins."""
+"""Products with an fp32 result of half-precision operands, which only CUDA has: their way through
+the chunk loop, with stand-ins."""
 
 import pytest
 import torch
@@ -33,7 +34,9 @@ def mixed(monkeypatch):
 
 def inputs(dtype, device="cpu"):
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=g).to(dtype).to(device) for shape in ((N, D), (V, D), (V,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=g).to(dtype).to(device) for shape in ((N, D), (V, D), (V,))
+    )
     target = torch.randint(0, V, (N,), generator=g)
     target[::4] = -100
     # products with 0 would keep it
@@ -45,8 +48,11 @@ def inputs(dtype, device="cpu"):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("rows", [5, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_as_near_as_the_dtype_of_the_operands(mixed, thrifty_fast_place, dtype, rows, reduction, normalizer, factor):
-    """Loss scalers and long batches leave the range of fp16, where gradients of logits must be for the products; the sums do not."""
+def test_as_near_as_the_dtype_of_the_operands(
+    mixed, thrifty_fast_place, dtype, rows, reduction, normalizer, factor
+):
+    """Loss scalers and long batches leave the range of fp16, where gradients of logits must be for
+    the products; the sums do not."""
     if thrifty_fast_place.impl == "triton":
         pytest.importorskip("triton")
     operands, target = inputs(dtype, thrifty_fast_place.device)
@@ -56,9 +62,19 @@ def test_as_near_as_the_dtype_of_the_operands(mixed, thrifty_fast_place, dtype, 
         hidden, weight, bias = operands
         divisor = {"normalizer": normalizer} if reduction == "mean" else {}
         loss = lossfuse.linear_cross_entropy(
-            hidden, weight, target, linear_bias=bias, reduction=reduction, label_smoothing=0.1, options=options, impl=impl, **divisor
+            hidden,
+            weight,
+            target,
+            linear_bias=bias,
+            reduction=reduction,
+            label_smoothing=0.1,
+            options=options,
+            impl=impl,
+            **divisor,
         )
-        return loss, torch.autograd.grad((loss * factor).sum() if divisor else (loss / normalizer * factor).sum(), operands)
+        return loss, torch.autograd.grad(
+            (loss * factor).sum() if divisor else (loss / normalizer * factor).sum(), operands
+        )
 
     exact = [t.detach().double().nan_to_num().requires_grad_() for t in operands]
     want_loss, want = run(exact, "reference", None)
@@ -80,17 +96,23 @@ def test_as_near_as_the_dtype_of_the_operands(mixed, thrifty_fast_place, dtype, 
 def test_a_mean_over_nothing_has_no_gradient(mixed, dtype):
     (hidden, weight, bias), target = inputs(dtype)
     options = lossfuse.LinearOptions(drop_ignored=False)
-    loss = lossfuse.linear_cross_entropy(hidden, weight, torch.full_like(target, -100), linear_bias=bias, options=options)
+    loss = lossfuse.linear_cross_entropy(
+        hidden, weight, torch.full_like(target, -100), linear_bias=bias, options=options
+    )
     assert loss.isnan()
     assert all((g == 0.0).all() for g in torch.autograd.grad(loss, (hidden, weight, bias)))
 
 
-@pytest.mark.parametrize("lean", [{"logits_dtype": torch.bfloat16}, {"acc_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "lean", [{"logits_dtype": torch.bfloat16}, {"acc_dtype": torch.bfloat16}], ids=str
+)
 def test_less_memory_and_fewer_digits(mixed, lean):
     operands, target = inputs(torch.bfloat16)
     hidden, weight, _ = operands
     losses = [
-        lossfuse.linear_cross_entropy(hidden, weight, target, options=lossfuse.LinearOptions(drop_ignored=False, **some))
+        lossfuse.linear_cross_entropy(
+            hidden, weight, target, options=lossfuse.LinearOptions(drop_ignored=False, **some)
+        )
         for some in ({}, lean)
     ]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0.0)

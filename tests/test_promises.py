@@ -1,4 +1,5 @@
-"""Where peers are wrong in silence: each promise by name, for every function of ours that can be given those logits, and every place."""
+"""Where peers are wrong in silence: each promise by name, for every function of ours that can be
+given those logits, and every place."""
 
 import inspect
 import itertools
@@ -24,18 +25,24 @@ INF, NAN = float("inf"), float("nan")
 N, V = 5, 40
 # blocks of so many classes: two, and a ragged one
 WIDTH = 16
-# in the interpreter, where a call takes a third of a second, the function with most kernels: to losses, gradients, and both at once
+# in the interpreter, where a call takes a third of a second, the function with most kernels: to
+# losses, gradients, and both at once
 INTERPRETED = ("in place", "labels")
 
 
 def subjects(names):
     made = []
     for name, place in itertools.product(names, PLACES):
-        # a fused head picks its implementation itself, and the definition of statistics is that of logits
+        # a fused head picks its implementation itself, and the definition of statistics is that of
+        # logits
         if name == "fused head" and place.impl != "torch":
             continue
         interpreted = (place.impl, place.device) == ("triton", "cpu")
-        slow = name not in INTERPRETED if interpreted else place.impl == "reference" and "statistics" in name
+        slow = (
+            name not in INTERPRETED
+            if interpreted
+            else place.impl == "reference" and "statistics" in name
+        )
         marks = [pytest.mark.gpu] if place.device != "cpu" else [pytest.mark.slow] if slow else []
         made.append(pytest.param(Subject(name, place), marks=marks, id=f"{name}-{place}"))
     return made
@@ -113,12 +120,19 @@ def test_a_common_offset_cancels(subject, offset):
 def test_a_z_loss_keeps_its_slope_at_an_offset(subject, offset):
     """A probability formed as exp(x - lse) has as many digits as are left of x."""
     x, target = given(subject)
-    check(subject, (x / 2).round() * 2 + offset, target, lse_square_scale=1e-6, terms=1.0 + 2e-6 * abs(offset))
+    check(
+        subject,
+        (x / 2).round() * 2 + offset,
+        target,
+        lse_square_scale=1e-6,
+        terms=1.0 + 2e-6 * abs(offset),
+    )
 
 
 @pytest.mark.parametrize("margin", extreme(5.0, 10.0, 17.0, 25.0, 40.0, 20.0))
 def test_a_confident_target_keeps_its_digits(subject, margin):
-    """Below 6e-8 a loss formed as lse - x[y] is 0 in fp32, and so is the target's gradient formed as p - 1."""
+    """Below 6e-8 a loss formed as lse - x[y] is 0 in fp32, and so is the target's gradient formed
+    as p - 1."""
     ids = torch.tensor([0, 20, V - 1], device=subject.place.device)
     x = torch.zeros(3, V, device=subject.place.device).scatter(1, ids[:, None], margin)
     others = (V - 1) * math.exp(-margin)
@@ -129,7 +143,9 @@ def test_a_confident_target_keeps_its_digits(subject, margin):
         assert got.rows.tolist() == pytest.approx([math.log1p(others)] * 3, rel=1e-5)
         assert got.total.item() == pytest.approx(3 * math.log1p(others), rel=1e-5)
         for slopes in (got.slopes, got.total_slopes):
-            assert slopes[torch.arange(3), ids.cpu()].tolist() == pytest.approx([-others / (1 + others)] * 3, rel=1e-5)
+            assert slopes[torch.arange(3), ids.cpu()].tolist() == pytest.approx(
+                [-others / (1 + others)] * 3, rel=1e-5
+            )
             assert slopes[0, 1].item() == pytest.approx(math.exp(-margin) / (1 + others), rel=1e-5)
 
 
@@ -168,7 +184,10 @@ def test_minus_infinity_over_whole_blocks(subject, where):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", sorted({2048, *(c.block_v for table in launch.FUSED_TABLES.values() for c in table.slices)}))
+@pytest.mark.parametrize(
+    "width",
+    sorted({2048, *(c.block_v for table in launch.FUSED_TABLES.values() for c in table.slices)}),
+)
 @pytest.mark.parametrize("subject", subjects(UNFUSED))
 def test_minus_infinity_over_blocks_of_every_width(subject, width):
     """As tables have them, and beyond the end of what a block holds."""
@@ -184,7 +203,11 @@ def test_a_target_of_minus_infinity_costs_infinity(subject):
     bias, _ = switched_off(V, target[1], subject.place.device)
     got = subject.results(x, target, bias=bias)
     hopeless = (target == target[1]).cpu()
-    assert (got.rows[hopeless] == INF).all() and got.rows[~hopeless].isfinite().all() and got.total == INF
+    assert (
+        (got.rows[hopeless] == INF).all()
+        and got.rows[~hopeless].isfinite().all()
+        and got.total == INF
+    )
     for slopes in (got.slopes, got.total_slopes):
         assert (slopes[hopeless, target[1].cpu()] == -1.0).all() and slopes.isfinite().all()
 
@@ -218,16 +241,27 @@ def test_ignored_rows_may_hold_anything(subject, poison):
     weight = class_weight(V, subject.place.device)
     dirty = x.clone()
     dirty[1], dirty[3, 20] = poison, poison
-    for options in subject.some({"label_smoothing": 0.1, "lse_square_scale": 0.1, "softcap": 9.0, "weight": weight}, {}):
-        clean, got = subject.results(x, target, **options), subject.results(dirty, target, **options)
+    for options in subject.some(
+        {"label_smoothing": 0.1, "lse_square_scale": 0.1, "softcap": 9.0, "weight": weight}, {}
+    ):
+        clean, got = (
+            subject.results(x, target, **options),
+            subject.results(dirty, target, **options),
+        )
         torch.testing.assert_close(got, clean, rtol=1e-6, atol=0)
-        assert got.rows[[1, 3]].tolist() == [0.0, 0.0] and not got.slopes[[1, 3]].any() and not got.total_slopes[[1, 3]].any()
+        assert (
+            got.rows[[1, 3]].tolist() == [0.0, 0.0]
+            and not got.slopes[[1, 3]].any()
+            and not got.total_slopes[[1, 3]].any()
+        )
         # a mean is over the others
         leaf = dirty.requires_grad_()
         loss = subject.loss(leaf, target, **options)
         count = 3 if "weight" not in options else weight[target[[0, 2, 4]]].sum().cpu()
         torch.testing.assert_close(loss.detach().cpu(), got.total / count, rtol=1e-5, atol=0)
-        torch.testing.assert_close(subject.grad(loss, leaf).cpu(), got.slopes / count, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(
+            subject.grad(loss, leaf).cpu(), got.slopes / count, rtol=1e-5, atol=1e-12
+        )
 
 
 def test_all_ignored(subject):
@@ -235,8 +269,15 @@ def test_all_ignored(subject):
     x.requires_grad_()
     weight = class_weight(V, subject.place.device)
     nobody = torch.full_like(target, -100)
-    cases = (({}, NAN), ({"reduction": "sum"}, 0.0), ({"reduction": "none"}, 0.0), ({"normalizer": 3.0}, 0.0), ({"weight": weight}, NAN),
-             ({"label_smoothing": 0.1}, NAN), ({"lse_square_scale": 0.1, "reduction": "sum"}, 0.0))  # fmt: skip
+    cases = (
+        ({}, NAN),
+        ({"reduction": "sum"}, 0.0),
+        ({"reduction": "none"}, 0.0),
+        ({"normalizer": 3.0}, 0.0),
+        ({"weight": weight}, NAN),
+        ({"label_smoothing": 0.1}, NAN),
+        ({"lse_square_scale": 0.1, "reduction": "sum"}, 0.0),
+    )
     for options, want in subject.some(*cases):
         loss = subject.loss(x, nobody, **options)
         torch.testing.assert_close(loss.detach(), torch.full_like(loss, want), equal_nan=True)
@@ -263,19 +304,25 @@ def test_the_weight_of_a_class_that_is_no_target_may_be_anything(subject, poison
     weight = class_weight(V, subject.place.device)
     nobody = torch.tensor([c for c in range(V) if c not in target.tolist()][:1], device=x.device)
     for options in subject.some({"lse_square_scale": 0.1, "softcap": 9.0}, {}):
-        clean, got = (subject.results(x, target, weight.index_fill(0, nobody, w), **options) for w in (1.0, poison))
+        clean, got = (
+            subject.results(x, target, weight.index_fill(0, nobody, w), **options)
+            for w in (1.0, poison)
+        )
         torch.testing.assert_close(got, clean, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("head_subject", subjects(["head", "head statistics"]))
 def test_nor_is_it_in_the_unit_of_fp16_products(head_subject, poison, monkeypatch):
-    """As on a GPU, where products take float16 and the gradient of the logits is brought into its range."""
+    """As on a GPU, where products take float16 and the gradient of the logits is brought into its
+    range."""
     monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
     x, target = given(head_subject, dtype=torch.float16, ignored=0.0)
     weight = class_weight(V, head_subject.place.device)
     nobody = torch.tensor([c for c in range(V) if c not in target.tolist()][:1], device=x.device)
-    clean, got = (head_subject.results(x, target, weight.index_fill(0, nobody, w)) for w in (0.0, poison))
+    clean, got = (
+        head_subject.results(x, target, weight.index_fill(0, nobody, w)) for w in (0.0, poison)
+    )
     torch.testing.assert_close(got, clean, rtol=2.0**-9, atol=2.0**-24)
 
 
@@ -296,10 +343,17 @@ def test_softcap_leaves_the_lanes_past_the_end_alone(subject):
 
 
 def test_softcap_tails_and_centre_keep_their_slope(subject):
-    """1 - tanh^2 has no digits left at 10 caps, not even in fp64, and (1 - t) / (1 + t) none near 0."""
+    """1 - tanh^2 has no digits left at 10 caps, not even in fp64, and (1 - t) / (1 + t) none near
+    0."""
     if subject.place.impl == "reference":
         pytest.skip("torch's derivative of tanh, which is what it is")
-    x = torch.tensor([[-300.0, -100.0, -30.0, -3.0, -1e-3, -1e-6, 0.0, 1e-6, 1e-3, 3.0, 30.0, 100.0]]).expand(3, 12).contiguous()
+    x = (
+        torch.tensor(
+            [[-300.0, -100.0, -30.0, -3.0, -1e-3, -1e-6, 0.0, 1e-6, 1e-3, 3.0, 30.0, 100.0]]
+        )
+        .expand(3, 12)
+        .contiguous()
+    )
     target, u = torch.tensor([0, 5, 11]), x.double() / 10.0
     got = subject.results(x.to(subject.place.device), target.to(subject.place.device), softcap=10.0)
     want = program.value_and_grads(10.0 * torch.tanh(u), target, reduction="none")
@@ -326,14 +380,17 @@ def test_logits_as_large_as_fp16_has_them(subject):
 def test_fp16_gradients_see_a_loss_scale_before_they_are_rounded(subject):
     """Probabilities of 1e-6 over 4096 tokens are no fp16 numbers; times 65536 they are."""
     x, target = given(subject, dtype=torch.float16)
-    # heads round each product to its operands' dtype on a GPU, in a unit that knows the factor of the forward alone
+    # heads round each product to its operands' dtype on a GPU, in a unit that knows the factor of
+    # the forward alone
     x = (x * 3).requires_grad_()
     loss = subject.loss(x, target, normalizer=4096.0)
     got = subject.grad(loss * 65536.0, x)
     want = program.value_and_grads(x, target, normalizer=4096.0)[1] * 65536.0
     normal = want.abs() > 2.0**-14
     assert normal.sum() > 20
-    torch.testing.assert_close(got.double()[normal], want[normal], rtol=2.0**-9 if subject.is_head else 2.0**-10, atol=0.0)
+    torch.testing.assert_close(
+        got.double()[normal], want[normal], rtol=2.0**-9 if subject.is_head else 2.0**-10, atol=0.0
+    )
 
 
 def test_the_loss_of_bf16_logits_is_float32(subject):
@@ -353,14 +410,22 @@ def test_a_loss_of_many_chunks_is_as_exact_as_of_one(head_subject, rows):
     chunks = lossfuse.LinearOptions(chunk_bytes=rows * 48 * 4)
     for reduction in ("mean", "sum"):
         loss = head_subject.loss(x, target, reduction=reduction, options=chunks)
-        torch.testing.assert_close(loss.double(), program.cross_entropy(x.double(), target, reduction=reduction), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            loss.double(),
+            program.cross_entropy(x.double(), target, reduction=reduction),
+            rtol=1e-6,
+            atol=0,
+        )
 
 
 def test_smoothing_leaves_ignored_rows_out_and_weighs_every_class(subject):
-    """Local sums of a slice of the classes, and weights of ignored rows, are what goes wrong elsewhere."""
+    """Local sums of a slice of the classes, and weights of ignored rows, are what goes wrong
+    elsewhere."""
     x, target = given(subject)
     target[1] = -100
-    weight = class_weight(V, subject.place.device).index_fill(0, torch.tensor([3], device=subject.place.device), 0.0)
+    weight = class_weight(V, subject.place.device).index_fill(
+        0, torch.tensor([3], device=subject.place.device), 0.0
+    )
     for smoothing in subject.some(0.1, 1.0):
         check(subject, x, target, weight, label_smoothing=smoothing, terms=1.0)
         leaf = x.requires_grad_()
@@ -371,14 +436,17 @@ def test_smoothing_leaves_ignored_rows_out_and_weighs_every_class(subject):
 
 
 def test_probabilities_need_not_be_probabilities(subject):
-    """Rows whose sum is not 1, or 0, and negative entries: the sum of q * (lse - x), whatever q is."""
+    """Rows whose sum is not 1, or 0, and negative entries: the sum of q * (lse - x), whatever q
+    is."""
     x, _ = given(subject)
     soft = probabilities(N, V, device=subject.place.device).detach()
     soft[0] *= 3.0
     soft[1] = 0.0
     soft[2, 5] = -0.7
     soft[3] = -soft[3]
-    for options in subject.some({"label_smoothing": 0.1, "weight": class_weight(V, subject.place.device)}, {}):
+    for options in subject.some(
+        {"label_smoothing": 0.1, "weight": class_weight(V, subject.place.device)}, {}
+    ):
         check(subject, x, soft, terms=10.0, **options)
 
 
@@ -389,7 +457,9 @@ def test_classes_of_no_probability_and_no_logit_are_left_out(subject):
     soft = probabilities(N, V, device=subject.place.device).detach()
     soft[:, 7:20] = 0.0
     got = subject.results(x, soft, bias=bias)
-    want = program.value_and_grads(x[:, left], soft[:, left], dloss=torch.ones(N, device=x.device), reduction="none")
+    want = program.value_and_grads(
+        x[:, left], soft[:, left], dloss=torch.ones(N, device=x.device), reduction="none"
+    )
     assert_loss_close(got.rows, want[0])
     for slopes in (got.slopes, got.total_slopes):
         assert not slopes[:, 7:20].any()
@@ -416,7 +486,11 @@ def test_a_normalizer_that_nobody_looks_at_is_divided_by(subject):
         torch.testing.assert_close(loss.item(), want, equal_nan=True)
         slopes = subject.grad(loss, x)
         assert not slopes[1].any()
-        assert not slopes[[0, 2, 3, 4]].any() if value == INF else not slopes[[0, 2, 3, 4]].isfinite().any()
+        assert (
+            not slopes[[0, 2, 3, 4]].any()
+            if value == INF
+            else not slopes[[0, 2, 3, 4]].isfinite().any()
+        )
 
 
 # --- targets
@@ -432,20 +506,29 @@ def test_a_target_out_of_range_raises_on_the_cpu(any_subject, bad, reduction):
         with lossfuse.debug_targets(), pytest.raises(IndexError, match="target of row 3"):
             any_subject.loss(x, target, reduction=reduction)
         return
-    with pytest.raises(IndexError, match=rf"target of row 3 is {bad} but input has {V} classes; .* or ignore_index=-100"):
+    with pytest.raises(
+        IndexError,
+        match=rf"target of row 3 is {bad} but input has {V} classes; .* or ignore_index=-100",
+    ):
         any_subject.loss(x, target, reduction=reduction)
 
 
-@pytest.mark.parametrize("dtype", extreme(torch.int32, torch.int16, torch.int8, torch.uint8), ids=str)
+@pytest.mark.parametrize(
+    "dtype", extreme(torch.int32, torch.int16, torch.int8, torch.uint8), ids=str
+)
 def test_ids_of_any_width(subject, dtype):
     """And what is out of range in theirs: -100 is 156 in uint8, which is no row to ignore."""
     x, target = given(subject, ignored=0.0)
-    torch.testing.assert_close(subject.results(x, target.to(dtype)), subject.results(x, target), rtol=0, atol=0)
+    torch.testing.assert_close(
+        subject.results(x, target.to(dtype)), subject.results(x, target), rtol=0, atol=0
+    )
     target[2] = 156 if dtype == torch.uint8 else -100
     narrow = target.to(dtype)
     assert narrow[2] == target[2]
     if dtype != torch.uint8:
-        torch.testing.assert_close(subject.results(x, narrow), subject.results(x, target), rtol=0, atol=0)
+        torch.testing.assert_close(
+            subject.results(x, narrow), subject.results(x, target), rtol=0, atol=0
+        )
     elif subject.place.device == "cpu":
         with pytest.raises(IndexError, match="target of row 2 is 156"):
             subject.loss(x, narrow)
@@ -459,7 +542,8 @@ def test_ids_of_any_width(subject, dtype):
 @pytest.mark.usefixtures("narrow_blocks")
 @pytest.mark.parametrize("bad", extreme(V, V + 5, -5, 2**40))
 def test_where_nobody_looks_a_bad_target_makes_its_row_nan(any_subject, bad, monkeypatch):
-    """As on a GPU: nothing beside the row is read or written, and no class past the end is a target."""
+    """As on a GPU: nothing beside the row is read or written, and no class past the end is a
+    target."""
     monkeypatch.setattr(targets, "values_are_at_hand", lambda t: False)
     x, target = given(any_subject, ignored=0.0)
     clean = any_subject.results(x, target)
@@ -478,7 +562,8 @@ def test_where_nobody_looks_a_bad_target_makes_its_row_nan(any_subject, bad, mon
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_a_second_backward_is_the_first_or_raises(any_subject, reduction, factor):
-    """In place scaling of a saved gradient makes the second one wrong as soon as grad_output is not 1."""
+    """In place scaling of a saved gradient makes the second one wrong as soon as grad_output is not
+    1."""
     x, target = given(any_subject)
     x.requires_grad_()
     loss = any_subject.loss(x, target, reduction=reduction)
@@ -487,7 +572,11 @@ def test_a_second_backward_is_the_first_or_raises(any_subject, reduction, factor
     kept = first.clone()
     assert_gradient_close(first, any_subject.wanted(x, target, dloss=dloss, reduction=reduction)[1])
     # gradients of a head are handed over; its statistics make the logits again
-    handed_over = any_subject.name in ("head", "fused head") and reduction == "mean" and any_subject.place.impl != "reference"
+    handed_over = (
+        any_subject.name in ("head", "fused head")
+        and reduction == "mean"
+        and any_subject.place.impl != "reference"
+    )
     for again in (factor, 3.0 * factor):
         if any_subject.consumes or handed_over:
             with pytest.raises(RuntimeError, match="a second backward"):
@@ -512,17 +601,27 @@ def test_a_double_backward_is_right_or_raises(any_subject, reduction):
     slopes = any_subject.grad(loss.sum(), x, create_graph=True)
     assert slopes.requires_grad
     wide = x.detach().double().requires_grad_()
-    want = Subject(any_subject.name, Place("reference", any_subject.place.device)).loss(wide, target, reduction=reduction)
+    want = Subject(any_subject.name, Place("reference", any_subject.place.device)).loss(
+        wide, target, reduction=reduction
+    )
     (want_slopes,) = torch.autograd.grad(want.sum(), wide, create_graph=True)
-    got, want = (torch.autograd.grad((s**2).sum(), leaf)[0] for s, leaf in ((slopes, x), (want_slopes, wide)))
+    got, want = (
+        torch.autograd.grad((s**2).sum(), leaf)[0] for s, leaf in ((slopes, x), (want_slopes, wide))
+    )
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
 
 
 UPSTREAM = {
     "one number for all": lambda shape: torch.tensor(0.3).expand(shape),
-    "every other": lambda shape: torch.linspace(-1.0, 2.0, 2 * math.prod(shape)).view(*shape[:-1], -1)[..., ::2],
+    "every other": lambda shape: torch.linspace(-1.0, 2.0, 2 * math.prod(shape)).view(
+        *shape[:-1], -1
+    )[..., ::2],
     "reversed": lambda shape: torch.linspace(-1.0, 2.0, math.prod(shape)).view(shape).flip(0),
-    "transposed": lambda shape: torch.linspace(-1.0, 2.0, math.prod(shape)).view(shape[::-1]).permute(*reversed(range(len(shape)))),
+    "transposed": lambda shape: (
+        torch.linspace(-1.0, 2.0, math.prod(shape))
+        .view(shape[::-1])
+        .permute(*reversed(range(len(shape))))
+    ),
 }
 
 
@@ -552,7 +651,8 @@ def test_any_factor_from_above(any_subject, value):
 
 
 def test_logits_used_around_the_loss_are_right_or_raise(any_subject):
-    """A peer that overwrites logits corrupts what was made of them before, and after, without a word."""
+    """A peer that overwrites logits corrupts what was made of them before, and after, without a
+    word."""
     x, target = given(any_subject)
     leaf = x.requires_grad_()
 
@@ -565,7 +665,9 @@ def test_logits_used_around_the_loss_are_right_or_raise(any_subject):
     got = any_subject.grad(total(any_subject, leaf), leaf)
     reference = Subject(any_subject.name, Place("reference", any_subject.place.device))
     wide = x.detach().double().requires_grad_()
-    torch.testing.assert_close(got.double(), reference.grad(total(reference, wide), wide), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        got.double(), reference.grad(total(reference, wide), wide), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -599,7 +701,13 @@ def test_logits_that_were_consumed_raise(fast_place, name, reduction):
         # these are written in the backward
         assert torch.equal(z, leaf)
     loss.backward(retain_graph=True)
-    for read in (torch.argmax, torch.clone, lambda z: subject.loss(z, target), lambda z: z.data, lambda z: z.add_(1.0)):
+    for read in (
+        torch.argmax,
+        torch.clone,
+        lambda z: subject.loss(z, target),
+        lambda z: z.data,
+        lambda z: z.add_(1.0),
+    ):
         with pytest.raises(RuntimeError, match="consumed by a loss of lossfuse"):
             read(z)
     with pytest.raises(RuntimeError, match="a second backward"):
@@ -659,7 +767,11 @@ def test_without_a_gradient_the_loss_is_the_same(any_subject, mode):
         assert_loss_close(loss, any_subject.wanted(x, target, reduction=reduction)[0])
 
 
-@pytest.mark.parametrize("any_subject", [Subject(name, Place("auto", "cpu")) for name in FUNCTIONS if name != "fused head"], ids=str)
+@pytest.mark.parametrize(
+    "any_subject",
+    [Subject(name, Place("auto", "cpu")) for name in FUNCTIONS if name != "fused head"],
+    ids=str,
+)
 def test_torch_func_is_right(any_subject):
     """What "auto" takes there is the reference."""
     x, target = given(any_subject)
@@ -681,7 +793,9 @@ def test_torch_func_is_right(any_subject):
     torch.testing.assert_close(slope, (want * tangent).sum(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("any_subject", subjects([name for name in FUNCTIONS if name != "fused head"]))
+@pytest.mark.parametrize(
+    "any_subject", subjects([name for name in FUNCTIONS if name != "fused head"])
+)
 def test_torch_func_of_an_implementation_by_name_is_refused(any_subject):
     x, target = given(any_subject)
     if any_subject.place.impl == "reference":
@@ -734,7 +848,9 @@ def test_no_rows(any_subject):
         assert any_subject.grad(loss.sum(), x).shape == (0, V)
     if not any_subject.is_labels:
         soft = torch.empty(0, V, device=x.device)
-        assert any_subject.loss(x, soft).isnan() and any_subject.loss(x, soft, reduction="sum") == 0.0
+        assert (
+            any_subject.loss(x, soft).isnan() and any_subject.loss(x, soft, reduction="sum") == 0.0
+        )
         assert any_subject.loss(x, target[:0], normalizer=3) == 0.0
 
 
@@ -742,32 +858,62 @@ def test_one_class_costs_nothing(subject):
     x = torch.tensor([[3.0], [-2.0]], device=subject.place.device)
     for target in (torch.tensor([0, -100], device=x.device), torch.ones(2, 1, device=x.device)):
         got = subject.results(x, target)
-        assert got.rows.tolist() == [0.0, 0.0] and got.total == 0.0 and not got.slopes.any() and not got.total_slopes.any()
+        assert (
+            got.rows.tolist() == [0.0, 0.0]
+            and got.total == 0.0
+            and not got.slopes.any()
+            and not got.total_slopes.any()
+        )
 
 
 @pytest.mark.parametrize("subject", subjects(UNFUSED))
 def test_no_class_is_refused(subject):
     with pytest.raises(ValueError, match=r"classes and must not be empty|there must be a class"):
-        subject.loss(torch.empty(3, 0, device=subject.place.device), torch.zeros(3, dtype=torch.int64, device=subject.place.device))
+        subject.loss(
+            torch.empty(3, 0, device=subject.place.device),
+            torch.zeros(3, dtype=torch.int64, device=subject.place.device),
+        )
 
 
 # --- heads
 
-WANTED = [("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("weight", "bias"), ("hidden", "weight", "bias")]
+WANTED = [
+    ("hidden",),
+    ("weight",),
+    ("bias",),
+    ("hidden", "weight"),
+    ("weight", "bias"),
+    ("hidden", "weight", "bias"),
+]
 
 
 @pytest.mark.parametrize("wanted", WANTED, ids="+".join)
-@pytest.mark.parametrize("form", [lossfuse.linear_cross_entropy, lossfuse.linear_cross_entropy_stats])
+@pytest.mark.parametrize(
+    "form", [lossfuse.linear_cross_entropy, lossfuse.linear_cross_entropy_stats]
+)
 def test_who_asks_for_a_gradient_gets_it(thrifty_place, form, wanted):
     """A peer forgets the weight's where hidden states are frozen."""
     g = torch.Generator().manual_seed(0)
-    operands = {"hidden": torch.randn(N, 6, generator=g), "weight": torch.randn(V, 6, generator=g), "bias": torch.randn(V, generator=g)}
+    operands = {
+        "hidden": torch.randn(N, 6, generator=g),
+        "weight": torch.randn(V, 6, generator=g),
+        "bias": torch.randn(V, generator=g),
+    }
     place = thrifty_place
-    operands = {name: t.to(place.device).requires_grad_(name in wanted) for name, t in operands.items()}
+    operands = {
+        name: t.to(place.device).requires_grad_(name in wanted) for name, t in operands.items()
+    }
     target = torch.tensor([0, V - 1, -100, 7, 7], device=place.device)
     for reduction in ("none", "mean"):
-        loss = form(operands["hidden"], operands["weight"], target, linear_bias=operands["bias"], reduction=reduction,
-                    options=two_rows(V), impl=place.impl)  # fmt: skip
+        loss = form(
+            operands["hidden"],
+            operands["weight"],
+            target,
+            linear_bias=operands["bias"],
+            reduction=reduction,
+            options=two_rows(V),
+            impl=place.impl,
+        )
         loss = loss if isinstance(loss, torch.Tensor) else loss.loss
         want = program.head_value_and_grads(list(operands.values()), target, reduction=reduction)
         assert_loss_close(loss.detach(), want[0])
@@ -781,7 +927,10 @@ def test_who_asks_for_a_gradient_gets_it(thrifty_place, form, wanted):
 
 
 def test_hidden_states_of_no_width(place):
-    hidden, weight, bias = (t.to(place.device).requires_grad_() for t in (torch.empty(N, 0), torch.empty(V, 0), torch.randn(V)))
+    hidden, weight, bias = (
+        t.to(place.device).requires_grad_()
+        for t in (torch.empty(N, 0), torch.empty(V, 0), torch.randn(V))
+    )
     target = torch.tensor([0, V - 1, -100, 7, 7], device=place.device)
     for form in (lossfuse.linear_cross_entropy, lossfuse.linear_cross_entropy_stats):
         loss = form(hidden, weight, target, linear_bias=bias, impl=place.impl)
@@ -800,7 +949,9 @@ def test_a_nan_in_a_row_that_counts_is_seen_in_the_gradient_of_the_weight(place)
     hidden = x.detach().clone()
     hidden[2, 1] = NAN
     for reduction in ("none", "mean"):
-        loss = lossfuse.linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=place.impl)
+        loss = lossfuse.linear_cross_entropy(
+            hidden, weight, target, reduction=reduction, impl=place.impl
+        )
         assert torch.autograd.grad(loss.sum(), weight)[0].isnan().any()
 
 
@@ -811,15 +962,22 @@ def label_results(place, x, t, **options):
     """Losses, the slopes of their sum, and the slopes of their sum as one number."""
     leaf = x.detach().to(place.device).requires_grad_()
     t = t.to(place.device)
-    made = [lossfuse.binary_cross_entropy_with_logits(leaf, t, reduction=r, impl=place.impl, **options) for r in ("none", "sum")]
-    return made[0].detach().cpu(), *(torch.autograd.grad(loss.sum(), leaf)[0].cpu() for loss in made)
+    made = [
+        lossfuse.binary_cross_entropy_with_logits(leaf, t, reduction=r, impl=place.impl, **options)
+        for r in ("none", "sum")
+    ]
+    return made[0].detach().cpu(), *(
+        torch.autograd.grad(loss.sum(), leaf)[0].cpu() for loss in made
+    )
 
 
 def test_labels_of_logits_as_large_as_fp16_has_them(place):
     x = torch.tensor([[65504.0, -65504.0, 65504.0, -65504.0, 0.0]], dtype=torch.float16)
     for t in (torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0]]), torch.tensor([[0, 1, 4]])):
         loss, *slopes = label_results(place, x, t)
-        torch.testing.assert_close(loss, torch.tensor([[0.0, 65504.0, 65504.0, 0.0, math.log(2.0)]]))
+        torch.testing.assert_close(
+            loss, torch.tensor([[0.0, 65504.0, 65504.0, 0.0, math.log(2.0)]])
+        )
         for s in slopes:
             assert s.tolist() == [[0.0, -1.0, 1.0, 0.0, -0.5]]
 
@@ -838,7 +996,9 @@ def test_an_undefined_label_is_nan_and_stays_alone(place):
 def test_fp16_gradients_of_labels_see_a_loss_scale_before_they_are_rounded(place):
     x = torch.linspace(-6.0, 6.0, 3 * V, device=place.device).view(3, V).half().requires_grad_()
     ids = torch.tensor([[0], [V - 1], [-100]], device=place.device)
-    (got,) = torch.autograd.grad(lossfuse.binary_cross_entropy_with_logits(x, ids, impl=place.impl) / 1e5 * 65536.0, x)
+    (got,) = torch.autograd.grad(
+        lossfuse.binary_cross_entropy_with_logits(x, ids, impl=place.impl) / 1e5 * 65536.0, x
+    )
     subject = Subject("labels", place)
     want = subject.wanted(x, ids[:, 0])[1] / 1e5 * 65536.0
     normal = want.abs() > 2.0**-14
@@ -855,7 +1015,12 @@ def test_labels_need_not_be_probabilities(place):
     loss, *slopes = label_results(place, x, t)
     torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-5, atol=1e-5)
     for s in slopes:
-        torch.testing.assert_close(s.double(), torch.autograd.grad(want.sum(), wide, retain_graph=True)[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            s.double(),
+            torch.autograd.grad(want.sum(), wide, retain_graph=True)[0],
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 # --- beyond 2^31 elements
@@ -888,31 +1053,64 @@ def test_addresses_beyond_two_to_the_31_elements(any_subject, strides):
 
 
 # of which the first block is one
-SHARDED = [Subject(name, Place("torch", "cpu"), cut=WIDTH / V) for name in ("logits", "head", "in place", "statistics", "head statistics")]
+SHARDED = [
+    Subject(name, Place("torch", "cpu"), cut=WIDTH / V)
+    for name in ("logits", "head", "in place", "statistics", "head statistics")
+]
 OF_SHARDS = (
-    test_a_common_offset_cancels, test_a_confident_target_keeps_its_digits, test_a_hopeless_target, test_minus_infinity_over_whole_blocks,
-    test_a_target_of_minus_infinity_costs_infinity, test_rows_of_no_finite_logit_are_nan, test_an_undefined_row_is_nan_and_stays_alone,
-    test_ignored_rows_may_hold_anything, test_all_ignored, test_targets_of_no_weight, test_all_logits_far_below_zero,
-    test_softcap_tails_and_centre_keep_their_slope, test_scales_of_any_sign, test_logits_as_large_as_fp16_has_them,
-    test_fp16_gradients_see_a_loss_scale_before_they_are_rounded, test_the_loss_of_bf16_logits_is_float32,
-    test_smoothing_leaves_ignored_rows_out_and_weighs_every_class, test_probabilities_need_not_be_probabilities,
-    test_classes_of_no_probability_and_no_logit_are_left_out, test_a_normalizer_that_is_no_divisor_is_refused,
-    test_a_normalizer_that_nobody_looks_at_is_divided_by, test_ids_of_any_width, test_any_layout, test_no_rows,
-    test_any_factor_from_above, test_what_comes_from_above_may_have_any_stride_and_is_not_written,
+    test_a_common_offset_cancels,
+    test_a_confident_target_keeps_its_digits,
+    test_a_hopeless_target,
+    test_minus_infinity_over_whole_blocks,
+    test_a_target_of_minus_infinity_costs_infinity,
+    test_rows_of_no_finite_logit_are_nan,
+    test_an_undefined_row_is_nan_and_stays_alone,
+    test_ignored_rows_may_hold_anything,
+    test_all_ignored,
+    test_targets_of_no_weight,
+    test_all_logits_far_below_zero,
+    test_softcap_tails_and_centre_keep_their_slope,
+    test_scales_of_any_sign,
+    test_logits_as_large_as_fp16_has_them,
+    test_fp16_gradients_see_a_loss_scale_before_they_are_rounded,
+    test_the_loss_of_bf16_logits_is_float32,
+    test_smoothing_leaves_ignored_rows_out_and_weighs_every_class,
+    test_probabilities_need_not_be_probabilities,
+    test_classes_of_no_probability_and_no_logit_are_left_out,
+    test_a_normalizer_that_is_no_divisor_is_refused,
+    test_a_normalizer_that_nobody_looks_at_is_divided_by,
+    test_ids_of_any_width,
+    test_any_layout,
+    test_no_rows,
+    test_any_factor_from_above,
+    test_what_comes_from_above_may_have_any_stride_and_is_not_written,
     test_the_weight_of_a_class_that_is_no_target_may_be_anything,
-    test_a_second_backward_is_the_first_or_raises, test_a_z_loss_keeps_its_slope_at_an_offset,
-    test_without_a_gradient_the_loss_is_the_same, test_logits_changed_before_the_backward_raise_or_do_not_matter,
-)  # fmt: skip
+    test_a_second_backward_is_the_first_or_raises,
+    test_a_z_loss_keeps_its_slope_at_an_offset,
+    test_without_a_gradient_the_loss_is_the_same,
+    test_logits_changed_before_the_backward_raise_or_do_not_matter,
+)
 
 
 def arguments_of(test, every):
-    """Of each case of a parametrized test but its subject; all of them, or those of a default run."""
+    """Of each case of a parametrized test but its subject; all of them, or those of a default
+    run."""
     names, values = [], []
     for mark in getattr(test, "pytestmark", ()):
         if mark.name == "parametrize":
             names.append(mark.args[0])
-            slow = [value for value in mark.args[1] if any(m.name == "slow" for m in getattr(value, "marks", ()))]
-            values.append([getattr(value, "values", (value,))[0] for value in mark.args[1] if every or value not in slow])
+            slow = [
+                value
+                for value in mark.args[1]
+                if any(m.name == "slow" for m in getattr(value, "marks", ()))
+            ]
+            values.append(
+                [
+                    getattr(value, "values", (value,))[0]
+                    for value in mark.args[1]
+                    if every or value not in slow
+                ]
+            )
     return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
@@ -925,8 +1123,13 @@ def kept_over_ranks(case):
 
 
 def promises_over_ranks(*, every):
-    """For two ranks: in a default run what has no other test over slices of logits and of a head."""
-    return [(test.__name__, at, every) for test in OF_SHARDS for at in range(len(SHARDED) if every else 2)]
+    """For two ranks: in a default run what has no other test over slices of logits and of a
+    head."""
+    return [
+        (test.__name__, at, every)
+        for test in OF_SHARDS
+        for at in range(len(SHARDED) if every else 2)
+    ]
 
 
 @pytest.mark.slow

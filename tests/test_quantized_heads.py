@@ -1,4 +1,5 @@
-"""Frozen heads in few bits, of torchao and bitsandbytes: their own product, chunk by chunk, with the gradients of what is before them."""
+"""Frozen heads in few bits, of torchao and bitsandbytes: their own product, chunk by chunk, with
+the gradients of what is before them."""
 
 import copy
 
@@ -36,7 +37,9 @@ def fake_quantized():
     inner = nn.Sequential(nn.Linear(D, V, bias=False))
     activation = qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     weight = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32)
-    quantization.quantize_(inner, qat.QATConfig(activation_config=activation, weight_config=weight, step="prepare"))
+    quantization.quantize_(
+        inner, qat.QATConfig(activation_config=activation, weight_config=weight, step="prepare")
+    )
     return inner[0]
 
 
@@ -58,11 +61,17 @@ HEADS = {
     "torchao, int4 in int8": (lambda: of_torchao("IntxWeightOnlyConfig"), None),
     "torchao, float8 weights": (lambda: of_torchao("Float8WeightOnlyConfig"), None),
     "torchao, float8 training by rows": (lambda: of_torchao_float8("rowwise"), None),
-    "torchao, float8 training by tensors": (lambda: of_torchao_float8("tensorwise"), r"scales all rows together \(tensorwise\)"),
+    "torchao, float8 training by tensors": (
+        lambda: of_torchao_float8("tensorwise"),
+        r"scales all rows together \(tensorwise\)",
+    ),
     "torchao, fake quantization": (fake_quantized, None),
     "bitsandbytes, 4 bits": (lambda: of_bitsandbytes(4), None),
     "bitsandbytes, 8 bits": (lambda: of_bitsandbytes(8), None),
-    "bitsandbytes, 8 bits and outliers": (lambda: of_bitsandbytes(8, threshold=6.0), "looks for outliers in all rows together"),
+    "bitsandbytes, 8 bits and outliers": (
+        lambda: of_bitsandbytes(8, threshold=6.0),
+        "looks for outliers in all rows together",
+    ),
 }
 
 
@@ -70,7 +79,9 @@ def step(model):
     model.zero_grad(set_to_none=True)
     loss = F.cross_entropy(model(X), TARGET)
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("name", HEADS)

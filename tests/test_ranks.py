@@ -33,7 +33,10 @@ def test_results_come_by_rank():
 
 
 def test_a_case_that_raises_is_told_and_the_others_run():
-    with pytest.raises(AssertionError, match="raises on one rank, rank 1 of 2(.|\n)*ValueError: rank 1 has something to say") as caught:
+    with pytest.raises(
+        AssertionError,
+        match="raises on one rank, rank 1 of 2(.|\n)*ValueError: rank 1 has something to say",
+    ) as caught:
         cases_on_ranks(2, some_case, ["first", "raises on one rank", "last"])
     assert "--- first" not in str(caught.value) and "--- last" not in str(caught.value)
 
@@ -42,7 +45,9 @@ def test_a_case_that_raises_is_told_and_the_others_run():
 def test_ends_and_hangs_are_told():
     with pytest.raises(AssertionError, match="rank 1 of 2 ended with 7"):
         cases_on_ranks(2, some_case, ["ends"])
-    with pytest.raises(AssertionError, match=r"no word in 20 s from rank 0 in call 1|ended with 1 in \('hangs',\)"):
+    with pytest.raises(
+        AssertionError, match=r"no word in 20 s from rank 0 in call 1|ended with 1 in \('hangs',\)"
+    ):
         cases_on_ranks(2, some_case, ["first", "hangs"], timeout=20)
 
 

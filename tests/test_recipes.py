@@ -1,4 +1,5 @@
-"""Every program in our documents runs as it stands, and a recipe notices when what it calls is wrong."""
+"""Every program in our documents runs as it stands, and a recipe notices when what it calls is
+wrong."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ FUNCTIONS = [name for name in lossfuse.__all__ if "cross_entropy" in name]
 
 def cases(path: Path) -> list[Any]:
     """None where the document is not there, which is a failure of its own."""
-    return [pytest.param(program, id=program.heading) for program in (programs(path) if path.exists() else [])]
+    return [
+        pytest.param(program, id=program.heading)
+        for program in (programs(path) if path.exists() else [])
+    ]
 
 
 @pytest.mark.parametrize(("path", "count"), [(RECIPES, 8), (README, 3)], ids=["recipes", "README"])
@@ -49,7 +53,9 @@ def off(value: Any) -> Any:
 def test_a_recipe_notices_a_wrong_result(program, monkeypatch):
     for name in FUNCTIONS:
         right = getattr(lossfuse, name)
-        monkeypatch.setattr(lossfuse, name, lambda *args, right=right, **options: off(right(*args, **options)))
+        monkeypatch.setattr(
+            lossfuse, name, lambda *args, right=right, **options: off(right(*args, **options))
+        )
     with pytest.raises(AssertionError):
         program.run()
 

@@ -1,4 +1,5 @@
-"""Tier 2: is this regime computed right? Real vocabularies and dtypes; every gradient entry relative to itself."""
+"""Tier 2: is this regime computed right? Real vocabularies and dtypes; every gradient entry
+relative to itself."""
 
 import pytest
 import torch
@@ -29,8 +30,11 @@ def check(place, x, target, weight=None, **options):
     assert_loss_close(loss, want[0])
     for leaf, got, wanted in zip(leaves, grads, want[1:], strict=True):
         assert got.dtype == leaf.dtype and got.shape == leaf.shape
-        # smoothing takes its share of every class from p, which may be as large; the mean divides both
-        share = options.get("label_smoothing", 0.0) / x.shape[-1] * (1.1 if weight is not None else 1.0)
+        # smoothing takes its share of every class from p, which may be as large; the mean divides
+        # both
+        share = (
+            options.get("label_smoothing", 0.0) / x.shape[-1] * (1.1 if weight is not None else 1.0)
+        )
         assert_gradient_close(got, wanted, terms=share * distances(x, options) if share else 0.0)
 
 
@@ -46,13 +50,27 @@ def test_plain(thrifty_place, v, dtype):
 @pytest.mark.parametrize("v", [4097, 32000])
 def test_as_gemma_is_trained(thrifty_place, v, dtype):
     x, target = logits_and_ids(4, v, dtype, thrifty_place.device)
-    check(thrifty_place, x, target, reduction="none", softcap=30.0, lse_square_scale=1e-4, label_smoothing=0.1)
+    check(
+        thrifty_place,
+        x,
+        target,
+        reduction="none",
+        softcap=30.0,
+        lse_square_scale=1e-4,
+        label_smoothing=0.1,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_option(place, dtype):
     x, target = logits_and_ids(4, 4097, dtype, place.device)
-    options = {"softcap": 20.0, "logit_scale": 0.8, "lse_square_scale": 1e-3, "label_smoothing": 0.1, "reduction": "sum"}
+    options = {
+        "softcap": 20.0,
+        "logit_scale": 0.8,
+        "lse_square_scale": 1e-3,
+        "label_smoothing": 0.1,
+        "reduction": "sum",
+    }
     check(place, x, target, class_weight(4097, place.device), **options)
 
 
@@ -67,7 +85,9 @@ def test_distillation(thrifty_place, v, dtype):
     assert_loss_close(loss, want[0])
     assert_gradient_close(dt, want[2])
     q = target.detach().double()
-    assert_gradient_close(dx, want[1], terms=q + torch.softmax(x.detach().double(), -1) * q.sum(-1, keepdim=True))
+    assert_gradient_close(
+        dx, want[1], terms=q + torch.softmax(x.detach().double(), -1) * q.sum(-1, keepdim=True)
+    )
 
 
 def test_no_grad_is_the_same_loss(place):

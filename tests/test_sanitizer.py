@@ -1,4 +1,5 @@
-"""The sanitizer's part of the one call for a GPU, rehearsed with a command that says what the real one would."""
+"""The sanitizer's part of the one call for a GPU, rehearsed with a command that says what the real
+one would."""
 
 import os
 import stat
@@ -25,21 +26,59 @@ OURS = """\
 =========     at 0x90 in sigmoid_rows_kernel
 ========= ERROR SUMMARY: 2 errors
 """
-THEIRS = (
-    "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at cutlass_gemm+0x90\n========= ERROR SUMMARY: 1 error\n"
-)
+THEIRS = "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at cutlass_gemm+0x90\n========= ERROR SUMMARY: 1 error\n"
 ENDED = "torch.float32, 40000 classes: done\n"
 SAID = {
-    "passes": (f"========= COMPUTE-SANITIZER\n{ENDED}========= ERROR SUMMARY: 0 errors\n", 0, "passed", "nothing found"),
-    "no race": (f"{ENDED}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "passed", "nothing found"),
-    "it went away": ("bf16, 9 classes: head\n========= ERROR SUMMARY: 0 errors\n", 0, "not run", "exit 0; ========= ERROR SUMMARY"),
-    "a race": ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n", 86, "failed", "3 found, in nothing it names"),
+    "passes": (
+        f"========= COMPUTE-SANITIZER\n{ENDED}========= ERROR SUMMARY: 0 errors\n",
+        0,
+        "passed",
+        "nothing found",
+    ),
+    "no race": (
+        f"{ENDED}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n",
+        0,
+        "passed",
+        "nothing found",
+    ),
+    "it went away": (
+        "bf16, 9 classes: head\n========= ERROR SUMMARY: 0 errors\n",
+        0,
+        "not run",
+        "exit 0; ========= ERROR SUMMARY",
+    ),
+    "a race": (
+        "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n",
+        86,
+        "failed",
+        "3 found, in nothing it names",
+    ),
     "ours": (OURS, 86, "failed", "2 found, in row_loss_kernel, sigmoid_rows_kernel"),
-    "and the program failed": (OURS, 1, "failed", "2 found, in row_loss_kernel, sigmoid_rows_kernel"),
+    "and the program failed": (
+        OURS,
+        1,
+        "failed",
+        "2 found, in row_loss_kernel, sigmoid_rows_kernel",
+    ),
     "theirs": (ENDED + THEIRS, 86, "passed", "1 found, in cutlass_gemm"),
-    "theirs, and the program died": (THEIRS, 86, "not run", "1 found, in cutlass_gemm, and it did not end"),
-    "refuses": ("========= Error: Device not supported\n=========\n", 255, "not run", "exit 255; ========= Error: Device not supported"),
-    "the program dies": ("RuntimeError: no GPU\n========= ERROR SUMMARY: 0 errors\n", 1, "not run", "exit 1; ========= ERROR SUMMARY"),
+    "theirs, and the program died": (
+        THEIRS,
+        86,
+        "not run",
+        "1 found, in cutlass_gemm, and it did not end",
+    ),
+    "refuses": (
+        "========= Error: Device not supported\n=========\n",
+        255,
+        "not run",
+        "exit 255; ========= Error: Device not supported",
+    ),
+    "the program dies": (
+        "RuntimeError: no GPU\n========= ERROR SUMMARY: 0 errors\n",
+        1,
+        "not run",
+        "exit 1; ========= ERROR SUMMARY",
+    ),
     "says nothing": ("", 0, "not run", "exit 0; it said nothing"),
 }
 
@@ -95,7 +134,9 @@ sys.exit(86 if tool == "initcheck" else 0)
 """
 
 
-def test_a_tool_that_hangs_is_stopped_with_what_it_has_started(fake, tmp_path, monkeypatch, time_is_up_when):
+def test_a_tool_that_hangs_is_stopped_with_what_it_has_started(
+    fake, tmp_path, monkeypatch, time_is_up_when
+):
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
     time_is_up_when(tmp_path / "child")
     outcome = sanitizer.run(fake(TELLS), "synccheck", 2.0)
@@ -120,12 +161,26 @@ def test_what_tools_find_is_logged_and_summed_up(fake, tmp_path, monkeypatch):
     command = fake(TELLS)
     monkeypatch.setattr(sanitizer, "compile_first", lambda limit_seconds: "")
     outcomes = gpu._sanitize(command, tmp_path, time.monotonic() + 300, Console(quiet=True))
-    assert [(o.tool, o.verdict) for o in outcomes] == [("memcheck", "passed"), ("racecheck", "passed"), ("initcheck", "failed")]
+    assert [(o.tool, o.verdict) for o in outcomes] == [
+        ("memcheck", "passed"),
+        ("racecheck", "passed"),
+        ("initcheck", "failed"),
+    ]
     log = (tmp_path / "log.txt").read_text()
     assert all(f"$ compute-sanitizer --tool {tool}" in log for tool in sanitizer.TOOLS)
-    where = {"device": "a", "torch": "2", "triton": "", "lossfuse": "0", "commit": "", "dirty": True, "date": "today"}
+    where = {
+        "device": "a",
+        "torch": "2",
+        "triton": "",
+        "lossfuse": "0",
+        "commit": "",
+        "dirty": True,
+        "date": "today",
+    }
     summary, _ = gpu.summarize([], tmp_path / "absent.csv", where, "passed", "", outcomes, [])
-    assert "- memcheck passed: nothing found" in summary and "- initcheck failed: 1 found" in summary
+    assert (
+        "- memcheck passed: nothing found" in summary and "- initcheck failed: 1 found" in summary
+    )
     late = gpu._sanitize(command, tmp_path, time.monotonic() + 1, Console(quiet=True))
     assert [o.why for o in late] == ["no time left"] * 3
 
@@ -138,7 +193,10 @@ def test_without_the_command_there_is_a_line(tmp_path, capsys):
 
 
 @pytest.mark.skipif(GPU, reason="counts what the interpreter launches")
-@pytest.mark.parametrize(("v", "missing"), [(48, "split_row_kernel"), pytest.param(2051, "whole_row_kernel", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("v", "missing"),
+    [(48, "split_row_kernel"), pytest.param(2051, "whole_row_kernel", marks=pytest.mark.slow)],
+)
 def test_the_program_launches_every_kernel(v, missing):
     with Interpreter() as watch:
         sanitizer.every_kernel(torch.device("cpu"), torch.float32, v, str)

@@ -14,9 +14,18 @@ def both(thrifty_place, x, target, weight=None, **options):
     """(loss, gradient) of torch and ours on leaves of their own, ours with the strides of ``x``."""
     found = []
     # torch's sums of losses of K dimensions are not deterministic on CUDA, and raise
-    for f, device, extra in ((F.cross_entropy, "cpu", {}), (lossfuse.cross_entropy, x.device, {"impl": thrifty_place.impl})):
+    for f, device, extra in (
+        (F.cross_entropy, "cpu", {}),
+        (lossfuse.cross_entropy, x.device, {"impl": thrifty_place.impl}),
+    ):
         leaf = x.detach().to(device).requires_grad_()
-        loss = f(leaf, target.to(device), None if weight is None else weight.to(device), **options, **extra)
+        loss = f(
+            leaf,
+            target.to(device),
+            None if weight is None else weight.to(device),
+            **options,
+            **extra,
+        )
         (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.5))
         found.append((loss, grad))
     (want, want_grad), (got, got_grad) = found
@@ -36,7 +45,13 @@ def test_dimensions(thrifty_place, batch, reduction):
     weight = torch.rand(c, device=thrifty_place.device)
     got, _ = both(thrifty_place, x, target, weight, reduction=reduction)
     assert got.shape == (batch if reduction == "none" else ())
-    both(thrifty_place, x, torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1), weight, reduction=reduction)
+    both(
+        thrifty_place,
+        x,
+        torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1),
+        weight,
+        reduction=reduction,
+    )
 
 
 def strided(name: str) -> torch.Tensor:
@@ -70,10 +85,23 @@ def test_strides(thrifty_place, name, reduction):
     # a move would make most of them dense
     with torch.device(thrifty_place.device):
         x, other = strided(name), strided(name)
-    both(thrifty_place, x, torch.tensor([0, 8, -100, 3, 3, 1], device=thrifty_place.device), reduction=reduction)
+    both(
+        thrifty_place,
+        x,
+        torch.tensor([0, 8, -100, 3, 3, 1], device=thrifty_place.device),
+        reduction=reduction,
+    )
     both(thrifty_place, x, torch.softmax(other, 1), reduction=reduction)
-    target = torch.tensor([[0, 1], [8, 1], [-100, 1], [3, 1], [3, 1], [1, 1]], device=thrifty_place.device)[:, 0]
-    both(thrifty_place, x, target, torch.rand(18, device=thrifty_place.device)[::2], reduction=reduction)
+    target = torch.tensor(
+        [[0, 1], [8, 1], [-100, 1], [3, 1], [3, 1], [1, 1]], device=thrifty_place.device
+    )[:, 0]
+    both(
+        thrifty_place,
+        x,
+        target,
+        torch.rand(18, device=thrifty_place.device)[::2],
+        reduction=reduction,
+    )
 
 
 @pytest.mark.parametrize("to_rows", ["transpose", "movedim"])
@@ -85,10 +113,16 @@ def test_batch_time_vocabulary(thrifty_place, to_rows):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize(("reduction", "want"), [("none", None), ("mean", float("nan")), ("sum", 0.0)])
+@pytest.mark.parametrize(
+    ("reduction", "want"), [("none", None), ("mean", float("nan")), ("sum", 0.0)]
+)
 def test_empty_batch(thrifty_place, reduction, want, soft):
     x = torch.empty(0, 5, device=thrifty_place.device, requires_grad=True)
-    target = torch.empty(0, 5, device=thrifty_place.device) if soft else torch.empty(0, dtype=torch.int64, device=thrifty_place.device)
+    target = (
+        torch.empty(0, 5, device=thrifty_place.device)
+        if soft
+        else torch.empty(0, dtype=torch.int64, device=thrifty_place.device)
+    )
     loss = lossfuse.cross_entropy(x, target, reduction=reduction, impl=thrifty_place.impl)
     (grad,) = torch.autograd.grad(loss.sum(), x)
     assert grad.shape == (0, 5)
@@ -98,7 +132,10 @@ def test_empty_batch(thrifty_place, reduction, want, soft):
         torch.testing.assert_close(loss.item(), want, equal_nan=True)
     x = torch.empty(2, 5, 0, device=thrifty_place.device)
     target = torch.empty(2, 0, dtype=torch.int64, device=thrifty_place.device)
-    assert lossfuse.cross_entropy(x, target, reduction="none", impl=thrifty_place.impl).shape == (2, 0)
+    assert lossfuse.cross_entropy(x, target, reduction="none", impl=thrifty_place.impl).shape == (
+        2,
+        0,
+    )
 
 
 def test_a_slice_of_a_larger_buffer_leaves_its_neighbours_alone(thrifty_place):

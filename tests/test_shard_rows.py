@@ -1,7 +1,8 @@
-"""Rows whose classes are cut into shards, in one process: what each shard says of them, and its gradient from the merged numbers.
+"""Rows whose classes are cut into shards, in one process: what each shard says of them, and its
+gradient from the merged numbers.
 
-The merge stands here in float64, so that the backends are judged by nothing they share. Between the shards' rows lie NaNs.
-"""
+The merge stands here in float64, so that the backends are judged by nothing they share. Between the
+shards' rows lie NaNs."""
 
 import itertools
 
@@ -52,7 +53,9 @@ class Shard:
 
     def __init__(self, logits, target, weight, first, v, base=0):
         self.first, self.v = first + base, v
-        self.memory = torch.full((len(logits), v + 2 * MARGIN), NAN, dtype=logits.dtype, device=logits.device)
+        self.memory = torch.full(
+            (len(logits), v + 2 * MARGIN), NAN, dtype=logits.dtype, device=logits.device
+        )
         self.logits = self.memory[:, MARGIN : MARGIN + v]
         self.logits.copy_(logits[:, first : first + v])
         self.target = target[:, first : first + v] if target.is_floating_point() else target + base
@@ -71,22 +74,47 @@ class Shard:
 class Cut:
     """A tensor of rows as its shards see it, and what is made of it."""
 
-    def __init__(self, place, logits, target, weight=None, options=None, sizes=FEW, *, base=0, ignore_index=-100):
+    def __init__(
+        self,
+        place,
+        logits,
+        target,
+        weight=None,
+        options=None,
+        sizes=FEW,
+        *,
+        base=0,
+        ignore_index=-100,
+    ):
         assert sum(sizes) == logits.shape[1]
         self.backend = library.backend(place.impl, cut=True).backend
         self.whole = logits, target, weight
         self.soft = target.is_floating_point()
-        self.options, self.ignore_index, self.num_classes = options or {}, ignore_index, base + sum(sizes)
+        self.options, self.ignore_index, self.num_classes = (
+            options or {},
+            ignore_index,
+            base + sum(sizes),
+        )
         starts = [0, *itertools.accumulate(sizes)]
-        self.shards = [Shard(logits, target, weight, first, v, base) for first, v in zip(starts, sizes, strict=False)]
+        self.shards = [
+            Shard(logits, target, weight, first, v, base)
+            for first, v in zip(starts, sizes, strict=False)
+        ]
 
     def spec(self, shard=None):
-        place = {} if shard is None else {"first_class": shard.first, "num_classes": self.num_classes}
+        place = (
+            {} if shard is None else {"first_class": shard.first, "num_classes": self.num_classes}
+        )
         return LossSpec(ignore_index=self.ignore_index, **self.options, **place)
 
     def rows(self, wants=ALL, given=True):
         """Of each shard."""
-        return [self.backend.shard_rows(s.logits, s.target, s.weight, self.spec(s), wants, given and self.soft) for s in self.shards]
+        return [
+            self.backend.shard_rows(
+                s.logits, s.target, s.weight, self.spec(s), wants, given and self.soft
+            )
+            for s in self.shards
+        ]
 
     def forward(self, made=None):
         """Merged statistics, and (5, N) numbers for the gradient."""
@@ -110,34 +138,53 @@ class Cut:
         loss = loss + self.options.get("lse_square_scale", 0.0) * lse**2
         stats = {"loss": loss, "lse": lse, "target_logprob": logprob, "entropy": log_sum + mean}
         # the first shard that has the maximum, and anything finite at all
-        best = torch.stack([torch.where(m.log_sum == -INF, -INF, m.row_max) for m in made]).argmax(0)
-        classes = torch.stack([m.argmax + s.first - self.shards[0].first for m, s in zip(made, self.shards, strict=True)])
+        best = torch.stack([torch.where(m.log_sum == -INF, -INF, m.row_max) for m in made]).argmax(
+            0
+        )
+        classes = torch.stack(
+            [
+                m.argmax + s.first - self.shards[0].first
+                for m, s in zip(made, self.shards, strict=True)
+            ]
+        )
         argmax = classes.gather(0, best[None])[0]
         if ids is None:
             return stats | {"argmax": argmax}
         ignored = ids == self.ignore_index
         valid = ~ignored & (ids >= 0) & (ids < self.whole[0].shape[1])
-        stats = {name: torch.where(valid, value, torch.where(ignored, 0.0, NAN)) for name, value in stats.items()}
+        stats = {
+            name: torch.where(valid, value, torch.where(ignored, 0.0, NAN))
+            for name, value in stats.items()
+        }
         return stats | {"argmax": torch.where(valid, argmax, -2 if self.ignore_index == -1 else -1)}
 
     def numbers(self, row, weight):
         top, log_sum, mean, mass, _, given_mass, _, _, w_y = row
         if self.soft:
             return torch.stack([top, log_sum, mass, given_mass, mean]).float()
-        total = torch.full_like(top, self.num_classes) if weight is None else weight.double().sum().expand_as(top)
+        total = (
+            torch.full_like(top, self.num_classes)
+            if weight is None
+            else weight.double().sum().expand_as(top)
+        )
         return torch.stack([top, log_sum, mean, w_y, total]).float()
 
     def backward(self, kept, upstream, dlogits="new", dtype=None):
-        """Gradients of the whole rows: in new memory, over the logits, or over their first bytes."""
+        """Gradients of the whole rows: in new memory, over the logits, or over their first
+        bytes."""
         dx, dt = [], []
         for s in self.shards:
             made = s.logits
             if dlogits == "new":
-                made = torch.full((len(s.logits), s.v), NAN, dtype=dtype or s.logits.dtype, device=s.logits.device)
+                made = torch.full(
+                    (len(s.logits), s.v), NAN, dtype=dtype or s.logits.dtype, device=s.logits.device
+                )
             elif dtype is not None:
                 made = s.over(dtype)
             dtarget = torch.full(s.target.shape, NAN, device=s.target.device) if self.soft else None
-            self.backend.shard_grads(s.logits, s.target, s.weight, kept, upstream, self.spec(s), made, dtarget)
+            self.backend.shard_grads(
+                s.logits, s.target, s.weight, kept, upstream, self.spec(s), made, dtarget
+            )
             assert s.margins.isnan().all()
             dx.append(made)
             dt.append(dtarget)
@@ -170,7 +217,12 @@ def merged(made: list[ShardRows], cut: list[Shard], soft: bool) -> list[Tensor |
     w_y = torch.ones_like(top) if made[0].target_weight is None else of("target_weight").sum(0)
     mass, shortfall = None, None
     if made[0].shortfall is not None:
-        sums = [torch.tensor(s.v, dtype=top.dtype) if s.weight is None else s.weight.double().sum().cpu() for s in cut]
+        sums = [
+            torch.tensor(s.v, dtype=top.dtype)
+            if s.weight is None
+            else s.weight.double().sum().cpu()
+            for s in cut
+        ]
         masses = torch.stack(sums).to(top)[:, None].expand_as(tops)
         mass, shortfall = masses.sum(0), moved(masses, "shortfall")
     return [top, log_sum, mean, mass, shortfall, None, None, z_y, w_y]
@@ -179,9 +231,14 @@ def merged(made: list[ShardRows], cut: list[Shard], soft: bool) -> list[Tensor |
 def merged_by_the_package(cut: Cut, made: list[ShardRows]):
     """In float32 and without a look at the classes."""
     x, target, _ = cut.whole
-    sums = torch.stack([x.new_tensor(s.v) if s.weight is None else s.weight.sum() for s in cut.shards]).float()
+    sums = torch.stack(
+        [x.new_tensor(s.v) if s.weight is None else s.weight.sum() for s in cut.shards]
+    ).float()
     columns = [m._replace(argmax=m.argmax + s.first) for m, s in zip(made, cut.shards, strict=True)]
-    row = merge.merge(ShardRows(*(None if c[0] is None else torch.stack(c) for c in zip(*columns, strict=True))), sums)
+    row = merge.merge(
+        ShardRows(*(None if c[0] is None else torch.stack(c) for c in zip(*columns, strict=True))),
+        sums,
+    )
     return merge.row_stats(row, target, sums.sum(), cut.spec(), cut.num_classes)
 
 
@@ -193,7 +250,11 @@ def assert_merged_alike(cut: Cut, made: list[ShardRows], stats: dict[str, Tensor
         assert_formula_close(getattr(got, name), stats[name])
     assert torch.equal(got.argmax, stats["argmax"])
     # numbers of a row whose id is no class are nobody's
-    ignored = torch.zeros(len(x), dtype=torch.bool, device=x.device) if cut.soft else target == cut.ignore_index
+    ignored = (
+        torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        if cut.soft
+        else target == cut.ignore_index
+    )
     read = ~(stats["lse"].isnan() | ignored)
     assert_formula_close(got.kept[:, read], kept[:, read])
 
@@ -201,7 +262,9 @@ def assert_merged_alike(cut: Cut, made: list[ShardRows], stats: dict[str, Tensor
 def upstream_of(n, names=NAMES, device="cpu"):
     """A number of its own for each row and statistic."""
     table = torch.randn(len(NAMES), n, generator=torch.Generator().manual_seed(5)).to(device)
-    return Upstream(*(table[i].contiguous() if name in names else None for i, name in enumerate(NAMES)))
+    return Upstream(
+        *(table[i].contiguous() if name in names else None for i, name in enumerate(NAMES))
+    )
 
 
 def case(soft, n, v, device, dtype=torch.float32, ignored=0.25):
@@ -210,11 +273,19 @@ def case(soft, n, v, device, dtype=torch.float32, ignored=0.25):
 
 
 def wanted(cut: Cut, upstream: Upstream):
-    """(statistics, gradient of the logits, gradient of the probabilities) of the whole rows, by the definition in float64."""
+    """(statistics, gradient of the logits, gradient of the probabilities) of the whole rows, by the
+    definition in float64."""
     x, target, weight = cut.whole
-    leaves = [x.double().requires_grad_(), *([target.double().requires_grad_()] if cut.soft else [])]
+    leaves = [
+        x.double().requires_grad_(),
+        *([target.double().requires_grad_()] if cut.soft else []),
+    ]
     stats = reference.row_stats(leaves[0], leaves[-1] if cut.soft else target, weight, cut.spec())
-    total = sum((u.double() * getattr(stats, name)).sum() for name, u in zip(NAMES, upstream, strict=True) if u is not None)
+    total = sum(
+        (u.double() * getattr(stats, name)).sum()
+        for name, u in zip(NAMES, upstream, strict=True)
+        if u is not None
+    )
     dx, *dt = torch.autograd.grad(total, leaves, allow_unused=True)
     return stats, dx, dt[0] if dt and dt[0] is not None else torch.zeros_like(leaves[-1])
 
@@ -222,13 +293,27 @@ def wanted(cut: Cut, upstream: Upstream):
 def assert_gradients(cut: Cut, upstream: Upstream, got, want):
     x, target, weight = cut.whole
     given = [u for u in upstream if u is not None]
-    assert_gradient_close(got[0], want[0], terms=gradient_terms(x.double(), target, weight, cut.options, given))
+    assert_gradient_close(
+        got[0], want[0], terms=gradient_terms(x.double(), target, weight, cut.options, given)
+    )
     if cut.soft:
         assert_gradient_close(got[1], want[1], terms=sum(u.abs() for u in given).double()[:, None])
 
 
-def check(place, x, target, w=None, options=None, sizes=FEW, names=NAMES, dtype=None, over=False, **keywords):
-    """Statistics, and gradients in memory of their own, then where asked the same over the logits; returns the statistics."""
+def check(
+    place,
+    x,
+    target,
+    w=None,
+    options=None,
+    sizes=FEW,
+    names=NAMES,
+    dtype=None,
+    over=False,
+    **keywords,
+):
+    """Statistics, and gradients in memory of their own, then where asked the same over the logits;
+    returns the statistics."""
     cut = Cut(place, x, target, w, options, sizes, **keywords)
     upstream = upstream_of(len(x), names, x.device)
     made = cut.rows()
@@ -271,11 +356,15 @@ def test_shards_of_several_blocks(here, given, soft):
 @SOFT
 @pytest.mark.parametrize("sizes", [(1,), (40,), (1, 39), (39, 1), (20, 20), (1,) * 8], ids=str)
 def test_cuts(thrifty, sizes, soft):
-    check(thrifty, *case(soft, 2, sum(sizes), thrifty.device), None, {"label_smoothing": 0.1}, sizes)
+    check(
+        thrifty, *case(soft, 2, sum(sizes), thrifty.device), None, {"label_smoothing": 0.1}, sizes
+    )
 
 
 @SOFT
-@pytest.mark.parametrize("names", [*((name,) for name in NAMES), ("loss", "entropy"), NAMES[1:]], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [*((name,) for name in NAMES), ("loss", "entropy"), NAMES[1:]], ids="+".join
+)
 @pytest.mark.parametrize("given", [(), EVERYTHING], ids=["plain", "every option"])
 def test_upstreams_alone_and_together(thrifty, names, given, soft):
     w, options = options_of(given, sum(FEW), thrifty.device)
@@ -286,21 +375,32 @@ def test_upstreams_alone_and_together(thrifty, names, given, soft):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
 def test_what_is_not_needed_is_none_and_changes_nothing(thrifty, weighted, smoothing, soft):
-    w, options = options_of([*["weight"] * weighted, *["smoothing"] * bool(smoothing)], sum(FEW), thrifty.device)
+    w, options = options_of(
+        [*["weight"] * weighted, *["smoothing"] * bool(smoothing)], sum(FEW), thrifty.device
+    )
     x, target = case(soft, 2, sum(FEW), thrifty.device, ignored=0.0)
     cut = Cut(thrifty, x, target, w, options)
     everything = cut.rows()
     for entropy, argmax, given in itertools.product([False, True], repeat=3):
         needed = {
-            "row_max": True, "log_sum": True, "target_logit": not soft, "target_weight": not soft and weighted, "mass": soft,
-            "shortfall": soft or smoothing > 0, "given_mass": soft and given, "given_shortfall": soft and given,
-            "mean_shortfall": entropy, "argmax": argmax,
-        }  # fmt: skip
+            "row_max": True,
+            "log_sum": True,
+            "target_logit": not soft,
+            "target_weight": not soft and weighted,
+            "mass": soft,
+            "shortfall": soft or smoothing > 0,
+            "given_mass": soft and given,
+            "given_shortfall": soft and given,
+            "mean_shortfall": entropy,
+            "argmax": argmax,
+        }
         for some, every in zip(cut.rows(Wants(entropy, argmax), given), everything, strict=True):
             for name, value in some._asdict().items():
                 assert (value is not None) == needed[name], name
                 if value is not None:
-                    assert value.dtype == (torch.int64 if name == "argmax" else torch.float32) and value.shape == (2,)
+                    assert value.dtype == (
+                        torch.int64 if name == "argmax" else torch.float32
+                    ) and value.shape == (2,)
                     assert torch.equal(value, getattr(every, name)), name
 
 
@@ -327,9 +427,15 @@ def test_no_rows(here, soft):
 
 
 def test_the_ends_of_shards(here):
-    """Ids one before, at, and one behind every cut: of a padded block the next shard's classes are out of bounds."""
+    """Ids one before, at, and one behind every cut: of a padded block the next shard's classes are
+    out of bounds."""
     sizes = (130, 1, 29)
-    ends = [i for first in itertools.accumulate(sizes, initial=0) for i in (first - 1, first, first + 1) if 0 <= i < sum(sizes)]
+    ends = [
+        i
+        for first in itertools.accumulate(sizes, initial=0)
+        for i in (first - 1, first, first + 1)
+        if 0 <= i < sum(sizes)
+    ]
     target = torch.tensor(ends, device=here.device)
     x, _ = case(False, len(ends), sum(sizes), here.device)
     w, options = options_of(("weight",), sum(sizes), here.device)
@@ -353,7 +459,9 @@ def check_ignored_and_bad_ids(place, given, ignore_index, bad):
     assert torch.equal(got["argmax"], stats.argmax)
     dx, _ = cut.backward(kept, upstream, "over")
     # of no row that is not read
-    assert_gradient_close(dx, want, terms=gradient_terms(x.nan_to_num(0.0).double(), target, w, options, [*upstream]))
+    assert_gradient_close(
+        dx, want, terms=gradient_terms(x.nan_to_num(0.0).double(), target, w, options, [*upstream])
+    )
     assert (dx[1] == 0.0).all()
     assert dx.isnan().all(1).tolist() == undefined and dx.isnan().any(1).tolist() == undefined
 
@@ -368,7 +476,18 @@ def test_ignored_and_bad_ids(here, ignore_index):
 @pytest.mark.parametrize("given", [(), EVERYTHING], ids=["plain", "every option"])
 def test_more_bad_ids(thrifty, given, ignore_index):
     v = sum(FEW)
-    bad = [-2, v + 1, v + 100, 2**31 - 1, 2**31, 2**32, 2**32 + v - 1, 2**63 - 1, -(2**63), -(2**31)]
+    bad = [
+        -2,
+        v + 1,
+        v + 100,
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**32 + v - 1,
+        2**63 - 1,
+        -(2**63),
+        -(2**31),
+    ]
     check_ignored_and_bad_ids(thrifty, given, ignore_index, bad)
 
 
@@ -389,7 +508,9 @@ def check_shards_without_a_finite_logit(place, sizes, given, soft):
     starts = [*itertools.accumulate(sizes, initial=0)]
     x, target = case(soft, len(sizes) + 1, sum(sizes), place.device, ignored=0.0)
     if not soft:
-        target = torch.tensor([*(first % sum(sizes) for first in starts[1:]), starts[1]], device=place.device)
+        target = torch.tensor(
+            [*(first % sum(sizes) for first in starts[1:]), starts[1]], device=place.device
+        )
     for row, (first, last) in enumerate(itertools.pairwise(starts)):
         x[row, first:last] = nowhere
     x[-1, : starts[1]] = x[-1, starts[2] :] = nowhere
@@ -424,7 +545,8 @@ def test_rows_without_a_finite_logit(thrifty, soft):
 
 @SOFT
 def test_rows_filled_with_the_lowest_number(thrifty, soft):
-    """As masks fill them; maxima start there. Of the second row, the first shard has not even these."""
+    """As masks fill them; maxima start there. Of the second row, the first shard has not even
+    these."""
     x, target = case(soft, 3, sum(FEW), thrifty.device, ignored=0.0)
     x[:] = LOWEST
     x[1, : FEW[0]] = -INF
@@ -437,7 +559,9 @@ def test_rows_filled_with_the_lowest_number(thrifty, soft):
     cut = Cut(thrifty, x, target)
     got, kept = cut.forward()
     assert got["argmax"].tolist() == [0, FEW[0], sum(FEW) - 1]
-    equal = torch.tensor([sum(FEW), sum(FEW[1:]), 1], dtype=torch.float64, device=thrifty.device).log()
+    equal = torch.tensor(
+        [sum(FEW), sum(FEW[1:]), 1], dtype=torch.float64, device=thrifty.device
+    ).log()
     for name, want in (("loss", equal), ("target_logprob", -equal), ("entropy", equal)):
         assert_formula_close(got[name], want)
     dx, _ = cut.backward(kept, upstream_of(3, ("entropy",), thrifty.device))
@@ -458,7 +582,11 @@ def test_undefined_rows(thrifty, value, soft):
         for t in (got[name], getattr(stats, name)):
             undefined = t == INF if name == "lse" and value == INF else t.isnan()
             assert undefined.tolist() == [True, True, False], name
-    assert cut.backward(kept, upstream_of(3, NAMES, thrifty.device))[0].isnan().any(1).tolist() == [True, True, False]
+    assert cut.backward(kept, upstream_of(3, NAMES, thrifty.device))[0].isnan().any(1).tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 @SOFT
@@ -482,10 +610,16 @@ def check_a_confident_row(place, sizes, margin, soft):
     others = (v - 1) * torch.exp(-torch.tensor(margin, dtype=torch.float64))
     log_sum = torch.log1p(others)
     rtol = 1e-6 if place.device == "cpu" else 1e-5
-    for name, want in (("loss", log_sum), ("target_logprob", -log_sum), ("entropy", log_sum + others * margin / (1.0 + others))):
+    for name, want in (
+        ("loss", log_sum),
+        ("target_logprob", -log_sum),
+        ("entropy", log_sum + others * margin / (1.0 + others)),
+    ):
         torch.testing.assert_close(got[name].cpu(), want.expand(3), rtol=rtol, atol=0.0)
     dx, _ = cut.backward(kept, Upstream(torch.ones(3, device=place.device)))
-    want_dx = torch.full((3, v), torch.exp(-margin - log_sum).item(), dtype=torch.float64, device=place.device)
+    want_dx = torch.full(
+        (3, v), torch.exp(-margin - log_sum).item(), dtype=torch.float64, device=place.device
+    )
     want_dx[torch.arange(3), y] = -(others / (1.0 + others)).item()
     # masses are sums of probabilities: 1 to a rounding error each
     assert_gradient_close(dx, want_dx, terms=1.2e-2 if soft and margin < 10 else 0.0)
@@ -541,7 +675,11 @@ def test_half_precision(thrifty, dtype, soft):
 @SOFT
 def test_one_upstream_for_all_rows(thrifty, soft):
     """An expanded scalar, as from .sum()."""
-    cut = Cut(thrifty, *case(soft, 4, sum(FEW), thrifty.device), *options_of(("z-loss",), sum(FEW), thrifty.device))
+    cut = Cut(
+        thrifty,
+        *case(soft, 4, sum(FEW), thrifty.device),
+        *options_of(("z-loss",), sum(FEW), thrifty.device),
+    )
     _, kept = cut.forward()
     one = torch.tensor(0.3, device=thrifty.device)
     got, want = (cut.backward(kept, Upstream(*(u,) * 4)) for u in (one.expand(4), one.repeat(4)))
@@ -573,7 +711,11 @@ def test_ours_is_no_mutant(here):
     x, target = logits_and_ids(5, sum(FEW), device=here.device)
     target[0] = -100
     x = x.detach()
-    options = {"label_smoothing": mutants.SMOOTHING, "lse_square_scale": mutants.Z_SCALE, "softcap": mutants.SOFTCAP}
+    options = {
+        "label_smoothing": mutants.SMOOTHING,
+        "lse_square_scale": mutants.Z_SCALE,
+        "softcap": mutants.SOFTCAP,
+    }
     cut = Cut(here, x, target, None, options)
     grad, _ = cut.backward(cut.forward()[1], Upstream((1.0 / (target != -100).sum()).expand(5)))
     assert_gradient_close(grad, mutants.gradient(x, target), terms=1e-3)
@@ -595,10 +737,19 @@ def _own_smoothing(cut, kept, made, s):
 MISTAKES = {
     "the shard's own log-sum": (_own_numbers, lambda s: {}),
     "the shard's own class weights": (_own_smoothing, lambda s: {}),
-    "a target of no weight": (lambda cut, kept, made, s: torch.stack([*kept[:3], torch.zeros_like(kept[3]), kept[4]]), lambda s: {}),
+    "a target of no weight": (
+        lambda cut, kept, made, s: torch.stack([*kept[:3], torch.zeros_like(kept[3]), kept[4]]),
+        lambda s: {},
+    ),
     "another row's numbers": (lambda cut, kept, made, s: kept.roll(1, 1), lambda s: {}),
-    "another shard's place": (lambda cut, kept, made, s: kept, lambda s: {"first_class": s.first + 1}),
-    "smoothing over the shard": (lambda cut, kept, made, s: kept, lambda s: {"num_classes": s.first + s.v}),
+    "another shard's place": (
+        lambda cut, kept, made, s: kept,
+        lambda s: {"first_class": s.first + 1},
+    ),
+    "smoothing over the shard": (
+        lambda cut, kept, made, s: kept,
+        lambda s: {"num_classes": s.first + s.v},
+    ),
 }
 
 
@@ -613,9 +764,20 @@ def test_the_comparison_rejects(here):
     def grads(numbers, place):
         found = []
         for s, m in zip(cut.shards, made, strict=True):
-            spec = LossSpec(**options, **{"first_class": s.first, "num_classes": cut.num_classes} | place(s))
+            spec = LossSpec(
+                **options, **{"first_class": s.first, "num_classes": cut.num_classes} | place(s)
+            )
             found.append(torch.empty(2, s.v, device=here.device))
-            cut.backend.shard_grads(s.logits, s.target, s.weight, numbers(cut, kept, m, s), upstream, spec, found[-1], None)
+            cut.backend.shard_grads(
+                s.logits,
+                s.target,
+                s.weight,
+                numbers(cut, kept, m, s),
+                upstream,
+                spec,
+                found[-1],
+                None,
+            )
         return torch.cat(found, 1), None
 
     assert_gradients(cut, upstream, grads(lambda cut, kept, made, s: kept, lambda s: {}), want)

@@ -1,4 +1,5 @@
-"""``fuse_lm_head`` where parameters are sharded or gradients reduced over ranks: what one process makes of the whole batch."""
+"""``fuse_lm_head`` where parameters are sharded or gradients reduced over ranks: what one process
+makes of the whole batch."""
 
 import contextlib
 import copy
@@ -33,7 +34,8 @@ class Block(nn.Module):
 
 
 class Tiny(nn.Module):
-    """As nanoGPT: embedding, blocks, norm, head; makes the loss itself where it is given targets."""
+    """As nanoGPT: embedding, blocks, norm, head; makes the loss itself where it is given
+    targets."""
 
     def __init__(self, *, tied=False, bias=False, unused=False, cap=None, checkpointed=False):
         super().__init__()
@@ -84,9 +86,20 @@ def fsdp2(*groups, root=True, **options):
         from torch.distributed.fsdp import fully_shard
 
         for group in groups:
-            modules = [model.get_submodule(name) for name in group] if isinstance(group, tuple) else [model.get_submodule(group)]
+            modules = (
+                [model.get_submodule(name) for name in group]
+                if isinstance(group, tuple)
+                else [model.get_submodule(group)]
+            )
             fully_shard(modules if len(modules) > 1 else modules[0], **options)
-        fully_shard(model, **({k: v for k, v in options.items() if k != "reshard_after_forward"} if root is True else root))
+        fully_shard(
+            model,
+            **(
+                {k: v for k, v in options.items() if k != "reshard_after_forward"}
+                if root is True
+                else root
+            ),
+        )
 
         @contextlib.contextmanager
         def no_sync():
@@ -116,7 +129,10 @@ LAYOUTS = {
     "FSDP2, head with a bias": (fsdp2("lm_head"), {"bias": True}),
     "FSDP2, head that stays": (fsdp2(*BLOCKS, "lm_head", reshard_after_forward=False), {}),
     "FSDP2, norm and head": (fsdp2(*BLOCKS, ("norm", "lm_head")), {}),
-    "FSDP2, norm and head that stay": (fsdp2(*BLOCKS, ("norm", "lm_head"), reshard_after_forward=False), {}),
+    "FSDP2, norm and head that stay": (
+        fsdp2(*BLOCKS, ("norm", "lm_head"), reshard_after_forward=False),
+        {},
+    ),
     "FSDP2, tied in root": (fsdp2(*BLOCKS), {"tied": True}),
     "FSDP2, tied in a group": (fsdp2(*BLOCKS, ("embedding", "lm_head")), {"tied": True}),
     "FSDP2, checkpointed": (fsdp2(*BLOCKS, "lm_head"), {"checkpointed": True}),
@@ -143,7 +159,12 @@ def steps(run, model, optimizer, no_sync, loss_of, share):
                 loss.backward()
             losses.append(loss.detach())
         # clones: later steps write over what is not sharded
-        grads.append({n: None if p.grad is None else whole(p.grad).clone() for n, p in model.named_parameters()})
+        grads.append(
+            {
+                n: None if p.grad is None else whole(p.grad).clone()
+                for n, p in model.named_parameters()
+            }
+        )
         optimizer.step()
     return losses, grads
 
@@ -161,7 +182,14 @@ def in_layout(case):
     data = batches(4, dist.get_world_size())
     model = Tiny(**options)
     plain = copy.deepcopy(model)
-    stock = steps(plain, plain, torch.optim.SGD(plain.parameters(), 0.1), contextlib.nullcontext, LOSSES[how], lambda i: data[i])
+    stock = steps(
+        plain,
+        plain,
+        torch.optim.SGD(plain.parameters(), 0.1),
+        contextlib.nullcontext,
+        LOSSES[how],
+        lambda i: data[i],
+    )
 
     fuse_first = how != "inside"
     report = lossfuse.fuse_lm_head(model, options=OPTIONS) if fuse_first else None
@@ -220,7 +248,9 @@ class Lora(nn.Module):
 def one_step(run, model, loss_of, batch):
     loss = loss_of(run, batch)
     loss.backward()
-    return loss.detach(), {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def same_as_stock(layout, loss_of, *, model=None, fused=None, made=None):
@@ -317,7 +347,13 @@ def mixed_precision(layout):
         assert report is None or (report.fused == {"cross_entropy": 1} and not report.made)
         distance = {name: (got[name] - want[name]).norm() / want[name].norm() for name in want}
         of_all = torch.stack(list(distance.values())).square().mean().sqrt()
-        errors.append([abs(float(loss) / dist.get_world_size() - float(want_loss)), float(of_all), float(distance["lm_head.weight"])])
+        errors.append(
+            [
+                abs(float(loss) / dist.get_world_size() - float(want_loss)),
+                float(of_all),
+                float(distance["lm_head.weight"]),
+            ]
+        )
     stock, ours = errors
     # rounding of the layers below, which is others, makes most of the distance of all gradients
     for theirs, got, room in zip(stock, ours, (1.1, 1.3, 1.1), strict=True):
@@ -337,7 +373,9 @@ def stale():
     z.argmax(-1)
     optimizer.step()
     for read in (lambda: z.argmax(-1), lambda: ce(z, mine(batch)[1]), lambda: torch.sin(z)):
-        with pytest.raises(RuntimeError, match="a parameter of the head has been changed since the forward"):
+        with pytest.raises(
+            RuntimeError, match="a parameter of the head has been changed since the forward"
+        ):
             read()
 
 
@@ -353,7 +391,9 @@ def an_older_fsdp():
         want, _ = one_step(plain, plain, LOSSES["outside"], batch)
         reports.append(lossfuse.fuse_lm_head(model, options=OPTIONS))
         if not whole_head:
-            model.lm_head = FullyShardedDataParallel(model.lm_head, use_orig_params=True, device_id=torch.device("cpu"))
+            model.lm_head = FullyShardedDataParallel(
+                model.lm_head, use_orig_params=True, device_id=torch.device("cpu")
+            )
         run = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
         z = run(mine(batch)[0])
         loss = ce(z, mine(batch)[1])
@@ -363,7 +403,10 @@ def an_older_fsdp():
                 z.argmax(-1)
         run.clip_grad_norm_(1e9)
         with FullyShardedDataParallel.summon_full_params(run, with_grads=True):
-            got = {name.replace("_fsdp_wrapped_module.", ""): p.grad for name, p in run.named_parameters()}
+            got = {
+                name.replace("_fsdp_wrapped_module.", ""): p.grad
+                for name, p in run.named_parameters()
+            }
             for name, p in plain.named_parameters():
                 assert_product_close(got[name], p.grad)
         total = loss.detach()
@@ -378,7 +421,10 @@ def a_parameter_that_is_gone():
     (batch,) = batches(1, 1)
     z = model(batch[0])
     model.lm_head.weight.data = torch.empty(0)
-    with pytest.raises(RuntimeError, match=r"a parameter of the head of shape \(151, 16\), holds no values any more"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"a parameter of the head of shape \(151, 16\), holds no values any more",
+    ):
         ce(z, batch[1])
 
 
@@ -409,35 +455,90 @@ def a_llama(**options):
 
 
 OTHERS = {
-    "computed again": lambda: same_as_stock(HEAD_ALONE, LOSSES["inside"], model=Checkpointed(), fused={"cross_entropy": 1}) and None,
-    "computed again, a group": lambda: same_as_stock(GROUP, LOSSES["inside"], model=Checkpointed(), fused={"cross_entropy": 1}) and None,
-    "two reads": lambda: same_as_stock(HEAD_ALONE, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None,
-    "two reads of a group": lambda: same_as_stock(GROUP, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None,
+    "computed again": lambda: (
+        same_as_stock(
+            HEAD_ALONE, LOSSES["inside"], model=Checkpointed(), fused={"cross_entropy": 1}
+        )
+        and None
+    ),
+    "computed again, a group": lambda: (
+        same_as_stock(GROUP, LOSSES["inside"], model=Checkpointed(), fused={"cross_entropy": 1})
+        and None
+    ),
+    "two reads": lambda: (
+        same_as_stock(HEAD_ALONE, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None
+    ),
+    "two reads of a group": lambda: (
+        same_as_stock(GROUP, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None
+    ),
     "made": lambda: same_as_stock(HEAD_ALONE, made, made={"sin": 1}) and None,
     "made of a group": lambda: same_as_stock(GROUP, made, made={"sin": 1}) and None,
     "made of a root": lambda: same_as_stock(fsdp2(), made, made={"sin": 1}) and None,
-    "made and read": lambda: same_as_stock(GROUP, made_and_read, fused={"cross_entropy": 1}, made={"sin": 1}) and None,
-    "made under DDP": lambda: same_as_stock(ddp(find_unused_parameters=True), made, made={"sin": 1}) and None,
-    "made and read under DDP": lambda: (
-        same_as_stock(ddp(find_unused_parameters=True), made_and_read, fused={"cross_entropy": 1}, made={"sin": 1}) and None
+    "made and read": lambda: (
+        same_as_stock(GROUP, made_and_read, fused={"cross_entropy": 1}, made={"sin": 1}) and None
     ),
-    "one rank counts": lambda: same_as_stock(GROUP, one_rank_counts, fused={"cross_entropy": 1}) and None,
-    "frozen": lambda: same_as_stock(HEAD_ALONE, LOSSES["outside"], model=with_a_frozen_head(), fused={"cross_entropy": 1}) and None,
+    "made under DDP": lambda: (
+        same_as_stock(ddp(find_unused_parameters=True), made, made={"sin": 1}) and None
+    ),
+    "made and read under DDP": lambda: (
+        same_as_stock(
+            ddp(find_unused_parameters=True),
+            made_and_read,
+            fused={"cross_entropy": 1},
+            made={"sin": 1},
+        )
+        and None
+    ),
+    "one rank counts": lambda: (
+        same_as_stock(GROUP, one_rank_counts, fused={"cross_entropy": 1}) and None
+    ),
+    "frozen": lambda: (
+        same_as_stock(
+            HEAD_ALONE, LOSSES["outside"], model=with_a_frozen_head(), fused={"cross_entropy": 1}
+        )
+        and None
+    ),
     "unasked": lambda: same_as_stock(GROUP, unasked, made={"flatten": 1}) and None,
     "not linear, in root": lambda: (
-        same_as_stock(fsdp2(*BLOCKS), LOSSES["outside"], model=with_a_head_that_is_not_linear(), fused={"cross_entropy": 1}) and None
+        same_as_stock(
+            fsdp2(*BLOCKS),
+            LOSSES["outside"],
+            model=with_a_head_that_is_not_linear(),
+            fused={"cross_entropy": 1},
+        )
+        and None
     ),
     "not linear, a group": lambda: (
-        same_as_stock(HEAD_ALONE, LOSSES["outside"], model=with_a_head_that_is_not_linear(), fused={"cross_entropy": 1}) and None
+        same_as_stock(
+            HEAD_ALONE,
+            LOSSES["outside"],
+            model=with_a_head_that_is_not_linear(),
+            fused={"cross_entropy": 1},
+        )
+        and None
     ),
     "not linear, with norm": lambda: (
-        same_as_stock(GROUP, LOSSES["outside"], model=with_a_head_that_is_not_linear(), fused={"cross_entropy": 1}) and None
+        same_as_stock(
+            GROUP,
+            LOSSES["outside"],
+            model=with_a_head_that_is_not_linear(),
+            fused={"cross_entropy": 1},
+        )
+        and None
     ),
     "not linear, groups in it": lambda: (
-        same_as_stock(fsdp2("lm_head.base"), LOSSES["outside"], model=with_a_head_that_is_not_linear(), made={"forward": 1}) and None
+        same_as_stock(
+            fsdp2("lm_head.base"),
+            LOSSES["outside"],
+            model=with_a_head_that_is_not_linear(),
+            made={"forward": 1},
+        )
+        and None
     ),
     "bfloat16": lambda: mixed_precision(lambda **o: fsdp2(*BLOCKS, "lm_head", **o)),
-    "bfloat16, norm and head": lambda: mixed_precision(lambda **o: fsdp2(*BLOCKS, ("norm", "lm_head"), **o)),
+    "bfloat16, norm and head": lambda: mixed_precision(
+        lambda **o: fsdp2(*BLOCKS, ("norm", "lm_head"), **o)
+    ),
     "stale": stale,
     "FSDP1": an_older_fsdp,
     "gone": a_parameter_that_is_gone,
@@ -461,8 +562,11 @@ def colwise(**options):
     return wrapped
 
 
-def same_of_classes(layout, loss_of, *, model=None, first=True, fused=None, made=None, allowed=B * T * V):
-    """One step of the whole batch on every rank, and in one process; without ``allowed`` numbers on a rank, as a share of logits has."""
+def same_of_classes(
+    layout, loss_of, *, model=None, first=True, fused=None, made=None, allowed=B * T * V
+):
+    """One step of the whole batch on every rank, and in one process; without ``allowed`` numbers on
+    a rank, as a share of logits has."""
     allowed = math.inf if made or not fused else allowed
     model = model or Tiny(bias=True)
     plain = copy.deepcopy(model)
@@ -497,7 +601,11 @@ def cut_locally(model):
 def replicated(t, like):
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(t, like.device_mesh, [_placement("Replicate")], run_check=False) if hasattr(like, "device_mesh") else t
+    return (
+        DTensor.from_local(t, like.device_mesh, [_placement("Replicate")], run_check=False)
+        if hasattr(like, "device_mesh")
+        else t
+    )
 
 
 def options_and_probabilities(run, b):
@@ -507,7 +615,11 @@ def options_and_probabilities(run, b):
     w = torch.linspace(0.5, 1.5, V - 5)
     ids = b[1].clamp(max=V - 6)
     weighted = ce(z, ids, weight=w, label_smoothing=0.1)
-    return weighted + F.cross_entropy(z.flatten(0, 1), p.flatten(0, 1)) + 0.1 * (z.logsumexp(-1) ** 2).mean()
+    return (
+        weighted
+        + F.cross_entropy(z.flatten(0, 1), p.flatten(0, 1))
+        + 0.1 * (z.logsumexp(-1) ** 2).mean()
+    )
 
 
 class Calibrated(nn.Module):
@@ -517,7 +629,10 @@ class Calibrated(nn.Module):
         super().__init__()
         self.model = Tiny()
         self.lm_head = self.model.lm_head
-        self.added, self.prior = nn.Parameter(torch.linspace(-1, 1, V)), nn.Parameter(torch.linspace(1, -1, V))
+        self.added, self.prior = (
+            nn.Parameter(torch.linspace(-1, 1, V)),
+            nn.Parameter(torch.linspace(1, -1, V)),
+        )
 
     def forward(self, ids):
         z = self.model(ids) + self.added
@@ -539,7 +654,9 @@ class Checkpointed(Tiny):
         x = self.embedding(ids)
         for block in self.blocks:
             x = block(x)
-        return None, checkpoint(lambda x: ce(self.lm_head(self.norm(x)), targets), x, use_reentrant=False)
+        return None, checkpoint(
+            lambda x: ce(self.lm_head(self.norm(x)), targets), x, use_reentrant=False
+        )
 
 
 def read_as_dtensor(run, b):
@@ -564,7 +681,9 @@ def under_loss_parallel(run, b):
 def of_local_classes(run, b):
     z = run(b[0])
     cut = z.shape[-1] < V
-    return lossfuse.cross_entropy(z.flatten(0, 1), b[1].flatten(), shard=lossfuse.VocabShard.even(V) if cut else None)
+    return lossfuse.cross_entropy(
+        z.flatten(0, 1), b[1].flatten(), shard=lossfuse.VocabShard.even(V) if cut else None
+    )
 
 
 def made_of_a_dtensor(run, b):
@@ -589,33 +708,62 @@ def a_parallel_llama(first):
     model = llama(vocab_size=312, num_attention_heads=4, num_key_value_heads=4).train()
     # around a head that was fused before its classes were cut, the head's own logits
     return same_of_classes(
-        layout, loss_of, model=model, first=first, fused={} if first else ONE, made={"forward": 1} if first else {},
+        layout,
+        loss_of,
+        model=model,
+        first=first,
+        fused={} if first else ONE,
+        made={"forward": 1} if first else {},
         allowed=dist.get_world_size() * (312 * 32 + 1),
-    )  # fmt: skip
+    )
 
 
 ONE = {"cross_entropy": 1}
 PARALLEL = {
     "to replicas": lambda: same_of_classes(to_replicas, LOSSES["outside"], fused=ONE),
     "to replicas, none": lambda: same_of_classes(to_replicas, LOSSES["none"], fused=ONE),
-    "to replicas, a cap": lambda: same_of_classes(to_replicas, LOSSES["inside"], model=Tiny(bias=True, cap=3.0), first=False, fused=ONE),
+    "to replicas, a cap": lambda: same_of_classes(
+        to_replicas, LOSSES["inside"], model=Tiny(bias=True, cap=3.0), first=False, fused=ONE
+    ),
     "no bias": lambda: same_of_classes(to_replicas, LOSSES["inside"], model=Tiny(), fused=ONE),
-    "two reads": lambda: same_of_classes(to_replicas, two_reads, fused={"cross_entropy": 1, "sum": 1}),
+    "two reads": lambda: same_of_classes(
+        to_replicas, two_reads, fused={"cross_entropy": 1, "sum": 1}
+    ),
     "options": lambda: same_of_classes(
-        to_replicas, options_and_probabilities, fused={"cross_entropy": 2, "logsumexp": 1}, allowed=math.inf
+        to_replicas,
+        options_and_probabilities,
+        fused={"cross_entropy": 2, "logsumexp": 1},
+        allowed=math.inf,
     ),
     "gradients of what is whole": lambda: same_of_classes(
-        in_calibrated(to_replicas), lambda run, b: run(b[0]), model=Calibrated(), fused=ONE, allowed=math.inf
+        in_calibrated(to_replicas),
+        lambda run, b: run(b[0]),
+        model=Calibrated(),
+        fused=ONE,
+        allowed=math.inf,
     ),
-    "frozen": lambda: same_of_classes(to_replicas, LOSSES["outside"], model=with_a_frozen_head(), fused=ONE),
+    "frozen": lambda: same_of_classes(
+        to_replicas, LOSSES["outside"], model=with_a_frozen_head(), fused=ONE
+    ),
     "made": lambda: same_of_classes(to_replicas, made, fused={}, made={"sin": 1}),
-    "made and read": lambda: same_of_classes(to_replicas, made_and_read, fused=ONE, made={"sin": 1}),
-    "a DTensor": lambda: same_of_classes(as_dtensor, read_as_dtensor, fused={"cross_entropy": 1, "argmax": 1}),
-    "a DTensor, made": lambda: same_of_classes(as_dtensor, made_of_a_dtensor, fused={}, made={"sin": 1}),
+    "made and read": lambda: same_of_classes(
+        to_replicas, made_and_read, fused=ONE, made={"sin": 1}
+    ),
+    "a DTensor": lambda: same_of_classes(
+        as_dtensor, read_as_dtensor, fused={"cross_entropy": 1, "argmax": 1}
+    ),
+    "a DTensor, made": lambda: same_of_classes(
+        as_dtensor, made_of_a_dtensor, fused={}, made={"sin": 1}
+    ),
     "loss_parallel": lambda: same_of_classes(as_dtensor, under_loss_parallel, fused=ONE),
-    "local classes": lambda: same_of_classes(cut_locally, of_local_classes, fused={}, made={"to_local": 1}),
+    "local classes": lambda: same_of_classes(
+        cut_locally, of_local_classes, fused={}, made={"to_local": 1}
+    ),
     "a head that is not linear": lambda: same_of_classes(
-        to_replicas_inside, LOSSES["outside"], model=with_a_head_that_is_not_linear(), made={"forward": 1}
+        to_replicas_inside,
+        LOSSES["outside"],
+        model=with_a_head_that_is_not_linear(),
+        made={"forward": 1},
     ),
     "transformers": lambda: a_parallel_llama(first=False),
     "transformers, fused before": lambda: a_parallel_llama(first=True),
@@ -627,7 +775,9 @@ def to_replicas_inside(model):
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    parallelize_module(model.lm_head, mesh, {"base": ColwiseParallel(output_layouts=_placement("Replicate"))})
+    parallelize_module(
+        model.lm_head, mesh, {"base": ColwiseParallel(output_layouts=_placement("Replicate"))}
+    )
     return model, None
 
 
@@ -649,7 +799,11 @@ def two_dimensions(*groups):
         from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
-        parallelize_module(model, mesh["classes"], {"lm_head": ColwiseParallel(output_layouts=_placement("Replicate"))})
+        parallelize_module(
+            model,
+            mesh["classes"],
+            {"lm_head": ColwiseParallel(output_layouts=_placement("Replicate"))},
+        )
         for group in groups:
             modules = [model.get_submodule(name) for name in group]
             fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh["data"])
@@ -668,13 +822,25 @@ def hybrid(model):
 
 SQUARE = {
     "hybrid": lambda: same_as_stock(hybrid, LOSSES["outside"], fused=ONE) and None,
-    "both, root": lambda: same_of_classes(two_dimensions(), LOSSES["outside"], fused=ONE, allowed=math.inf),
-    "both, head": lambda: same_of_classes(two_dimensions(("lm_head",)), LOSSES["outside"], fused=ONE, allowed=math.inf),
-    "both, head, none": lambda: same_of_classes(two_dimensions(("lm_head",)), LOSSES["none"], fused=ONE, allowed=math.inf),
-    "both, norm and head": lambda: same_of_classes(
-        two_dimensions(("norm", "lm_head")), LOSSES["inside"], first=False, fused=ONE, allowed=math.inf
+    "both, root": lambda: same_of_classes(
+        two_dimensions(), LOSSES["outside"], fused=ONE, allowed=math.inf
     ),
-    "both, made": lambda: same_of_classes(two_dimensions(("norm", "lm_head")), made, made={"sin": 1}),
+    "both, head": lambda: same_of_classes(
+        two_dimensions(("lm_head",)), LOSSES["outside"], fused=ONE, allowed=math.inf
+    ),
+    "both, head, none": lambda: same_of_classes(
+        two_dimensions(("lm_head",)), LOSSES["none"], fused=ONE, allowed=math.inf
+    ),
+    "both, norm and head": lambda: same_of_classes(
+        two_dimensions(("norm", "lm_head")),
+        LOSSES["inside"],
+        first=False,
+        fused=ONE,
+        allowed=math.inf,
+    ),
+    "both, made": lambda: same_of_classes(
+        two_dimensions(("norm", "lm_head")), made, made={"sin": 1}
+    ),
 }
 
 
@@ -686,10 +852,19 @@ def compiled(layout):
 
 
 COMPILED = {
-    "FSDP2, head": lambda: same_as_stock(compiled(HEAD_ALONE), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE) and None,
-    "FSDP2, norm and head": lambda: same_as_stock(compiled(GROUP), LOSSES["outside"], model=Tiny(cap=3.0), fused=ONE) and None,
-    "DDP": lambda: same_as_stock(compiled(ddp()), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE) and None,
-    "classes cut": lambda: same_of_classes(compiled(to_replicas), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE, allowed=math.inf),
+    "FSDP2, head": lambda: (
+        same_as_stock(compiled(HEAD_ALONE), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE)
+        and None
+    ),
+    "FSDP2, norm and head": lambda: (
+        same_as_stock(compiled(GROUP), LOSSES["outside"], model=Tiny(cap=3.0), fused=ONE) and None
+    ),
+    "DDP": lambda: (
+        same_as_stock(compiled(ddp()), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE) and None
+    ),
+    "classes cut": lambda: same_of_classes(
+        compiled(to_replicas), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE, allowed=math.inf
+    ),
 }
 
 
@@ -697,7 +872,8 @@ COMPILED = {
 
 
 def under_deepspeed(stage):
-    """Its engine asks for the gradient of logits that a model returns; of stage 3 the head is called for its logits."""
+    """Its engine asks for the gradient of logits that a model returns; of stage 3 the head is
+    called for its logits."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
@@ -715,7 +891,9 @@ def under_deepspeed(stage):
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), config=config
+    )
     for loss_of in (LOSSES["inside"], LOSSES["outside"]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -728,7 +906,9 @@ def under_deepspeed(stage):
             dist.all_reduce(total)
             assert_loss_close(total / size, want_loss)
         engine.step()
-    assert (report.fused, report.made) == (({}, {}) if stage == 3 else ({"cross_entropy": 1}, {"register_hook": 1})), report
+    assert (report.fused, report.made) == (
+        ({}, {}) if stage == 3 else ({"cross_entropy": 1}, {"register_hook": 1})
+    ), report
 
 
 @pytest.mark.slow
@@ -748,7 +928,9 @@ def a_case(case):
     # what makes logits says so once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {"use": OTHERS, "classes cut": PARALLEL, "square": SQUARE, "compiled": COMPILED}[of][name]()
+        return {"use": OTHERS, "classes cut": PARALLEL, "square": SQUARE, "compiled": COMPILED}[of][
+            name
+        ]()
 
 
 EVERY_OTHER = [("use", name) for name in OTHERS] + [("classes cut", name) for name in PARALLEL]
@@ -766,4 +948,6 @@ def test_two_ranks_everything():
 @pytest.mark.slow
 def test_four_ranks():
     more = [("square", name) for name in SQUARE] + [("compiled", name) for name in COMPILED]
-    cases_on_ranks(4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER + more, timeout=5000.0)
+    cases_on_ranks(
+        4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER + more, timeout=5000.0
+    )

@@ -1,4 +1,5 @@
-"""Programs of pages about several ranks run under the command that their page prints, and notice when nothing is fused."""
+"""Programs of pages about several ranks run under the command that their page prints, and notice
+when nothing is fused."""
 
 import os
 import re
@@ -13,13 +14,23 @@ from ranks import TIMEOUT
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {
-    "distributed": ["A slice of the logits", "A slice of the head", "DTensor", "Sequence and context parallelism"],
+    "distributed": [
+        "A slice of the logits",
+        "A slice of the head",
+        "DTensor",
+        "Sequence and context parallelism",
+    ],
     "sharded_models": ["DDP", "FSDP2", "Tensor parallelism", "Sequence and context parallelism"],
 }
 UNFUSED = "import lossfuse\nlossfuse.fuse_lm_head = lambda model: lossfuse.LogitsReport()\n"
-# a launch costs 6 to 9 CPU seconds, most of them for importing torch three times: the default run has one launch for all programs of a page
+# a launch costs 6 to 9 CPU seconds, most of them for importing torch three times: the default run
+# has one launch for all programs of a page
 ALONE = [
-    pytest.param(page, heading, marks=() if (page, heading) == ("distributed", "DTensor") else pytest.mark.slow)
+    pytest.param(
+        page,
+        heading,
+        marks=() if (page, heading) == ("distributed", "DTensor") else pytest.mark.slow,
+    )
     for page, headings in PROGRAMS.items()
     for heading in headings
 ]
@@ -37,13 +48,18 @@ def program(name, heading):
 
 
 def launched(name, folder, *words):
-    """The command of a page, in a folder and with other words for ``program.py``: its exit status, and what it printed."""
-    torchrun, *arguments, file = re.search(r"```sh\n(.*)\n```", page(name).read_text(encoding="utf-8"))[1].split()
+    """The command of a page, in a folder and with other words for ``program.py``: its exit status,
+    and what it printed."""
+    torchrun, *arguments, file = re.search(
+        r"```sh\n(.*)\n```", page(name).read_text(encoding="utf-8")
+    )[1].split()
     assert (torchrun, file) == ("torchrun", "program.py")
     # a free port instead of 29500; a host's name need not resolve; the package of this checkout
     env = os.environ | {"PET_STANDALONE": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", *arguments, *(words or [file])]
-    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         try:
             said, _ = process.communicate(timeout=TIMEOUT)
         finally:
@@ -72,6 +88,8 @@ def test_a_program_runs_as_printed(name, heading, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("heading", PROGRAMS["sharded_models"])
 def test_a_program_notices_when_nothing_is_fused(heading, tmp_path):
-    (tmp_path / "program.py").write_text(UNFUSED + program("sharded_models", heading).code, encoding="utf-8")
+    (tmp_path / "program.py").write_text(
+        UNFUSED + program("sharded_models", heading).code, encoding="utf-8"
+    )
     status, said = launched("sharded_models", tmp_path)
     assert status != 0 and "AssertionError" in said, said

@@ -1,4 +1,5 @@
-"""binary_cross_entropy_with_logits: formula, tails, lists of ids, in place, autograd, compilers, refusals."""
+"""binary_cross_entropy_with_logits: formula, tails, lists of ids, in place, autograd, compilers,
+refusals."""
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ def lists(device="cpu", n=N, v=V):
 
 
 def dense(ids, v=V):
-    return torch.zeros(len(ids), v + 1, device=ids.device).scatter(1, ids.where(ids >= 0, v), 1.0)[:, :v]
+    return torch.zeros(len(ids), v + 1, device=ids.device).scatter(1, ids.where(ids >= 0, v), 1.0)[
+        :, :v
+    ]
 
 
 def truth(x, t, dloss=None, weight=None, pos_weight=None, **options):
@@ -40,7 +43,12 @@ def truth(x, t, dloss=None, weight=None, pos_weight=None, **options):
     x, t = (a.detach().double().requires_grad_() for a in (x, t))
     weight, pos_weight = (None if w is None else w.double() for w in (weight, pos_weight))
     loss = F.binary_cross_entropy_with_logits(x, t, weight, pos_weight=pos_weight, **options)
-    return [loss.detach(), *torch.autograd.grad(loss, [x, t], torch.ones_like(loss) if dloss is None else dloss.double())]
+    return [
+        loss.detach(),
+        *torch.autograd.grad(
+            loss, [x, t], torch.ones_like(loss) if dloss is None else dloss.double()
+        ),
+    ]
 
 
 def factors(names, device):
@@ -55,7 +63,15 @@ def factors(names, device):
     return made
 
 
-FACTORS = [(), ("weight",), ("pos_weight",), ("weight", "pos_weight"), ("weight of rows",), ("weight of all", "pos_weight"), ("number",)]
+FACTORS = [
+    (),
+    ("weight",),
+    ("pos_weight",),
+    ("weight", "pos_weight"),
+    ("weight of rows",),
+    ("weight of all", "pos_weight"),
+    ("number",),
+]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -63,7 +79,13 @@ FACTORS = [(), ("weight",), ("pos_weight",), ("weight", "pos_weight"), ("weight 
 @pytest.mark.parametrize("listed", [False, True], ids=["numbers", "ids"])
 def test_formula(place, listed, names, reduction):
     x, ids = logits(device=place.device), lists(place.device)
-    t = ids if listed else torch.rand(N, V, generator=torch.Generator().manual_seed(3)).to(place.device).requires_grad_()
+    t = (
+        ids
+        if listed
+        else torch.rand(N, V, generator=torch.Generator().manual_seed(3))
+        .to(place.device)
+        .requires_grad_()
+    )
     given = factors(names, place.device)
     shape = (N, V) if reduction == "none" else ()
     dloss = torch.rand(shape, generator=torch.Generator().manual_seed(4)).to(place.device) + 0.5
@@ -71,7 +93,9 @@ def test_formula(place, listed, names, reduction):
     loss = bce(x, t, reduction=reduction, impl=place.impl, **given)
     assert loss.dtype == torch.float32 and loss.shape == shape
     assert_loss_close(loss, want[0])
-    for got, wanted in zip(torch.autograd.grad(loss, [x] if listed else [x, t], dloss), want[1:], strict=False):
+    for got, wanted in zip(
+        torch.autograd.grad(loss, [x] if listed else [x, t], dloss), want[1:], strict=False
+    ):
         assert_formula_close(got, wanted)
 
 
@@ -80,15 +104,21 @@ def test_formula(place, listed, names, reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("listed", [False, True], ids=["numbers", "ids"])
 def test_each_entry_however_sure_the_model_is(place, listed, dtype, reduction, inplace):
-    """Zeros and ones: no entry is a difference. Logits to +-45, where the smaller probability is 1e-20."""
+    """Zeros and ones: no entry is a difference. Logits to +-45, where the smaller probability is
+    1e-20."""
     x, ids = logits(dtype, place.device, spread=12.0), lists(place.device)
     dloss = torch.tensor(3e3, device=place.device).expand((N, V) if reduction == "none" else ())
     t, x64 = dense(ids).bool(), x.detach().double()
-    want = [truth(x, dense(ids), reduction=reduction)[0], torch.where(t, -torch.sigmoid(-x64), torch.sigmoid(x64)) * 3e3]
+    want = [
+        truth(x, dense(ids), reduction=reduction)[0],
+        torch.where(t, -torch.sigmoid(-x64), torch.sigmoid(x64)) * 3e3,
+    ]
     want[1] /= x.numel() if reduction == "mean" else 1
     z = x * 1.0
     address = z.data_ptr()
-    loss = bce(z, ids if listed else dense(ids), reduction=reduction, inplace=inplace, impl=place.impl)
+    loss = bce(
+        z, ids if listed else dense(ids), reduction=reduction, inplace=inplace, impl=place.impl
+    )
     (got,) = torch.autograd.grad(loss, z, dloss)
     if reduction == "none":
         # torch's own loss is a difference, in float64 too: good to 1e-14 of a logit
@@ -96,13 +126,16 @@ def test_each_entry_however_sure_the_model_is(place, listed, dtype, reduction, i
     else:
         assert_loss_close(loss, want[0])
     scaled_after_rounding = dtype == torch.bfloat16 and reduction != "none"
-    assert_gradient_close(got, want[1], terms=(want[1].abs() * 2.0**-8 / 5e-6) if scaled_after_rounding else 0.0)
+    assert_gradient_close(
+        got, want[1], terms=(want[1].abs() * 2.0**-8 / 5e-6) if scaled_after_rounding else 0.0
+    )
     assert (got.data_ptr() == address) == (inplace and place.impl != "reference")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_logits_that_are_their_own_labels(fast_place, reduction):
-    """One tensor in two arguments is one reader of its memory, which must not be written while it is the target."""
+    """One tensor in two arguments is one reader of its memory, which must not be written while it
+    is the target."""
     x = logits(device=fast_place.device)
     z = x * 1.0
     with pytest.warns(UserWarning, match="target lies in the memory of input"):
@@ -110,7 +143,12 @@ def test_logits_that_are_their_own_labels(fast_place, reduction):
     x64 = x.detach().double().requires_grad_()
     want = F.binary_cross_entropy_with_logits(x64, x64, reduction=reduction)
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(*torch.autograd.grad((loss.double().sum(), want.sum()), (x, x64)), rtol=1e-4, atol=1e-6, check_dtype=False)
+    torch.testing.assert_close(
+        *torch.autograd.grad((loss.double().sum(), want.sum()), (x, x64)),
+        rtol=1e-4,
+        atol=1e-6,
+        check_dtype=False,
+    )
 
 
 def test_small_losses_keep_their_digits(place):
@@ -123,7 +161,9 @@ def test_small_losses_keep_their_digits(place):
 
 @pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
 def test_infinite_logits_as_torch(place, t):
-    x = torch.tensor([[float("inf"), float("nan"), 1.0], [2.0, 1.0, -3.0]], device=place.device).requires_grad_()
+    x = torch.tensor(
+        [[float("inf"), float("nan"), 1.0], [2.0, 1.0, -3.0]], device=place.device
+    ).requires_grad_()
     low = torch.tensor([[-float("inf"), 1.0, 1.0]], device=place.device).requires_grad_()
     both = torch.tensor([[-float("inf"), float("nan"), 1.0]], device=place.device).requires_grad_()
     for logits in (x, low, both):
@@ -136,19 +176,29 @@ def test_infinite_logits_as_torch(place, t):
             # where torch knows one infinity and not the other
             got, want = got.nan_to_num(posinf=torch.nan), want.nan_to_num(posinf=torch.nan)
         torch.testing.assert_close(got, want, equal_nan=True)
-        grads = (torch.autograd.grad(loss[loss.isfinite()].sum(), logits)[0] for loss in (got, want))
+        grads = (
+            torch.autograd.grad(loss[loss.isfinite()].sum(), logits)[0] for loss in (got, want)
+        )
         torch.testing.assert_close(*grads, equal_nan=True)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=place.device)
     want = bce(low, dense(ids, 3), reduction="none", impl=place.impl)
-    torch.testing.assert_close(bce(low, ids, reduction="none", impl=place.impl), want, equal_nan=True)
+    torch.testing.assert_close(
+        bce(low, ids, reduction="none", impl=place.impl), want, equal_nan=True
+    )
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (0,), (3, 0), (0, 3), (2, 3, 4), (4, 1), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (7,), (0,), (3, 0), (0, 3), (2, 3, 4), (4, 1), (2, 3, 4, 5)], ids=str
+)
 def test_shapes(place, shape):
     x, t = logits(device=place.device, shape=shape), torch.rand(shape).to(place.device)
     for reduction in ("none", "mean", "sum"):
         got, want = (
-            f(x, t, reduction=reduction) for f in (lambda *a, **k: bce(*a, **k, impl=place.impl), F.binary_cross_entropy_with_logits)
+            f(x, t, reduction=reduction)
+            for f in (
+                lambda *a, **k: bce(*a, **k, impl=place.impl),
+                F.binary_cross_entropy_with_logits,
+            )
         )
         torch.testing.assert_close(got, want, equal_nan=True)
         grads = (torch.autograd.grad(loss, x, torch.ones_like(loss))[0] for loss in (got, want))
@@ -157,20 +207,31 @@ def test_shapes(place, shape):
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 def test_strides(place, inplace):
-    for make in (lambda x: x.t(), lambda x: x[:, ::2], lambda x: x[::2, 3:], lambda x: x.unflatten(1, (-1, 2)).transpose(0, 1)):
+    for make in (
+        lambda x: x.t(),
+        lambda x: x[:, ::2],
+        lambda x: x[::2, 3:],
+        lambda x: x.unflatten(1, (-1, 2)).transpose(0, 1),
+    ):
         leaf = logits(device=place.device, shape=(6, 34))
         w = torch.rand(make(leaf).shape[-1]).to(place.device)
         t = torch.rand(make(leaf).shape).to(place.device)
         z = make(leaf) * 1.0
-        (got,) = torch.autograd.grad(bce(z, t, w, pos_weight=w, inplace=inplace, impl=place.impl), leaf)
-        (want,) = torch.autograd.grad(F.binary_cross_entropy_with_logits(make(leaf), t, w, pos_weight=w), leaf)
+        (got,) = torch.autograd.grad(
+            bce(z, t, w, pos_weight=w, inplace=inplace, impl=place.impl), leaf
+        )
+        (want,) = torch.autograd.grad(
+            F.binary_cross_entropy_with_logits(make(leaf), t, w, pos_weight=w), leaf
+        )
         torch.testing.assert_close(got, want)
 
 
 def test_no_ids_at_all_and_an_index_that_is_a_label(place):
     x = logits(device=place.device, shape=(3, 9))
     none = torch.empty(3, 0, dtype=torch.int64, device=place.device)
-    torch.testing.assert_close(bce(x, none, impl=place.impl), bce(x, torch.zeros_like(x), impl=place.impl))
+    torch.testing.assert_close(
+        bce(x, none, impl=place.impl), bce(x, torch.zeros_like(x), impl=place.impl)
+    )
     ids = torch.tensor([[2, 4], [2, 2], [4, 4]], device=place.device)
     want = bce(x, dense(ids.where(ids != 2, -1), 9), impl=place.impl)
     torch.testing.assert_close(bce(x, ids, ignore_index=2, impl=place.impl), want)
@@ -183,21 +244,53 @@ def test_float64_is_float64():
             want = truth(x, as_dense)
             loss = bce(x, target, impl=impl)
             torch.testing.assert_close(loss, want[0], rtol=1e-13, atol=0)
-            torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want[1], rtol=1e-11, atol=1e-25)
+            torch.testing.assert_close(
+                torch.autograd.grad(loss, x)[0], want[1], rtol=1e-11, atol=1e-25
+            )
 
 
 X, T = torch.randn(4, 7), torch.rand(4, 7)
 REFUSED = {
     "input no tensor": (TypeError, "input is a list", ([1.0], T), {}),
-    "input of integers": (TypeError, "input has dtype torch.int64 but logits must be", (X.long(), T), {}),
-    "target one column": (ValueError, r"target has shape \(4, 1\) but input has shape \(4, 7\); expected the same", (X, T[:, :1]), {}),
+    "input of integers": (
+        TypeError,
+        "input has dtype torch.int64 but logits must be",
+        (X.long(), T),
+        {},
+    ),
+    "target one column": (
+        ValueError,
+        r"target has shape \(4, 1\) but input has shape \(4, 7\); expected the same",
+        (X, T[:, :1]),
+        {},
+    ),
     "target one row": (ValueError, r"nothing is broadcast", (X, T[0]), {}),
-    "zeros and ones as integers": (TypeError, r"target has dtype torch.int64 and shape \(4, 7\)", (X, T.round().long()), {}),
+    "zeros and ones as integers": (
+        TypeError,
+        r"target has dtype torch.int64 and shape \(4, 7\)",
+        (X, T.round().long()),
+        {},
+    ),
     "zeros and ones as bool": (TypeError, "target has dtype torch.bool", (X, T > 0.5), {}),
-    "int32 ids": (TypeError, "target has dtype torch.int32", (X, torch.zeros(4, 2, dtype=torch.int32)), {}),
-    "ids of fewer rows": (ValueError, r"must be \(N, P\), rows padded with ignore_index", (X, torch.zeros(3, 2).long()), {}),
+    "int32 ids": (
+        TypeError,
+        "target has dtype torch.int32",
+        (X, torch.zeros(4, 2, dtype=torch.int32)),
+        {},
+    ),
+    "ids of fewer rows": (
+        ValueError,
+        r"must be \(N, P\), rows padded with ignore_index",
+        (X, torch.zeros(3, 2).long()),
+        {},
+    ),
     "ids without lists": (ValueError, r"must be \(N, P\)", (X, torch.zeros(4).long()), {}),
-    "ids of a volume": (ValueError, r"must be \(N, P\)", (X[None], torch.zeros(1, 4, 2).long()), {}),
+    "ids of a volume": (
+        ValueError,
+        r"must be \(N, P\)",
+        (X[None], torch.zeros(1, 4, 2).long()),
+        {},
+    ),
     "weight of rows": (
         ValueError,
         r"weight has shape \(4,\), which does not broadcast to the shape of input, \(4, 7\)",
@@ -205,8 +298,18 @@ REFUSED = {
         {},
     ),
     "weight larger": (ValueError, r"weight has shape \(2, 4, 7\)", (X, T, torch.ones(2, 4, 7)), {}),
-    "weight of integers": (TypeError, "weight has dtype torch.int64", (X, T, torch.ones(7).long()), {}),
-    "pos_weight": (ValueError, r"pos_weight has shape \(6,\)", (X, T), {"pos_weight": torch.ones(6)}),
+    "weight of integers": (
+        TypeError,
+        "weight has dtype torch.int64",
+        (X, T, torch.ones(7).long()),
+        {},
+    ),
+    "pos_weight": (
+        ValueError,
+        r"pos_weight has shape \(6,\)",
+        (X, T),
+        {"pos_weight": torch.ones(6)},
+    ),
     "elsewhere": (ValueError, "target is on meta", (X, T.to("meta")), {}),
     "ignore_index of numbers": (ValueError, "ignore_index is 3", (X, T), {"ignore_index": 3}),
     "reduction": (ValueError, "reduction is 'avg'", (X, T), {"reduction": "avg"}),
@@ -242,7 +345,9 @@ def test_consumed_logits(fast_place, listed, reduction):
     z = leaf * 1.0
     saver = (z * z).sum()
     loss = bce(z, target, reduction=reduction, inplace=True, impl=fast_place.impl).sum()
-    (want,) = torch.autograd.grad(bce(leaf, target, reduction=reduction, impl="reference").sum(), leaf)
+    (want,) = torch.autograd.grad(
+        bce(leaf, target, reduction=reduction, impl="reference").sum(), leaf
+    )
     with pytest.raises(RuntimeError, match="consumed by a loss of lossfuse"):
         torch.autograd.grad(loss, leaf, create_graph=True)
     loss.backward(retain_graph=True)
@@ -277,18 +382,25 @@ def test_gradcheck_and_gradgradcheck(impl, reduction):
     x, t = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     ids = torch.tensor([[0, 4], [-100, -100], [2, 2]])
     w, pw = torch.rand(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
-    for f, args in ((lambda x, t: bce(x, t, w, pos_weight=pw, reduction=reduction, impl=impl), (x, t)),
-                    (lambda x: bce(x, ids, w, pos_weight=pw, reduction=reduction, impl=impl), (x,))):  # fmt: skip
+    for f, args in (
+        (lambda x, t: bce(x, t, w, pos_weight=pw, reduction=reduction, impl=impl), (x, t)),
+        (lambda x: bce(x, ids, w, pos_weight=pw, reduction=reduction, impl=impl), (x,)),
+    ):
         assert gradcheck(f, args) and gradgradcheck(f, args)
 
 
 def test_transforms():
     x, t, tangent = torch.randn(3, 5), torch.rand(3, 5), torch.randn(3, 5)
     with forward_ad.dual_level():
-        got = [forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent), t)).tangent for f in (bce, F.binary_cross_entropy_with_logits)]
+        got = [
+            forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent), t)).tangent
+            for f in (bce, F.binary_cross_entropy_with_logits)
+        ]
     torch.testing.assert_close(*got)
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
-        torch.testing.assert_close(transform(bce)(x, t), transform(F.binary_cross_entropy_with_logits)(x, t))
+        torch.testing.assert_close(
+            transform(bce)(x, t), transform(F.binary_cross_entropy_with_logits)(x, t)
+        )
     got = torch.func.vmap(bce)(x, t)
     torch.testing.assert_close(got, torch.stack([bce(a, b) for a, b in zip(x, t, strict=True)]))
 
@@ -302,13 +414,25 @@ def test_opcheck(thrifty_fast_place, listed):
     for weight in (w,) if listed else (None, w):
         options = (t, weight, weight)
         for elementwise in (False, True):
-            torch.library.opcheck(OPERATORS.sigmoid_loss.default, (x, *options, elementwise, -100, impl))
+            torch.library.opcheck(
+                OPERATORS.sigmoid_loss.default, (x, *options, elementwise, -100, impl)
+            )
         dloss = torch.rand(4, 1, device=device, requires_grad=True)
-        torch.library.opcheck(OPERATORS.sigmoid_grads.default, (x, *options, dloss, True, not listed, -100, impl))
+        torch.library.opcheck(
+            OPERATORS.sigmoid_grads.default, (x, *options, dloss, True, not listed, -100, impl)
+        )
         plain, d = x.detach(), dloss.detach()
-        torch.library.opcheck(OPERATORS.sigmoid_loss_and_grads.default, (plain, *options, d, True, not listed, -100, impl))
-        torch.library.opcheck(OPERATORS.sigmoid_loss_and_grads_.default, (plain.clone(), *options, d, not listed, -100, impl))
-        torch.library.opcheck(OPERATORS.sigmoid_grads_.default, (plain.clone(), *options, d, not listed, -100, impl))
+        torch.library.opcheck(
+            OPERATORS.sigmoid_loss_and_grads.default,
+            (plain, *options, d, True, not listed, -100, impl),
+        )
+        torch.library.opcheck(
+            OPERATORS.sigmoid_loss_and_grads_.default,
+            (plain.clone(), *options, d, not listed, -100, impl),
+        )
+        torch.library.opcheck(
+            OPERATORS.sigmoid_grads_.default, (plain.clone(), *options, d, not listed, -100, impl)
+        )
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -1,4 +1,5 @@
-"""Statistics of rows beside the loss, against the torch program in fp64: formula, regimes, hard rows, shapes, and what autograd may ask."""
+"""Statistics of rows beside the loss, against the torch program in fp64: formula, regimes, hard
+rows, shapes, and what autograd may ask."""
 
 import contextlib
 import functools
@@ -18,7 +19,15 @@ from lossfuse.backends import threads, torch_rows
 from lossfuse.ops import row_stats
 from lossfuse.row_types import Upstream, Wants
 from lossfuse.spec import LossSpec
-from options import DIFFERENTIABLE, EVERYTHING, OPTIONS, THRIFTY_COMBINATIONS, differentiated, options_of, upstreams
+from options import (
+    DIFFERENTIABLE,
+    EVERYTHING,
+    OPTIONS,
+    THRIFTY_COMBINATIONS,
+    differentiated,
+    options_of,
+    upstreams,
+)
 from rows import class_weight, logits_and_ids, probabilities
 
 INF, NAN = float("inf"), float("nan")
@@ -36,14 +45,18 @@ def wanted(x, target, weight=None, **options):
     return program.cross_entropy_stats(x, t, w, **options), leaves
 
 
-def check(place, x, target, weight=None, names=DIFFERENTIABLE, compare=assert_formula_close, **options):
+def check(
+    place, x, target, weight=None, names=DIFFERENTIABLE, compare=assert_formula_close, **options
+):
     """Values, and the gradients of a mixture."""
     got = ours(place, x, target, weight, **options)
     want, wide = wanted(x, target, weight, **options)
     assert_statistics_close(got, want)
     leaves = [t for t in (x, target) if t.requires_grad]
     ups = upstreams(got, names)
-    for leaf, g, w in zip(leaves, differentiated(got, leaves, ups), differentiated(want, wide, ups), strict=True):
+    for leaf, g, w in zip(
+        leaves, differentiated(got, leaves, ups), differentiated(want, wide, ups), strict=True
+    ):
         assert g.dtype == leaf.dtype and g.shape == leaf.shape
         compare(g, w)
     return got
@@ -52,13 +65,17 @@ def check(place, x, target, weight=None, names=DIFFERENTIABLE, compare=assert_fo
 class TestFormula:
     """5 rows of 17 classes: less than a block, ragged."""
 
-    @pytest.mark.parametrize("names", THRIFTY_COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
+    @pytest.mark.parametrize(
+        "names", THRIFTY_COMBINATIONS, ids=lambda names: "+".join(names) or "plain"
+    )
     def test_class_ids(self, place, names):
         x, target = logits_and_ids(5, 17, device=place.device)
         weight, options = options_of(names, 17, place.device)
         check(place, x, target, weight, **options)
 
-    @pytest.mark.parametrize("names", THRIFTY_COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
+    @pytest.mark.parametrize(
+        "names", THRIFTY_COMBINATIONS, ids=lambda names: "+".join(names) or "plain"
+    )
     def test_class_probabilities(self, place, names):
         x, _ = logits_and_ids(5, 17, device=place.device)
         weight, options = options_of(names, 17, place.device)
@@ -66,7 +83,9 @@ class TestFormula:
 
     @pytest.mark.parametrize("name", DIFFERENTIABLE)
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-    @pytest.mark.parametrize("reduction", ["none", "mean", pytest.param("sum", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "reduction", ["none", "mean", pytest.param("sum", marks=pytest.mark.slow)]
+    )
     def test_one_statistic_alone(self, place, reduction, soft, name):
         x, target = logits_and_ids(5, 17, device=place.device)
         target = probabilities(5, 17, device=place.device) if soft else target
@@ -76,7 +95,9 @@ class TestFormula:
         got = ours(place, x, target, weight, **options)
         leaves = [t for t in (x, target) if t.requires_grad]
         ups = upstreams(got, (name,))
-        for g, w in zip(differentiated(got, leaves, ups), differentiated(want, wide, ups), strict=True):
+        for g, w in zip(
+            differentiated(got, leaves, ups), differentiated(want, wide, ups), strict=True
+        ):
             assert_formula_close(g, w)
 
     @pytest.mark.parametrize("names", list(itertools.combinations(DIFFERENTIABLE, 2)), ids="+".join)
@@ -85,7 +106,14 @@ class TestFormula:
         x, target = logits_and_ids(5, 17, device=thrifty_place.device)
         weight, options = options_of(EVERYTHING, 17, thrifty_place.device)
         check(thrifty_place, x, target, weight, names, **(options | {"reduction": reduction}))
-        check(thrifty_place, x, probabilities(5, 17, device=thrifty_place.device), weight, names, **(options | {"reduction": reduction}))
+        check(
+            thrifty_place,
+            x,
+            probabilities(5, 17, device=thrifty_place.device),
+            weight,
+            names,
+            **(options | {"reduction": reduction}),
+        )
 
     @pytest.mark.parametrize("v", [1, 2, 33, 128, 129])
     @pytest.mark.parametrize("n", [1, 7])
@@ -111,14 +139,20 @@ class TestFormula:
             for g, w in zip(got[:5], want[:5], strict=True):
                 assert g.dtype == torch.float64
                 torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-13)
-            for g, w in zip(differentiated(got, leaves, ups), differentiated(want, wide, ups), strict=True):
+            for g, w in zip(
+                differentiated(got, leaves, ups), differentiated(want, wide, ups), strict=True
+            ):
                 torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-13)
 
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("only", ["input", "target"])
     def test_one_gradient_alone(self, thrifty_place, soft, only):
         x, target = logits_and_ids(5, 17, device=thrifty_place.device)
-        target = probabilities(5, 17, device=thrifty_place.device).requires_grad_(only == "target") if soft else target
+        target = (
+            probabilities(5, 17, device=thrifty_place.device).requires_grad_(only == "target")
+            if soft
+            else target
+        )
         x.requires_grad_(only == "input")
         if soft or only == "input":
             for reduction in ("none", "mean"):
@@ -127,25 +161,42 @@ class TestFormula:
     @pytest.mark.parametrize("what", ["number", "tensor", "with a gradient"])
     def test_normalizers(self, thrifty_place, what):
         x, target = logits_and_ids(5, 17, device=thrifty_place.device)
-        normalizer = 7.5 if what == "number" else torch.tensor(7.5, device=thrifty_place.device, requires_grad=what != "tensor")
+        normalizer = (
+            7.5
+            if what == "number"
+            else torch.tensor(7.5, device=thrifty_place.device, requires_grad=what != "tensor")
+        )
         got = ours(thrifty_place, x, target, lse_square_scale=0.1, normalizer=normalizer)
         want, wide = wanted(x, target, lse_square_scale=0.1, normalizer=7.5)
         assert_statistics_close(got, want)
         ups = upstreams(got)
-        assert_formula_close(differentiated(got, [x], ups, retain_graph=True)[0], differentiated(want, wide, ups)[0])
+        assert_formula_close(
+            differentiated(got, [x], ups, retain_graph=True)[0], differentiated(want, wide, ups)[0]
+        )
         if what == "with a gradient":
             (slope,) = differentiated(got, [normalizer], {n: ups[n] for n in ("loss", "z_loss")})
-            assert_formula_close(slope, -(ups["loss"] * want.loss + ups["z_loss"] * want.z_loss) / 7.5)
+            assert_formula_close(
+                slope, -(ups["loss"] * want.loss + ups["z_loss"] * want.z_loss) / 7.5
+            )
 
     @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 0])
     def test_ignored_ids(self, thrifty_place, ignore_index):
         """3 and 0 are classes, too; an argmax of no class is neither an id nor what is ignored."""
         x, target = logits_and_ids(6, 9, device=thrifty_place.device, ignored=0.0)
         target[::2] = ignore_index
-        got = check(thrifty_place, x, target, ignore_index=ignore_index, label_smoothing=0.1, lse_square_scale=0.1)
+        got = check(
+            thrifty_place,
+            x,
+            target,
+            ignore_index=ignore_index,
+            label_smoothing=0.1,
+            lse_square_scale=0.1,
+        )
         ignored = target == ignore_index
         assert (got.argmax[ignored] == (-2 if ignore_index == -1 else -1)).all()
-        assert got.n_valid == (~ignored).sum() and not any(t[ignored].any() for t in (got.lse, got.target_logprob, got.entropy))
+        assert got.n_valid == (~ignored).sum() and not any(
+            t[ignored].any() for t in (got.lse, got.target_logprob, got.entropy)
+        )
 
     def test_the_loss_is_that_of_cross_entropy(self, thrifty_place):
         for dtype in (torch.float32, torch.bfloat16):
@@ -156,17 +207,23 @@ class TestFormula:
                 got = ours(thrifty_place, x, target, weight, **options).loss
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
                 (g,), (w,) = (torch.autograd.grad(loss.sum() * 0.3, x) for loss in (got, want))
-                # exp(x) of a GPU is exp2(x * log2(e)), where x * log2(e) is rounded: of p by two ways that is twice 1.3e-6 at x = -25
+                # exp(x) of a GPU is exp2(x * log2(e)), where x * log2(e) is rounded: of p by two
+                # ways that is twice 1.3e-6 at x = -25
                 rtol = 1e-6 if thrifty_place.device == "cpu" else 5e-6
-                torch.testing.assert_close(g, w, rtol=rtol if dtype == torch.float32 else 2.0**-7, atol=1e-12)
+                torch.testing.assert_close(
+                    g, w, rtol=rtol if dtype == torch.float32 else 2.0**-7, atol=1e-12
+                )
 
     @pytest.mark.parametrize(
-        ("size_average", "reduce", "means"), [(True, None, "mean"), (False, None, "sum"), (True, False, "none"), (None, False, "none")]
+        ("size_average", "reduce", "means"),
+        [(True, None, "mean"), (False, None, "sum"), (True, False, "none"), (None, False, "none")],
     )
     def test_deprecated_arguments_warn_and_win(self, size_average, reduce, means):
         x, target = logits_and_ids(5, 17)
         with pytest.warns(UserWarning, match=f"reduction='{means}'"):
-            got = lossfuse.cross_entropy_stats(x, target, size_average=size_average, reduce=reduce, lse_square_scale=0.1)
+            got = lossfuse.cross_entropy_stats(
+                x, target, size_average=size_average, reduce=reduce, lse_square_scale=0.1
+            )
         want = lossfuse.cross_entropy_stats(x, target, reduction=means, lse_square_scale=0.1)
         torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
 
@@ -188,7 +245,12 @@ class TestNotAskedFor:
                 torch.testing.assert_close(g, w, rtol=1e-6, atol=0)
         ups = {name: u for name, u in upstreams(whole).items() if name != "entropy"}
         leaves = [x, target] if soft else [x]
-        torch.testing.assert_close(differentiated(got, leaves, ups), differentiated(whole, leaves, ups), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            differentiated(got, leaves, ups),
+            differentiated(whole, leaves, ups),
+            rtol=1e-5,
+            atol=1e-9,
+        )
 
     @pytest.mark.parametrize("bad", [{"entropy": 1}, {"argmax": None}, {"entropy": "yes"}], ids=str)
     def test_anything_but_a_bool_is_refused(self, bad):
@@ -224,18 +286,26 @@ class TestRegimes:
     """Real vocabularies and dtypes; every entry relative to itself."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("v", [511, 2049, pytest.param(32000, marks=pytest.mark.slow), 50257, 128257])
+    @pytest.mark.parametrize(
+        "v", [511, 2049, pytest.param(32000, marks=pytest.mark.slow), 50257, 128257]
+    )
     def test_plain(self, thrifty_place, v, dtype):
         """Each statistic alone, and all of them."""
         x, target = logits_and_ids(3, v, dtype, thrifty_place.device)
-        got, (want, wide) = ours(thrifty_place, x, target, reduction="none"), wanted(x, target, reduction="none")
+        got, (want, wide) = (
+            ours(thrifty_place, x, target, reduction="none"),
+            wanted(x, target, reduction="none"),
+        )
         assert_statistics_close(got, want)
         ups = upstreams(got)
         p = torch.softmax(x.detach().double(), 1)
         of_entropy = entropy_terms(x, ups)
         for names in (*((name,) for name in FLOATS), FLOATS):
             some = {name: ups[name] for name in names}
-            (g,), (w,) = (differentiated(s, ls, some, retain_graph=True) for s, ls in ((got, [x]), (want, wide)))
+            (g,), (w,) = (
+                differentiated(s, ls, some, retain_graph=True)
+                for s, ls in ((got, [x]), (want, wide))
+            )
             terms = of_entropy if "entropy" in names else 0.0
             if len(names) > 1:
                 terms = terms + p * sum(u.abs() for u in some.values())[:, None]
@@ -243,27 +313,42 @@ class TestRegimes:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_a_policy_with_a_temperature_and_a_cap(self, thrifty_place, dtype):
-        """Probabilities' ratio and an entropy bonus, of every token its own weight; the loss is only looked at."""
-        options = {"reduction": "none", "softcap": 30.0, "logit_scale": 1 / 0.7, "lse_square_scale": 1e-4}
+        """Probabilities' ratio and an entropy bonus, of every token its own weight; the loss is
+        only looked at."""
+        options = {
+            "reduction": "none",
+            "softcap": 30.0,
+            "logit_scale": 1 / 0.7,
+            "lse_square_scale": 1e-4,
+        }
         x, target = logits_and_ids(4, 32000, dtype, thrifty_place.device)
         got, (want, wide) = ours(thrifty_place, x, target, **options), wanted(x, target, **options)
         assert_statistics_close(got, want)
         ups = upstreams(got, ("target_logprob", "entropy", "z_loss"))
         (g,), (w,) = differentiated(got, [x], ups), differentiated(want, wide, ups)
         p = torch.softmax(30.0 * torch.tanh(x.detach().double() / 0.7 / 30.0), 1)
-        assert_gradient_close(g, w, terms=entropy_terms(x, ups, **options) + 2 * p * ups["target_logprob"].abs()[:, None])
+        assert_gradient_close(
+            g,
+            w,
+            terms=entropy_terms(x, ups, **options) + 2 * p * ups["target_logprob"].abs()[:, None],
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_distillation(self, thrifty_place, dtype):
         x, _ = logits_and_ids(3, 32000, dtype, thrifty_place.device)
         target = probabilities(3, 32000, dtype, thrifty_place.device)
-        got, (want, wide) = ours(thrifty_place, x, target, reduction="none"), wanted(x, target, reduction="none")
+        got, (want, wide) = (
+            ours(thrifty_place, x, target, reduction="none"),
+            wanted(x, target, reduction="none"),
+        )
         assert_statistics_close(got, want)
         ups = upstreams(got)
         (dx, dt), (wx, wt) = differentiated(got, [x, target], ups), differentiated(want, wide, ups)
         q, p = target.detach().double(), torch.softmax(x.detach().double(), 1)
         both = sum(u.abs() for u in ups.values())[:, None]
-        assert_gradient_close(dx, wx, terms=entropy_terms(x, ups) + (q + p * (1 + q.sum(1, keepdim=True))) * both)
+        assert_gradient_close(
+            dx, wx, terms=entropy_terms(x, ups) + (q + p * (1 + q.sum(1, keepdim=True))) * both
+        )
         assert_gradient_close(dt, wt, terms=wt.abs() + 1)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -271,13 +356,24 @@ class TestRegimes:
     def test_gradients_formed_and_made(self, thrifty_place, reduction, dtype):
         """The loss alone, the loss and an entropy, the loss again: of one graph."""
         x, target = logits_and_ids(4, 5000, dtype, thrifty_place.device)
-        got, (want, wide) = ours(thrifty_place, x, target, reduction=reduction), wanted(x, target, reduction=reduction)
+        got, (want, wide) = (
+            ours(thrifty_place, x, target, reduction=reduction),
+            wanted(x, target, reduction=reduction),
+        )
         scale = 512.0 if reduction == "mean" else 1.0
         ups = {name: u * scale for name, u in upstreams(got, ("loss", "entropy")).items()}
         for names in (("loss",), ("loss", "entropy"), ("entropy",), ("loss",)):
             some = {name: ups[name] for name in names}
-            (g,), (w,) = (differentiated(s, ls, some, retain_graph=True) for s, ls in ((got, [x]), (want, wide)))
-            assert_gradient_close(g, w, terms=entropy_terms(x, ups) + torch.softmax(x.detach().double(), 1) * float(ups["loss"].abs()))
+            (g,), (w,) = (
+                differentiated(s, ls, some, retain_graph=True)
+                for s, ls in ((got, [x]), (want, wide))
+            )
+            assert_gradient_close(
+                g,
+                w,
+                terms=entropy_terms(x, ups)
+                + torch.softmax(x.detach().double(), 1) * float(ups["loss"].abs()),
+            )
 
 
 CASES = [
@@ -291,17 +387,28 @@ CASES = [
 def mixture(v, dtype):
     """(logits, targets, the gradient of the mutants' objective, ours)."""
     x, target = logits_and_ids(8, v, dtype)
-    options = {"softcap": mutants.SOFTCAP, "logit_scale": mutants.LOGIT_SCALE, "lse_square_scale": mutants.Z_SCALE}
+    options = {
+        "softcap": mutants.SOFTCAP,
+        "logit_scale": mutants.LOGIT_SCALE,
+        "lse_square_scale": mutants.Z_SCALE,
+    }
     stats, (leaf,) = wanted(x, target, **options)
     got = lossfuse.cross_entropy_stats(x, target, **options)
-    return x, target, torch.autograd.grad(mutants.objective(stats, x), leaf)[0], torch.autograd.grad(mutants.objective(got, x), x)[0]
+    return (
+        x,
+        target,
+        torch.autograd.grad(mutants.objective(stats, x), leaf)[0],
+        torch.autograd.grad(mutants.objective(got, x), x)[0],
+    )
 
 
 class TestTheComparisonRejects:
     @pytest.mark.parametrize(("v", "dtype", "compare"), CASES)
     def test_not_what_is_right(self, v, dtype, compare):
         x, target, want, got = mixture(v, dtype)
-        torch.testing.assert_close(mutants.statistics_gradient(x, target), want, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(
+            mutants.statistics_gradient(x, target), want, rtol=1e-9, atol=1e-14
+        )
         compare(want.to(dtype), want)
         terms = {} if v == 17 else {"terms": 20 * torch.softmax(x.detach().double(), 1)}
         compare(got, want, **terms)
@@ -317,7 +424,9 @@ class TestTheComparisonRejects:
     def test_a_statistic_of_another_row(self, name):
         x, target = logits_and_ids(8, 17)
         want, _ = wanted(x, target, reduction="none", lse_square_scale=0.1)
-        assert_statistics_close(lossfuse.cross_entropy_stats(x, target, reduction="none", lse_square_scale=0.1), want)
+        assert_statistics_close(
+            lossfuse.cross_entropy_stats(x, target, reduction="none", lse_square_scale=0.1), want
+        )
         with pytest.raises(AssertionError):
             got = want._replace(**{name: getattr(want, name).roll(1)})
             assert_statistics_close(got, want)
@@ -333,7 +442,10 @@ def shifted(stats, names):
 
 
 class TestHardRows:
-    @pytest.mark.parametrize("offset", [1e4, 2.0**24, *(pytest.param(x, marks=pytest.mark.slow) for x in (-1e4, -(2.0**24)))])
+    @pytest.mark.parametrize(
+        "offset",
+        [1e4, 2.0**24, *(pytest.param(x, marks=pytest.mark.slow) for x in (-1e4, -(2.0**24)))],
+    )
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     def test_a_common_offset_cancels_but_from_the_lse(self, place, soft, offset):
         """Multiples of 2, so that every sum is exact in fp32."""
@@ -347,15 +459,20 @@ class TestHardRows:
             stats = ours(place, leaf, target.to(place.device), reduction="none")
             made.append((stats, differentiated(stats, [leaf], upstreams(stats, FLOATS))[0]))
         (here, grad), (there, moved) = made
-        torch.testing.assert_close(shifted(there, names), shifted(here, names), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(
+            shifted(there, names), shifted(here, names), rtol=1e-6, atol=1e-12
+        )
         torch.testing.assert_close(moved, grad, rtol=1e-5, atol=1e-9)
         valid = here.argmax >= 0
-        torch.testing.assert_close(there.lse[valid].double(), here.lse[valid].double() + offset, rtol=2.0**-23, atol=0)
+        torch.testing.assert_close(
+            there.lse[valid].double(), here.lse[valid].double() + offset, rtol=2.0**-23, atol=0
+        )
 
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "one-hot"])
     @pytest.mark.parametrize("margin", [5.0, 12.0, 17.0, 25.0, 40.0])
     def test_a_confident_row_keeps_its_digits(self, fast_place, margin, soft):
-        """Where the target leads: below 6e-8, an entropy formed as lse - E[x] is 0 in fp32 or rounding."""
+        """Where the target leads: below 6e-8, an entropy formed as lse - E[x] is 0 in fp32 or
+        rounding."""
         v = 1000
         x = torch.zeros(3, v)
         target = torch.tensor([0, 500, v - 1])
@@ -366,7 +483,9 @@ class TestHardRows:
         got = ours(fast_place, x, target.to(fast_place.device), reduction="none")
         q = (v - 1) * math.exp(-margin)
         others = q / (1 + q)
-        assert got.entropy.tolist() == pytest.approx([math.log1p(q) + others * margin] * 3, rel=1e-5)
+        assert got.entropy.tolist() == pytest.approx(
+            [math.log1p(q) + others * margin] * 3, rel=1e-5
+        )
         assert got.target_logprob.tolist() == pytest.approx([-math.log1p(q)] * 3, rel=1e-5)
         (grad,) = torch.autograd.grad(got.entropy.sum(), x)
         want = others / (1 + q) * margin
@@ -381,11 +500,18 @@ class TestHardRows:
         got = ours(fast_place, x, torch.tensor([5], device=fast_place.device), reduction="none")
         want, wide = wanted(x, torch.tensor([5], device=fast_place.device), reduction="none")
         torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=0, atol=2e-7)
-        (g,), (w,) = torch.autograd.grad(got.entropy.sum(), x), torch.autograd.grad(want.entropy.sum(), wide)
+        (g,), (w,) = (
+            torch.autograd.grad(got.entropy.sum(), x),
+            torch.autograd.grad(want.entropy.sum(), wide),
+        )
         assert_gradient_close(g, w)
 
-    @pytest.mark.parametrize("where", [slice(0, 4096), slice(4096, None), slice(1, None), slice(0, -1)], ids=str)
-    @pytest.mark.parametrize("options", [{}, {"softcap": 15.0}, {"logit_scale": 0.5}], ids=["plain", "softcap", "scale"])
+    @pytest.mark.parametrize(
+        "where", [slice(0, 4096), slice(4096, None), slice(1, None), slice(0, -1)], ids=str
+    )
+    @pytest.mark.parametrize(
+        "options", [{}, {"softcap": 15.0}, {"logit_scale": 0.5}], ids=["plain", "softcap", "scale"]
+    )
     def test_minus_infinity_over_whole_blocks(self, fast_place, where, options):
         x, _ = logits_and_ids(4, 5000)
         x = x.detach()
@@ -402,7 +528,13 @@ class TestHardRows:
         x = x.detach()
         x[1, target[1]] = -INF
         x = x.to(place.device).requires_grad_()
-        got = check(place, x, target.to(place.device), names=("lse", "target_logprob", "entropy"), reduction="none")
+        got = check(
+            place,
+            x,
+            target.to(place.device),
+            names=("lse", "target_logprob", "entropy"),
+            reduction="none",
+        )
         assert got.target_logprob[1] == -INF and got.entropy.isfinite().all()
 
     def test_undefined_rows_stay_alone(self, place):
@@ -416,7 +548,9 @@ class TestHardRows:
         for name in FLOATS:
             assert not getattr(got, name)[:3].isfinite().any()
             assert getattr(got, name)[1].isnan() or name == "lse"
-            torch.testing.assert_close(getattr(got, name)[3:], getattr(whole, name)[3:], rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                getattr(got, name)[3:], getattr(whole, name)[3:], rtol=1e-6, atol=0
+            )
         classes = got.argmax.tolist()
         assert classes[:2] + classes[3:] == [0, 250, *whole.argmax[3:].tolist()]
         # kernels compare numbers, and NaN is none
@@ -429,7 +563,8 @@ class TestHardRows:
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
     @pytest.mark.parametrize("of_head", [False, True], ids=["logits", "head"])
     def test_an_infinite_logit_has_an_infinite_lse_and_nothing_else(self, place, of_head, soft):
-        """As torch.logsumexp has it, however many there are, but beside a NaN; every gradient of its row is NaN."""
+        """As torch.logsumexp has it, however many there are, but beside a NaN; every gradient of
+        its row is NaN."""
         x, target = logits_and_ids(5, 700, device=place.device, ignored=0.0)
         target = probabilities(5, 700).detach().to(place.device) if soft else target
         x = x.detach()
@@ -460,8 +595,16 @@ class TestHardRows:
         target[1] = 1
         # not even in fp64 has torch's logsumexp a slope there
         names = ("loss", "target_logprob", "entropy")
-        got = check(place, x.to(place.device).requires_grad_(), target.to(place.device), names=names, reduction="none")
-        assert got.entropy[0].item() == pytest.approx(math.log(600), rel=1e-6) and got.argmax[0] == 0
+        got = check(
+            place,
+            x.to(place.device).requires_grad_(),
+            target.to(place.device),
+            names=names,
+            reduction="none",
+        )
+        assert (
+            got.entropy[0].item() == pytest.approx(math.log(600), rel=1e-6) and got.argmax[0] == 0
+        )
 
     @pytest.mark.parametrize("poison", [NAN, INF, -INF])
     @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -486,9 +629,17 @@ class TestHardRows:
     def test_classes_without_weight_count_in_the_statistics(self, place):
         """A weight of 0 takes a class of -inf out of the loss, and out of nothing else."""
         x = torch.tensor([[0.0, -INF, 1.0], [0.5, -INF, 2.0]], device=place.device)
-        q = torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.0, 0.5]], device=place.device, requires_grad=True)
-        got = ours(place, x, q, torch.tensor([1.0, 0.0, 1.0], device=place.device), reduction="none")
-        assert got.loss.isfinite().all() and got.target_logprob[0] == -INF and got.target_logprob[1].isfinite()
+        q = torch.tensor(
+            [[0.2, 0.3, 0.5], [0.5, 0.0, 0.5]], device=place.device, requires_grad=True
+        )
+        got = ours(
+            place, x, q, torch.tensor([1.0, 0.0, 1.0], device=place.device), reduction="none"
+        )
+        assert (
+            got.loss.isfinite().all()
+            and got.target_logprob[0] == -INF
+            and got.target_logprob[1].isfinite()
+        )
         (dq,) = torch.autograd.grad(got.target_logprob.sum(), q)
         logp = x.log_softmax(1)
         torch.testing.assert_close(dq[:, [0, 2]], logp[:, [0, 2]])
@@ -521,7 +672,12 @@ class TestHardRows:
         for reduction in ("none", "mean"):
             for bad in (7, -1):
                 target = torch.tensor([0, bad, -100], device=place.device)
-                with pytest.raises(IndexError, match=f"target of row 1 is {bad} but input has 7 classes"), where_they_are_looked_at(place):
+                with (
+                    pytest.raises(
+                        IndexError, match=f"target of row 1 is {bad} but input has 7 classes"
+                    ),
+                    where_they_are_looked_at(place),
+                ):
                     ours(place, x, target, reduction=reduction)
 
     def test_bad_ids_where_nobody_looks_are_nan(self):
@@ -534,7 +690,11 @@ class TestHardRows:
         grad, got = torch.func.grad(f, has_aux=True)(torch.randn(3, 7))
         for name in FLOATS:
             assert getattr(got, name).isnan().tolist() == [False, True, False]
-        assert got.argmax[1:].tolist() == [-1, -1] and grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
+        assert (
+            got.argmax[1:].tolist() == [-1, -1]
+            and grad[1].isnan().all()
+            and grad[[0, 2]].isfinite().all()
+        )
 
 
 class TestShapes:
@@ -548,11 +708,24 @@ class TestShapes:
         weight = class_weight(7, thrifty_place.device)
         got = check(thrifty_place, x, target, weight, reduction=reduction, lse_square_scale=0.1)
         assert got.lse.shape == got.argmax.shape == batch and got.n_valid.shape == ()
-        soft = torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1).detach().requires_grad_()
-        assert check(thrifty_place, x, soft, weight, reduction=reduction, lse_square_scale=0.1).n_valid == target.numel()
+        soft = (
+            torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1).detach().requires_grad_()
+        )
+        assert (
+            check(thrifty_place, x, soft, weight, reduction=reduction, lse_square_scale=0.1).n_valid
+            == target.numel()
+        )
 
     @pytest.mark.parametrize(
-        "layout", ["transposed", "column slice", "every other class", "rows expanded", "classes expanded", "batch, time, vocabulary"]
+        "layout",
+        [
+            "transposed",
+            "column slice",
+            "every other class",
+            "rows expanded",
+            "classes expanded",
+            "batch, time, vocabulary",
+        ],
     )
     def test_strides(self, thrifty_place, layout):
         make = {
@@ -566,7 +739,9 @@ class TestShapes:
         # a move would make most of them dense
         with torch.device(thrifty_place.device):
             x = make()
-            target = torch.randint(0, 9, (6,) if x.dim() == 2 else (2, 3)).repeat_interleave(2, -1)[..., ::2]
+            target = torch.randint(0, 9, (6,) if x.dim() == 2 else (2, 3)).repeat_interleave(2, -1)[
+                ..., ::2
+            ]
         for reduction in ("none", "mean"):
             check(thrifty_place, x.requires_grad_(), target, reduction=reduction)
 
@@ -575,13 +750,21 @@ class TestShapes:
     @pytest.mark.parametrize("asked", [{}, {"entropy": False}, {"argmax": False}], ids=str)
     def test_no_rows(self, thrifty_place, asked, reduction, value, soft):
         x = torch.empty(0, 5, device=thrifty_place.device, requires_grad=True)
-        target = torch.empty(0, 5, device=thrifty_place.device) if soft else torch.empty(0, dtype=torch.int64, device=thrifty_place.device)
+        target = (
+            torch.empty(0, 5, device=thrifty_place.device)
+            if soft
+            else torch.empty(0, dtype=torch.int64, device=thrifty_place.device)
+        )
         got = ours(thrifty_place, x, target, reduction=reduction, lse_square_scale=0.1, **asked)
         assert got.lse.shape == got.target_logprob.shape == (0,) and got.n_valid == 0
         assert got.argmax is None or (got.argmax.shape == (0,) and got.argmax.dtype == torch.int64)
-        assert got.entropy is None or (got.entropy.shape == (0,) and got.entropy.dtype == torch.float32)
+        assert got.entropy is None or (
+            got.entropy.shape == (0,) and got.entropy.dtype == torch.float32
+        )
         if value is not None:
-            torch.testing.assert_close([got.loss.item(), got.z_loss.item()], [value] * 2, equal_nan=True)
+            torch.testing.assert_close(
+                [got.loss.item(), got.z_loss.item()], [value] * 2, equal_nan=True
+            )
         assert torch.autograd.grad(got.loss.sum() + got.lse.sum(), x)[0].shape == (0, 5)
         assert ours(
             thrifty_place,
@@ -594,15 +777,27 @@ class TestShapes:
 
     def test_one_class(self, thrifty_place):
         x = torch.tensor([[3.0], [-2.0]], device=thrifty_place.device, requires_grad=True)
-        for target in (torch.tensor([0, -100], device=thrifty_place.device), torch.ones(2, 1, device=thrifty_place.device)):
+        for target in (
+            torch.tensor([0, -100], device=thrifty_place.device),
+            torch.ones(2, 1, device=thrifty_place.device),
+        ):
             got = ours(thrifty_place, x, target, reduction="none")
-            assert got.entropy.tolist() == got.target_logprob.tolist() == [0.0, 0.0] and got.lse[0] == 3.0
+            assert (
+                got.entropy.tolist() == got.target_logprob.tolist() == [0.0, 0.0]
+                and got.lse[0] == 3.0
+            )
             assert not torch.autograd.grad(got.entropy.sum() + got.target_logprob.sum(), x)[0].any()
 
     @pytest.mark.parametrize(("reduction", "value"), [("none", 0.0), ("mean", NAN), ("sum", 0.0)])
     def test_all_ignored(self, thrifty_place, reduction, value):
         x = torch.randn(4, 9, device=thrifty_place.device, requires_grad=True)
-        got = ours(thrifty_place, x, torch.full((4,), -100, device=thrifty_place.device), reduction=reduction, lse_square_scale=0.1)
+        got = ours(
+            thrifty_place,
+            x,
+            torch.full((4,), -100, device=thrifty_place.device),
+            reduction=reduction,
+            lse_square_scale=0.1,
+        )
         for t in (got.loss, got.z_loss):
             torch.testing.assert_close(t.detach(), torch.full_like(t, value), equal_nan=True)
         assert got.argmax.tolist() == [-1] * 4 and got.n_valid == 0
@@ -613,7 +808,12 @@ class TestShapes:
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
     def test_ids_of_any_width(self, thrifty_place, dtype):
         x, target = logits_and_ids(6, 11, device=thrifty_place.device, ignored=0.0)
-        torch.testing.assert_close(tuple(ours(thrifty_place, x, target.to(dtype))), tuple(ours(thrifty_place, x, target)), rtol=0, atol=0)
+        torch.testing.assert_close(
+            tuple(ours(thrifty_place, x, target.to(dtype))),
+            tuple(ours(thrifty_place, x, target)),
+            rtol=0,
+            atol=0,
+        )
 
 
 class TestAutograd:
@@ -623,7 +823,11 @@ class TestAutograd:
     def test_gradcheck_and_gradgradcheck_in_fp64(self, impl, soft, reduction):
         """Double backward of every statistic, of each by itself among the outputs."""
         x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-        target = torch.softmax(torch.randn(3, 4, dtype=torch.float64), 1).requires_grad_() if soft else torch.tensor([1, -100, 3])
+        target = (
+            torch.softmax(torch.randn(3, 4, dtype=torch.float64), 1).requires_grad_()
+            if soft
+            else torch.tensor([1, -100, 3])
+        )
         options = {
             "label_smoothing": 0.2,
             "softcap": 4.0,
@@ -634,7 +838,9 @@ class TestAutograd:
         }
 
         def f(x, target):
-            got = lossfuse.cross_entropy_stats(x, target, torch.linspace(0.5, 2, 4, dtype=torch.float64), **options)
+            got = lossfuse.cross_entropy_stats(
+                x, target, torch.linspace(0.5, 2, 4, dtype=torch.float64), **options
+            )
             return tuple(getattr(got, name) for name in DIFFERENTIABLE)
 
         assert gradcheck(f, (x, target), check_undefined_grad=False)
@@ -651,22 +857,31 @@ class TestAutograd:
             return torch.autograd.grad((g**2).sum(), leaf)[0]
 
         want, wide = wanted(x, target, **options)
-        assert_formula_close(second(ours(thrifty_place, x, target, **options), x), second(want, wide[0]))
+        assert_formula_close(
+            second(ours(thrifty_place, x, target, **options), x), second(want, wide[0])
+        )
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     def test_backwards_in_any_order(self, thrifty_place, reduction):
-        """A gradient formed in the forward is handed over once, and to nobody who asks for more than it is."""
+        """A gradient formed in the forward is handed over once, and to nobody who asks for more
+        than it is."""
         x, target = logits_and_ids(6, 40, device=thrifty_place.device)
         got, (want, wide) = (
-            f(x, target, reduction=reduction, lse_square_scale=0.1) for f in (functools.partial(ours, thrifty_place), wanted)
+            f(x, target, reduction=reduction, lse_square_scale=0.1)
+            for f in (functools.partial(ours, thrifty_place), wanted)
         )
         ups = upstreams(got)
-        for names in itertools.permutations([("loss",), ("entropy",), ("loss", "lse"), ("loss",)], 3):
+        for names in itertools.permutations(
+            [("loss",), ("entropy",), ("loss", "lse"), ("loss",)], 3
+        ):
             again = (ours(thrifty_place, x, target, reduction=reduction, lse_square_scale=0.1), [x])
             kept = []
             for some in names:
                 given = {name: ups[name] for name in some}
-                (g,), (w,) = (differentiated(s, ls, given, retain_graph=True) for s, ls in (again, (want, wide)))
+                (g,), (w,) = (
+                    differentiated(s, ls, given, retain_graph=True)
+                    for s, ls in (again, (want, wide))
+                )
                 assert_formula_close(g, w)
                 kept.append((g, g.clone()))
             assert all(torch.equal(g, k) for g, k in kept)
@@ -689,9 +904,16 @@ class TestAutograd:
         target = torch.randint(0, 7, (3, 4), device=thrifty_place.device)
         # a move would make it dense
         with torch.device(thrifty_place.device):
-            up = {"expanded": torch.tensor(0.3).expand(3, 4), "strided": torch.randn(6, 8)[::2, ::2], "transposed": torch.randn(4, 3).t()}
+            up = {
+                "expanded": torch.tensor(0.3).expand(3, 4),
+                "strided": torch.randn(6, 8)[::2, ::2],
+                "transposed": torch.randn(4, 3).t(),
+            }
         up = up[shape]
-        got, (want, wide) = ours(thrifty_place, x, target, reduction="none"), wanted(x, target, reduction="none")
+        got, (want, wide) = (
+            ours(thrifty_place, x, target, reduction="none"),
+            wanted(x, target, reduction="none"),
+        )
         ups = dict.fromkeys(FLOATS, up)
         assert_formula_close(differentiated(got, [x], ups)[0], differentiated(want, wide, ups)[0])
 
@@ -700,11 +922,16 @@ class TestAutograd:
     @pytest.mark.parametrize("name", FLOATS)
     def test_batched_upstream_gradients(self, thrifty_place, name, reduction):
         x, target = logits_and_ids(3, 5, device=thrifty_place.device)
-        got, (want, wide) = ours(thrifty_place, x, target, reduction=reduction), wanted(x, target, reduction=reduction)
+        got, (want, wide) = (
+            ours(thrifty_place, x, target, reduction=reduction),
+            wanted(x, target, reduction=reduction),
+        )
         got, want = getattr(got, name), getattr(want, name)
         ups = torch.randn(4, *got.shape, device=thrifty_place.device)
         (g,) = torch.autograd.grad(got, x, ups, is_grads_batched=True)
-        assert_formula_close(g, torch.autograd.grad(want, wide, ups.double(), is_grads_batched=True)[0])
+        assert_formula_close(
+            g, torch.autograd.grad(want, wide, ups.double(), is_grads_batched=True)[0]
+        )
 
     def test_logits_changed_before_the_backward(self, thrifty_place):
         """The loss alone may not need them, a statistic does."""
@@ -712,7 +939,9 @@ class TestAutograd:
         for name, reduction in itertools.product(("loss", "entropy"), ("none", "mean")):
             z = x * 1.0
             got = getattr(ours(thrifty_place, z, target, reduction=reduction), name).sum()
-            (want,) = torch.autograd.grad(getattr(ours(thrifty_place, x, target, reduction=reduction), name).sum(), x)
+            (want,) = torch.autograd.grad(
+                getattr(ours(thrifty_place, x, target, reduction=reduction), name).sum(), x
+            )
             with torch.no_grad():
                 z.zero_()
             try:
@@ -726,12 +955,16 @@ class TestAutograd:
         """As by a mask; what is another's business stays."""
         x, target = logits_and_ids(6, 40, device=thrifty_place.device)
         for reduction in ("none", "mean"):
-            (want,) = torch.autograd.grad(ours(thrifty_place, x, target, reduction=reduction).loss.sum(), x)
+            (want,) = torch.autograd.grad(
+                ours(thrifty_place, x, target, reduction=reduction).loss.sum(), x
+            )
             got = ours(thrifty_place, x, target, reduction=reduction)
             with torch.no_grad():
                 for t in (got.lse, got.entropy, got.target_logprob, got.argmax):
                     t.zero_()
-            torch.testing.assert_close(torch.autograd.grad(got.loss.sum(), x)[0], want, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(
+                torch.autograd.grad(got.loss.sum(), x)[0], want, rtol=1e-6, atol=1e-9
+            )
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
@@ -740,7 +973,10 @@ class TestAutograd:
 
         def f(x, target):
             got = ours(thrifty_place, x, target, reduction=reduction)
-            return got.loss.sum() + (got.entropy * torch.arange(5.0, device=thrifty_place.device)).sum()
+            return (
+                got.loss.sum()
+                + (got.entropy * torch.arange(5.0, device=thrifty_place.device)).sum()
+            )
 
         (want,) = torch.autograd.grad(f(x, target), x)
         torch.utils.checkpoint.checkpoint(f, x, target, use_reentrant=reentrant).backward()
@@ -756,7 +992,9 @@ class TestAutograd:
                 got = ours(thrifty_place, x, target, reduction=reduction)
             want = ours(thrifty_place, x, target, reduction=reduction)
             ups = upstreams(got)
-            torch.testing.assert_close(differentiated(got, [x], ups), differentiated(want, [x], ups))
+            torch.testing.assert_close(
+                differentiated(got, [x], ups), differentiated(want, [x], ups)
+            )
 
     def test_what_is_saved_is_no_second_tensor_of_the_logits_size(self, fast_place):
         x, target = logits_and_ids(5, 1000, device=fast_place.device)
@@ -765,7 +1003,10 @@ class TestAutograd:
             ours(fast_place, x, target, reduction="none")
         assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) <= 8 * len(x)
         saved.clear()
-        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with (
+            torch.no_grad(),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        ):
             ours(fast_place, x, target)
         assert saved == []
 
@@ -777,7 +1018,9 @@ class TestAutograd:
                 got = ours(thrifty_place, x, target, lse_square_scale=0.1, reduction=reduction)
             torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
             ups = upstreams(got)
-            torch.testing.assert_close(differentiated(got, [x], ups), differentiated(want, [x], ups), rtol=0, atol=0)
+            torch.testing.assert_close(
+                differentiated(got, [x], ups), differentiated(want, [x], ups), rtol=0, atol=0
+            )
 
     def test_a_weight_that_requires_grad(self):
         x, target = logits_and_ids(5, 11)
@@ -788,7 +1031,9 @@ class TestAutograd:
         gx, gw = differentiated(got, [x, weight], ups := upstreams(got))
         assert_formula_close(gx, differentiated(want, wide, ups)[0])
         rows = torch.nn.functional.cross_entropy(x, target, reduction="none").detach()
-        torch.testing.assert_close(gw, ups["loss"].float() * torch.zeros(11).index_add(0, target.clamp(min=0), rows))
+        torch.testing.assert_close(
+            gw, ups["loss"].float() * torch.zeros(11).index_add(0, target.clamp(min=0), rows)
+        )
         with pytest.raises(ValueError, match="weight requires grad"):
             lossfuse.cross_entropy_stats(x, target, weight, impl="torch")
 
@@ -805,11 +1050,16 @@ class TestTransforms:
 
     def test_grad_jvp_and_hessian(self):
         x, target = torch.randn(3, 5), torch.tensor([0, 4, -100])
-        got, want = (self.mixture(f, target) for f in (lossfuse.cross_entropy_stats, program.cross_entropy_stats))
+        got, want = (
+            self.mixture(f, target)
+            for f in (lossfuse.cross_entropy_stats, program.cross_entropy_stats)
+        )
         torch.testing.assert_close(torch.func.grad(got)(x), torch.func.grad(want)(x))
         torch.testing.assert_close(torch.func.hessian(got)(x), torch.func.hessian(want)(x))
         tangent = torch.randn(3, 5)
-        torch.testing.assert_close(torch.func.jvp(got, (x,), (tangent,)), torch.func.jvp(want, (x,), (tangent,)))
+        torch.testing.assert_close(
+            torch.func.jvp(got, (x,), (tangent,)), torch.func.jvp(want, (x,), (tangent,))
+        )
 
     def test_forward_mode(self):
         x, target = logits_and_ids(5, 11)
@@ -820,13 +1070,18 @@ class TestTransforms:
         stats = lossfuse.cross_entropy_stats(x, target)
         for name in FLOATS:
             (grad,) = torch.autograd.grad(getattr(stats, name).sum(), x, retain_graph=True)
-            torch.testing.assert_close(got[name].sum(), (grad * tangent).sum(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                got[name].sum(), (grad * tangent).sum(), rtol=1e-4, atol=1e-5
+            )
 
     def test_vmap(self):
         x, target = torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6))
         got = torch.func.vmap(lossfuse.cross_entropy_stats)(x, target)
         for i in range(4):
-            assert_statistics_close(type(got)(*(t[i] for t in got)), program.cross_entropy_stats(x[i].double(), target[i]))
+            assert_statistics_close(
+                type(got)(*(t[i] for t in got)),
+                program.cross_entropy_stats(x[i].double(), target[i]),
+            )
 
 
 class TestThreadsAndMemory:
@@ -839,18 +1094,24 @@ class TestThreadsAndMemory:
         x, target = logits_and_ids(n, v, dtype)
         target = probabilities(n, v, dtype) if soft else target
         used, real = [], threads.run
-        monkeypatch.setattr(threads, "run", lambda tasks, count: used.append(count) or real(tasks, count))
+        monkeypatch.setattr(
+            threads, "run", lambda tasks, count: used.append(count) or real(tasks, count)
+        )
         made = []
         for count in (3, 1):
             monkeypatch.setattr(threads, "workers", lambda count=count: count)
             for reduction in ("none", "mean"):
-                got = lossfuse.cross_entropy_stats(x, target, reduction=reduction, lse_square_scale=0.1)
+                got = lossfuse.cross_entropy_stats(
+                    x, target, reduction=reduction, lse_square_scale=0.1
+                )
                 leaves = [x, target] if soft else [x]
                 loss = differentiated(got, leaves, upstreams(got, ("loss",)), retain_graph=True)
                 made.append((*got, *differentiated(got, leaves, upstreams(got)), *loss))
         assert used and set(used) == {3}
         for several, one in zip(made[:2], made[2:], strict=True):
-            torch.testing.assert_close(several, one, rtol=1e-5 if dtype == torch.float32 else 2.0**-7, atol=1e-9)
+            torch.testing.assert_close(
+                several, one, rtol=1e-5 if dtype == torch.float32 else 2.0**-7, atol=1e-9
+            )
 
     def test_repeated_runs_are_bitwise_equal(self, thrifty_place):
         x, target = logits_and_ids(16, 5000, device=thrifty_place.device)
@@ -862,7 +1123,11 @@ class TestThreadsAndMemory:
         "options",
         [
             pytest.param({}, id="plain"),
-            pytest.param({"softcap": 30.0, "label_smoothing": 0.1, "lse_square_scale": 1e-4}, id="every", marks=pytest.mark.slow),
+            pytest.param(
+                {"softcap": 30.0, "label_smoothing": 0.1, "lse_square_scale": 1e-4},
+                id="every",
+                marks=pytest.mark.slow,
+            ),
         ],
     )
     @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
@@ -902,9 +1167,22 @@ class TestCompilers:
         *_, kept = row_stats.row_stats(x, target, weight, True, True, *settings)
         ups = [torch.randn(4, device=device, requires_grad=True) for _ in range(4)]
         for given in (ups, [None, ups[1], None, ups[3]]):
-            torch.library.opcheck(row_stats.row_stats_grads, (x, target, weight, kept.detach(), *given, True, soft, *settings))
+            torch.library.opcheck(
+                row_stats.row_stats_grads,
+                (x, target, weight, kept.detach(), *given, True, soft, *settings),
+            )
         if impl == "torch":
-            plain = (x.detach(), target.detach(), weight, ups[0].detach(), True, soft, True, True, *settings)
+            plain = (
+                x.detach(),
+                target.detach(),
+                weight,
+                ups[0].detach(),
+                True,
+                soft,
+                True,
+                True,
+                *settings,
+            )
             torch.library.opcheck(row_stats.row_stats_and_grads, plain)
 
     @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -916,7 +1194,12 @@ class TestCompilers:
 
         def f(x, target):
             got = ours(thrifty_place, x * 1.5, target, lse_square_scale=0.1, reduction=reduction)
-            mixture = got.loss.sum() * 0.3 + (got.entropy * got.target_logprob.detach()).sum() + got.lse.sum() + got.z_loss.sum()
+            mixture = (
+                got.loss.sum() * 0.3
+                + (got.entropy * got.target_logprob.detach()).sum()
+                + got.lse.sum()
+                + got.z_loss.sum()
+            )
             return mixture, got.argmax, got.n_valid
 
         compiled = torch.compile(f, backend="aot_eager", fullgraph=True)

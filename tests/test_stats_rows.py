@@ -29,7 +29,11 @@ SIZES = [1, 2, 127, 2048, 5000]
 
 def launchers(target, ignore_index=-100):
     """The module whose launchers take this target, and what only those take."""
-    return (soft_target_rows, {}) if target.is_floating_point() else (softmax_rows, {"ignore_index": ignore_index})
+    return (
+        (soft_target_rows, {})
+        if target.is_floating_point()
+        else (softmax_rows, {"ignore_index": ignore_index})
+    )
 
 
 def numbers(options):
@@ -42,8 +46,11 @@ def numbers(options):
     }
 
 
-def oracle(x: Tensor, target: Tensor, w: Tensor | None, options: dict, ignore_index: int = -100) -> dict[str, Tensor]:
-    """The four numbers of each row in float64, differentiable; p log p of a class without probability is 0."""
+def oracle(
+    x: Tensor, target: Tensor, w: Tensor | None, options: dict, ignore_index: int = -100
+) -> dict[str, Tensor]:
+    """The four numbers of each row in float64, differentiable; p log p of a class without
+    probability is 0."""
     v = x.shape[1]
     w = torch.ones(v, dtype=torch.float64, device=x.device) if w is None else w.double()
     s = options.get("label_smoothing", 0.0)
@@ -88,14 +95,26 @@ def ours(x, target, w=None, options=None, ignore_index=-100, **asked):
     return dict(zip((*NAMES, "argmax", "stats"), found, strict=True))
 
 
-def grads(x, target, w, stats, upstream, options, ignore_index=-100, dlogits=None, need_dtarget=False):
+def grads(
+    x, target, w, stats, upstream, options, ignore_index=-100, dlogits=None, need_dtarget=False
+):
     dlogits = torch.empty_like(x) if dlogits is None else dlogits
     dtarget = torch.empty_like(target) if need_dtarget else None
     of_stats = {f"d{name}": upstream[name] for name in NAMES[1:] if name in upstream}
     rows, only = launchers(target, ignore_index)
     if target.is_floating_point():
         only["dtarget"] = dtarget
-    rows.row_grads(x, target, w, stats, upstream.get("loss"), dlogits=dlogits, **only, **numbers(options), **of_stats)
+    rows.row_grads(
+        x,
+        target,
+        w,
+        stats,
+        upstream.get("loss"),
+        dlogits=dlogits,
+        **only,
+        **numbers(options),
+        **of_stats,
+    )
     return dlogits, dtarget
 
 
@@ -125,13 +144,19 @@ def check(x, target, w=None, options=None, ignore_index=-100, names=NAMES):
     dx, dt = grads(x, target, w, got["stats"], upstream, options, ignore_index, need_dtarget=soft)
     total = sum((upstream[name].double() * want[name]).sum() for name in names)
     wanted = torch.autograd.grad(total, leaves, allow_unused=True)
-    unread = torch.zeros(len(x), dtype=torch.bool, device=x.device) if soft else got["lse"].isnan() & (target != ignore_index)
+    unread = (
+        torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        if soft
+        else got["lse"].isnan() & (target != ignore_index)
+    )
     want_dx = torch.where(unread[:, None], NAN, wanted[0])
     terms = gradient_terms(x.double(), target, w, options, list(upstream.values()))
     assert_gradient_close(dx, want_dx, terms=terms)
     if soft:
         row = sum(value.abs() for value in upstream.values()).double()[:, None]
-        assert_gradient_close(dt, torch.zeros_like(leaves[1]) if wanted[1] is None else wanted[1], terms=row)
+        assert_gradient_close(
+            dt, torch.zeros_like(leaves[1]) if wanted[1] is None else wanted[1], terms=row
+        )
     return got
 
 
@@ -160,7 +185,9 @@ def test_every_option_over_several_blocks(device, soft):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("names", [*((name,) for name in NAMES), ("loss", "entropy"), NAMES[1:]], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [*((name,) for name in NAMES), ("loss", "entropy"), NAMES[1:]], ids="+".join
+)
 @pytest.mark.parametrize("given", [(), EVERYTHING], ids=["plain", "every option"])
 def test_upstreams_alone_and_together(device, names, given, soft):
     w, options = options_of(given, 40, device)
@@ -184,15 +211,24 @@ def test_what_is_not_asked_for_is_none_and_changes_nothing(device, soft):
     # statistics of a loss without entropy are enough for all but its gradient
     few = ours(x, target, entropy=False)["stats"]
     upstream = upstreams(2, NAMES[:3], device)
-    assert torch.equal(grads(x, target, None, few, upstream, {})[0], grads(x, target, None, both["stats"], upstream, {})[0])
+    assert torch.equal(
+        grads(x, target, None, few, upstream, {})[0],
+        grads(x, target, None, both["stats"], upstream, {})[0],
+    )
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 def test_no_rows(device, soft):
     x = torch.zeros(0, 7, device=device)
-    target = torch.zeros(0, 7, device=device) if soft else torch.zeros(0, dtype=torch.long, device=device)
+    target = (
+        torch.zeros(0, 7, device=device)
+        if soft
+        else torch.zeros(0, dtype=torch.long, device=device)
+    )
     got = ours(x, target)
-    assert {len(got[name]) for name in (*NAMES, "argmax")} == {0} and got["argmax"].dtype == torch.int64
+    assert {len(got[name]) for name in (*NAMES, "argmax")} == {0} and got[
+        "argmax"
+    ].dtype == torch.int64
     grads(x, target, None, got["stats"], upstreams(0, NAMES, device), {})
 
 
@@ -226,7 +262,15 @@ def test_ignored_and_bad_ids(device, ignore_index):
     for name in NAMES:
         assert got[name].isnan().tolist() == undefined and got[name][1] == 0.0
         assert torch.equal(again[name].nan_to_num(9.0), got[name].nan_to_num(9.0))
-    assert [i == none for i in got["argmax"].tolist()] == [False, True, True, True, True, False, True]
+    assert [i == none for i in got["argmax"].tolist()] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
     assert torch.equal(again["argmax"], got["argmax"])
     dx, _ = grads(x, target, None, again["stats"], upstreams(7, NAMES, device), {}, ignore_index)
     assert torch.equal(dx[1], torch.zeros_like(dx[1]))
@@ -234,7 +278,9 @@ def test_ignored_and_bad_ids(device, ignore_index):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("where", [slice(0, 100), slice(1, None), slice(0, 2499), slice(10, 2400)], ids=str)
+@pytest.mark.parametrize(
+    "where", [slice(0, 100), slice(1, None), slice(0, 2499), slice(10, 2400)], ids=str
+)
 def test_classes_that_cannot_be(device, where, soft):
     """p log p of them is 0, and so is every gradient."""
     x, target = case(soft, 3, 2500, device, ignored=0.0)
@@ -318,7 +364,11 @@ def test_several_infinite_logits(device, at, soft):
     assert got["argmax"][0] == at[0]
 
 
-@pytest.mark.parametrize(("soft", "scale"), [(False, None), (True, None), (False, -0.5)], ids=["ids", "probabilities", "negative scale"])
+@pytest.mark.parametrize(
+    ("soft", "scale"),
+    [(False, None), (True, None), (False, -0.5)],
+    ids=["ids", "probabilities", "negative scale"],
+)
 @pytest.mark.parametrize("at", [(0, 1), (7, 2055), (3, 2047, 2048, 4096), (4095, 4096)], ids=str)
 def test_the_first_of_ties(device, at, scale, soft):
     """In one lane, in several, and in several blocks of a lane."""
@@ -356,7 +406,11 @@ def test_a_confident_row_keeps_its_digits(device, v, margin, soft):
     log_sum = torch.log1p(others)
     entropy = log_sum + others * margin / (1.0 + others)
     rtol = 1e-5 if GPU else 1e-6
-    for value, want in ((got["entropy"], entropy), (got["logprob"], -log_sum), (got["loss"], log_sum)):
+    for value, want in (
+        (got["entropy"], entropy),
+        (got["logprob"], -log_sum),
+        (got["loss"], log_sum),
+    ):
         torch.testing.assert_close(value.cpu().double(), want.expand(3), rtol=rtol, atol=0.0)
     upstream = {"entropy": torch.ones(3, device=device)}
     dx, _ = grads(x, target, None, got["stats"], upstream, {})
@@ -398,7 +452,9 @@ def test_a_narrower_gradient_over_the_logits(device, dtype, v, soft):
     got = ours(memory[:, :v], target, w, options)
     upstream = upstreams(2, NAMES, device)
     want, want_dt = grads(x, target, w, got["stats"], upstream, options, need_dtarget=soft)
-    dx, dt = grads(memory[:, :v], target, w, got["stats"], upstream, options, dlogits=over, need_dtarget=soft)
+    dx, dt = grads(
+        memory[:, :v], target, w, got["stats"], upstream, options, dlogits=over, need_dtarget=soft
+    )
     assert_gradient_close(dx, want)
     assert memory[:, v:].isnan().all()
     if soft:

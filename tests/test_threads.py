@@ -1,4 +1,5 @@
-"""Blocks in threads of their own: the same numbers, errors and modes as in one thread, and nothing left behind."""
+"""Blocks in threads of their own: the same numbers, errors and modes as in one thread, and nothing
+left behind."""
 
 import os
 import signal
@@ -27,7 +28,11 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 9.0, "lse_square_scale": 1e-3}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1, "softcap": 9.0, "lse_square_scale": 1e-3}],
+    ids=["plain", "all"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_numbers_are_those_of_one_thread(dtype, options, soft, monkeypatch):
     n, v = 131, 400
@@ -37,7 +42,9 @@ def test_the_numbers_are_those_of_one_thread(dtype, options, soft, monkeypatch):
     got, want = torch.empty(n, v, dtype=dtype), torch.empty(n, v, dtype=dtype)
     used = []
     real = threads.run
-    monkeypatch.setattr(threads, "run", lambda tasks, count: used.append((len(tasks), count)) or real(tasks, count))
+    monkeypatch.setattr(
+        threads, "run", lambda tasks, count: used.append((len(tasks), count)) or real(tasks, count)
+    )
     loss = torch_rows.row_loss_and_grads(*arguments, got, None)
     monkeypatch.setattr(threads, "workers", lambda: 1)
     want_loss = torch_rows.row_loss_and_grads(*arguments, want, None)
@@ -89,7 +96,10 @@ def test_several_callers_at_once():
     x = x.detach()
     want = lossfuse.cross_entropy(x, target)
     got = []
-    callers = [threading.Thread(target=lambda: got.append(lossfuse.cross_entropy(x, target))) for _ in range(6)]
+    callers = [
+        threading.Thread(target=lambda: got.append(lossfuse.cross_entropy(x, target)))
+        for _ in range(6)
+    ]
     for caller in callers:
         caller.start()
     for caller in callers:
@@ -98,7 +108,9 @@ def test_several_callers_at_once():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
+)
 def test_a_forked_process_makes_threads_of_its_own():
     threads.run([int] * 5, 3)
     child = os.fork()
@@ -125,8 +137,12 @@ def test_every_function_in_several_threads(thrifty_fast_place, often, name):
     cases = [public.tensors(device, seed=seed, **size) for seed in seeds]
     want = [call(t, impl) for t in cases]
     for _ in range(3):
-        for got, wanted in zip(together([lambda t=t: call(t, impl) for t in cases]), want, strict=True):
-            assert len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        for got, wanted in zip(
+            together([lambda t=t: call(t, impl) for t in cases]), want, strict=True
+        ):
+            assert len(got) == len(wanted) and all(
+                torch.equal(a, b) for a, b in zip(got, wanted, strict=True)
+            )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
@@ -135,11 +151,15 @@ def test_the_interpreter_takes_one_caller_at_a_time(often):
     cases = [public.tensors(seed=seed, n=6, v=40) for seed in range(4)]
     call = public.CALLS["cross_entropy"]
     want = [call(t, "triton") for t in cases]
-    for got, wanted in zip(together([lambda t=t: call(t, "triton") for t in cases]), want, strict=True):
+    for got, wanted in zip(
+        together([lambda t=t: call(t, "triton") for t in cases]), want, strict=True
+    ):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"inplace": True}, {"inplace": True, "reduction": "none"}], ids=str
+)
 def test_backward_in_another_thread_than_forward(options):
     x, target = logits_and_ids(200, 400)
     losses = [lossfuse.cross_entropy(x * 1.0, target, **options).sum() for _ in range(4)]
@@ -152,7 +172,9 @@ def test_one_leaf_gathers_the_gradients_of_several_threads():
     hidden, weight, _, ids = head_and_ids(60, 16, 40)
     lossfuse.linear_cross_entropy(hidden, weight, ids).backward()
     once, hidden.grad, weight.grad = weight.grad, None, None
-    together([lambda: lossfuse.linear_cross_entropy(hidden, weight, ids).backward() for _ in range(4)])
+    together(
+        [lambda: lossfuse.linear_cross_entropy(hidden, weight, ids).backward() for _ in range(4)]
+    )
     torch.testing.assert_close(weight.grad, 4 * once)
 
 
@@ -200,7 +222,9 @@ def test_without_threads_the_caller_does_the_work(monkeypatch):
     assert seen == [before] and threads.run([lambda: 3] * 5, 3) == [3] * 5
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs a signal that wakes the main thread")
+@pytest.mark.skipif(
+    not hasattr(signal, "pthread_kill"), reason="needs a signal that wakes the main thread"
+)
 def test_an_interrupt_stops_every_thread_first():
     """The second one too, which interrupts the wait for the tasks that are still writing."""
     main, running, finish = threading.main_thread().ident, threading.Semaphore(0), threading.Event()
@@ -229,7 +253,8 @@ def test_an_interrupt_stops_every_thread_first():
                 time.sleep(0.001)
             expected.release()
             while len(handled) == i:
-                # Python looks for a signal before it blocks: one that arrives in between is not seen until the next
+                # Python looks for a signal before it blocks: one that arrives in between is not
+                # seen until the next
                 signal.pthread_kill(main, signal.SIGINT)
                 time.sleep(0.001)
         # it waits once more, and only then may the tasks end
@@ -265,5 +290,9 @@ def test_a_pool_interrupted_while_it_is_made(monkeypatch):
         patch.setattr(threading.Barrier, "wait", wait)
         threads.run([int] * 5, 3)
     # nobody waits for a barrier, or the process would never end
-    assert threading.active_count() <= alive and torch.get_num_threads() == before and not threads._making.locked()
+    assert (
+        threading.active_count() <= alive
+        and torch.get_num_threads() == before
+        and not threads._making.locked()
+    )
     assert threads.run([lambda: 3] * 5, 3) == [3] * 5

@@ -1,4 +1,5 @@
-"""Losses recorded for another place: torch.jit.trace, with which dashboards draw a model, torch.export and torch.jit.script."""
+"""Losses recorded for another place: torch.jit.trace, with which dashboards draw a model,
+torch.export and torch.jit.script."""
 
 import subprocess
 import sys
@@ -15,7 +16,12 @@ V, D = 11, 4
 
 def rows(n, seed):
     x, ids = logits_and_ids(n, V, seed=seed)
-    return x.detach(), ids, probabilities(n, V, seed=seed).detach(), torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+    return (
+        x.detach(),
+        ids,
+        probabilities(n, V, seed=seed).detach(),
+        torch.randn(n, D, generator=torch.Generator().manual_seed(seed)),
+    )
 
 
 _, WEIGHT, BIAS, _ = (t.detach() for t in head_and_ids(2, D, V))
@@ -34,18 +40,36 @@ def head(function, **options):
 # loss, and its arguments of (logits, ids, probabilities, hidden states)
 CASES = {
     "cross_entropy": (lossfuse.CrossEntropyLoss(), lambda x, y, q, h: (x, y)),
-    "cross_entropy, reference": (lossfuse.CrossEntropyLoss(impl="reference"), lambda x, y, q, h: (x, y)),
-    "cross_entropy, every option": (lossfuse.CrossEntropyLoss(CLASSES, reduction="sum", **OPTIONS), lambda x, y, q, h: (x, y)),
-    "cross_entropy, weighted mean": (lossfuse.CrossEntropyLoss(CLASSES, inplace=True), lambda x, y, q, h: (x, y)),
-    "cross_entropy of probabilities": (lossfuse.CrossEntropyLoss(label_smoothing=0.1), lambda x, y, q, h: (x, q)),
+    "cross_entropy, reference": (
+        lossfuse.CrossEntropyLoss(impl="reference"),
+        lambda x, y, q, h: (x, y),
+    ),
+    "cross_entropy, every option": (
+        lossfuse.CrossEntropyLoss(CLASSES, reduction="sum", **OPTIONS),
+        lambda x, y, q, h: (x, y),
+    ),
+    "cross_entropy, weighted mean": (
+        lossfuse.CrossEntropyLoss(CLASSES, inplace=True),
+        lambda x, y, q, h: (x, y),
+    ),
+    "cross_entropy of probabilities": (
+        lossfuse.CrossEntropyLoss(label_smoothing=0.1),
+        lambda x, y, q, h: (x, q),
+    ),
     "cross_entropy of many dimensions": (
         lossfuse.CrossEntropyLoss(reduction="none"),
         lambda x, y, q, h: (torch.stack([x, -x], 2), torch.stack([y, y], 1)),
     ),
     "statistics": (statistics(lossfuse.cross_entropy_stats), lambda x, y, q, h: (x, y)),
-    "statistics of probabilities": (statistics(lossfuse.cross_entropy_stats), lambda x, y, q, h: (x, q)),
+    "statistics of probabilities": (
+        statistics(lossfuse.cross_entropy_stats),
+        lambda x, y, q, h: (x, q),
+    ),
     "head": (head(lossfuse.linear_cross_entropy), lambda x, y, q, h: (h, y)),
-    "head, reference": (head(lossfuse.linear_cross_entropy, impl="reference"), lambda x, y, q, h: (h, y)),
+    "head, reference": (
+        head(lossfuse.linear_cross_entropy, impl="reference"),
+        lambda x, y, q, h: (h, y),
+    ),
     "head of sequences": (
         head(lossfuse.linear_cross_entropy, reduction="none"),
         lambda x, y, q, h: (torch.stack([h, -h]), torch.stack([y, y])),
@@ -54,14 +78,23 @@ CASES = {
         lossfuse.LinearCrossEntropyLoss(D, 3, out_features=(2,)),
         lambda x, y, q, h: (h, torch.stack([y % 3, y % 2], 1)),
     ),
-    "statistics of a head": (statistics(head(lossfuse.linear_cross_entropy_stats)), lambda x, y, q, h: (h, y)),
+    "statistics of a head": (
+        statistics(head(lossfuse.linear_cross_entropy_stats)),
+        lambda x, y, q, h: (h, y),
+    ),
     "log_softmax": (lossfuse.LogSoftmax(1), lambda x, y, q, h: (x,)),
     "log_softmax, reference": (lossfuse.LogSoftmax(1, impl="reference"), lambda x, y, q, h: (x,)),
     "nll_loss": (lossfuse.NLLLoss(CLASSES), lambda x, y, q, h: (x, y)),
     "binary": (lossfuse.BCELoss(), lambda x, y, q, h: (q, q)),
     "binary, reference": (lossfuse.BCELoss(impl="reference"), lambda x, y, q, h: (q, q)),
-    "binary of logits": (lossfuse.BCEWithLogitsLoss(CLASSES, pos_weight=CLASSES + 1), lambda x, y, q, h: (x, q)),
-    "binary of ids": (lossfuse.BCEWithLogitsLoss(), lambda x, y, q, h: (x, torch.stack([y, (y + 3) % V], 1))),
+    "binary of logits": (
+        lossfuse.BCEWithLogitsLoss(CLASSES, pos_weight=CLASSES + 1),
+        lambda x, y, q, h: (x, q),
+    ),
+    "binary of ids": (
+        lossfuse.BCEWithLogitsLoss(),
+        lambda x, y, q, h: (x, torch.stack([y, (y + 3) % V], 1)),
+    ),
 }
 CASE = pytest.mark.parametrize("case", CASES)
 
@@ -80,14 +113,21 @@ class Model(torch.nn.Module):
 def assert_same_for_any_number_of_rows(recorded, model, arguments):
     for n, seed in ((5, 0), (5, 1), (9, 2)):
         args = arguments(*rows(n, seed))
-        got, want = ([r] if isinstance(r, torch.Tensor) else list(r) for r in (recorded(*args), model(*args)))
+        got, want = (
+            [r] if isinstance(r, torch.Tensor) else list(r) for r in (recorded(*args), model(*args))
+        )
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        grads = [torch.autograd.grad(r[0].sum(), list(m.parameters())[:1]) for r, m in ((got, recorded), (want, model))]
+        grads = [
+            torch.autograd.grad(r[0].sum(), list(m.parameters())[:1])
+            for r, m in ((got, recorded), (want, model))
+        ]
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
 @CASE
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 def test_a_trace_consists_of_operators_of_torch(case):
     """And passes the checks of the tracer, which traces again and compares."""
     loss, arguments = CASES[case]
@@ -103,7 +143,9 @@ def test_a_trace_consists_of_operators_of_torch(case):
 def test_an_export_consists_of_operators_of_torch(case, strict):
     loss, arguments = CASES[case]
     model, args = Model(loss), arguments(*rows(5, 0))
-    first, *others = ({1 if case == "head of sequences" else 0: torch.export.Dim.AUTO} for _ in args)
+    first, *others = (
+        {1 if case == "head of sequences" else 0: torch.export.Dim.AUTO} for _ in args
+    )
     sizes = (first, tuple(others)) if others else (first,)
     exported = torch.export.export(model, args, dynamic_shapes=sizes, strict=strict)
     called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
@@ -152,17 +194,33 @@ LOAD = """
 def test_a_recorded_loss_loads_without_this_package(tmp_path):
     """And no warning of the tracer points into this package."""
     for program in (RECORD, LOAD):
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize(
-    "name", ["CrossEntropyLoss", "NLLLoss", "BCELoss", "BCEWithLogitsLoss", "LogSoftmax", "LinearCrossEntropyLoss", "cross_entropy"]
+    "name",
+    [
+        "CrossEntropyLoss",
+        "NLLLoss",
+        "BCELoss",
+        "BCEWithLogitsLoss",
+        "LogSoftmax",
+        "LinearCrossEntropyLoss",
+        "cross_entropy",
+    ],
 )
 def test_torchscript_is_refused_by_a_sentence(name):
     of = getattr(lossfuse, name)
     of = of(D, V) if name == "LinearCrossEntropyLoss" else of() if isinstance(of, type) else of
     for scripted in (of, torch.nn.Sequential(of)) if isinstance(of, torch.nn.Module) else (of,):
-        with pytest.raises(RuntimeError, match=f"torch.jit.script cannot compile {name}, .* use torch.jit.trace or torch.export"):
+        with pytest.raises(
+            RuntimeError,
+            match=f"torch.jit.script cannot compile {name}, .* use torch.jit.trace or torch.export",
+        ):
             torch.jit.script(scripted)

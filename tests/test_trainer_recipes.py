@@ -1,4 +1,5 @@
-"""Every program of docs/trainers.md runs as it stands where its libraries are, and notices when nothing is fused."""
+"""Every program of docs/trainers.md runs as it stands where its libraries are, and notices when
+nothing is fused."""
 
 from contextlib import contextmanager
 from pathlib import Path

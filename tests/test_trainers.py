@@ -1,4 +1,5 @@
-"""Trainers as they are, with a model whose head is fused and with the same one without: equal runs, and counters that say how."""
+"""Trainers as they are, with a model whose head is fused and with the same one without: equal runs,
+and counters that say how."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -19,20 +20,27 @@ SIX_DIGITS = {"rtol": 1e-6, "atol": 1e-6}
 
 
 class Run(SimpleNamespace):
-    """What a trainer left behind; all of them run SGD, because Adam makes a step of any rounding of a gradient near 0."""
+    """What a trainer left behind; all of them run SGD, because Adam makes a step of any rounding of
+    a gradient near 0."""
 
     losses: list[float]
     model: nn.Module
     report: lossfuse.LogitsReport | None
 
 
-def assert_same_run(fused: Run, stock: Run, *, fused_by: dict[str, int], bf16: bool = False) -> None:
+def assert_same_run(
+    fused: Run, stock: Run, *, fused_by: dict[str, int], bf16: bool = False
+) -> None:
     near = BF16 if bf16 else SIX_DIGITS
     assert len(fused.losses) == len(stock.losses) > 0
     torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(stock.losses), **near)
     if not bf16:
-        for (name, got), want in zip(fused.model.named_parameters(), stock.model.parameters(), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        for (name, got), want in zip(
+            fused.model.named_parameters(), stock.model.parameters(), strict=True
+        ):
+            torch.testing.assert_close(
+                got, want, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
     assert fused.report is not None
     assert fused.report.made == Counter(), "logits were made"
     assert fused.report.fused == Counter(fused_by)
@@ -60,19 +68,36 @@ def hf_run(model: Any, path: Any, *, fused: bool, **options: Any) -> Run:
         counts: list[Any]
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            made = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            made = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
             if model.training:
                 self.losses.append(float((made[0] if return_outputs else made).detach()))
                 self.counts.append(num_items_in_batch)
             return made
 
-    given = {name: options.pop(name) for name in ("compute_loss_func", "compute_metrics") if name in options}
+    given = {
+        name: options.pop(name)
+        for name in ("compute_loss_func", "compute_metrics")
+        if name in options
+    }
     report = lossfuse.fuse_lm_head(model) if fused else None
     arguments = TrainingArguments(
-        output_dir=str(path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
-        max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=ACCUMULATION, logging_steps=1,
-        learning_rate=0.1, optim="sgd", seed=5, **options,
-    )  # fmt: skip
+        output_dir=str(path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=ACCUMULATION,
+        logging_steps=1,
+        learning_rate=0.1,
+        optim="sgd",
+        seed=5,
+        **options,
+    )
     data = examples(2 * ACCUMULATION * STEPS)
     trainer = Watched(model, arguments, train_dataset=data, eval_dataset=data[:6], **given)
     trainer.losses, trainer.counts = [], []
@@ -80,15 +105,23 @@ def hf_run(model: Any, path: Any, *, fused: bool, **options: Any) -> Run:
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Run(
-        losses=trainer.losses, logged=logged, counts=trainer.counts, evaluated=before, evaluated_after=trainer.evaluate(), model=model,
-        report=report, trainer=trainer,
-    )  # fmt: skip
+        losses=trainer.losses,
+        logged=logged,
+        counts=trainer.counts,
+        evaluated=before,
+        evaluated_after=trainer.evaluate(),
+        model=model,
+        report=report,
+        trainer=trainer,
+    )
 
 
 def users_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """As in the documentation of Trainer."""
     logits = outputs.logits.float()[..., :-1, :].contiguous()
-    total = F.cross_entropy(logits.view(-1, logits.size(-1)), labels[..., 1:].contiguous().view(-1), reduction="sum")
+    total = F.cross_entropy(
+        logits.view(-1, logits.size(-1)), labels[..., 1:].contiguous().view(-1), reduction="sum"
+    )
     return total / num_items_in_batch
 
 
@@ -96,7 +129,10 @@ TRAINING_STEPS = STEPS * ACCUMULATION
 TRAINER_CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "gradient accumulation": ({}, {"cross_entropy": TRAINING_STEPS}),
     "compute_loss_func": ({"compute_loss_func": users_loss}, {"cross_entropy": TRAINING_STEPS}),
-    "label smoothing": ({"label_smoothing_factor": 0.1}, {"gather": TRAINING_STEPS, "sum": TRAINING_STEPS}),
+    "label smoothing": (
+        {"label_smoothing_factor": 0.1},
+        {"gather": TRAINING_STEPS, "sum": TRAINING_STEPS},
+    ),
     "bf16 autocast": ({"bf16": True}, {"cross_entropy": TRAINING_STEPS}),
 }
 
@@ -109,12 +145,22 @@ def test_trainer_of_transformers(needs_accelerate, tmp_path, model, name):
     fused = hf_run(MODELS[model](), tmp_path, fused=True, **options)
     assert_same_run(fused, stock, fused_by=fused_by, bf16="bf16" in name)
     assert all(n is not None for n in fused.counts) or name == "label smoothing"
-    assert [int(n) for n in fused.counts if n is not None] == [int(n) for n in stock.counts if n is not None]
+    assert [int(n) for n in fused.counts if n is not None] == [
+        int(n) for n in stock.counts if n is not None
+    ]
     # in eval mode the head is the model's own
     assert fused.evaluated["eval_loss"] == stock.evaluated["eval_loss"]
     near = BF16 if "bf16" in name else {"rtol": 1e-5, "atol": 0}
-    torch.testing.assert_close(torch.tensor(fused.evaluated_after["eval_loss"]), torch.tensor(stock.evaluated_after["eval_loss"]), **near)
-    torch.testing.assert_close(torch.tensor(fused.logged), torch.tensor(stock.logged), **(near if "bf16" in name else SIX_DIGITS))
+    torch.testing.assert_close(
+        torch.tensor(fused.evaluated_after["eval_loss"]),
+        torch.tensor(stock.evaluated_after["eval_loss"]),
+        **near,
+    )
+    torch.testing.assert_close(
+        torch.tensor(fused.logged),
+        torch.tensor(stock.logged),
+        **(near if "bf16" in name else SIX_DIGITS),
+    )
 
 
 def test_trainer_evaluates_with_metrics_as_without(needs_accelerate, tmp_path):
@@ -122,13 +168,21 @@ def test_trainer_evaluates_with_metrics_as_without(needs_accelerate, tmp_path):
 
     def metrics(predicted: Any) -> dict[str, float]:
         seen.append(predicted.predictions)
-        return {"accuracy": float((predicted.predictions.argmax(-1)[:, :-1] == predicted.label_ids[:, 1:]).mean())}
+        return {
+            "accuracy": float(
+                (predicted.predictions.argmax(-1)[:, :-1] == predicted.label_ids[:, 1:]).mean()
+            )
+        }
 
-    runs = [hf_run(llama(), tmp_path, fused=fused, compute_metrics=metrics) for fused in (False, True)]
+    runs = [
+        hf_run(llama(), tmp_path, fused=fused, compute_metrics=metrics) for fused in (False, True)
+    ]
     stock, fused = runs
     assert_same_run(fused, stock, fused_by={"cross_entropy": TRAINING_STEPS})
     times = ("time", "per_second")
-    first, second = ({k: v for k, v in run.evaluated.items() if not k.endswith(times)} for run in runs)
+    first, second = (
+        {k: v for k, v in run.evaluated.items() if not k.endswith(times)} for run in runs
+    )
     assert first == second and "eval_accuracy" in first
     # logits of the models before training: two evaluations each
     assert seen[0].shape == (6, 12, VOCABULARY) and (seen[0] == seen[2]).all()
@@ -137,7 +191,13 @@ def test_trainer_evaluates_with_metrics_as_without(needs_accelerate, tmp_path):
 def evaluated_by_transformers(model: Any, data: Any, path: Any) -> float:
     from transformers import Trainer, TrainingArguments
 
-    arguments = TrainingArguments(output_dir=str(path), use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False)
+    arguments = TrainingArguments(
+        output_dir=str(path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     return float(Trainer(model, arguments, eval_dataset=data).evaluate()["eval_loss"])
 
 
@@ -154,16 +214,25 @@ def validated_by_lightning(model: Any, data: Any, path: Any) -> float:
             self.losses.append(float(self.model(**batch).loss))
 
     module = Module()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": path}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": path,
+    }
     trainer = lightning.Trainer(accelerator="cpu", **quiet)
     trainer.validate(module, torch.utils.data.DataLoader(data, batch_size=8), verbose=False)
     return sum(module.losses)
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("evaluate", [evaluated_by_transformers, validated_by_lightning], ids=["Trainer", "Lightning"])
+@pytest.mark.parametrize(
+    "evaluate", [evaluated_by_transformers, validated_by_lightning], ids=["Trainer", "Lightning"]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_an_evaluation_that_wants_the_loss_alone_makes_no_logits(needs_accelerate, tmp_path, model, evaluate):
+def test_an_evaluation_that_wants_the_loss_alone_makes_no_logits(
+    needs_accelerate, tmp_path, model, evaluate
+):
     made, data = MODELS[model](), examples(8)
     want = evaluate(made, data, tmp_path)
     report = lossfuse.fuse_lm_head(made, evaluation=True)
@@ -171,7 +240,9 @@ def test_an_evaluation_that_wants_the_loss_alone_makes_no_logits(needs_accelerat
     assert report.fused == {"cross_entropy": 1} and not report.made
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampled", "beams"])
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampled", "beams"]
+)
 def test_generate_of_transformers_never_meets_a_deferred_head(options):
     model = llama().eval()
     ids = torch.arange(2, 12).view(2, 5)
@@ -229,8 +300,12 @@ def test_label_smoother_of_transformers(model):
     def run(fused: bool) -> Run:
         made = MODELS[model]()
         report = lossfuse.fuse_lm_head(made) if fused else None
-        batch = {name: torch.stack([x[name] for x in examples(4)]) for name in ("input_ids", "labels")}
-        loss = LabelSmoother(epsilon=0.1)(made(input_ids=batch["input_ids"]), batch["labels"], shift_labels=True)
+        batch = {
+            name: torch.stack([x[name] for x in examples(4)]) for name in ("input_ids", "labels")
+        }
+        loss = LabelSmoother(epsilon=0.1)(
+            made(input_ids=batch["input_ids"]), batch["labels"], shift_labels=True
+        )
         loss.backward()
         torch.optim.SGD(made.parameters(), lr=0.1).step()
         return Run(losses=[float(loss.detach())], model=made, report=report)
@@ -250,24 +325,32 @@ def test_loop_of_accelerate(needs_accelerate, precision):
 
     def run(fused: bool) -> Run:
         AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=ACCUMULATION)
+        accelerator = Accelerator(
+            cpu=True, mixed_precision=precision, gradient_accumulation_steps=ACCUMULATION
+        )
         model = llama()
         report = lossfuse.fuse_lm_head(model) if fused else None
-        model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), batches())
+        model, optimizer, loader = accelerator.prepare(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), batches()
+        )
         losses = []
         for batch in loader:
             with accelerator.accumulate(model):
                 logits = model(input_ids=batch["input_ids"]).logits
                 # what ConvertOutputsToFp32 hands over
                 assert logits.dtype == torch.float32
-                loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), batch["labels"][:, 1:].reshape(-1))
+                loss = F.cross_entropy(
+                    logits[:, :-1].reshape(-1, VOCABULARY), batch["labels"][:, 1:].reshape(-1)
+                )
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(float(loss.detach()))
         return Run(losses=losses, model=accelerator.unwrap_model(model), report=report)
 
-    assert_same_run(run(True), run(False), fused_by={"cross_entropy": TRAINING_STEPS}, bf16=precision == "bf16")
+    assert_same_run(
+        run(True), run(False), fused_by={"cross_entropy": TRAINING_STEPS}, bf16=precision == "bf16"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -296,13 +379,22 @@ def test_module_of_lightning(tmp_path, precision):
     def run(fused: bool) -> Run:
         module = Module(fused)
         trainer = lightning.Trainer(
-            accelerator="cpu", max_steps=STEPS, accumulate_grad_batches=ACCUMULATION, precision=precision, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        )  # fmt: skip
+            accelerator="cpu",
+            max_steps=STEPS,
+            accumulate_grad_batches=ACCUMULATION,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
         trainer.fit(module, batches(), torch.utils.data.DataLoader(examples(2), batch_size=2))
         return Run(losses=module.losses, model=module.model, report=module.report)
 
-    assert_same_run(run(True), run(False), fused_by={"cross_entropy": TRAINING_STEPS}, bf16="bf16" in precision)
+    assert_same_run(
+        run(True), run(False), fused_by={"cross_entropy": TRAINING_STEPS}, bf16="bf16" in precision
+    )
 
 
 class Block(nn.Module):
@@ -310,7 +402,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.Linear(width, 3 * width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.attention(self.norm1(x)).chunk(3, -1)
@@ -337,7 +431,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return logits, F.cross_entropy(
+            logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
@@ -362,7 +458,9 @@ def test_loop_like_that_of_nanogpt(dtype):
             losses.append(float(loss.detach()))
         return Run(losses=losses, model=model, report=report)
 
-    assert_same_run(run(True), run(False), fused_by={"cross_entropy": STEPS}, bf16=dtype != torch.float32)
+    assert_same_run(
+        run(True), run(False), fused_by={"cross_entropy": STEPS}, bf16=dtype != torch.float32
+    )
 
 
 # --- torchtitan and torchtune
@@ -385,7 +483,8 @@ class Decoder(nn.Module):
 
 
 def titan_run(loss_config: Any, *, fused: bool = False) -> Run:
-    """The calls of torchtitan's Trainer: set_lm_head once, then (pred, labels, global_valid_tokens) for each micro-batch."""
+    """The calls of torchtitan's Trainer: set_lm_head once, then (pred, labels, global_valid_tokens)
+    for each micro-batch."""
     from torchtitan.components.loss import ChunkedLossWrapper
 
     model = Decoder()
@@ -424,11 +523,17 @@ def test_losses_of_torchtitan():
     chunked = titan_run(loss.ChunkedLossWrapper.Config(num_chunks=4))
     ours = titan_run(FusedCrossEntropyLoss.Config())
     for run in (chunked, ours):
-        torch.testing.assert_close(torch.tensor(run.losses), torch.tensor(stock.losses), **SIX_DIGITS)
+        torch.testing.assert_close(
+            torch.tensor(run.losses), torch.tensor(stock.losses), **SIX_DIGITS
+        )
         for got, want in zip(run.model.parameters(), stock.model.parameters(), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     # and without a loss of ours: the model's head is fused
-    assert_same_run(titan_run(loss.CrossEntropyLoss.Config(), fused=True), stock, fused_by={"cross_entropy": TRAINING_STEPS})
+    assert_same_run(
+        titan_run(loss.CrossEntropyLoss.Config(), fused=True),
+        stock,
+        fused_by={"cross_entropy": TRAINING_STEPS},
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -442,7 +547,15 @@ def test_loss_of_torchtune():
 
     def run(fused: bool) -> Run:
         torch.manual_seed(6)
-        model = llama3(vocab_size=211, num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=32, max_seq_len=32, intermediate_dim=48)
+        model = llama3(
+            vocab_size=211,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            embed_dim=32,
+            max_seq_len=32,
+            intermediate_dim=48,
+        )
         loss_fn = CEWithChunkedOutputLoss(num_output_chunks=4)
         model.set_num_output_chunks(loss_fn.num_output_chunks)
         report = lossfuse.fuse_lm_head(model) if fused else None
@@ -466,7 +579,9 @@ def test_loss_of_torchtune():
 @pytest.mark.parametrize("model", MODELS)
 def test_a_compiled_model_of_transformers_has_as_many_graphs_as_without_fusing(model):
     pytest.importorskip("transformers")
-    batch = {name: torch.stack([one[name] for one in examples(2)]) for name in ("input_ids", "labels")}
+    batch = {
+        name: torch.stack([one[name] for one in examples(2)]) for name in ("input_ids", "labels")
+    }
 
     def graphs(net: Any) -> tuple[int, int, Tensor]:
         torch.compiler.reset()
@@ -474,7 +589,11 @@ def test_a_compiled_model_of_transformers_has_as_many_graphs_as_without_fusing(m
         loss = torch.compile(net, backend="aot_eager")(**batch).loss
         loss.backward()
         counted = torch._dynamo.utils.counters
-        return counted["stats"]["unique_graphs"], sum(counted["graph_break"].values()), loss.detach()
+        return (
+            counted["stats"]["unique_graphs"],
+            sum(counted["graph_break"].values()),
+            loss.detach(),
+        )
 
     stock, net = MODELS[model]().train(), MODELS[model]().train()
     want = graphs(stock)

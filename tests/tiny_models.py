@@ -6,14 +6,22 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 311
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def llama(**options: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
-    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_key_value_heads": 1, "initializer_range": 0.2} | options)))
+    return LlamaForCausalLM(
+        LlamaConfig(**(SIZES | {"num_key_value_heads": 1, "initializer_range": 0.2} | options))
+    )
 
 
 def gemma2(**options: Any) -> Any:
@@ -21,7 +29,12 @@ def gemma2(**options: Any) -> Any:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(3)
-    sizes = SIZES | {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 4.0, "initializer_range": 0.2}
+    sizes = SIZES | {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "final_logit_softcapping": 4.0,
+        "initializer_range": 0.2,
+    }
     return Gemma2ForCausalLM(Gemma2Config(**(sizes | options), attn_implementation="eager"))
 
 

@@ -1,8 +1,8 @@
 """Blocks of rows shared out among threads that each compute alone.
 
-An operator's own threads meet at its end, and where one core is taken by somebody else (a data loader, another process) every operator of
-every block waits for it: six times slower than torch, which has few long operators, was seen on two cores. Threads that meet once do not.
-"""
+An operator's own threads meet at its end, and where one core is taken by somebody else (a data
+loader, another process) every operator of every block waits for it: six times slower than torch,
+which has few long operators, was seen on two cores. Threads that meet once do not."""
 
 import os
 import threading
@@ -21,13 +21,15 @@ _making = threading.Lock()
 
 
 def workers() -> int:
-    """As many as an operator would use here; 1 where whoever watches this thread's operators must see them all."""
+    """As many as an operator would use here; 1 where whoever watches this thread's operators must
+    see them all."""
     watched = _get_current_dispatch_mode() is not None or torch._C._autograd._profiler_enabled()
     return 1 if watched else torch.get_num_threads()
 
 
 def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
-    """The results of all tasks, by ``count`` threads, or by the caller where no thread is to be had.
+    """The results of all tasks, by ``count`` threads, or by the caller where no thread is to be
+    had.
 
     An exception is raised after every thread has stopped.
     """
@@ -77,7 +79,8 @@ def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
                 return [task() for task in tasks]
         wait()
     except BaseException:
-        # an interrupt: nobody may go on writing into the caller's memory, nor may another one let them
+        # an interrupt: nobody may go on writing into the caller's memory, nor may another one let
+        # them
         over = True
         while True:
             try:
@@ -103,12 +106,14 @@ def _pool_of(count: int) -> ThreadPoolExecutor:
                     pool.submit(_alone, together)
                 together.wait()
             except BaseException:
-                # those that are there would wait for the others until the process ends, which waits for them
+                # those that are there would wait for the others until the process ends, which waits
+                # for them
                 together.abort()
                 pool.shutdown()
                 raise
             finally:
-                # the number is of the thread, but a thread that never set one starts with what was set last anywhere
+                # the number is of the thread, but a thread that never set one starts with what was
+                # set last anywhere
                 torch.set_num_threads(mine)
             _pool, _size = pool, count
         return _pool

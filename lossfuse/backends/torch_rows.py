@@ -1,10 +1,11 @@
-"""Torch code over blocks of rows that fit a cache: the CPU's backend, and that of any device without Triton.
+"""Torch code over blocks of rows that fit a cache: the CPU's backend, and that of any device
+without Triton.
 
-On a CPU the wall is page faults and memory traffic, not arithmetic. So exponentials are written straight into the rows that will hold
-the gradient, and everything else happens to that block while it is in cache. Beyond the gradient there are a block and O(N). The target
-(for probabilities, the largest class) stays out of the sum of exponentials, so that ``1 - p`` and ``log p`` keep their digits however
-confident the model is. Only a CPU is asked for values.
-"""
+On a CPU the wall is page faults and memory traffic, not arithmetic. So exponentials are written
+straight into the rows that will hold the gradient, and everything else happens to that block while
+it is in cache. Beyond the gradient there are a block and O(N). The target (for probabilities, the
+largest class) stays out of the sum of exponentials, so that ``1 - p`` and ``log p`` keep their
+digits however confident the model is. Only a CPU is asked for values."""
 
 import ctypes
 import functools
@@ -19,7 +20,8 @@ from ..row_types import RowStats, Upstream, Wants, log_sum_exp, no_class
 from ..spec import LossSpec
 from . import threads
 
-# for each thread. Smaller blocks pay for python, larger ones leave the cache: 1 MiB takes 1.3 to 1.7 times as long as 8 on two cores
+# for each thread. Smaller blocks pay for python, larger ones leave the cache: 1 MiB takes 1.3 to
+# 1.7 times as long as 8 on two cores
 CPU_BLOCK_BYTES = 8 << 20
 # less than this is not worth a thread of its own
 THREAD_LEAST_BYTES = 1 << 20
@@ -30,16 +32,20 @@ TEMPORARY_BYTES = 3 << 20
 TEMPORARY_SHARE = 25
 # blocks alive at once where the logits are shaped or summed, or targets are probabilities
 FEATURE_BLOCKS = 6
-# of a row, whose largest class is looked for where its largest logit was found; an operator that tells both takes ten times as long
+# of a row, whose largest class is looked for where its largest logit was found; an operator that
+# tells both takes ten times as long
 SEGMENT = 256
 # with fewer, a segment of each row is a good part of the block
 LEAST_SEGMENTS = 16
-# of distances from the maximum that are multiplied and summed at a time: by all threads 2 % of the logits, and within these for each
+# of distances from the maximum that are multiplied and summed at a time: by all threads 2 % of the
+# logits, and within these for each
 SUMMED_BYTES = (1 << 19, 4 << 20)
 SUMMED_SHARE = 50
 
 
-def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+def row_loss(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
     """(N,) losses; this backend keeps no statistics, since the gradient's blocks make their own."""
     (loss,) = _rows(logits, target, class_weight, None, spec, None, None, None)
     return loss, loss.new_empty(0, logits.shape[0])
@@ -68,7 +74,8 @@ def row_loss_and_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> Tensor:
-    """(N,) losses, and the gradients that are given filled in the same pass; ``dlogits`` may be ``logits``."""
+    """(N,) losses, and the gradients that are given filled in the same pass; ``dlogits`` may be
+    ``logits``."""
     (loss,) = _rows(logits, target, class_weight, Upstream(dloss), spec, dlogits, dtarget, None)
     return loss
 
@@ -83,19 +90,35 @@ def row_stats(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> RowStats:
-    """Statistics of N rows, and the gradients that are given filled in the same pass; ``dlogits`` may be ``logits``."""
-    loss, lse, target_logprob, *more = _rows(logits, target, class_weight, upstream, spec, dlogits, dtarget, wants)
+    """Statistics of N rows, and the gradients that are given filled in the same pass; ``dlogits``
+    may be ``logits``."""
+    loss, lse, target_logprob, *more = _rows(
+        logits, target, class_weight, upstream, spec, dlogits, dtarget, wants
+    )
     argmax = more.pop() if wants.argmax else None
     entropy = more.pop() if wants.entropy else None
     return RowStats(loss, lse, target_logprob, entropy, argmax, loss.new_empty(0, logits.shape[0]))
 
 
-def head_row_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> None:
+def head_row_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+) -> None:
     """Torch has no product whose logits stay in registers."""
 
 
 def head_row_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    wants: Wants,
 ) -> None:
     """Nor one that leaves statistics."""
 
@@ -115,10 +138,15 @@ def _rows(
     dtarget: Tensor | None,
     wants: Wants | None,
 ) -> tuple[Tensor, ...]:
-    """(N,) losses, and with ``wants`` log-sum-exps, the targets' log-probabilities and what is wanted."""
+    """(N,) losses, and with ``wants`` log-sum-exps, the targets' log-probabilities and what is
+    wanted."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = None if class_weight is None else class_weight.to(dtype)
-    up = None if upstream is None else Upstream(*(None if t is None else t.to(dtype)[:, None] for t in upstream))
+    up = (
+        None
+        if upstream is None
+        else Upstream(*(None if t is None else t.to(dtype)[:, None] for t in upstream))
+    )
     for grad in (dlogits, dtarget):
         if grad is not None:
             prefer_huge_pages(grad)
@@ -126,7 +154,8 @@ def _rows(
     soft = target.is_floating_point()
     temporaries = FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0
     temporaries += dlogits is None or dlogits.dtype != dtype
-    # distances of a whole block where they end in its gradient, of a few rows where they are summed and forgotten
+    # distances of a whole block where they end in its gradient, of a few rows where they are summed
+    # and forgotten
     temporaries += up is not None and up.entropy is not None
 
     def part(rows: slice, block: int, count: int) -> tuple[Tensor, ...]:
@@ -136,19 +165,37 @@ def _rows(
         columns = (
             _soft_rows(x, t, weight, u, spec, dx, dt, dtype, block, wants)
             if soft
-            else _id_rows(x, t[:, None], weight, u, spec, dx, dtype, block, summed_rows(n, v, dtype.itemsize, count), wants)
+            else _id_rows(
+                x,
+                t[:, None],
+                weight,
+                u,
+                spec,
+                dx,
+                dtype,
+                block,
+                summed_rows(n, v, dtype.itemsize, count),
+                wants,
+            )
         )
         return tuple(column[:, 0] for column in columns)
 
     parts = in_parts(logits, dtype, temporaries, part)
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+    return (
+        parts[0]
+        if len(parts) == 1
+        else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+    )
 
 
 T = TypeVar("T")
 
 
-def in_parts(logits: Tensor, dtype: torch.dtype, temporaries: int, part: Callable[[slice, int, int], T]) -> list[T]:
-    """``part(rows, rows of a block, threads)`` for all rows, by as many threads as have enough to do."""
+def in_parts(
+    logits: Tensor, dtype: torch.dtype, temporaries: int, part: Callable[[slice, int, int], T]
+) -> list[T]:
+    """``part(rows, rows of a block, threads)`` for all rows, by as many threads as have enough to
+    do."""
     (n, v), on_cpu = logits.shape, logits.device.type == "cpu"
     count = threads_for(n * v, logits.element_size(), dtype.itemsize, temporaries) if on_cpu else 1
     block = block_rows(n, v, logits.element_size(), dtype.itemsize, on_cpu, temporaries, count)
@@ -156,41 +203,66 @@ def in_parts(logits: Tensor, dtype: torch.dtype, temporaries: int, part: Callabl
         return [part(slice(0, n), block, count)]
     # several parts for each thread, whole blocks, for when one of them is held up
     length = max(block, -(-n // (4 * count * block)) * block)
-    return threads.run([functools.partial(part, slice(i, i + length), block, count) for i in range(0, n, length)], count)
+    return threads.run(
+        [functools.partial(part, slice(i, i + length), block, count) for i in range(0, n, length)],
+        count,
+    )
 
 
 def _spreads(up: Upstream | None, wants: Wants | None) -> bool:
-    """Whether entropies are computed, which takes a block for the logits' distances from their maximum."""
+    """Whether entropies are computed, which takes a block for the logits' distances from their
+    maximum."""
     return (wants is not None and wants.entropy) or (up is not None and up.entropy is not None)
 
 
 def threads_for(numel: int, itemsize: int, work_itemsize: int, temporaries: int) -> int:
-    """How many threads take blocks of their own: as many as there are, if each has enough to do and the temporaries stay what they are."""
+    """How many threads take blocks of their own: as many as there are, if each has enough to do and
+    the temporaries stay what they are."""
     enough = numel * work_itemsize // THREAD_LEAST_BYTES
     if temporaries:
-        enough = min(enough, max(TEMPORARY_BYTES, numel * itemsize // TEMPORARY_SHARE) // temporaries // THREAD_LEAST_BYTES)
+        enough = min(
+            enough,
+            max(TEMPORARY_BYTES, numel * itemsize // TEMPORARY_SHARE)
+            // temporaries
+            // THREAD_LEAST_BYTES,
+        )
     return max(1, min(threads.workers(), enough))
 
 
-def block_rows(n: int, v: int, itemsize: int, work_itemsize: int, cpu: bool, temporaries: int, count: int = 1) -> int:
-    """The rows of a block of (N, V) logits, with so many temporaries of a block alive at once in each of ``count`` threads."""
+def block_rows(
+    n: int, v: int, itemsize: int, work_itemsize: int, cpu: bool, temporaries: int, count: int = 1
+) -> int:
+    """The rows of a block of (N, V) logits, with so many temporaries of a block alive at once in
+    each of ``count`` threads."""
     size = CPU_BLOCK_BYTES if cpu else DEVICE_BLOCK_BYTES
     if temporaries:
-        size = min(size, max(TEMPORARY_BYTES, n * v * itemsize // TEMPORARY_SHARE) // (temporaries * count))
+        size = min(
+            size, max(TEMPORARY_BYTES, n * v * itemsize // TEMPORARY_SHARE) // (temporaries * count)
+        )
     return max(1, min(n, size // (v * work_itemsize)))
 
 
 def summed_rows(n: int, v: int, work_itemsize: int, count: int = 1) -> int:
-    """The rows of (N, V) logits whose distances from the maximum are summed at a time, in each of ``count`` threads."""
+    """The rows of (N, V) logits whose distances from the maximum are summed at a time, in each of
+    ``count`` threads."""
     least, most = SUMMED_BYTES
-    return max(1, min(most, max(least, n * v * work_itemsize // (SUMMED_SHARE * count))) // (v * work_itemsize))
+    return max(
+        1,
+        min(most, max(least, n * v * work_itemsize // (SUMMED_SHARE * count)))
+        // (v * work_itemsize),
+    )
 
 
-def _blocks(logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, logits, a block to work in): rows of ``dlogits`` if they have the dtype, otherwise scratch, copied there after the work."""
+def _blocks(
+    logits: Tensor, dlogits: Tensor | None, dtype: torch.dtype, rows: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, logits, a block to work in): rows of ``dlogits`` if they have the dtype, otherwise
+    scratch, copied there after the work."""
     n, v = logits.shape
     direct = dlogits if dlogits is not None and dlogits.dtype == dtype else None
-    scratch = torch.empty(0 if direct is not None else min(rows, n), v, dtype=dtype, device=logits.device)
+    scratch = torch.empty(
+        0 if direct is not None else min(rows, n), v, dtype=dtype, device=logits.device
+    )
     for start in range(0, n, rows):
         block = slice(start, min(start + rows, n))
         work = direct[block] if direct is not None else scratch[: block.stop - block.start]
@@ -211,7 +283,8 @@ def _id_rows(
     summed: int,
     wants: Wants | None,
 ) -> list[Tensor]:
-    """(N, 1) losses and statistics against (N, 1) class ids; entropies of ``summed`` rows at a time."""
+    """(N, 1) losses and statistics against (N, 1) class ids; entropies of ``summed`` rows at a
+    time."""
     n, v = logits.shape
     ignored = target == spec.ignore_index
     valid = ~ignored & (target >= 0) & (target < v)
@@ -225,12 +298,18 @@ def _id_rows(
     up = Upstream() if up is None else up
     dloss = 0.0 * ones.expand(n, 1) if up.loss is None else up.loss
     # of the negative log-likelihood; a target outside [0, V) makes its row NaN
-    dnll = torch.where(valid, dloss * kept if up.target_logprob is None else dloss * kept - up.target_logprob, torch.nan)
+    dnll = torch.where(
+        valid,
+        dloss * kept if up.target_logprob is None else dloss * kept - up.target_logprob,
+        torch.nan,
+    )
     spreads = _spreads(up, wants)
     some = block if up.entropy is not None else min(block, summed)
     distances = torch.empty(min(some, n) if spreads else 0, v, dtype=dtype, device=logits.device)
 
-    row_max, margin, others, shortfall, spread = torch.empty(5, n, 1, dtype=dtype, device=logits.device)
+    row_max, margin, others, shortfall, spread = torch.empty(
+        5, n, 1, dtype=dtype, device=logits.device
+    )
     wants_top = wants is not None and wants.argmax
     top = torch.empty(n if wants_top else 0, 1, dtype=torch.int64, device=logits.device)
     for rows, x, p in _blocks(logits, dlogits, dtype, block):
@@ -245,7 +324,10 @@ def _id_rows(
         if spreads:
             torch.gather(z, 1, y_b, out=margin_b).sub_(row_max[rows])
             for i in range(0, len(p), some):
-                part, at = slice(i, i + some), slice(rows.start + i, min(rows.start + i + some, rows.stop))
+                part, at = (
+                    slice(i, i + some),
+                    slice(rows.start + i, min(rows.start + i + some, rows.stop)),
+                )
                 d = torch.sub(z[part], row_max[at], out=distances[: at.stop - at.start])
                 if smooth:
                     torch.sum(times(-d, weight), -1, keepdim=True, out=shortfall[at])
@@ -268,7 +350,9 @@ def _id_rows(
         dy = others_b * factor
         if smooth or spec.lse_square_scale or up.lse is not None:
             # what multiplies every p alike, the target's among them
-            flat = dloss[rows] * (smooth_sum + 2.0 * spec.lse_square_scale * (row_max[rows] + _log_sum(others_b, e_y)))
+            flat = dloss[rows] * (
+                smooth_sum + 2.0 * spec.lse_square_scale * (row_max[rows] + _log_sum(others_b, e_y))
+            )
             if up.lse is not None:
                 flat += up.lse[rows]
             dy -= flat * e_y
@@ -283,7 +367,11 @@ def _id_rows(
         if up.entropy is not None:
             p.addcmul_(moments, up.entropy[rows] * per_sum, value=-1.0)
         if smooth:
-            p.addcmul_((ones if weight is None else weight).expand_as(p), dloss[rows].expand_as(p), value=-smooth)
+            p.addcmul_(
+                (ones if weight is None else weight).expand_as(p),
+                dloss[rows].expand_as(p),
+                value=-smooth,
+            )
             dy -= smooth * w_y[rows] * dloss[rows]
         p.scatter_(1, y_b, dy)
         if slope is not None:
@@ -303,7 +391,9 @@ def _id_rows(
         columns += [log_sum_exp(row_max, log_sum), margin - log_sum]
         if wants.entropy:
             columns.append(log_sum - spread / (others + e_y))
-    columns = [torch.where(ignored, 0.0, torch.where(valid, column, torch.nan)) for column in columns]
+    columns = [
+        torch.where(ignored, 0.0, torch.where(valid, column, torch.nan)) for column in columns
+    ]
     return [*columns, torch.where(valid, top, no_class(spec))] if wants_top else columns
 
 
@@ -322,7 +412,9 @@ def _soft_rows(
     """(N, 1) losses and statistics against (N, V) probabilities."""
     n, v = logits.shape
     # results of an operator share no memory
-    loss, all_lse, target_logprob, entropy = (torch.empty(n, 1, dtype=dtype, device=logits.device) for _ in range(4))
+    loss, all_lse, target_logprob, entropy = (
+        torch.empty(n, 1, dtype=dtype, device=logits.device) for _ in range(4)
+    )
     all_top = torch.empty(n, 1, dtype=torch.int64, device=logits.device)
     for rows, x, p in _blocks(logits, dlogits, dtype, block):
         z, slope = shaped(x, spec, p)
@@ -335,7 +427,12 @@ def _soft_rows(
         q = times(q, weight)
         if wants is not None:
             # before classes are left out by their weights, which are the loss's alone
-            torch.sum(torch.where((t == 0.0) & (d == -torch.inf), 0.0, t * d), -1, keepdim=True, out=target_logprob[rows])
+            torch.sum(
+                torch.where((t == 0.0) & (d == -torch.inf), 0.0, t * d),
+                -1,
+                keepdim=True,
+                out=target_logprob[rows],
+            )
         # a class of zero mass is out of the sum even where its logit is -inf
         out = (q == 0.0) & (d == -torch.inf)
         d.masked_fill_(out, 0.0)
@@ -349,7 +446,9 @@ def _soft_rows(
         mass = q.sum(-1, keepdim=True)
         log_sum, sum_exp = torch.log1p(others), 1.0 + others
         lse = row_max + log_sum
-        loss[rows] = mass * log_sum - (q * d).sum(-1, keepdim=True) + spec.lse_square_scale * lse * lse
+        loss[rows] = (
+            mass * log_sum - (q * d).sum(-1, keepdim=True) + spec.lse_square_scale * lse * lse
+        )
         if wants is not None:
             all_lse[rows], all_top[rows] = log_sum_exp(row_max, log_sum), top
             target_logprob[rows] -= t.sum(-1, keepdim=True) * log_sum
@@ -371,7 +470,9 @@ def _soft_rows(
             if up.entropy is not None:
                 flat = flat + up.entropy[rows] * spread / sum_exp
             # mass * p - q cancels where p is nearly 1
-            d_top = torch.where(others < 1.0, (dmass - dq_top) - dmass * others / sum_exp, dmass / sum_exp - dq_top)
+            d_top = torch.where(
+                others < 1.0, (dmass - dq_top) - dmass * others / sum_exp, dmass / sum_exp - dq_top
+            )
             p.mul_((dmass + flat) / sum_exp).addcmul_(q, dloss_b, value=-1.0)
             if dlogprob_b is not None:
                 p.addcmul_(t, dlogprob_b)
@@ -382,14 +483,24 @@ def _soft_rows(
                 p.mul_(slope)
         if dtarget is not None:
             nll = log_sum - d
-            dt = times(nll, weight).mul((1.0 - spec.label_smoothing) * dloss_b).masked_fill_(out, 0.0)
+            dt = (
+                times(nll, weight)
+                .mul((1.0 - spec.label_smoothing) * dloss_b)
+                .masked_fill_(out, 0.0)
+            )
             if dlogprob_b is not None:
                 nll.masked_fill_(out, torch.inf)
                 dt -= torch.where((t == 0.0) & (nll == torch.inf), 0.0, nll * dlogprob_b)
             dtarget[rows].copy_(dt)
     if wants is None:
         return [loss]
-    return [loss, all_lse, target_logprob, *([entropy] if wants.entropy else []), *([all_top] if wants.argmax else [])]
+    return [
+        loss,
+        all_lse,
+        target_logprob,
+        *([entropy] if wants.entropy else []),
+        *([all_top] if wants.argmax else []),
+    ]
 
 
 def largest(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -417,7 +528,8 @@ def moments_of(e: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shaped(x: Tensor, spec: LossSpec, scratch: Tensor) -> tuple[Tensor, Tensor | float | None]:
-    """The logits the loss sees and their derivative (None for 1); in ``scratch`` if ``x`` is not in its dtype, and maybe ``x`` itself."""
+    """The logits the loss sees and their derivative (None for 1); in ``scratch`` if ``x`` is not in
+    its dtype, and maybe ``x`` itself."""
     z = x if x.dtype == scratch.dtype else scratch.copy_(x)
     slope: Tensor | float | None = None
     if spec.logit_scale is not None:
@@ -432,7 +544,8 @@ def shaped(x: Tensor, spec: LossSpec, scratch: Tensor) -> tuple[Tensor, Tensor |
 
 
 def _log_sum(others: Tensor, e_y: Tensor) -> Tensor:
-    """log of the sum of exponentials, the target's and the others': exact where they are 1 and nearly 0."""
+    """log of the sum of exponentials, the target's and the others': exact where they are 1 and
+    nearly 0."""
     return torch.log1p(others + (e_y - 1.0))
 
 
@@ -442,7 +555,8 @@ def times(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _nowhere(mask: Tensor) -> bool:
-    """Whether a block can be skipped: looked up on the CPU, denied elsewhere rather than synchronise."""
+    """Whether a block can be skipped: looked up on the CPU, denied elsewhere rather than
+    synchronise."""
     return mask.device.type == "cpu" and not mask.any()
 
 
@@ -460,7 +574,8 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def prefer_huge_pages(fresh: Tensor) -> None:
-    """Ask Linux for huge pages under a new tensor, as numpy does: faulting in small ones takes longer than the loss. A hint, no more."""
+    """Ask Linux for huge pages under a new tensor, as numpy does: faulting in small ones takes
+    longer than the loss. A hint, no more."""
     first = -(-fresh.data_ptr() // _PAGE) * _PAGE
     end = (fresh.data_ptr() + fresh.numel() * fresh.element_size()) // _PAGE * _PAGE
     if _libc is not None and fresh.device.type == "cpu" and end - first >= 2 * _HUGE_PAGE:

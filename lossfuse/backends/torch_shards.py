@@ -1,4 +1,5 @@
-"""Torch code over blocks of rows for a shard of the classes: what ``torch_rows`` is where all classes are at hand.
+"""Torch code over blocks of rows for a shard of the classes: what ``torch_rows`` is where all
+classes are at hand.
 
 A gradient waits for what other shards say of its row, so logits are read twice.
 """
@@ -8,13 +9,31 @@ from torch import Tensor
 
 from ..row_types import ShardRows, Upstream, Wants
 from ..spec import LossSpec
-from .torch_rows import FEATURE_BLOCKS, in_parts, largest, moments_of, multiply_in_place, prefer_huge_pages, shaped, times, zero_rows
+from .torch_rows import (
+    FEATURE_BLOCKS,
+    in_parts,
+    largest,
+    moments_of,
+    multiply_in_place,
+    prefer_huge_pages,
+    shaped,
+    times,
+    zero_rows,
+)
 
 __all__ = ["multiply_in_place", "shard_grads", "shard_rows"]
 
 
-def shard_rows(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants, given: bool) -> ShardRows:
-    """What (N, V) logits of a shard, V >= 1, say of their rows; ``given`` asks for what the log-probability of probabilities takes."""
+def shard_rows(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    wants: Wants,
+    given: bool,
+) -> ShardRows:
+    """What (N, V) logits of a shard, V >= 1, say of their rows; ``given`` asks for what the
+    log-probability of probabilities takes."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = None if class_weight is None else class_weight.to(dtype)
     soft = target.is_floating_point()
@@ -31,10 +50,17 @@ def shard_rows(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec
         "mean_shortfall": wants.entropy,
     }
     made = ShardRows(
-        **{name: logits.new_zeros(n, 1, dtype=dtype) if wanted else None for name, wanted in floats.items()},  # type: ignore[arg-type]
+        **{
+            name: logits.new_zeros(n, 1, dtype=dtype) if wanted else None
+            for name, wanted in floats.items()
+        },  # type: ignore[arg-type]
         argmax=logits.new_zeros(n, 1, dtype=torch.int64) if wants.argmax else None,
     )
-    temporaries = 1 + wants.entropy + (FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0)
+    temporaries = (
+        1
+        + wants.entropy
+        + (FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0)
+    )
 
     def part(rows: slice, block: int, count: int) -> None:
         scratch = torch.empty(min(block, n), logits.shape[1], dtype=dtype, device=logits.device)
@@ -48,7 +74,14 @@ def shard_rows(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec
     return ShardRows(*(None if t is None else t[:, 0] for t in made))  # type: ignore[arg-type]
 
 
-def _id_block(logits: Tensor, target: Tensor, weight: Tensor | None, spec: LossSpec, p: Tensor, made: ShardRows) -> None:
+def _id_block(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    spec: LossSpec,
+    p: Tensor,
+    made: ShardRows,
+) -> None:
     y, here = _local(target[:, None], logits.shape[1], spec)
     z, _ = shaped(logits, spec, p)
     top = _largest(z, made)
@@ -67,17 +100,32 @@ def _id_block(logits: Tensor, target: Tensor, weight: Tensor | None, spec: LossS
     _sum_up(e, torch.where(here, e_y, 0.0), spread, made)
 
 
-def _soft_block(logits: Tensor, target: Tensor, weight: Tensor | None, spec: LossSpec, p: Tensor, made: ShardRows) -> None:
+def _soft_block(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    spec: LossSpec,
+    p: Tensor,
+    made: ShardRows,
+) -> None:
     t, q = _masses(target, weight, spec, p.dtype)
     z, _ = shaped(logits, spec, p)
     top = _largest(z, made)
     d = z - top
     assert made.mass is not None and made.shortfall is not None
-    for mass, shortfall, of in ((made.mass, made.shortfall, q), (made.given_mass, made.given_shortfall, t)):
+    for mass, shortfall, of in (
+        (made.mass, made.shortfall, q),
+        (made.given_mass, made.given_shortfall, t),
+    ):
         if mass is not None and shortfall is not None:
             torch.sum(of, -1, keepdim=True, out=mass)
             # a class of zero mass is out of the sum even where its logit is -inf
-            torch.sum(torch.where((of == 0.0) & (d == -torch.inf), 0.0, of * -d), -1, keepdim=True, out=shortfall)
+            torch.sum(
+                torch.where((of == 0.0) & (d == -torch.inf), 0.0, of * -d),
+                -1,
+                keepdim=True,
+                out=shortfall,
+            )
     at = d.argmax(-1, keepdim=True)
     e = torch.exp(d, out=p)
     spread = moments_of(e, d)[1] if made.mean_shortfall is not None else None
@@ -98,7 +146,8 @@ def _largest(z: Tensor, made: ShardRows) -> Tensor:
 
 
 def _sum_up(others: Tensor, one: Tensor, spread: Tensor | None, made: ShardRows) -> None:
-    """From exponentials without one of them, that one, and the sum of all times their distances from the maximum."""
+    """From exponentials without one of them, that one, and the sum of all times their distances
+    from the maximum."""
     rest = others.sum(-1, keepdim=True)
     made.log_sum.copy_(torch.log1p(rest + (one - 1.0)))
     if spread is not None and made.mean_shortfall is not None:
@@ -113,7 +162,9 @@ def _local(target: Tensor, v: int, spec: LossSpec) -> tuple[Tensor, Tensor]:
     return torch.where(here, y, 0), here
 
 
-def _masses(target: Tensor, weight: Tensor | None, spec: LossSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _masses(
+    target: Tensor, weight: Tensor | None, spec: LossSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Probabilities as given, and as the loss takes them."""
     t = target.to(dtype)
     q = t
@@ -133,7 +184,8 @@ def shard_grads(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given, from what ``merge.kept`` says of whole rows; ``dlogits`` may be ``logits``."""
+    """Fill the gradients that are given, from what ``merge.kept`` says of whole rows; ``dlogits``
+    may be ``logits``."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = None if class_weight is None else class_weight.to(dtype)
     up = Upstream(*(None if t is None else t.to(dtype)[:, None] for t in upstream))
@@ -143,16 +195,39 @@ def shard_grads(
     for grad in (dlogits, dtarget):
         if grad is not None:
             prefer_huge_pages(grad)
-    temporaries = 2 + (up.entropy is not None) + (FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0)
+    temporaries = (
+        2
+        + (up.entropy is not None)
+        + (FEATURE_BLOCKS if soft or spec.label_smoothing or spec.shapes_logits else 0)
+    )
 
     def part(rows: slice, block: int, count: int) -> None:
         for start in range(rows.start, min(rows.stop, n), block):
             some = slice(start, min(start + block, rows.stop, n))
             dx, dt = (None if g is None else g[some] for g in (dlogits, dtarget))
             if soft:
-                _soft_grads(logits[some], target[some], weight, columns[:, some], up.of(some), spec, dtype, dx, dt)
+                _soft_grads(
+                    logits[some],
+                    target[some],
+                    weight,
+                    columns[:, some],
+                    up.of(some),
+                    spec,
+                    dtype,
+                    dx,
+                    dt,
+                )
             elif dx is not None:
-                _id_grads(logits[some], target[some], weight, columns[:, some], up.of(some), spec, dtype, dx)
+                _id_grads(
+                    logits[some],
+                    target[some],
+                    weight,
+                    columns[:, some],
+                    up.of(some),
+                    spec,
+                    dtype,
+                    dx,
+                )
 
     in_parts(logits, dtype, temporaries, part)
 
@@ -179,12 +254,19 @@ def _id_grads(
     if up.target_logprob is not None:
         dnll = dnll - up.target_logprob
     dnll = torch.where(bad, torch.nan, dnll)
-    # what multiplies every p alike, the target's among them; weights that may be of nobody count only if labels are smoothed
-    flat = dloss * ((smooth * w_sum if smooth else 0.0) + 2.0 * spec.lse_square_scale * (row_max + log_sum))
+    # what multiplies every p alike, the target's among them; weights that may be of nobody count
+    # only if labels are smoothed
+    flat = dloss * (
+        (smooth * w_sum if smooth else 0.0) + 2.0 * spec.lse_square_scale * (row_max + log_sum)
+    )
     if up.lse is not None:
         flat = flat + up.lse
 
-    work = dlogits if dlogits.dtype == dtype else torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    work = (
+        dlogits
+        if dlogits.dtype == dtype
+        else torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    )
     z, slope = shaped(logits, spec, work)
     d = torch.sub(z, row_max, out=work)
     d_y = d.gather(1, y)
@@ -196,11 +278,17 @@ def _id_grads(
         p = d.exp()
         moments, _ = moments_of(p, d)
         dy = dy - up.entropy * per_sum * (moments.gather(1, y) + mean_shortfall * p.gather(1, y))
-        p.mul_((factor - up.entropy * mean_shortfall) * per_sum).addcmul_(moments, up.entropy * per_sum, value=-1.0)
+        p.mul_((factor - up.entropy * mean_shortfall) * per_sum).addcmul_(
+            moments, up.entropy * per_sum, value=-1.0
+        )
     else:
         p = d.exp_().mul_(factor * per_sum)
     if smooth:
-        p.addcmul_((torch.ones_like(row_max) if weight is None else weight).expand_as(p), dloss.expand_as(p), value=-smooth)
+        p.addcmul_(
+            (torch.ones_like(row_max) if weight is None else weight).expand_as(p),
+            dloss.expand_as(p),
+            value=-smooth,
+        )
     p.scatter_(1, y, torch.where(here, dy, p.gather(1, y)))
     if slope is not None:
         p.mul_(slope)

@@ -5,7 +5,15 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..kernels import fused_rows, linear_rows, log_softmax_rows, scale_rows, sigmoid_rows, soft_target_rows, softmax_rows
+from ..kernels import (
+    fused_rows,
+    linear_rows,
+    log_softmax_rows,
+    scale_rows,
+    sigmoid_rows,
+    soft_target_rows,
+    softmax_rows,
+)
 from ..row_types import RowStats, ShardRows, Upstream, Wants
 from ..spec import LossSpec
 
@@ -42,12 +50,20 @@ def _unit_stride(t: Tensor) -> Tensor:
     return t if _has_unit_stride(t) else t.contiguous()
 
 
-def _operands(logits: Tensor, target: Tensor, class_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _operands(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     weight = None if class_weight is None else class_weight.to(torch.float32).contiguous()
-    return _unit_stride(logits), _unit_stride(target) if target.is_floating_point() else target.contiguous(), weight
+    return (
+        _unit_stride(logits),
+        _unit_stride(target) if target.is_floating_point() else target.contiguous(),
+        weight,
+    )
 
 
-def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+def row_loss(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
     """(N,) losses, and the statistics ``row_grads`` takes."""
     operands = _operands(logits, target, class_weight)
     if target.is_floating_point():
@@ -56,7 +72,8 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
 
 
 def _room(x: Tensor, logits: Tensor, dlogits: Tensor | None) -> Tensor | None:
-    """Where kernels put the gradient: ``dlogits``, or rows with unit stride to be copied there; ``x`` is ``logits`` or such a copy."""
+    """Where kernels put the gradient: ``dlogits``, or rows with unit stride to be copied there;
+    ``x`` is ``logits`` or such a copy."""
     if dlogits is None or _has_unit_stride(dlogits):
         return dlogits
     return x if x is not logits else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -78,14 +95,35 @@ def row_grads(
     dlse, dlogprob, dentropy = (None if t is None else t.contiguous() for t in upstream[1:])
     if target.is_floating_point():
         soft_target_rows.row_grads(
-            x, t, weight, kept, upstream.loss, dlogits=room, dtarget=dtarget, dlse=dlse, dlogprob=dlogprob, dentropy=dentropy,
-            num_classes=spec.num_classes, **_options(spec),
-        )  # fmt: skip
+            x,
+            t,
+            weight,
+            kept,
+            upstream.loss,
+            dlogits=room,
+            dtarget=dtarget,
+            dlse=dlse,
+            dlogprob=dlogprob,
+            dentropy=dentropy,
+            num_classes=spec.num_classes,
+            **_options(spec),
+        )
     elif room is not None:
         softmax_rows.row_grads(
-            x, t, weight, kept, upstream.loss, dlogits=room, dlse=dlse, dlogprob=dlogprob, dentropy=dentropy,
-            first_class=spec.first_class, num_classes=spec.num_classes, ignore_index=spec.ignore_index, **_options(spec),
-        )  # fmt: skip
+            x,
+            t,
+            weight,
+            kept,
+            upstream.loss,
+            dlogits=room,
+            dlse=dlse,
+            dlogprob=dlogprob,
+            dentropy=dentropy,
+            first_class=spec.first_class,
+            num_classes=spec.num_classes,
+            ignore_index=spec.ignore_index,
+            **_options(spec),
+        )
     if dlogits is not None and room is not None and room is not dlogits:
         dlogits.copy_(room)
 
@@ -107,7 +145,9 @@ def row_loss_and_grads(
     x, t, weight = _operands(logits, target, class_weight)
     room = _room(x, logits, dlogits)
     assert room is not None
-    loss = fused_rows.row_loss_and_grads(x, t, weight, dloss, dlogits=room, ignore_index=spec.ignore_index, **_options(spec))
+    loss = fused_rows.row_loss_and_grads(
+        x, t, weight, dloss, dlogits=room, ignore_index=spec.ignore_index, **_options(spec)
+    )
     if room is not dlogits:
         dlogits.copy_(room)
     return loss
@@ -123,12 +163,18 @@ def row_stats(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> RowStats:
-    """Statistics of N rows, and then the gradients that are given filled; ``dlogits`` may be ``logits``."""
-    operands, options = _operands(logits, target, class_weight), {**wants._asdict(), **_options(spec)}
+    """Statistics of N rows, and then the gradients that are given filled; ``dlogits`` may be
+    ``logits``."""
+    operands, options = (
+        _operands(logits, target, class_weight),
+        {**wants._asdict(), **_options(spec)},
+    )
     if target.is_floating_point():
         made = RowStats(*soft_target_rows.row_stats(*operands, **options))
     else:
-        made = RowStats(*softmax_rows.row_stats(*operands, ignore_index=spec.ignore_index, **options))
+        made = RowStats(
+            *softmax_rows.row_stats(*operands, ignore_index=spec.ignore_index, **options)
+        )
     if upstream is None or (dlogits is None and dtarget is None):
         return made
     if upstream.only_loss and upstream.loss is not None:
@@ -139,16 +185,33 @@ def row_stats(
     return made
 
 
-def shard_rows(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants, given: bool) -> ShardRows:
-    """What a shard's rows are merged by; ``given`` asks for the sums of the probabilities as given."""
+def shard_rows(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    wants: Wants,
+    given: bool,
+) -> ShardRows:
+    """What a shard's rows are merged by; ``given`` asks for the sums of the probabilities as
+    given."""
     assert spec.first_class is not None and spec.num_classes is not None
-    operands, options = _operands(logits, target, class_weight), {**wants._asdict(), **_row_options(spec)}
+    operands, options = (
+        _operands(logits, target, class_weight),
+        {**wants._asdict(), **_row_options(spec)},
+    )
     soft = target.is_floating_point()
     if soft:
-        stats, shard, argmax = soft_target_rows.shard_rows(*operands, num_classes=spec.num_classes, given=given, **options)
+        stats, shard, argmax = soft_target_rows.shard_rows(
+            *operands, num_classes=spec.num_classes, given=given, **options
+        )
     else:
         stats, shard, argmax = softmax_rows.shard_rows(
-            *operands, first_class=spec.first_class, num_classes=spec.num_classes, ignore_index=spec.ignore_index, **options
+            *operands,
+            first_class=spec.first_class,
+            num_classes=spec.num_classes,
+            ignore_index=spec.ignore_index,
+            **options,
         )
     return ShardRows(
         row_max=stats[0],
@@ -176,37 +239,70 @@ def shard_grads(
 ) -> None:
     """As ``row_grads``, of a shard's classes.
 
-    ``kept`` are five numbers of each row, (5, N), merged: its maximum, log-sum, mean shortfall, weight of the target and sum of all class
-    weights; against probabilities maximum, log-sum, mass, mass as given, mean shortfall.
-    """
+    ``kept`` are five numbers of each row, (5, N), merged: its maximum, log-sum, mean shortfall,
+    weight of the target and sum of all class weights; against probabilities maximum, log-sum, mass,
+    mass as given, mean shortfall."""
     assert spec.first_class is not None and spec.num_classes is not None
     row_grads(logits, target, class_weight, kept, upstream, spec, dlogits, dtarget)
 
 
 def head_row_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
 ) -> Tensor | None:
-    """(N,) losses from a product whose logits stay in registers; None where there is no such product, or the loss needs all logits."""
-    if target.is_floating_point() or spec.label_smoothing or linear_rows.runs_on(hidden, weight) is not None:
+    """(N,) losses from a product whose logits stay in registers; None where there is no such
+    product, or the loss needs all logits."""
+    if (
+        target.is_floating_point()
+        or spec.label_smoothing
+        or linear_rows.runs_on(hidden, weight) is not None
+    ):
         return None
     return linear_rows.row_loss(
-        hidden, weight, None if bias is None else bias.contiguous(), target.contiguous(),
+        hidden,
+        weight,
+        None if bias is None else bias.contiguous(),
+        target.contiguous(),
         None if class_weight is None else class_weight.to(torch.float32).contiguous(),
-        ignore_index=spec.ignore_index, scale=spec.logit_scale, softcap=spec.softcap, lse_square_scale=spec.lse_square_scale or None,
-    )  # fmt: skip
+        ignore_index=spec.ignore_index,
+        scale=spec.logit_scale,
+        softcap=spec.softcap,
+        lse_square_scale=spec.lse_square_scale or None,
+    )
 
 
 def head_row_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    wants: Wants,
 ) -> RowStats | None:
     """Statistics from a product whose logits stay in registers; None as for ``head_row_loss``."""
-    if target.is_floating_point() or spec.label_smoothing or linear_rows.runs_on(hidden, weight) is not None:
+    if (
+        target.is_floating_point()
+        or spec.label_smoothing
+        or linear_rows.runs_on(hidden, weight) is not None
+    ):
         return None
     made = linear_rows.row_stats(
-        hidden, weight, None if bias is None else bias.contiguous(), target.contiguous(),
-        None if class_weight is None else class_weight.to(torch.float32).contiguous(), **wants._asdict(),
-        ignore_index=spec.ignore_index, scale=spec.logit_scale, softcap=spec.softcap, lse_square_scale=spec.lse_square_scale or None,
-    )  # fmt: skip
+        hidden,
+        weight,
+        None if bias is None else bias.contiguous(),
+        target.contiguous(),
+        None if class_weight is None else class_weight.to(torch.float32).contiguous(),
+        **wants._asdict(),
+        ignore_index=spec.ignore_index,
+        scale=spec.logit_scale,
+        softcap=spec.softcap,
+        lse_square_scale=spec.lse_square_scale or None,
+    )
     return RowStats(*made, hidden.new_empty(0))
 
 
@@ -232,9 +328,16 @@ def sigmoid_loss_and_grads(
     t = _unit_stride(target) if target.is_floating_point() else target.contiguous()
     room = _room(x, logits, dlogits)
     sigmoid_rows.sigmoid_rows(
-        x, t, _side_by_side(weight), _side_by_side(pos_weight), ignore_index=ignore_index, loss=loss,
-        dloss=None if dloss is None else _side_by_side(dloss.expand(logits.shape)), dlogits=room, dtarget=dtarget,
-    )  # fmt: skip
+        x,
+        t,
+        _side_by_side(weight),
+        _side_by_side(pos_weight),
+        ignore_index=ignore_index,
+        loss=loss,
+        dloss=None if dloss is None else _side_by_side(dloss.expand(logits.shape)),
+        dlogits=room,
+        dtarget=dtarget,
+    )
     if dlogits is not None and room is not None and room is not dlogits:
         dlogits.copy_(room)
 
@@ -256,9 +359,17 @@ def probability_loss_and_grads(
 ) -> None:
     """Fill what is given, all but ``loss`` (N, V)."""
     sigmoid_rows.sigmoid_rows(
-        _unit_stride(input), _unit_stride(target), _side_by_side(weight), None, ignore_index=-100, loss=loss,
-        dloss=None if dloss is None else _side_by_side(dloss.expand(input.shape)), dlogits=dinput, dtarget=dtarget, probabilities=True,
-    )  # fmt: skip
+        _unit_stride(input),
+        _unit_stride(target),
+        _side_by_side(weight),
+        None,
+        ignore_index=-100,
+        loss=loss,
+        dloss=None if dloss is None else _side_by_side(dloss.expand(input.shape)),
+        dlogits=dinput,
+        dtarget=dtarget,
+        probabilities=True,
+    )
 
 
 def log_softmax(logits: Tensor, logp: Tensor, stats: Tensor) -> None:
@@ -273,12 +384,18 @@ def log_softmax_grad(logits: Tensor, stats: Tensor, dlogp: Tensor, dlogits: Tens
 
 def nll(logp: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
     """(N,) losses; one number is read of each row, so its strides do not matter."""
-    return log_softmax_rows.nll(logp, target.contiguous(), _fp32(class_weight), ignore_index=ignore_index)
+    return log_softmax_rows.nll(
+        logp, target.contiguous(), _fp32(class_weight), ignore_index=ignore_index
+    )
 
 
-def nll_grad(target: Tensor, class_weight: Tensor | None, dloss: Tensor, ignore_index: int, dlogp: Tensor) -> None:
+def nll_grad(
+    target: Tensor, class_weight: Tensor | None, dloss: Tensor, ignore_index: int, dlogp: Tensor
+) -> None:
     """Fill ``dlogp``."""
-    log_softmax_rows.nll_grad(target.contiguous(), _fp32(class_weight), dloss, dlogp, ignore_index=ignore_index)
+    log_softmax_rows.nll_grad(
+        target.contiguous(), _fp32(class_weight), dloss, dlogp, ignore_index=ignore_index
+    )
 
 
 def _fp32(class_weight: Tensor | None) -> Tensor | None:

@@ -1,4 +1,5 @@
-"""Losses over the ranks of torch.distributed, as callers see them: DTensors, and what all ranks share."""
+"""Losses over the ranks of torch.distributed, as callers see them: DTensors, and what all ranks
+share."""
 
 import sys
 from typing import Any
@@ -20,7 +21,8 @@ def shard_options(shard: VocabShard | None) -> tuple[int, int, str] | tuple[()]:
 
 
 def shared(hidden: Tensor, shard: VocabShard) -> Tensor:
-    """Hidden states that all ranks hold alike, whose gradient is then the sum of what each rank makes of them."""
+    """Hidden states that all ranks hold alike, whose gradient is then the sum of what each rank
+    makes of them."""
     wanted = hidden.requires_grad and torch.is_grad_enabled() and shard.hidden_grad == "reduced"
     made: Tensor = _Shared.apply(hidden, shard.group_name) if wanted else hidden
     return made
@@ -61,7 +63,9 @@ def local_logits(
     class_dim = 0 if input.dim() == 1 else 1
     shard, cut = _shard_of("input", input, class_dim, shard)
     local: Any = input
-    target = _local("target", target, local, class_dim if target.dim() == input.dim() else None, cut)
+    target = _local(
+        "target", target, local, class_dim if target.dim() == input.dim() else None, cut
+    )
     return local.to_local(), target, _local("weight", weight, local, 0, cut), shard
 
 
@@ -73,9 +77,16 @@ def local_head(
     weight: Tensor | None,
     shard: VocabShard | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, VocabShard | None]:
-    """DTensors -> the tensors of this rank and which classes of the head they are; others as they are."""
+    """DTensors -> the tensors of this rank and which classes of the head they are; others as they
+    are."""
     if not is_dtensor(linear_weight):
-        _refuse_dtensors("linear_weight is a plain tensor", input=input, linear_bias=linear_bias, target=target, weight=weight)
+        _refuse_dtensors(
+            "linear_weight is a plain tensor",
+            input=input,
+            linear_bias=linear_bias,
+            target=target,
+            weight=weight,
+        )
         return input, linear_weight, linear_bias, target, weight, shard
     if not is_dtensor(input):
         # a weight that data parallelism has cut looks the same, and its ranks have other rows
@@ -87,12 +98,17 @@ def local_head(
     head: Any = linear_weight
     given: Any = input
     placement = _placements()
-    if given.device_mesh != head.device_mesh or any(p != placement.Replicate() for p in given.placements):
+    if given.device_mesh != head.device_mesh or any(
+        p != placement.Replicate() for p in given.placements
+    ):
         raise ValueError(
             f"input is a DTensor placed {tuple(given.placements)} but linear_weight is sharded over classes; expected Replicate on its mesh"
         )
     # each rank's classes give a part of the gradient, which autograd sums up where it is needed
-    parts = [placement.Partial() if i == cut else placement.Replicate() for i in range(given.device_mesh.ndim)]
+    parts = [
+        placement.Partial() if i == cut else placement.Replicate()
+        for i in range(given.device_mesh.ndim)
+    ]
     if shard is not None:
         shard = VocabShard(shard.start, shard.num_classes, shard.group, hidden_grad="partial")
     soft = target.dim() == input.dim() and target.is_floating_point()
@@ -113,16 +129,24 @@ def _placements() -> Any:
 def _refuse_dtensors(why: str, **others: Tensor | None) -> None:
     for name, t in others.items():
         if is_dtensor(t):
-            raise ValueError(f"{name} is a DTensor but {why}; expected both to be DTensors, or neither (.to_local())")
+            raise ValueError(
+                f"{name} is a DTensor but {why}; expected both to be DTensors, or neither (.to_local())"
+            )
 
 
-def _shard_of(name: str, t: Any, class_dim: int, shard: VocabShard | None) -> tuple[VocabShard | None, int | None]:
-    """The classes of this rank, and the dimension of the mesh that cuts them; None for both where every rank has all."""
+def _shard_of(
+    name: str, t: Any, class_dim: int, shard: VocabShard | None
+) -> tuple[VocabShard | None, int | None]:
+    """The classes of this rank, and the dimension of the mesh that cuts them; None for both where
+    every rank has all."""
     if shard is not None:
-        raise ValueError(f"shard is given but {name} is a DTensor, which knows its shard; pass {name}.to_local(), or no shard")
+        raise ValueError(
+            f"shard is given but {name} is a DTensor, which knows its shard; pass {name}.to_local(), or no shard"
+        )
     placement, cuts = _placements(), []
     for i, p in enumerate(t.placements):
-        # by type: shards of shards, as data and tensor parallelism together make them, are a kind of Shard
+        # by type: shards of shards, as data and tensor parallelism together make them, are a kind
+        # of Shard
         if type(p) is placement.Shard and p.dim % t.dim() == class_dim:
             cuts.append(i)
         elif not p.is_replicate():
@@ -139,14 +163,23 @@ def _shard_of(name: str, t: Any, class_dim: int, shard: VocabShard | None) -> tu
 
 
 def _local(name: str, t: Any, like: Any, class_dim: int | None, cut: int | None) -> Any:
-    """A target, weight or bias beside a DTensor: plain (of this rank), on the same mesh and whole, or cut as its classes are."""
+    """A target, weight or bias beside a DTensor: plain (of this rank), on the same mesh and whole,
+    or cut as its classes are."""
     if not is_dtensor(t):
         return t
     placement = _placements()
     fine = t.device_mesh == like.device_mesh and all(
-        p.is_replicate() or (i == cut and class_dim is not None and type(p) is placement.Shard and p.dim % t.dim() == class_dim)
+        p.is_replicate()
+        or (
+            i == cut
+            and class_dim is not None
+            and type(p) is placement.Shard
+            and p.dim % t.dim() == class_dim
+        )
         for i, p in enumerate(t.placements)
     )
     if not fine:
-        raise ValueError(f"{name} is a DTensor placed {tuple(t.placements)}; expected Replicate on the mesh of the logits, or their shard")
+        raise ValueError(
+            f"{name} is a DTensor placed {tuple(t.placements)}; expected Replicate on the mesh of the logits, or their shard"
+        )
     return t.to_local()

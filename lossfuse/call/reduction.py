@@ -9,18 +9,24 @@ from ..ops.library import all_sum
 from ..spec import LossSpec
 
 
-def denominator(rows: Rows | HeadRows, spec: LossSpec, reduction: str, normalizer: float | Tensor | None) -> Tensor | None:
+def denominator(
+    rows: Rows | HeadRows, spec: LossSpec, reduction: str, normalizer: float | Tensor | None
+) -> Tensor | None:
     """What the summed loss is divided by, a 0-d tensor on the rows' device; None for none and sum.
 
-    Without ``normalizer`` it is torch's: the sum of the class weights of the valid targets, their number when there are no weights, the
-    number of rows for probabilities.
-    """
+    Without ``normalizer`` it is torch's: the sum of the class weights of the valid targets, their
+    number when there are no weights, the number of rows for probabilities."""
     dtype = torch.float64 if rows.input.dtype == torch.float64 else torch.float32
     return divisor_of(rows, rows.num_classes, dtype, spec.ignore_index, reduction, normalizer)
 
 
 def divisor_of(
-    rows: Targets, num_classes: int, dtype: torch.dtype, ignore_index: int, reduction: str, normalizer: float | Tensor | None
+    rows: Targets,
+    num_classes: int,
+    dtype: torch.dtype,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
 ) -> Tensor | None:
     """``denominator`` of losses in a dtype, wherever the logits come from."""
     if reduction != "mean":

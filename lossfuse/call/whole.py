@@ -11,7 +11,12 @@ from ..vocab_parallel.backend import gather, look_together, process_group
 
 
 def whole_logits(
-    input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard, rows: Targets, spec: LossSpec
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    shard: VocabShard,
+    rows: Targets,
+    spec: LossSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors of all ranks, made on every rank."""
     _refuse_transforms()
@@ -49,16 +54,23 @@ def whole_head(
 
 def _refuse_transforms() -> None:
     if torch_func_active() or torch.autograd.forward_ad._current_level >= 0:
-        raise ValueError("shard is given but torch.func transforms and forward-mode derivatives know no ranks; pass whole logits")
+        raise ValueError(
+            "shard is given but torch.func transforms and forward-mode derivatives know no ranks; pass whole logits"
+        )
 
 
 def _whole_weight(weight: Tensor | None, shard: VocabShard) -> Tensor | None:
-    made: Tensor | None = weight if weight is None or len(weight) == shard.num_classes else _Whole.apply(weight, 0, shard)
+    made: Tensor | None = (
+        weight
+        if weight is None or len(weight) == shard.num_classes
+        else _Whole.apply(weight, 0, shard)
+    )
     return made
 
 
 class _Addend(torch.autograd.Function):
-    """Hidden states whose gradient, whole on every rank, is to be summed over the ranks all the same."""
+    """Hidden states whose gradient, whole on every rank, is to be summed over the ranks all the
+    same."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, shard: VocabShard) -> Tensor:
@@ -71,22 +83,30 @@ class _Addend(torch.autograd.Function):
 
 
 class _Whole(torch.autograd.Function):
-    """Shards -> the whole, on every rank. Each rank makes the same of it, so that its gradient is the shard of the whole's."""
+    """Shards -> the whole, on every rank. Each rank makes the same of it, so that its gradient is
+    the shard of the whole's."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, dim: int, shard: VocabShard) -> Tensor:
         ctx.dim, ctx.shard, ctx.size = dim, shard, t.shape[dim]
-        # waits for the device: shapes are the host's, and who asks for the reference asks for its pace
-        places = gather(torch.tensor([shard.start, t.shape[dim]], device=t.device), shard.group_name).tolist()
+        # waits for the device: shapes are the host's, and who asks for the reference asks for its
+        # pace
+        places = gather(
+            torch.tensor([shard.start, t.shape[dim]], device=t.device), shard.group_name
+        ).tolist()
         length = max(size for _, size in places)
         rest = t.shape[:dim] + t.shape[dim + 1 :]
         lines = t.movedim(dim, 0).reshape(t.shape[dim], rest.numel())
         padded = lines.new_zeros(length, rest.numel())
         padded[: len(lines)] = lines
-        ordered = sorted(zip(places, gather(padded, shard.group_name), strict=True), key=lambda at: at[0])
+        ordered = sorted(
+            zip(places, gather(padded, shard.group_name), strict=True), key=lambda at: at[0]
+        )
         ends = [0, *(start + size for (start, size), _ in ordered)]
         if [start for (start, _), _ in ordered] != ends[:-1] or ends[-1] != shard.num_classes:
-            raise ValueError(f"shard: the ranks hold (start, classes) {places}; expected each of [0, {shard.num_classes}) once")
+            raise ValueError(
+                f"shard: the ranks hold (start, classes) {places}; expected each of [0, {shard.num_classes}) once"
+            )
         whole = torch.cat([part[:size] for (_, size), part in ordered])
         return whole.reshape(shard.num_classes, *rest).movedim(0, dim)
 

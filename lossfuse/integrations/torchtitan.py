@@ -1,4 +1,5 @@
-"""torchtitan 0.3: a loss for its configuration, ``config.loss = FusedCrossEntropyLoss.Config()``."""
+"""torchtitan 0.3: a loss for its configuration, ``config.loss =
+FusedCrossEntropyLoss.Config()``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +12,30 @@ from ..functional import linear_cross_entropy
 
 
 class FusedCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc]
-    """torchtitan's ``CrossEntropyLoss`` of a head whose logits are not made: the trainer hands over hidden states and head.
+    """torchtitan's ``CrossEntropyLoss`` of a head whose logits are not made: the trainer hands over
+    hidden states and head.
 
-    Equal, in loss and gradients, to ``ChunkedLossWrapper`` around ``CrossEntropyLoss``; sequences of any length, ``num_chunks`` and
-    ``loss_fn`` are not read. ValueError where the head is sharded (FSDP, tensor parallelism).
-    """
+    Equal, in loss and gradients, to ``ChunkedLossWrapper`` around ``CrossEntropyLoss``; sequences
+    of any length, ``num_chunks`` and ``loss_fn`` are not read. ValueError where the head is sharded
+    (FSDP, tensor parallelism)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ChunkedLossWrapper.Config):  # type: ignore[misc]
         pass
 
     def __call__(
-        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
+        self,
+        pred: Tensor,
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        **loss_inputs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         weight, bias = self.lm_head.weight, getattr(self.lm_head, "bias", None)
         if isinstance(weight, DTensor) or isinstance(pred, DTensor):
-            raise ValueError("lm_head is sharded, but FusedCrossEntropyLoss needs the whole of its weight; use ChunkedLossWrapper there")
-        loss = linear_cross_entropy(pred, weight, labels, linear_bias=bias, reduction="sum", ignore_index=IGNORE_INDEX)
+            raise ValueError(
+                "lm_head is sharded, but FusedCrossEntropyLoss needs the whole of its weight; use ChunkedLossWrapper there"
+            )
+        loss = linear_cross_entropy(
+            pred, weight, labels, linear_bias=bias, reduction="sum", ignore_index=IGNORE_INDEX
+        )
         return loss if global_valid_tokens is None else loss / global_valid_tokens, {}

@@ -1,4 +1,5 @@
-"""TRL 1.16 or newer: what its trainers read of a head, from ``lossfuse.linear_cross_entropy_stats``."""
+"""TRL 1.16 or newer: what its trainers read of a head, from
+``lossfuse.linear_cross_entropy_stats``."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,8 @@ def chunked_log_probs(
     *,
     options: LinearOptions | None = None,
 ) -> LogProbs:
-    """Per-token statistics of ``hidden @ weight.T`` as TRL's ``ChunkedLogProbFunction.apply`` returns them.
+    """Per-token statistics of ``hidden @ weight.T`` as TRL's ``ChunkedLogProbFunction.apply``
+    returns them.
 
     Equal to, with ``c`` the cap::
 
@@ -53,7 +55,8 @@ def chunked_log_probs(
         return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
 
     Args:
-        hidden: ``(N, D)``; weight ``(V, D)`` and bias ``(V)`` are cast to its dtype, or to that of autocast.
+        hidden: ``(N, D)``; weight ``(V, D)`` and bias ``(V)`` are cast to its dtype, or to that of
+            autocast.
         targets: ``(N)``, int64, each in ``[0, V)``.
         chunk_size: not read. Chunks are of rows here, ``options`` says how many.
         outputs: of "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
@@ -65,34 +68,42 @@ def chunked_log_probs(
     Raises:
         ValueError: for an output of another name, and as ``linear_cross_entropy_stats``.
 
-    Memory, rounding: as ``linear_cross_entropy_stats``; ``log_sum_sq_probs`` and ``mean_logits`` are differences of numbers of the size of
-    a log-sum-exp, and have its absolute error.
-    """
+    Memory, rounding: as ``linear_cross_entropy_stats``; ``log_sum_sq_probs`` and ``mean_logits``
+    are differences of numbers of the size of a log-sum-exp, and have its absolute error."""
     if not torch.is_autocast_enabled(hidden.device.type):
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    stats = partial(linear_cross_entropy_stats, hidden, weight, targets, linear_bias=bias, options=options)
+    stats = partial(
+        linear_cross_entropy_stats, hidden, weight, targets, linear_bias=bias, options=options
+    )
     return _log_probs(stats, targets, temperature, final_logit_softcapping, logit_scale, outputs)
 
 
 @contextmanager
-def fused_log_probs(*models: nn.Module, options: LinearOptions | None = None) -> Iterator[LogitsReport]:
-    """TRL's fused head runs ``chunked_log_probs`` instead of its own function, within this context::
+def fused_log_probs(
+    *models: nn.Module, options: LinearOptions | None = None
+) -> Iterator[LogitsReport]:
+    """TRL's fused head runs ``chunked_log_probs`` instead of its own function, within this
+    context::
 
         with fused_log_probs(trainer.model):
             trainer.train()
 
-    Equal to TRL without it, up to rounding, but for heads that are more than a weight: TRL multiplies by ``lm_head.weight``, whatever is
-    wrapped around it. Such a head of one of ``models`` (LoRA, DoRA, any adapter of PEFT) is called here, a chunk of rows at a time and
-    again in the backward, so that the adapter counts and learns. Everybody else's heads, a reference model's, are what TRL takes them for.
+    Equal to TRL without it, up to rounding, but for heads that are more than a weight: TRL
+    multiplies by ``lm_head.weight``, whatever is wrapped around it. Such a head of one of
+    ``models`` (LoRA, DoRA, any adapter of PEFT) is called here, a chunk of rows at a time and again
+    in the backward, so that the adapter counts and learns. Everybody else's heads, a reference
+    model's, are what TRL takes them for.
 
     Args:
         models: those whose heads may be adapters, as TRL has them or wrapped by PEFT.
         options: of the linear form.
 
     Returns:
-        A report whose ``fused`` counts calls: "log_probs", and "log_probs of a head" for those that called one. ``made["forward"]`` counts
-        calls of a model's own head in training, which materialize its logits; the first one warns. TRL calls it where its fused head is
-        not used, as in SFT with ``compute_loss_func`` or label smoothing; ``lossfuse.fuse_lm_head(model)`` beside this is for those.
+        A report whose ``fused`` counts calls: "log_probs", and "log_probs of a head" for those that
+        called one. ``made["forward"]`` counts calls of a model's own head in training, which
+        materialize its logits; the first one warns. TRL calls it where its fused head is not used,
+        as in SFT with ``compute_loss_func`` or label smoothing; ``lossfuse.fuse_lm_head(model)``
+        beside this is for those.
 
     Raises:
         ImportError: if TRL has no such function.
@@ -101,7 +112,9 @@ def fused_log_probs(*models: nn.Module, options: LinearOptions | None = None) ->
 
     theirs = getattr(utils, "_ChunkedLogProbFunction", None)
     if theirs is None:
-        raise ImportError("trl.trainer.utils has no _ChunkedLogProbFunction; this adapter is for TRL 1.16 and its like")
+        raise ImportError(
+            "trl.trainer.utils has no _ChunkedLogProbFunction; this adapter is for TRL 1.16 and its like"
+        )
     ours = _Function(models, LinearOptions() if options is None else options)
     heads = {id(head): head for head in map(find_lm_head, models) if head is not None}
     handles = [head.register_forward_hook(ours.is_called) for head in heads.values()]
@@ -138,10 +151,26 @@ class _Function:
         if head is None:
             self.report.fused["log_probs"] += 1
             return chunked_log_probs(
-                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs, options=self.options
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
+                options=self.options,
             )
         self.report.fused["log_probs of a head"] += 1
-        rows = chunk_rows(len(hidden), hidden.shape[1], len(weight), hidden.dtype, self.options, cpu=hidden.device.type == "cpu")
+        rows = chunk_rows(
+            len(hidden),
+            hidden.shape[1],
+            len(weight),
+            hidden.dtype,
+            self.options,
+            cpu=hidden.device.type == "cpu",
+        )
 
         def of_chunk(h: Tensor, t: Tensor) -> LogProbs:
             self.calls_head = True
@@ -154,23 +183,39 @@ class _Function:
 
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         parts = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in chunks]
-        columns: Any = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        columns: Any = (
+            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+        )
         log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = columns
         return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
 
     def is_called(self, head: nn.Module, args: Any, logits: Any) -> None:
-        """After a call of a model's head: one in training that is not deferred materializes logits that this function does not see."""
+        """After a call of a model's head: one in training that is not deferred materializes logits
+        that this function does not see."""
         plain = isinstance(logits, Tensor) and not isinstance(logits, LazyLogits)
         if self.calls_head or not (plain and head.training and torch.is_grad_enabled()):
             return
         if not self.report.made["forward"]:
-            warnings.warn(OWN_HEAD.format(head=type(head).__name__), UserWarning, stacklevel=frames_to_the_user())
+            warnings.warn(
+                OWN_HEAD.format(head=type(head).__name__),
+                UserWarning,
+                stacklevel=frames_to_the_user(),
+            )
         self.report.made["forward"] += 1
 
     def adapted(self, weight: Tensor) -> nn.Module | None:
         """The head that has this weight, if it is more than that."""
         heads = (find_lm_head(model) for model in self.models)
-        return next((h for h in heads if h is not None and type(h) is not nn.Linear and getattr(h, "weight", None) is weight), None)
+        return next(
+            (
+                h
+                for h in heads
+                if h is not None
+                and type(h) is not nn.Linear
+                and getattr(h, "weight", None) is weight
+            ),
+            None,
+        )
 
 
 def _log_probs(
@@ -183,16 +228,28 @@ def _log_probs(
 ) -> LogProbs:
     unknown = set(outputs) - {"log_probs", *OUTPUTS}
     if unknown:
-        raise ValueError(f"outputs names {sorted(unknown)} but may name log_probs, {', '.join(OUTPUTS)}")
+        raise ValueError(
+            f"outputs names {sorted(unknown)} but may name log_probs, {', '.join(OUTPUTS)}"
+        )
 
     def times(factor: float) -> dict[str, Any]:
-        """Of the logits: the temperature, which comes after the cap, is part of the cap and of the scale."""
+        """Of the logits: the temperature, which comes after the cap, is part of the cap and of the
+        scale."""
         factor = factor / temperature
-        return {"logit_scale": factor * logit_scale, "softcap": None if softcap is None else factor * softcap, "reduction": "none"}
+        return {
+            "logit_scale": factor * logit_scale,
+            "softcap": None if softcap is None else factor * softcap,
+            "reduction": "none",
+        }
 
     # the loss of a target that is spread evenly over all classes is lse - mean(z)
     spread = 1.0 if "mean_logits" in outputs else 0.0
-    read = stats(label_smoothing=spread, entropy="entropy" in outputs, argmax="is_top1" in outputs, **times(1.0))
+    read = stats(
+        label_smoothing=spread,
+        entropy="entropy" in outputs,
+        argmax="is_top1" in outputs,
+        **times(1.0),
+    )
     mean_logits = (read.lse - read.loss).detach() if spread else None
     log_sum_sq_probs = None
     if "log_sum_sq_probs" in outputs:

@@ -1,8 +1,8 @@
 """Logits that are computed a chunk of rows at a time, for functions that need their values.
 
-What is done to lazy logits between the head and a read is also recorded as a program: calls of torch that keep each row to itself. A read
-runs the head, the program and the function that reads on a chunk of rows, and again in the backward, so that only one chunk is V wide.
-"""
+What is done to lazy logits between the head and a read is also recorded as a program: calls of
+torch that keep each row to itself. A read runs the head, the program and the function that reads on
+a chunk of rows, and again in the backward, so that only one chunk is V wide."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,15 +23,28 @@ _keys = itertools.count()
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Return True if two tensors are views of the same memory with the same layout."""
-    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
+    alike = (
+        a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.device == b.device
+    )
     return a is b or (alike and a.data_ptr() == b.data_ptr() and a.numel() > 0)
 
 
 def together(x: LazyLogits, other: LazyLogits) -> bool:
     """Return True if two lazy tensors have the same rows of the same call of a head."""
-    if x._source is not other._source or x._class_dim != other._class_dim or not same_memory(x._rows, other._rows):
+    if (
+        x._source is not other._source
+        or x._class_dim != other._class_dim
+        or not same_memory(x._rows, other._rows)
+    ):
         return False
-    return all(same_memory(t, other._carried[key]) for key, t in x._carried.items() if key in other._carried)
+    return all(
+        same_memory(t, other._carried[key])
+        for key, t in x._carried.items()
+        if key in other._carried
+    )
 
 
 def joined_leaves(lazies: Sequence[LazyLogits]) -> tuple[Tensor, ...]:
@@ -42,15 +55,20 @@ def joined_leaves(lazies: Sequence[LazyLogits]) -> tuple[Tensor, ...]:
     return tuple(leaves.values())
 
 
-def step(func: Callable[..., Any], *args: Any, shaping: Shaping | None = None, **kwargs: Any) -> Any:
-    """Record ``func``, which works row by row and keeps the classes last, on lazy logits; ``shaping`` if the linear form knows it.
+def step(
+    func: Callable[..., Any], *args: Any, shaping: Shaping | None = None, **kwargs: Any
+) -> Any:
+    """Record ``func``, which works row by row and keeps the classes last, on lazy logits;
+    ``shaping`` if the linear form knows it.
 
     NotImplemented if an argument does not go along with the rows.
     """
     leaves, tree = tree_flatten((args, kwargs))
     lazies = [a for a in leaves if isinstance(a, LazyLogits)]
     x = lazies[0]
-    if any(not together(x, other) for other in lazies[1:]) or (shaping is None and x._source.cut is not None):
+    if any(not together(x, other) for other in lazies[1:]) or (
+        shaping is None and x._source.cut is not None
+    ):
         return NotImplemented
     carried = {key: t for other in lazies for key, t in other._carried.items()}
     ends, watched = list(joined_leaves(lazies)), []
@@ -85,12 +103,23 @@ def step(func: Callable[..., Any], *args: Any, shaping: Shaping | None = None, *
         made = _made_like(func, like, tree, x, autocast is not None)
         if made is None:
             return NotImplemented
-        shaping = replace(x._shaping, num_classes=made.shape[1], dtype=made.dtype, kind="other", bias=None, cap=None, scale=1.0, factor=1.0)
+        shaping = replace(
+            x._shaping,
+            num_classes=made.shape[1],
+            dtype=made.dtype,
+            kind="other",
+            bias=None,
+            cap=None,
+            scale=1.0,
+            factor=1.0,
+        )
     program = Step(func, args, kwargs, torch.is_grad_enabled(), autocast, tuple(watched))
     rows = next((other._rows for other in lazies if other._of_head), x._rows)
     class_dim = None if x._classes_last else x._class_dim
     ends = ends if shaping.dtype.is_floating_point else []
-    return lazy_logits(x._source, shaping, rows, class_dim, leaves=tuple(ends), program=program, carried=carried)
+    return lazy_logits(
+        x._source, shaping, rows, class_dim, leaves=tuple(ends), program=program, carried=carried
+    )
 
 
 def _autocast(x: LazyLogits) -> torch.dtype | None:
@@ -99,22 +128,33 @@ def _autocast(x: LazyLogits) -> torch.dtype | None:
 
 
 def _fitted(t: Tensor, x: LazyLogits) -> Tensor | None:
-    """An argument beside logits, as 0-d, (1 or V,) if it is the same for all rows, or with a value or V values for each row."""
+    """An argument beside logits, as 0-d, (1 or V,) if it is the same for all rows, or with a value
+    or V values for each row."""
     if t.dim() == 0:
         return t if t.device in (x._rows.device, torch.device("cpu")) else None
     dims = x._rows.dim()
-    if t.device != x._rows.device or t.dim() > dims or isinstance(t, LazyLogits) or t.is_sparse or t.layout != torch.strided:
+    if (
+        t.device != x._rows.device
+        or t.dim() > dims
+        or isinstance(t, LazyLogits)
+        or t.is_sparse
+        or t.layout != torch.strided
+    ):
         return None
     t = t.reshape(*([1] * (dims - t.dim())), *t.shape).movedim(x._class_dim, -1)
     lead, width = x._rows.shape[:-1], t.shape[-1]
-    if width not in (1, x._shaping.num_classes) or any(n not in (1, rows) for n, rows in zip(t.shape[:-1], lead, strict=True)):
+    if width not in (1, x._shaping.num_classes) or any(
+        n not in (1, rows) for n, rows in zip(t.shape[:-1], lead, strict=True)
+    ):
         return None
     if all(n == 1 for n in t.shape[:-1]):
         return t.reshape(width)
     return t.expand(*lead, width)
 
 
-def _made_like(func: Any, like: list[Any], tree: Any, x: LazyLogits, autocast: bool) -> Tensor | None:
+def _made_like(
+    func: Any, like: list[Any], tree: Any, x: LazyLogits, autocast: bool
+) -> Tensor | None:
     """The result of ``func`` for two rows, without values; None unless it has two rows again."""
     # dtypes under autocast are those of the device
     device = x._rows.device if autocast else torch.device("meta")
@@ -130,7 +170,11 @@ def _made_like(func: Any, like: list[Any], tree: Any, x: LazyLogits, autocast: b
             made = func(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
-    return made if isinstance(made, Tensor) and made.dim() == 2 and len(made) == 2 and made.shape[1] > 0 else None
+    return (
+        made
+        if isinstance(made, Tensor) and made.dim() == 2 and len(made) == 2 and made.shape[1] > 0
+        else None
+    )
 
 
 def same_program(a: Any, b: Any) -> bool:
@@ -146,7 +190,9 @@ def same_program(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
 
 
-def run(program: Step | None, logits: Tensor, carried: dict[int, Tensor], memo: dict[int, Tensor]) -> Tensor:
+def run(
+    program: Step | None, logits: Tensor, carried: dict[int, Tensor], memo: dict[int, Tensor]
+) -> Tensor:
     """The program of a chunk."""
     if program is None:
         return logits
@@ -161,13 +207,17 @@ def run(program: Step | None, logits: Tensor, carried: dict[int, Tensor], memo: 
         args, kwargs = tree_map(value_of, (program.args, program.kwargs))
         kind = logits.device.type
         grad = torch.set_grad_enabled(program.grad and torch.is_grad_enabled())
-        with grad, torch.autocast(kind, dtype=program.autocast, enabled=program.autocast is not None):
+        with (
+            grad,
+            torch.autocast(kind, dtype=program.autocast, enabled=program.autocast is not None),
+        ):
             memo[id(program)] = program.func(*args, **kwargs)
     return memo[id(program)]
 
 
 def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyLogits) -> Any:
-    """``func`` of the logits ``(n, V)`` of n rows and what is beside them, which returns tensors ``(n, ...)``, for all rows.
+    """``func`` of the logits ``(n, V)`` of n rows and what is beside them, which returns tensors
+    ``(n, ...)``, for all rows.
 
     Args:
         beside: for each row a part of a tensor, ``(*rows, ...)``, or lazy logits of the same rows.
@@ -179,7 +229,10 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
     rows = rows.reshape(lead.numel(), rows.shape[-1])
     carried = {key: _by_rows(t, len(lead)) for z in lazies for key, t in z._carried.items()}
     # what is lazy may be written to before the backward
-    values_of = [Program(b._program) if isinstance(b, LazyLogits) else _by_rows(b, len(lead)) for b in (x, *beside)]
+    values_of = [
+        Program(b._program) if isinstance(b, LazyLogits) else _by_rows(b, len(lead))
+        for b in (x, *beside)
+    ]
     if not of_head:
         rows = rows.detach()
 
@@ -190,25 +243,41 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
             logits = source.run(hidden)
         stop, memo = start + len(hidden), dict[int, Tensor]()
         here = {key: t(start, stop) for key, t in carried.items()}
-        return func(*(run(b.step, logits, here, memo) if isinstance(b, Program) else b(start, stop) for b in values_of))
+        return func(
+            *(
+                run(b.step, logits, here, memo) if isinstance(b, Program) else b(start, stop)
+                for b in values_of
+            )
+        )
 
     with source.present(), source.random():
         source.require_unchanged()
         source.read = source.read or (of_head and torch.is_grad_enabled())
         step = rows_of_a_chunk(source, rows, source.widest)
         starts = range(0, max(1, len(rows)), step)
-        wanted = torch.is_grad_enabled() and len(joined_leaves(lazies)) + sum(b.requires_grad for b in beside) > 0
+        wanted = (
+            torch.is_grad_enabled()
+            and len(joined_leaves(lazies)) + sum(b.requires_grad for b in beside) > 0
+        )
         parts = []
         for hidden, start in zip(rows.split(step), starts, strict=True):
-            parts.append(checkpoint(part, hidden, start, use_reentrant=False) if wanted else part(hidden, start))
+            parts.append(
+                checkpoint(part, hidden, start, use_reentrant=False)
+                if wanted
+                else part(hidden, start)
+            )
     if isinstance(parts[0], Tensor):
         return torch.cat(parts).reshape((*lead, *parts[0].shape[1:]))
-    made = [torch.cat(column).reshape((*lead, *column[0].shape[1:])) for column in zip(*parts, strict=True)]
+    made = [
+        torch.cat(column).reshape((*lead, *column[0].shape[1:]))
+        for column in zip(*parts, strict=True)
+    ]
     return type(parts[0])(made)
 
 
 def rows_of_a_chunk(source: Source, rows: Tensor, num_classes: int) -> int:
-    """A quarter of the rows a linear head takes: values and what is computed of them are V wide too."""
+    """A quarter of the rows a linear head takes: values and what is computed of them are V wide
+    too."""
     options, cpu = source.forward.finder.options, rows.device.type == "cpu"
     step = chunk_rows(len(rows), rows.shape[-1], num_classes, rows.dtype, options, cpu=cpu)
     if options.chunk_bytes is None:
@@ -224,6 +293,8 @@ def _by_rows(t: Tensor, dims: int) -> Callable[[int, int], Tensor]:
     except RuntimeError:
         if not t.requires_grad:
             # one that is expanded, or sliced, is not copied as a whole
-            return lambda start, stop: t[torch.unravel_index(torch.arange(start, stop, device=t.device), lead)]
+            return lambda start, stop: t[
+                torch.unravel_index(torch.arange(start, stop, device=t.device), lead)
+            ]
         flat = t.reshape(-1, *rest)
     return lambda start, stop: flat[start:stop]

@@ -1,10 +1,12 @@
-"""Which heads may be deferred, why that is safe, and the state of a head at the call that is deferred.
+"""Which heads may be deferred, why that is safe, and the state of a head at the call that is
+deferred.
 
-The forward of a deferred head runs later than the model called it: when its logits are read, and again in the backward; on chunks of
-flattened rows; any number of times. The result is the model's own only if each row is computed alone, if running the forward leaves no
-trace, and if everything its output depends on is what it was at the call. So a head is deferred if it consists of modules listed here, for
-which that holds, or if the caller of ``fuse_lm_head`` vouches for it (``row_wise=True``). Every other head runs as the model calls it.
-"""
+The forward of a deferred head runs later than the model called it: when its logits are read, and
+again in the backward; on chunks of flattened rows; any number of times. The result is the model's
+own only if each row is computed alone, if running the forward leaves no trace, and if everything
+its output depends on is what it was at the call. So a head is deferred if it consists of modules
+listed here, for which that holds, or if the caller of ``fuse_lm_head`` vouches for it
+(``row_wise=True``). Every other head runs as the model calls it."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,10 +23,36 @@ from .fsdp import is_fsdp2, is_plain_linear
 # --- modules whose forward computes each row alone, keeps no state and draws no numbers
 
 _ACTIVATIONS = {
-    nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU,
-    nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
-}  # fmt: skip
-_CONTAINERS = {nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Identity}
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+    nn.Threshold,
+}
+_CONTAINERS = {
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+    nn.Identity,
+}
 _NORMS = {nn.LayerNorm, nn.RMSNorm}
 _PARAMETRIZATIONS = {"_WeightNorm", "_Orthogonal"}
 _OTHERS = {
@@ -33,16 +61,61 @@ _OTHERS = {
 }
 # packages of peft.tuners whose layers add to, scale, rotate or replace the product of a Linear
 _TUNERS = {
-    "adalora", "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3",
-    "loha", "lokr", "lora", "lycoris_utils", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning",
-    "tinylora", "trainable_tokens", "tuners_utils", "unilora", "vblora", "vera", "waveft", "_buffer_dict",
-}  # fmt: skip
-# of peft.tuners.lora; aLoRA, Arrow, MonteCLoRA and VeLoRA look at other rows, draw numbers or keep state
-_LORA_VARIANTS = {"DoraLinearVariant", "QALoraLinearVariant", "BdLoraLinearVariant", "MiCALinearVariant", "KasaLinearVariant"}
+    "adalora",
+    "adamss",
+    "beft",
+    "boft",
+    "c3a",
+    "deft",
+    "delora",
+    "fourierft",
+    "frod",
+    "glora",
+    "gralora",
+    "hira",
+    "hra",
+    "ia3",
+    "loha",
+    "lokr",
+    "lora",
+    "lycoris_utils",
+    "miss",
+    "oft",
+    "osf",
+    "peanut",
+    "psoft",
+    "randlora",
+    "road",
+    "shira",
+    "supertuning",
+    "tinylora",
+    "trainable_tokens",
+    "tuners_utils",
+    "unilora",
+    "vblora",
+    "vera",
+    "waveft",
+    "_buffer_dict",
+}
+# of peft.tuners.lora; aLoRA, Arrow, MonteCLoRA and VeLoRA look at other rows, draw numbers or keep
+# state
+_LORA_VARIANTS = {
+    "DoraLinearVariant",
+    "QALoraLinearVariant",
+    "BdLoraLinearVariant",
+    "MiCALinearVariant",
+    "KasaLinearVariant",
+}
 _AO_WEIGHTS = {
-    "AffineQuantizedTensor", "Float8Tensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor", "Int4Tensor", "Int4TilePackedTo4dTensor",
-    "Int8Tensor", "IntxUnpackedToInt8Tensor",
-}  # fmt: skip
+    "AffineQuantizedTensor",
+    "Float8Tensor",
+    "Int4PlainInt32Tensor",
+    "Int4PreshuffledTensor",
+    "Int4Tensor",
+    "Int4TilePackedTo4dTensor",
+    "Int8Tensor",
+    "IntxUnpackedToInt8Tensor",
+}
 # granularities at which an activation is quantized row by row
 _ROW_GRANULARITIES = {"PerRow", "PerToken"}
 
@@ -50,7 +123,8 @@ VOUCH = "; if it computes every row alone, keeps no state and has no side effect
 
 
 def obstacle(head: nn.Module, forward: Callable[..., Any] | None, *, row_wise: bool) -> str | None:
-    """Why a call of ``head`` may not be deferred, or None. ``forward``, the one of the instance if it has its own."""
+    """Why a call of ``head`` may not be deferred, or None. ``forward``, the one of the instance if
+    it has its own."""
     for name, m in head.named_modules():
         if _is_fetched(m) and not (m is head and is_plain_linear(head)):
             return f"accelerate fetches the weights of {_named(m, name)} for each call"
@@ -80,7 +154,12 @@ def is_own_forward(head: nn.Module, forward: Any) -> bool:
 
 def _outside_changes(m: nn.Module) -> str | None:
     """Hooks and replaced forwards of a module in a head would run again with it."""
-    hooks = (*m._forward_pre_hooks.values(), *m._forward_hooks.values(), *m._backward_hooks.values(), *m._backward_pre_hooks.values())
+    hooks = (
+        *m._forward_pre_hooks.values(),
+        *m._forward_hooks.values(),
+        *m._backward_hooks.values(),
+        *m._backward_pre_hooks.values(),
+    )
     if any(type(hook) is not WeightNorm for hook in hooks):
         return "has hooks, which would run again"
     forward = m.__dict__.get("forward")
@@ -90,7 +169,8 @@ def _outside_changes(m: nn.Module) -> str | None:
 
 
 def _is_fetched(m: nn.Module) -> bool:
-    """Return True if accelerate loads the weights of a module before each call and drops them after it."""
+    """Return True if accelerate loads the weights of a module before each call and drops them after
+    it."""
     hook = m.__dict__.get("_hf_hook")
     return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
 
@@ -115,16 +195,24 @@ def _obstacle_of(m: Any, first: bool) -> str | None:
     if kind in _ACTIVATIONS:
         return "writes over the hidden states" if first and getattr(m, "inplace", False) else None
     if kind is nn.PReLU:
-        return None if m.num_parameters == 1 else "has a slope for each entry of the second dimension"
+        return (
+            None if m.num_parameters == 1 else "has a slope for each entry of the second dimension"
+        )
     if kind in (nn.GLU, nn.Softmax, nn.LogSoftmax):
         return None if m.dim == -1 else "works along a dimension that may be one of rows"
     if kind is nn.Dropout:
         return "draws one mask for all rows" if m.training and m.p > 0.0 else None
-    if kind is parametrize.ParametrizationList or (place == parametrizations.__name__ and name in _PARAMETRIZATIONS):
+    if kind is parametrize.ParametrizationList or (
+        place == parametrizations.__name__ and name in _PARAMETRIZATIONS
+    ):
         return None
     if (place, name) in _OTHERS:
         return None
-    known = {"peft": _obstacle_of_peft, "bitsandbytes": _obstacle_of_bitsandbytes, "torchao": _obstacle_of_torchao}.get(place.split(".")[0])
+    known = {
+        "peft": _obstacle_of_peft,
+        "bitsandbytes": _obstacle_of_bitsandbytes,
+        "torchao": _obstacle_of_torchao,
+    }.get(place.split(".")[0])
     return "is not known to compute each row alone" if known is None else known(m, place, name)
 
 
@@ -138,7 +226,9 @@ def _obstacle_of_weight(m: Any) -> str | None:
             return f"has a parameter of class {kind.__name__}, whose functions are not known to compute each row alone"
         # int8_asym_per_token is one
         named = getattr(w, "activation_quantization", None)
-        if not _by_rows(getattr(w, "act_quant_kwargs", None)) or (named is not None and not str(named).lower().endswith("per_token")):
+        if not _by_rows(getattr(w, "act_quant_kwargs", None)) or (
+            named is not None and not str(named).lower().endswith("per_token")
+        ):
             return f"has a {kind.__name__}, which quantizes all rows together"
     return None
 
@@ -156,13 +246,19 @@ def _is_dtensor(t: Any) -> bool:
 
 def _obstacle_of_peft(m: Any, place: str, name: str) -> str | None:
     parts = place.split(".")
-    if place != "peft.utils.other" and not (parts[1] == "tuners" and len(parts) > 2 and parts[2] in _TUNERS):
+    if place != "peft.utils.other" and not (
+        parts[1] == "tuners" and len(parts) > 2 and parts[2] in _TUNERS
+    ):
         return "is not known to compute each row alone"
     variants = [type(v).__name__ for v in m.__dict__.get("lora_variant", {}).values()]
     unknown = [kind for kind in variants if kind not in _LORA_VARIANTS]
     if unknown:
         return f"is a LoRA layer of kind {unknown[0]}, which is not known to compute each row alone"
-    rates = [value for key, value in m.__dict__.items() if "dropout" in key or (key == "p" and "Dropout" in name)]
+    rates = [
+        value
+        for key, value in m.__dict__.items()
+        if "dropout" in key or (key == "p" and "Dropout" in name)
+    ]
     if m.training and any(map(_positive, rates)):
         return "draws random numbers for all rows"
     if getattr(m, "merged", False) is True and getattr(m, "disable_adapters", False) is True:
@@ -181,7 +277,9 @@ def _obstacle_of_bitsandbytes(m: Any, place: str, name: str) -> str | None:
         return None
     if name == "Linear8bitLt":
         # which columns are outliers depends on every row
-        return None if not m.state.threshold else "looks for outliers in all rows together (threshold)"
+        return (
+            None if not m.state.threshold else "looks for outliers in all rows together (threshold)"
+        )
     return "is not known to compute each row alone"
 
 
@@ -193,10 +291,18 @@ def _obstacle_of_torchao(m: Any, place: str, name: str) -> str | None:
         return "is not known to compute each row alone"
     if "Linear" in name:
         activation = m.activation_fake_quantizer
-        return None if activation is None or _by_rows(activation.config) else "quantizes all rows together"
+        return (
+            None
+            if activation is None or _by_rows(activation.config)
+            else "quantizes all rows together"
+        )
     # an observer's scale is a parameter once it learns its range
     fixed = "FakeQuantizer" in name and not getattr(m.config, "range_learning", False)
-    return None if fixed and getattr(m.config, "is_dynamic", True) else "keeps the range of what it has seen"
+    return (
+        None
+        if fixed and getattr(m.config, "is_dynamic", True)
+        else "keeps the range of what it has seen"
+    )
 
 
 # --- the state of a head at a call
@@ -209,17 +315,25 @@ _ABSENT = object()
 
 
 class HeadState:
-    """The state of a head, beside its parameters, that its output depends on: modes, flags, buffers and random numbers."""
+    """The state of a head, beside its parameters, that its output depends on: modes, flags, buffers
+    and random numbers."""
 
     def __init__(self, head: nn.Module, *, draws: bool) -> None:
         self.modules = list(head.modules())
-        self.attributes = [_copied({k: v for k, v in m.__dict__.items() if k not in _TORCHS}) for m in self.modules]
+        self.attributes = [
+            _copied({k: v for k, v in m.__dict__.items() if k not in _TORCHS}) for m in self.modules
+        ]
         self.buffers = [(f"the buffer {name} of the head", b) for name, b in head.named_buffers()]
         # drawn from the numbers of the model, so that each call has its own
-        self.seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws and head.training else None
+        self.seed = (
+            int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+            if draws and head.training
+            else None
+        )
 
     def flags(self) -> Any:
-        """The part of the state that decides which modules of the head are called, for comparison."""
+        """The part of the state that decides which modules of the head are called, for
+        comparison."""
         return _flags(self.attributes)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -232,7 +346,9 @@ class HeadState:
     def changed(self, head: nn.Module) -> str | None:
         """The name of state that has changed since the call and cannot be restored, or None."""
         modules = list(head.modules())
-        if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
+        if len(modules) != len(self.modules) or any(
+            a is not b for a, b in zip(modules, self.modules, strict=True)
+        ):
             return "a module of the head"
         buffers = dict(head.named_buffers())
         for (what, b), now in zip(self.buffers, buffers.values(), strict=False):
@@ -248,12 +364,15 @@ class HeadState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """With the modes and plain attributes of every module as they were, and afterwards as they are now."""
+        """With the modes and plain attributes of every module as they were, and afterwards as they
+        are now."""
         changed: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for m, attributes in zip(self.modules, self.attributes, strict=True):
                 now = m.__dict__
-                for name in [name for name in now if name not in attributes and name not in _TORCHS]:
+                for name in [
+                    name for name in now if name not in attributes and name not in _TORCHS
+                ]:
                     changed.append((now, name, now[name]))
                     del now[name]
                 for name, value in attributes.items():
@@ -274,7 +393,9 @@ class HeadState:
         if self.seed is None:
             yield
             return
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        with torch.random.fork_rng(
+            [] if device.type == "cpu" else [device], device_type=device.type
+        ):
             torch.default_generator.manual_seed(self.seed)
             if device.type != "cpu":
                 torch.get_device_module(device).manual_seed(self.seed)
@@ -297,7 +418,9 @@ def _same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if type(a) in (list, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
-    return type(a) in (set, bool, int, float, str, bytes, torch.dtype, torch.device) and bool(a == b)
+    return type(a) in (set, bool, int, float, str, bytes, torch.dtype, torch.device) and bool(
+        a == b
+    )
 
 
 def _flags(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The call of a head that is put off: what it takes, as it was then, and what its logits would be.
 
-Whoever wants them later gets them from the head's own forward, or is told that what it takes has changed since.
-"""
+Whoever wants them later gets them from the head's own forward, or is told that what it takes has
+changed since."""
 
 import math
 import types
@@ -34,11 +34,12 @@ READS = "reads of fused logits"
 
 @dataclass
 class LogitsReport:
-    """Operations on the logits of a fused head, by name and how often: ``fused`` without logits, ``made`` materialized them.
+    """Operations on the logits of a fused head, by name and how often: ``fused`` without logits,
+    ``made`` materialized them.
 
-    ``fused``, losses and statistics that ran without logits; ``made``, operations that materialized them, "forward" where the call of the
-    head was not deferred; ``calls``, how often the model has called the head, in any mode.
-    """
+    ``fused``, losses and statistics that ran without logits; ``made``, operations that materialized
+    them, "forward" where the call of the head was not deferred; ``calls``, how often the model has
+    called the head, in any mode."""
 
     fused: Counter[str] = field(default_factory=Counter)
     made: Counter[str] = field(default_factory=Counter)
@@ -62,7 +63,8 @@ class Finder(Protocol):
         """Undo it."""
 
     def finds(self, head: nn.Module) -> bool:
-        """Return True if ``head`` is still the model's output head; otherwise fuse the new one and return False."""
+        """Return True if ``head`` is still the model's output head; otherwise fuse the new one and
+        return False."""
 
     def not_deferred(self, why: str) -> None:
         """Count a call of the head that was wanted deferred, and say why it is not, once."""
@@ -71,11 +73,14 @@ class Finder(Protocol):
 class HeadForward:
     """A fused head, and the forward that it had."""
 
-    def __init__(self, head: nn.Module, instance_forward: Callable[..., Tensor] | None, finder: Finder) -> None:
+    def __init__(
+        self, head: nn.Module, instance_forward: Callable[..., Tensor] | None, finder: Finder
+    ) -> None:
         self.head = head
         self.instance_forward = instance_forward
         self.finder = finder
-        # classes and dtype of the logits of a head that must be asked, by what decides them, in the state it was in
+        # classes and dtype of the logits of a head that must be asked, by what decides them, in the
+        # state it was in
         self.known: dict[Any, tuple[int, torch.dtype]] = {}
         self.known_in: Any = None
         self.lenders = Lenders()
@@ -88,10 +93,16 @@ class HeadForward:
 
     @property
     def is_linear(self) -> bool:
-        """Return True if the head is a plain ``nn.Linear`` with plain parameters and the forward of its class."""
+        """Return True if the head is a plain ``nn.Linear`` with plain parameters and the forward of
+        its class."""
         head = self.head
         own = self.instance_forward is None or is_own_forward(head, self.instance_forward)
-        return is_plain_linear(head) and own and type(head.weight) in (Tensor, nn.Parameter) and type(head.bias) in PLAIN
+        return (
+            is_plain_linear(head)
+            and own
+            and type(head.weight) in (Tensor, nn.Parameter)
+            and type(head.bias) in PLAIN
+        )
 
     def leave(self, head: nn.Module) -> None:
         """Give a head back the forward it had."""
@@ -107,14 +118,17 @@ class HeadForward:
                 head.__dict__[slot] = types.MethodType(type(head).forward, head)
 
 
-# where the forward of a module's instance is; accelerate's hooks keep the one they found in the second
+# where the forward of a module's instance is; accelerate's hooks keep the one they found in the
+# second
 SLOTS = ("forward", "_old_forward")
 PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 def fused_forward(head: nn.Module) -> HeadForward | None:
     """The fused ``forward`` of a head, or None if the head is not fused."""
-    return next((f for slot in SLOTS if isinstance(f := head.__dict__.get(slot), HeadForward)), None)
+    return next(
+        (f for slot in SLOTS if isinstance(f := head.__dict__.get(slot), HeadForward)), None
+    )
 
 
 def version_of(t: Tensor) -> int:
@@ -139,7 +153,9 @@ class Source:
         self.grad = torch.is_grad_enabled()
         self.parameters = tuple(head.parameters())
         self.trained = tuple(p.requires_grad for p in self.parameters)
-        self.watched: list[tuple[str, Tensor, int]] = [("a parameter of the head", p, version_of(p)) for p in self.parameters]
+        self.watched: list[tuple[str, Tensor, int]] = [
+            ("a parameter of the head", p, version_of(p)) for p in self.parameters
+        ]
         self.watch("the hidden states", hidden)
         # a linear head is its weight and bias; of any other, whatever its forward may look at
         self.state = None if self.linear else HeadState(head, draws=forward.finder.row_wise)
@@ -162,17 +178,20 @@ class Source:
         # whether a gradient goes past the logits
         self.read = False
         self.lazies: list[weakref.ref[Any]] = []
-        # values of views of few classes, computed alone, with how many tensors view their memory; the most classes of any of these logits
+        # values of views of few classes, computed alone, with how many tensors view their memory;
+        # the most classes of any of these logits
         self.taken: list[tuple[Tensor, int]] = []
         self.widest = 0
-        # what has been read as their logsumexp, to be known again when it is subtracted: its version, rows and shaping
+        # what has been read as their logsumexp, to be known again when it is subtracted: its
+        # version, rows and shaping
         self.lses: list[tuple[weakref.ref[Tensor], int, Tensor, Shaping]] = []
 
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, version_of(t)))
 
     def watch_lent(self, found: list[Lent]) -> None:
-        """The parameters that an optimizer updates where the parameters of the head are copies of them."""
+        """The parameters that an optimizer updates where the parameters of the head are copies of
+        them."""
         self.lent += found
         for one in found:
             self.watch("a parameter of the head", one.sharded)
@@ -180,11 +199,20 @@ class Source:
     def present(self) -> AbstractContextManager[None]:
         return held(self.lent, self.needed)
 
-    def tell(self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()) -> RemovableHandle:
+    def tell(
+        self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()
+    ) -> RemovableHandle:
         """``hook`` is called when a backward of anything made or read of these logits begins."""
         handle = RemovableHandle(self.begins)
         self.begins[handle.id] = hook
-        self.watch_lent(lent(tuple(p for p in self.parameters if all(p is not one.parameter for one in self.lent)), modules))
+        self.watch_lent(
+            lent(
+                tuple(
+                    p for p in self.parameters if all(p is not one.parameter for one in self.lent)
+                ),
+                modules,
+            )
+        )
         results = [ref() for ref in self.results]
         for t in results:
             if t is not None:
@@ -192,11 +220,15 @@ class Source:
         return handle
 
     def is_read(self, result: Any, *, past_logits: bool = True) -> None:
-        """Tell those who wait for the backward of ``result``, whose gradient goes past the logits, or through them."""
+        """Tell those who wait for the backward of ``result``, whose gradient goes past the logits,
+        or through them."""
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.requires_grad:
-                # a view that is written to, as by masked_fill_, gets another node above that of its base
-                nodes: list[Any] = [of.grad_fn for of in (t, t._base) if of is not None and past_logits]
+                # a view that is written to, as by masked_fill_, gets another node above that of its
+                # base
+                nodes: list[Any] = [
+                    of.grad_fn for of in (t, t._base) if of is not None and past_logits
+                ]
                 for node in nodes:
                     if node is not None:
                         node.metadata.setdefault(READS, set()).add(self.mark)
@@ -205,8 +237,12 @@ class Source:
                     t.register_hook(hook)
 
     def is_passed(self, outputs: Any) -> bool:
-        """Return True if the graph of ``outputs`` reads these logits without materializing them, so that they get no gradient from it."""
-        todo: list[Any] = [t.grad_fn if isinstance(t, Tensor) else getattr(t, "node", None) for t in tree_leaves(outputs)]
+        """Return True if the graph of ``outputs`` reads these logits without materializing them, so
+        that they get no gradient from it."""
+        todo: list[Any] = [
+            t.grad_fn if isinstance(t, Tensor) else getattr(t, "node", None)
+            for t in tree_leaves(outputs)
+        ]
         seen = set()
         while todo:
             node = todo.pop()
@@ -219,12 +255,16 @@ class Source:
         return False
 
     def require_unchanged(self, *, calls_head: bool | None = None) -> None:
-        """Raise if what the logits are made of has changed; with ``calls_head``, also if the head has other parameters by now."""
+        """Raise if what the logits are made of has changed; with ``calls_head``, also if the head
+        has other parameters by now."""
         require_unchanged(self.watched)
         if not (self.cut is not None or not self.linear if calls_head is None else calls_head):
             return
         # torch.func.functional_call puts others in their place for the time of a call
-        if any(mine is not now for mine, now in zip_longest(self.parameters, self.forward.head.parameters())):
+        if any(
+            mine is not now
+            for mine, now in zip_longest(self.parameters, self.forward.head.parameters())
+        ):
             raise RuntimeError(STALE.format(what="a parameter of the head"))
         what = None if self.state is None else self.state.changed(self.forward.head)
         if what is not None:
@@ -235,7 +275,8 @@ class Source:
         if self.linear and self.cut is None:
             assert self.weight is not None
             return nn.functional.linear(hidden, self.weight, self.bias)
-        # the classes of its parameters may have functions of their own, which are off while a function of lazy logits runs
+        # the classes of its parameters may have functions of their own, which are off while a
+        # function of lazy logits runs
         state = nullcontext() if self.state is None else self.state.restored()
         with torch._C._EnableTorchFunction(), self.trained_as_called(), state:
             return self.forward.original(hidden)
@@ -246,14 +287,23 @@ class Source:
     @contextmanager
     def as_called(self) -> Iterator[None]:
         kind = self.hidden.device.type
-        # torch 2.8 hands a parameter that was cast under no_grad, without its gradient, to whoever casts it next
-        with self.trained_as_called(), torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+        # torch 2.8 hands a parameter that was cast under no_grad, without its gradient, to whoever
+        # casts it next
+        with (
+            self.trained_as_called(),
+            torch.autocast(
+                kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
+            ),
+        ):
             yield
 
     def trained_as_called(self) -> AbstractContextManager[None]:
-        """With the parameters requiring grad that did at the call, as before PEFT switched to another adapter."""
+        """With the parameters requiring grad that did at the call, as before PEFT switched to
+        another adapter."""
         other: list[tuple[Tensor, bool]] = [
-            (p, was) for p, was in zip(self.parameters, self.trained, strict=True) if p.requires_grad != was and p.is_leaf
+            (p, was)
+            for p, was in zip(self.parameters, self.trained, strict=True)
+            if p.requires_grad != was and p.is_leaf
         ]
         return _requiring_grad(other) if other else nullcontext()
 
@@ -262,7 +312,9 @@ class Source:
         if self.weight is not None:
             fits = self.weight.dtype == self.hidden.dtype or self.autocast is not None
             return (
-                (len(self.weight), self.autocast or self.weight.dtype) if fits and self.weight.shape[1] == self.hidden.shape[-1] else None
+                (len(self.weight), self.autocast or self.weight.dtype)
+                if fits and self.weight.shape[1] == self.hidden.shape[-1]
+                else None
             )
         assert self.state is not None
         device = self.hidden.device
@@ -274,7 +326,11 @@ class Source:
             if self.hidden.numel() == 0:
                 return None
             devices = [] if device.type == "cpu" else [device]
-            with torch.no_grad(), self.as_called(), torch.random.fork_rng(devices, device_type=device.type):
+            with (
+                torch.no_grad(),
+                self.as_called(),
+                torch.random.fork_rng(devices, device_type=device.type),
+            ):
                 row = self.forward.original(self.hidden.reshape(-1, self.hidden.shape[-1])[:1])
             if not (isinstance(row, Tensor) and row.dim() == 2 and len(row) == 1):
                 return None
@@ -297,29 +353,49 @@ class Source:
 
 
 def is_same_head(a: Source, b: Source) -> bool:
-    """Return True if two calls are of one linear head in the same state, so that joined rows are rows of one call."""
+    """Return True if two calls are of one linear head in the same state, so that joined rows are
+    rows of one call."""
     if a is b:
         return True
     same = a.forward is b.forward and a.weight is b.weight and a.bias is b.bias
     linear = a.linear and b.linear and a.cut is None and b.cut is None
     if not (same and linear and (a.autocast, a.grad, a.trained) == (b.autocast, b.grad, b.trained)):
         return False
-    versions = [[(id(t), version) for _, t, version in s.watched if any(t is p for p in s.parameters)] for s in (a, b)]
+    versions = [
+        [(id(t), version) for _, t, version in s.watched if any(t is p for p in s.parameters)]
+        for s in (a, b)
+    ]
     return versions[0] == versions[1]
 
 
 class JoinedCalls(Source):
     """Several calls of one linear head, whose rows have been joined.
 
-    What is read of the joined rows is read of every call; the calls are run, where logits are materialized, each by itself.
-    """
+    What is read of the joined rows is read of every call; the calls are run, where logits are
+    materialized, each by itself."""
 
     def __init__(self, calls: list[Source]) -> None:
         self.calls = calls
         first = calls[0]
-        self.forward, self.hidden, self.parameters, self.trained = first.forward, first.hidden, first.parameters, first.trained
-        self.cut, self.linear, self.weight, self.bias, self.state = None, True, first.weight, first.bias, None
-        self.autocast, self.grad, self.needed, self.lent = first.autocast, first.grad, first.needed, first.lent
+        self.forward, self.hidden, self.parameters, self.trained = (
+            first.forward,
+            first.hidden,
+            first.parameters,
+            first.trained,
+        )
+        self.cut, self.linear, self.weight, self.bias, self.state = (
+            None,
+            True,
+            first.weight,
+            first.bias,
+            None,
+        )
+        self.autocast, self.grad, self.needed, self.lent = (
+            first.autocast,
+            first.grad,
+            first.needed,
+            first.lent,
+        )
         self.watched = [one for call in calls for one in call.watched]
         self.lazies = _OfAll(calls)
         self.taken, self.lses, self.widest = [], [], first.widest
@@ -341,7 +417,9 @@ class JoinedCalls(Source):
         for call in self.calls:
             call.read = value
 
-    def tell(self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()) -> RemovableHandle:
+    def tell(
+        self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()
+    ) -> RemovableHandle:
         modules = tuple(modules)
         handles = [call.tell(hook, modules) for call in self.calls]
         return handles[0]
@@ -386,11 +464,11 @@ def require_unchanged(watched: Iterable[tuple[str, Tensor, int]]) -> None:
 
 @dataclass(frozen=True)
 class Shaping:
-    """What becomes of a row of the head's output ``x``: ``z = scale * x + bias``, or ``cap * tanh(z)``, of the first classes.
+    """What becomes of a row of the head's output ``x``: ``z = scale * x + bias``, or ``cap *
+    tanh(z)``, of the first classes.
 
-    ``kind`` says what of it a lazy tensor holds: "logits" z, or ``factor`` times one of "logp", "p", "p logp", "p z"; or "other", what only
-    the program of the lazy tensor says.
-    """
+    ``kind`` says what of it a lazy tensor holds: "logits" z, or ``factor`` times one of "logp",
+    "p", "p logp", "p z"; or "other", what only the program of the lazy tensor says."""
 
     num_classes: int
     dtype: torch.dtype
@@ -409,7 +487,9 @@ class Shaping:
             return replace(self, factor=self.factor * c)
         if self.cap is not None:
             return replace(self, cap=self.cap * c)
-        return replace(self, scale=self.scale * c, bias=None if self.bias is None else self.bias * c)
+        return replace(
+            self, scale=self.scale * c, bias=None if self.bias is None else self.bias * c
+        )
 
     def plus(self, bias: Tensor) -> "Shaping | None":
         if self.kind != "logits" or self.cap is not None:
@@ -420,14 +500,24 @@ class Shaping:
     def cut(self, num_classes: int) -> "Shaping | None":
         if self.kind != "logits":
             return None
-        return replace(self, num_classes=num_classes, bias=None if self.bias is None else self.bias[:num_classes])
+        return replace(
+            self,
+            num_classes=num_classes,
+            bias=None if self.bias is None else self.bias[:num_classes],
+        )
 
     @property
     def options(self) -> dict[str, float | None]:
         """As the losses take them."""
         scale = self.scale if self.cap is None else self.scale * self.cap
-        return {"logit_scale": None if scale == 1.0 else scale, "softcap": None if self.cap is None else abs(self.cap)}
+        return {
+            "logit_scale": None if scale == 1.0 else scale,
+            "softcap": None if self.cap is None else abs(self.cap),
+        }
 
     def same_logits(self, other: "Shaping") -> bool:
-        mine, others = (replace(s, kind="logits", factor=1.0, bias=None, dtype=torch.float32) for s in (self, other))
+        mine, others = (
+            replace(s, kind="logits", factor=1.0, bias=None, dtype=torch.float32)
+            for s in (self, other)
+        )
         return mine == others and self.bias is other.bias

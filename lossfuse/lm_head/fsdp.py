@@ -1,9 +1,10 @@
-"""Heads whose parameters others move: FSDP2 frees them when the head's forward is over, and wrappers wait for a backward to begin.
+"""Heads whose parameters others move: FSDP2 frees them when the head's forward is over, and
+wrappers wait for a backward to begin.
 
-FSDP2 and DDP learn that a backward begins from hooks and functions they put on what a forward returns. No gradient comes by way of logits
-that are not made, so what is read off them has to tell. What is known of FSDP2 here beyond its ``unshard()`` and ``reshard()`` is which
-group holds a parameter, and the sharded parameter an optimizer writes to; of DDP, the name of its function.
-"""
+FSDP2 and DDP learn that a backward begins from hooks and functions they put on what a forward
+returns. No gradient comes by way of logits that are not made, so what is read off them has to tell.
+What is known of FSDP2 here beyond its ``unshard()`` and ``reshard()`` is which group holds a
+parameter, and the sharded parameter an optimizer writes to; of DDP, the name of its function."""
 
 import sys
 import weakref
@@ -40,16 +41,23 @@ def is_fsdp2(module: Any) -> bool:
 
 def is_plain_linear(head: nn.Module) -> bool:
     """Also under another name, as FSDP2 gives it."""
-    return type(head) is nn.Linear or (is_fsdp2(head) and isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward)
+    return type(head) is nn.Linear or (
+        is_fsdp2(head) and isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    )
 
 
 def must_not_be_entered(head: nn.Module) -> str | None:
-    """Why a call of the head for the loss alone would go wrong: hooks of FSDP's groups in it, parameters that ZeRO-3 has put aside."""
+    """Why a call of the head for the loss alone would go wrong: hooks of FSDP's groups in it,
+    parameters that ZeRO-3 has put aside."""
     if any(isinstance(m, _fsdp("FullyShardedDataParallel")) for m in head.modules()):
         return "it is a unit of FullyShardedDataParallel (FSDP1); wrap the model and not its head, or use fully_shard"
     if any(m is not head and is_fsdp2(m) for m in head.modules()):
         return "a part of it is a unit of fully_shard; call fully_shard on the whole head"
-    return "its parameters are partitioned by ZeRO-3" if any(hasattr(p, "ds_id") for p in head.parameters()) else None
+    return (
+        "its parameters are partitioned by ZeRO-3"
+        if any(hasattr(p, "ds_id") for p in head.parameters())
+        else None
+    )
 
 
 class Lenders:
@@ -62,7 +70,9 @@ class Lenders:
     def __call__(self, parameters: tuple[Tensor, ...], model: nn.Module) -> list[Lent]:
         if not _fsdp("FSDPModule"):
             return []
-        if len(self.of) != len(parameters) or any(ref() is not p for ref, p in zip(self.of, parameters, strict=True)):
+        if len(self.of) != len(parameters) or any(
+            ref() is not p for ref, p in zip(self.of, parameters, strict=True)
+        ):
             self.found = lent(parameters, model.modules())
             self.of = tuple(weakref.ref(p) for p in parameters)
         return self.found
@@ -79,7 +89,9 @@ def lent(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Lent]:
         state = module._get_fsdp_state()
         # one group, until torch 2.11
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for entry in (entry for group in groups if group is not None for entry in group.fsdp_params):
+        for entry in (
+            entry for group in groups if group is not None for entry in group.fsdp_params
+        ):
             for p in parameters:
                 if getattr(entry, "_unsharded_param", None) is p:
                     found.setdefault(id(p), Lent(p, entry.sharded_param, module))
@@ -88,7 +100,8 @@ def lent(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Lent]:
 
 @contextmanager
 def held(found: list[Lent], needed: Iterable[tuple[Tensor, Any]]) -> Iterator[None]:
-    """With the values of what a head needs, of these shapes, wherever they have gone since the forward; as it was before, afterwards."""
+    """With the values of what a head needs, of these shapes, wherever they have gone since the
+    forward; as it was before, afterwards."""
     with ExitStack() as after:
         for one in found:
             # one call may have brought the next ones back too
@@ -104,22 +117,33 @@ def held(found: list[Lent], needed: Iterable[tuple[Tensor, Any]]) -> Iterator[No
 def _is_absent(p: Tensor) -> bool:
     # of a DTensor, what this rank has of it
     t: Tensor = getattr(p, "_local_tensor", p)
-    return type(t) in (Tensor, nn.Parameter) and t.numel() > 0 and t.device.type != "meta" and t.untyped_storage().nbytes() == 0
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and t.numel() > 0
+        and t.device.type != "meta"
+        and t.untyped_storage().nbytes() == 0
+    )
 
 
 def modules_told(hook: Any) -> tuple[nn.Module, ...] | None:
-    """Of a hook for a tensor's gradient that only asks when the backward of these begins; None for any other."""
+    """Of a hook for a tensor's gradient that only asks when the backward of these begins; None for
+    any other."""
     if isinstance(hook, partial):
         # FSDP1's
-        told = getattr(hook.func, "__name__", "") == "_pre_backward_hook" and hook.func.__module__.startswith("torch.distributed.fsdp.")
+        told = getattr(
+            hook.func, "__name__", ""
+        ) == "_pre_backward_hook" and hook.func.__module__.startswith("torch.distributed.fsdp.")
         return () if told else None
     owner = getattr(hook, "__self__", None)
-    told = getattr(hook, "__name__", "") == "_pre_backward" and type(owner).__module__.startswith("torch.distributed.")
+    told = getattr(hook, "__name__", "") == "_pre_backward" and type(owner).__module__.startswith(
+        "torch.distributed."
+    )
     return tuple(getattr(owner, "_modules", ())) if told else None
 
 
 def told_by(node: Any) -> Callable[[Any], None] | None:
-    """Of DDP's function around outputs, which passes gradients on and asks when the backward begins; None for any other."""
+    """Of DDP's function around outputs, which passes gradients on and asks when the backward
+    begins; None for any other."""
     if type(node).__name__ != "_DDPSinkBackward":
         return None
 

@@ -34,66 +34,87 @@ def fuse_lm_head(
     row_wise: bool = False,
     evaluation: bool = False,
 ) -> LogitsReport:
-    """Fuse the output head of a model with whatever loss reads its logits, until ``unfuse_lm_head``.
+    """Fuse the output head of a model with whatever loss reads its logits, until
+    ``unfuse_lm_head``.
 
-    In training mode, with gradients enabled, the call of the head is then deferred: it returns logits that are not made. They have the
-    shape, dtype and device of logits. Scaling by a number, ``tanh``, casts, a bias, slices of classes and any indexing or reshaping of rows
-    are recorded; ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with any arguments, ``lossfuse.cross_entropy``, ``log_softmax`` followed
-    by ``gather``, ``nll_loss`` or a sum over classes, ``logsumexp``, ``argmax`` and entropies run ``linear_cross_entropy`` or its
-    statistics instead. Any other use makes the logits as the model would have, bit for bit, and warns once, naming the operation. In eval
-    mode and under ``no_grad`` the head is the model's own, unless ``evaluation=True``; in ``generate()`` always.
+    In training mode, with gradients enabled, the call of the head is then deferred: it returns
+    logits that are not made. They have the shape, dtype and device of logits. Scaling by a number,
+    ``tanh``, casts, a bias, slices of classes and any indexing or reshaping of rows are recorded;
+    ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with any arguments, ``lossfuse.cross_entropy``,
+    ``log_softmax`` followed by ``gather``, ``nll_loss`` or a sum over classes, ``logsumexp``,
+    ``argmax`` and entropies run ``linear_cross_entropy`` or its statistics instead. Any other use
+    makes the logits as the model would have, bit for bit, and warns once, naming the operation. In
+    eval mode and under ``no_grad`` the head is the model's own, unless ``evaluation=True``; in
+    ``generate()`` always.
 
-    Equal to the model without: losses and gradients up to rounding (logits of half-precision heads are float32 here).
+    Equal to the model without: losses and gradients up to rounding (logits of half-precision heads
+        are float32 here).
 
     Args:
-        model: any module. Transformers models are asked for ``get_output_embeddings()``, at every forward, so that the head may be wrapped
-            or replaced (LoRA, a resized vocabulary) before or after. Models without that method are searched for a module called
-            ``lm_head``, ``output``, ``embed_out``, ``head`` or ``unembed``; those that answer None, for all but ``output`` and ``head``.
-        head: the head itself, or its name in ``model``, where that finds none or another. Of several heads (MusicGen) name one,
-            ``head="lm_heads.0"``.
-        options: of the linear form; see ``LinearOptions``. ``main_grad`` and heads other than ``nn.Linear`` do not go together.
-        row_wise: defer a head of an unknown class too. You promise that its forward computes every row alone (no convolution, shift,
-            normalization or quantization over rows), keeps no state (no counters, running averages or observers), has no side effects (no
-            auxiliary loss, no hooks that count), and gives the same result when it runs again with the same attributes and random state.
-            It is called for one row to learn the number of classes, for a chunk of rows at a time, and again in the backward. Its dropout
-            draws a mask for each chunk, from a seed that is drawn at the call. Unknown heads without this are called once, by the model,
-            with a warning.
-        evaluation: defer the head in eval mode, under ``no_grad`` and in ``inference_mode`` too, so that the loss of an evaluation takes
-            no memory for logits. Calls within ``generate()`` are never deferred. Tensors of ``inference_mode`` have no version, so hidden
-            states that are written to between head and loss are noticed everywhere but there.
+        model: any module. Transformers models are asked for ``get_output_embeddings()``, at every
+            forward, so that the head may be wrapped or replaced (LoRA, a resized vocabulary) before
+            or after. Models without that method are searched for a module called ``lm_head``,
+            ``output``, ``embed_out``, ``head`` or ``unembed``; those that answer None, for all but
+            ``output`` and ``head``.
+        head: the head itself, or its name in ``model``, where that finds none or another. Of
+            several heads (MusicGen) name one, ``head="lm_heads.0"``.
+        options: of the linear form; see ``LinearOptions``. ``main_grad`` and heads other than
+            ``nn.Linear`` do not go together.
+        row_wise: defer a head of an unknown class too. You promise that its forward computes every
+            row alone (no convolution, shift, normalization or quantization over rows), keeps no
+            state (no counters, running averages or observers), has no side effects (no auxiliary
+            loss, no hooks that count), and gives the same result when it runs again with the same
+            attributes and random state. It is called for one row to learn the number of classes,
+            for a chunk of rows at a time, and again in the backward. Its dropout draws a mask for
+            each chunk, from a seed that is drawn at the call. Unknown heads without this are called
+            once, by the model, with a warning.
+        evaluation: defer the head in eval mode, under ``no_grad`` and in ``inference_mode`` too, so
+            that the loss of an evaluation takes no memory for logits. Calls within ``generate()``
+            are never deferred. Tensors of ``inference_mode`` have no version, so hidden states that
+            are written to between head and loss are noticed everywhere but there.
 
     Returns:
-        What becomes of the logits from now on, as counters of operations: ``fused`` and ``made``. A second call for the same model
-        changes its options and returns the same report.
+        What becomes of the logits from now on, as counters of operations: ``fused`` and ``made``. A
+        second call for the same model changes its options and returns the same report.
 
     Raises:
-        TypeError, ValueError: if no head can be found, naming what was looked for, or if what was found has no logits (an
-            ``nn.Embedding``, an ``nn.ModuleList``).
-        RuntimeError, later: where logits are wanted after their hidden states or the head's parameters have been changed in place, as by
-            an optimizer's step; a model of torch has made them before. In a second backward (``retain_graph=True``) of a mean or a sum,
-            but with ``options=LinearOptions(allow_retain_graph=True)``, and in a second derivative (``create_graph=True``). For a gradient
-            with respect to logits that a loss has been read off (``torch.autograd.grad(loss, logits)``).
+        TypeError, ValueError: if no head can be found, naming what was looked for, or if what was
+            found has no logits (an ``nn.Embedding``, an ``nn.ModuleList``).
+        RuntimeError, later: where logits are wanted after their hidden states or the head's
+            parameters have been changed in place, as by an optimizer's step; a model of torch has
+            made them before. In a second backward (``retain_graph=True``) of a mean or a sum, but
+            with ``options=LinearOptions(allow_retain_graph=True)``, and in a second derivative
+            (``create_graph=True``). For a gradient with respect to logits that a loss has been read
+            off (``torch.autograd.grad(loss, logits)``).
 
-    A head that is a plain ``nn.Linear`` runs ``linear_cross_entropy``. Others that are deferred (adapters of PEFT, quantized linears of
-    bitsandbytes and torchao, ``nn.Sequential`` of row-wise modules; ``lossfuse/lm_head/deferrable.py`` has the list) are called for a chunk
-    of rows at a time, and again in the backward, with the flags and modes they had when the model called them.
+    A head that is a plain ``nn.Linear`` runs ``linear_cross_entropy``. Others that are deferred
+    (adapters of PEFT, quantized linears of bitsandbytes and torchao, ``nn.Sequential`` of row-wise
+    modules; ``lossfuse/lm_head/deferrable.py`` has the list) are called for a chunk of rows at a
+    time, and again in the backward, with the flags and modes they had when the model called them.
 
-    A forward of the model in training mode that has not called its head, so that nothing can be fused, warns once.
+    A forward of the model in training mode that has not called its head, so that nothing can be
+    fused, warns once.
 
-    Nothing of the model changes but its head's ``forward`` and two forward hooks of the model: state dict, tied weights, hooks, pickling
-    and ``copy.deepcopy`` (whose copy is fused too) are unaffected. Under ``torch.compile`` the head and the loss run outside the graphs.
+    Nothing of the model changes but its head's ``forward`` and two forward hooks of the model:
+    state dict, tied weights, hooks, pickling and ``copy.deepcopy`` (whose copy is fused too) are
+    unaffected. Under ``torch.compile`` the head and the loss run outside the graphs.
 
-    Under DDP, FSDP2 and tensor parallelism the head is fused too, called before or after them (docs/sharded_models.md). Parameters that
-    FSDP2 has freed by the time logits are read are gathered again, so that reading is a collective: do it on every rank. Heads that are a
-    unit of FSDP1, parameters of ZeRO-3, or sharded in parts are not fused, nor are the replicas of ``nn.DataParallel``.
-    """
+    Under DDP, FSDP2 and tensor parallelism the head is fused too, called before or after them
+    (docs/sharded_models.md). Parameters that FSDP2 has freed by the time logits are read are
+    gathered again, so that reading is a collective: do it on every rank. Heads that are a unit of
+    FSDP1, parameters of ZeRO-3, or sharded in parts are not fused, nor are the replicas of
+    ``nn.DataParallel``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__} but must be a torch.nn.Module")
     if head is not None and not isinstance(head, str | nn.Module):
-        raise TypeError(f"head is a {type(head).__name__} but must be a module, or the name of one in model")
+        raise TypeError(
+            f"head is a {type(head).__name__} but must be a module, or the name of one in model"
+        )
     options = LinearOptions() if options is None else options
     if not isinstance(options, LinearOptions):
-        raise TypeError(f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions")
+        raise TypeError(
+            f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions"
+        )
     require_bool("row_wise", row_wise)
     require_bool("evaluation", evaluation)
     given = model
@@ -106,7 +127,12 @@ def fuse_lm_head(
         model.register_forward_pre_hook(finder)
     if finder.is_over not in model._forward_hooks.values():
         model.register_forward_hook(finder.is_over)
-    finder.name, finder.options, finder.row_wise, finder.evaluation = head, options, row_wise, evaluation
+    finder.name, finder.options, finder.row_wise, finder.evaluation = (
+        head,
+        options,
+        row_wise,
+        evaluation,
+    )
     finder.given = weakref.ref(given)
     finder(model, ())
     _compile_the_layers_alone(finder)
@@ -114,11 +140,18 @@ def fuse_lm_head(
 
 
 def unfuse_lm_head(model: nn.Module) -> None:
-    """Undo ``fuse_lm_head``, of this model, one in it or one around it; nothing of it is left. Others stay as they are."""
+    """Undo ``fuse_lm_head``, of this model, one in it or one around it; nothing of it is left.
+    Others stay as they are."""
     for module in list(model.modules()):
-        finders = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HeadFinder)]
+        finders = [
+            hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HeadFinder)
+        ]
         # one that was interrupted while it left
-        finders += [f for hook in module._forward_hooks.values() if isinstance(f := getattr(hook, "__self__", None), _HeadFinder)]
+        finders += [
+            f
+            for hook in module._forward_hooks.values()
+            if isinstance(f := getattr(hook, "__self__", None), _HeadFinder)
+        ]
         forward = fused_forward(module)
         for finder in (*finders, *([] if forward is None else [forward.finder])):
             finder.close()
@@ -135,11 +168,19 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 
 def _finder_of(model: nn.Module) -> "_HeadFinder | None":
     # one that is closed was interrupted before it had left
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _HeadFinder) and not hook.closed), None)
+    return next(
+        (
+            hook
+            for hook in model._forward_pre_hooks.values()
+            if isinstance(hook, _HeadFinder) and not hook.closed
+        ),
+        None,
+    )
 
 
 def _asked(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str]:
-    """The output head of a model by ``head``, its own word or one of the usual names, of whatever class, and who named it."""
+    """The output head of a model by ``head``, its own word or one of the usual names, of whatever
+    class, and who named it."""
     if isinstance(head, nn.Module):
         return head, "head"
     if head is not None:
@@ -155,7 +196,12 @@ def _asked(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str]:
     for name in [name for name in HEAD_NAMES if not asked or name not in ("head", "output")]:
         if isinstance(found := getattr(model, name, None), nn.Module):
             return found, name
-    return None, "get_output_embeddings() returned None" if asked else "neither get_output_embeddings() nor " + ", ".join(HEAD_NAMES)
+    return (
+        None,
+        "get_output_embeddings() returned None"
+        if asked
+        else "neither get_output_embeddings() nor " + ", ".join(HEAD_NAMES),
+    )
 
 
 def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
@@ -175,20 +221,29 @@ def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
             " target) in the model's forward"
         )
     if not isinstance(found, nn.Module):
-        raise ValueError(f"model is a {kind} in which no output head was found ({by}); pass head=, a module or its name")
+        raise ValueError(
+            f"model is a {kind} in which no output head was found ({by}); pass head=, a module or its name"
+        )
 
 
 def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module | None:
     """The output head of a model, by ``head``, its own word or one of the usual names."""
     found, _ = _asked(model, head)
-    return found if isinstance(found, nn.Module) and not isinstance(found, nn.ModuleList | nn.ModuleDict | nn.Embedding) else None
+    return (
+        found
+        if isinstance(found, nn.Module)
+        and not isinstance(found, nn.ModuleList | nn.ModuleDict | nn.Embedding)
+        else None
+    )
 
 
 def is_generating() -> bool:
     """Return True if the call comes from a ``generate()``, of transformers or of a model's own."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "generate" or frame.f_globals.get("__name__", "").startswith("transformers.generation."):
+        if frame.f_code.co_name == "generate" or frame.f_globals.get("__name__", "").startswith(
+            "transformers.generation."
+        ):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -208,7 +263,12 @@ class LazyForward(HeadForward):
         finder.report.calls += 1
         hidden: Any = args[0] if args else kwargs.get("input")
         plain = type(hidden) in (Tensor, nn.Parameter) or is_dtensor(hidden)
-        plain = plain and len(args) + len(kwargs) == 1 and hidden.is_floating_point() and hidden.dim() > 0
+        plain = (
+            plain
+            and len(args) + len(kwargs) == 1
+            and hidden.is_floating_point()
+            and hidden.dim() > 0
+        )
         if not plain or torch_func_active() or tangents_possible() or not self._is_wanted(hidden):
             return self.original(*args, **kwargs)
         if not finder.finds(self.head):
@@ -217,7 +277,12 @@ class LazyForward(HeadForward):
         why = must_not_be_entered(self.head)
         cut = None
         if why is None and (is_dtensor(hidden) or is_cut(self.head)):
-            cut = cut_of(self.head, hidden, self.instance_forward, self.head.__dict__.get("forward") is not self)
+            cut = cut_of(
+                self.head,
+                hidden,
+                self.instance_forward,
+                self.head.__dict__.get("forward") is not self,
+            )
             why = "its parameters are sharded in a way that is not known" if cut is None else None
         elif why is None and not self.is_linear:
             why = obstacle(self.head, self.instance_forward, row_wise=finder.row_wise)
@@ -233,8 +298,14 @@ class LazyForward(HeadForward):
         return lazy_logits.lazy_logits(source, shaping, rows, leaves=(hidden, *source.parameters))
 
     def _is_wanted(self, hidden: Tensor) -> bool:
-        """Return True if a loss may be read from this call: training with gradients, or evaluation if that is deferred too."""
-        if self.head.training and torch.is_grad_enabled() and not hidden.is_inference() and not torch.is_inference_mode_enabled():
+        """Return True if a loss may be read from this call: training with gradients, or evaluation
+        if that is deferred too."""
+        if (
+            self.head.training
+            and torch.is_grad_enabled()
+            and not hidden.is_inference()
+            and not torch.is_inference_mode_enabled()
+        ):
             return True
         return self.finder.evaluation and not is_generating()
 
@@ -263,7 +334,8 @@ class _HeadFinder:
         self.uncompiled: list[CodeType] = []
 
     def finds(self, head: nn.Module) -> bool:
-        """Return True if ``head`` is still the model's output head; otherwise fuse the new one and return False."""
+        """Return True if ``head`` is still the model's output head; otherwise fuse the new one and
+        return False."""
         if self.closed:
             # another wrapper still calls a head that has been unfused
             return False
@@ -274,7 +346,8 @@ class _HeadFinder:
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if model is not self.model:
-            # DataParallel's replica, whose head has this one's forward, and parameters on another device
+            # DataParallel's replica, whose head has this one's forward, and parameters on another
+            # device
             for module in model.modules():
                 forward = fused_forward(module)
                 if forward is not None and forward.head is not module:
@@ -303,7 +376,12 @@ class _HeadFinder:
 
     def is_over(self, model: nn.Module, args: Any, output: Any) -> None:
         """After a forward of the model: one that has not called the head cannot be fused."""
-        if torch.compiler.is_compiling() or self.calls is None or self.closed or model is not self.model:
+        if (
+            torch.compiler.is_compiling()
+            or self.calls is None
+            or self.closed
+            or model is not self.model
+        ):
             return
         if self.calls == self.report.calls:
             head = "" if self.fused is None else f", a {type(self.fused).__name__}"
@@ -316,7 +394,9 @@ class _HeadFinder:
 
     def not_deferred(self, why: str) -> None:
         self.report.made["forward"] += 1
-        self._warn(f"lossfuse.fuse_lm_head leaves the head of {type(self.model).__name__} as it is, and its logits are made: {why}")
+        self._warn(
+            f"lossfuse.fuse_lm_head leaves the head of {type(self.model).__name__} as it is, and its logits are made: {why}"
+        )
 
     def _warn(self, message: str) -> None:
         if message not in self.warned and not torch.compiler.is_compiling():
@@ -329,7 +409,10 @@ class _HeadFinder:
         for code in self.uncompiled:
             _compile_again(code)
         self.uncompiled = []
-        for hooks, mine in ((self.model._forward_pre_hooks, self), (self.model._forward_hooks, self.is_over)):
+        for hooks, mine in (
+            (self.model._forward_pre_hooks, self),
+            (self.model._forward_hooks, self.is_over),
+        ):
             for key in [key for key, hook in hooks.items() if hook == mine]:
                 del hooks[key]
 
@@ -342,11 +425,14 @@ class _HeadFinder:
         return {**self.__dict__, "given": None, "uncompiled": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_HeadFinder":
-        """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes, is not, and copies no model."""
+        """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes,
+        is not, and copies no model."""
         other = _HeadFinder(self.model)
         memo[id(self)] = other
         if id(self.model) in memo:
-            other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+            other.__dict__.update(
+                {name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()}
+            )
         else:
             other.closed = True
         return other
@@ -370,8 +456,8 @@ _uncompiled: Counter[CodeType] = Counter()
 def _compile_the_layers_alone(finder: _HeadFinder) -> None:
     """Leave the forwards of a transformers model around its head to Python under ``torch.compile``.
 
-    Dynamo would break them at the head and at every operation on its logits. The model without its head is a module of its own there,
-    which is compiled as it is without fusing, in as many graphs.
+    Dynamo would break them at the head and at every operation on its logits. The model without its
+    head is a module of its own there, which is compiled as it is without fusing, in as many graphs.
     """
     model = finder.outermost
     if not hasattr(finder.model, "loss_function") or finder.fused is None:
@@ -381,14 +467,30 @@ def _compile_the_layers_alone(finder: _HeadFinder) -> None:
         from torch._dynamo.eval_frame import skip_code
     except ImportError:
         return
-    around = [m for m in model.modules() if m is not finder.fused and any(inner is finder.fused for inner in m.modules())]
+    around = [
+        m
+        for m in model.modules()
+        if m is not finder.fused and any(inner is finder.fused for inner in m.modules())
+    ]
     loss: Any = finder.model.loss_function
-    parts = [loss.__globals__.get(name) for name in loss.__code__.co_names] if isinstance(loss, FunctionType) else []
-    functions: list[Any] = [*(type(m).forward for m in around), loss, *(fn for fn in parts if isinstance(fn, FunctionType))]
+    parts = (
+        [loss.__globals__.get(name) for name in loss.__code__.co_names]
+        if isinstance(loss, FunctionType)
+        else []
+    )
+    functions: list[Any] = [
+        *(type(m).forward for m in around),
+        loss,
+        *(fn for fn in parts if isinstance(fn, FunctionType)),
+    ]
     for fn in functions:
         while fn is not None:
             code = getattr(fn, "__code__", None)
-            if isinstance(code, CodeType) and not getattr(fn, "__module__", "torch").startswith("torch.") and code not in finder.uncompiled:
+            if (
+                isinstance(code, CodeType)
+                and not getattr(fn, "__module__", "torch").startswith("torch.")
+                and code not in finder.uncompiled
+            ):
                 finder.uncompiled.append(code)
                 _uncompiled[code] += 1
                 skip_code(code)
@@ -405,11 +507,14 @@ def _compile_again(code: CodeType) -> None:
 
 
 def _keep_outside_graphs(owner: type, name: str) -> None:
-    """``torch.compiler.disable`` a method, once a head is fused and not before: it imports Dynamo, and Triton with it."""
+    """``torch.compiler.disable`` a method, once a head is fused and not before: it imports Dynamo,
+    and Triton with it."""
     if (owner, name) not in _disabled:
         method = vars(owner)[name]
         if isinstance(method, classmethod):
-            setattr(owner, name, classmethod(torch.compiler.disable(method.__func__, reason=OUTSIDE)))
+            setattr(
+                owner, name, classmethod(torch.compiler.disable(method.__func__, reason=OUTSIDE))
+            )
         else:
             setattr(owner, name, torch.compiler.disable(method, reason=OUTSIDE))
         _disabled.add((owner, name))

@@ -1,4 +1,5 @@
-"""Losses and statistics read from deferred logits, computed by the linear form from the hidden states."""
+"""Losses and statistics read from deferred logits, computed by the linear form from the hidden
+states."""
 
 import weakref
 from dataclasses import replace
@@ -41,7 +42,12 @@ def _cross_entropy(
     if not isinstance(input, LazyLogits):
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
-    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    options = {
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
     kind, factor = input._shaping.kind, input._shaping.factor
     if kind == "logp" and factor == 1.0:
         # log_softmax of those is what they are
@@ -57,13 +63,23 @@ def _cross_entropy(
 def _ours(input: Any, *args: Any, **options: Any) -> Any:
     if not isinstance(input, LazyLogits):
         return NotImplemented
-    names = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    names = (
+        "target",
+        "weight",
+        "size_average",
+        "ignore_index",
+        "reduce",
+        "reduction",
+        "label_smoothing",
+    )
     options = {**dict(zip(names, args, strict=False)), **options}
     target, scale, cap = options.pop("target"), options.pop("logit_scale"), options.pop("softcap")
     # before the two are taken for parts of what was recorded
     loss_spec(-100, 0.0, cap, scale)
     shaping: Shaping | None = input._shaping
-    options["reduction"] = resolve_reduction(options["reduction"], options.pop("size_average"), options.pop("reduce"))
+    options["reduction"] = resolve_reduction(
+        options["reduction"], options.pop("size_average"), options.pop("reduce")
+    )
     if input._shaping.kind != "logits" or (cap is not None and input._shaping.cap is not None):
         return NotImplemented
     if scale is not None:
@@ -75,7 +91,9 @@ def _ours(input: Any, *args: Any, **options: Any) -> Any:
         return NotImplemented
     # there are none to write over
     require_bool("inplace", options.pop("inplace", False))
-    reads: dict[str, bool] = {name: options.pop(name) for name in ("entropy", "argmax") if name in options}
+    reads: dict[str, bool] = {
+        name: options.pop(name) for name in ("entropy", "argmax") if name in options
+    }
     return _in_our_dtype(input, _loss(input._but(shaping=shaping), target, options, reads or None))
 
 
@@ -83,7 +101,9 @@ def _in_our_dtype(input: LazyLogits, made: Any) -> Any:
     """float64 for logits of that dtype alone."""
     if input._rows.dtype != torch.float64 or input._shaping.dtype == torch.float64:
         return made
-    return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, made)
+    return tree_map(
+        lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, made
+    )
 
 
 @handles(F.nll_loss)
@@ -96,12 +116,26 @@ def _nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Any:
-    if not isinstance(input, LazyLogits) or isinstance(target, LazyLogits) or target.is_floating_point():
+    if (
+        not isinstance(input, LazyLogits)
+        or isinstance(target, LazyLogits)
+        or target.is_floating_point()
+    ):
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
     if input._shaping.kind != "logp" or input._shaping.factor != 1.0:
-        return loss_of_values(F.nll_loss, input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction})
-    return _torchs(input, _loss(input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}))
+        return loss_of_values(
+            F.nll_loss,
+            input,
+            target,
+            {"weight": weight, "ignore_index": ignore_index, "reduction": reduction},
+        )
+    return _torchs(
+        input,
+        _loss(
+            input, target, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
+        ),
+    )
 
 
 @handles(family.nll_loss)
@@ -116,7 +150,12 @@ def _our_nll_loss(
     *,
     impl: str = "auto",
 ) -> Any:
-    if not isinstance(input, LazyLogits) or input._shaping.kind != "logp" or input._shaping.factor != 1.0 or target.is_floating_point():
+    if (
+        not isinstance(input, LazyLogits)
+        or input._shaping.kind != "logp"
+        or input._shaping.factor != 1.0
+        or target.is_floating_point()
+    ):
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
     options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "impl": impl}
@@ -125,11 +164,19 @@ def _our_nll_loss(
 
 @handles(T.gather, torch.gather)
 def _gather(x: Any, dim: Any, index: Any = None, *, sparse_grad: bool = False) -> Any:
-    if not isinstance(x, LazyLogits) or not isinstance(index, Tensor) or isinstance(index, LazyLogits) or sparse_grad:
+    if (
+        not isinstance(x, LazyLogits)
+        or not isinstance(index, Tensor)
+        or isinstance(index, LazyLogits)
+        or sparse_grad
+    ):
         return NotImplemented
     if not of_classes(x, dim):
         rest = index.dim() == x._rows.dim() and x._classes_last and isinstance(dim, int)
-        whole = rest and all(d == dim % x.dim() or n == m for d, (n, m) in enumerate(zip(index.shape, x.shape, strict=True)))
+        whole = rest and all(
+            d == dim % x.dim() or n == m
+            for d, (n, m) in enumerate(zip(index.shape, x.shape, strict=True))
+        )
         return rows_along(x, dim, index) if whole else NotImplemented
     if not x._classes_last or index.shape[:-1] != x._rows.shape[:-1]:
         return NotImplemented
@@ -146,7 +193,12 @@ def _gather(x: Any, dim: Any, index: Any = None, *, sparse_grad: bool = False) -
 
 @handles(torch.take_along_dim, T.take_along_dim)
 def _take_along_dim(x: Any, indices: Any, dim: Any = None) -> Any:
-    if not isinstance(x, LazyLogits) or isinstance(indices, LazyLogits) or indices.dim() != x.dim() or not x._classes_last:
+    if (
+        not isinstance(x, LazyLogits)
+        or isinstance(indices, LazyLogits)
+        or indices.dim() != x.dim()
+        or not x._classes_last
+    ):
         return NotImplemented
     if not of_classes(x, dim):
         return rows_along(x, dim, indices)
@@ -185,30 +237,51 @@ def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
 
 
 @handles(T.sum, torch.sum)
-def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def _sum(
+    x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
     floating = x._shaping.dtype.is_floating_point
-    return over_rows(x, dim, keepdim, lambda: _row_sums(x), torch.sum, dtype or (x._shaping.dtype if floating else torch.int64))
+    return over_rows(
+        x,
+        dim,
+        keepdim,
+        lambda: _row_sums(x),
+        torch.sum,
+        dtype or (x._shaping.dtype if floating else torch.int64),
+    )
 
 
 @handles(T.mean, torch.mean)
-def _mean(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def _mean(
+    x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
     if not x._shaping.dtype.is_floating_point:
         return NotImplemented
     num_classes = x._shaping.num_classes
-    return over_rows(x, dim, keepdim, lambda: _row_sums(x) / num_classes, torch.mean, dtype or x._shaping.dtype)
+    return over_rows(
+        x, dim, keepdim, lambda: _row_sums(x) / num_classes, torch.mean, dtype or x._shaping.dtype
+    )
 
 
 def _row_sums(x: LazyLogits) -> Tensor:
     """The sum over classes, in the dtype it is summed in."""
     shaping = x._shaping
     if shaping.kind not in ("logp", "p logp", "p z"):
-        wide = torch.float64 if shaping.dtype == torch.float64 else torch.float32 if shaping.dtype.is_floating_point else torch.int64
+        wide = (
+            torch.float64
+            if shaping.dtype == torch.float64
+            else torch.float32
+            if shaping.dtype.is_floating_point
+            else torch.int64
+        )
         made: Tensor = read_chunks(x, lambda z: z.sum(-1, dtype=wide))
         return made
     if shaping.kind == "logp":
         # a target that is spread evenly over all classes
         zeros = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
-        value = _read(x, zeros, {"ignore_index": NO_ID, "reduction": "none", "label_smoothing": 1.0}, None)
+        value = _read(
+            x, zeros, {"ignore_index": NO_ID, "reduction": "none", "label_smoothing": 1.0}, None
+        )
         assert isinstance(value, Tensor)
         value = value * -float(shaping.num_classes)
     else:
@@ -219,7 +292,8 @@ def _row_sums(x: LazyLogits) -> Tensor:
 
 
 def loss_of_values(func: Any, x: LazyLogits, target: Any, options: dict[str, Any]) -> Any:
-    """A loss of torch, a chunk of rows at a time, of what the linear form has no word for, or against a target that is made of logits."""
+    """A loss of torch, a chunk of rows at a time, of what the linear form has no word for, or
+    against a target that is made of logits."""
     weight, reduction = options.get("weight"), options["reduction"]
     soft = target.is_floating_point()
     classes_first = x._class_dim == min(x._rows.dim() - 1, 1)
@@ -232,20 +306,42 @@ def loss_of_values(func: Any, x: LazyLogits, target: Any, options: dict[str, Any
         beside: Any = target
     else:
         beside = target.movedim(1, -1) if soft and target.dim() > 2 else target
-        if tuple(beside.shape) != (*lead, x._shaping.num_classes) if soft else tuple(beside.shape) != tuple(lead):
+        if (
+            tuple(beside.shape) != (*lead, x._shaping.num_classes)
+            if soft
+            else tuple(beside.shape) != tuple(lead)
+        ):
             return NotImplemented
     options = {**options, "reduction": "none"}
     wide = torch.float64 if x._shaping.dtype == torch.float64 else torch.float32
 
     def part(z: Tensor, t: Tensor) -> Tensor:
-        return func(z.to(wide), t.to(wide) if soft else t, **{**options, "weight": None if weight is None else weight.to(wide)})
+        return func(
+            z.to(wide),
+            t.to(wide) if soft else t,
+            **{**options, "weight": None if weight is None else weight.to(wide)},
+        )
 
     losses = read_chunks(x, part, beside)
     divisor = None
     if reduction == "mean":
         ids = torch.empty(lead.numel(), 0, device=losses.device) if soft else target.reshape(-1)
-        divisor = divisor_of(Targets(ids, weight, lead), x._shaping.num_classes, wide, options.get("ignore_index", -100), reduction, None)
-    return _torchs(x, losses if reduction == "none" else losses.sum() if divisor is None else losses.sum() / divisor)
+        divisor = divisor_of(
+            Targets(ids, weight, lead),
+            x._shaping.num_classes,
+            wide,
+            options.get("ignore_index", -100),
+            reduction,
+            None,
+        )
+    return _torchs(
+        x,
+        losses
+        if reduction == "none"
+        else losses.sum()
+        if divisor is None
+        else losses.sum() / divisor,
+    )
 
 
 def _result(x: LazyLogits, value: Tensor) -> Tensor:
@@ -254,18 +350,31 @@ def _result(x: LazyLogits, value: Tensor) -> Tensor:
     return value.to(x._shaping.dtype)
 
 
-def _stats(x: LazyLogits, target: Tensor | None = None, *, entropy: bool = False, argmax: bool = False) -> LossStats:
+def _stats(
+    x: LazyLogits, target: Tensor | None = None, *, entropy: bool = False, argmax: bool = False
+) -> LossStats:
     if target is None:
         target = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
-    made = _read(x, target, {"ignore_index": NO_ID, "reduction": "none"}, {"entropy": entropy, "argmax": argmax})
+    made = _read(
+        x,
+        target,
+        {"ignore_index": NO_ID, "reduction": "none"},
+        {"entropy": entropy, "argmax": argmax},
+    )
     assert isinstance(made, LossStats)
     return made
 
 
-def _loss(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None = None) -> Any:
+def _loss(
+    x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None = None
+) -> Any:
     dims = x._rows.dim()
     # classes are in dimension 1 of a loss's logits, or alone; a teacher's logits are made
-    if x._class_dim != min(dims - 1, 1) or not isinstance(target, Tensor) or isinstance(target, LazyLogits):
+    if (
+        x._class_dim != min(dims - 1, 1)
+        or not isinstance(target, Tensor)
+        or isinstance(target, LazyLogits)
+    ):
         return NotImplemented
     weight = options.get("weight")
     if x._source.cut is not None and isinstance(weight, Tensor) and weight.requires_grad:
@@ -276,13 +385,18 @@ def _loss(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
 
 
 def _torchs(x: LazyLogits, loss: Any) -> Any:
-    """A loss of torch has the dtype of its logits, which autocast makes float32; ours is float32."""
-    if loss is NotImplemented or (torch.is_autocast_enabled(x._rows.device.type) and x._shaping.dtype.itemsize < 4):
+    """A loss of torch has the dtype of its logits, which autocast makes float32; ours is
+    float32."""
+    if loss is NotImplemented or (
+        torch.is_autocast_enabled(x._rows.device.type) and x._shaping.dtype.itemsize < 4
+    ):
         return loss
     return loss.to(x._shaping.dtype)
 
 
-def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:
+def _read(
+    x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None
+) -> Tensor | LossStats:
     """The linear form of these rows, or of chunks of a head that is not linear."""
     source, shaping = x._source, x._shaping
     options = {**options, **shaping.options}
@@ -294,7 +408,11 @@ def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
         rows, weight, bias = x._rows, source.weight, source.bias
         if not x._of_head:
             # a view that was taken under no_grad requires grad all the same
-            rows, weight, bias = rows.detach(), weight.detach(), None if bias is None else bias.detach()
+            rows, weight, bias = (
+                rows.detach(),
+                weight.detach(),
+                None if bias is None else bias.detach(),
+            )
         kept, added = slice(0, shaping.num_classes), shaping.bias
         if source.cut is not None:
             weight, bias, added, target, kept = _of_this_rank(x, weight, bias, target, options)
@@ -305,12 +423,17 @@ def _read(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[st
         call: Any = functional.linear_cross_entropy
         if reads is not None:
             call, options = statistics.linear_cross_entropy_stats, {**options, **reads}
-        made: Tensor | LossStats = call(rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options)
+        made: Tensor | LossStats = call(
+            rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options
+        )
         return made
 
 
-def _of_this_rank(x: LazyLogits, weight: Any, bias: Any, target: Tensor, options: dict[str, Any]) -> Any:
-    """Head, added bias, target and which classes are kept, where each rank has some of the classes; says so in ``options``."""
+def _of_this_rank(
+    x: LazyLogits, weight: Any, bias: Any, target: Tensor, options: dict[str, Any]
+) -> Any:
+    """Head, added bias, target and which classes are kept, where each rank has some of the classes;
+    says so in ``options``."""
     cut = x._source.cut
     assert cut is not None
     kept, shard = cut.shard(x._shaping.num_classes, len(weight))
@@ -324,14 +447,21 @@ def _of_this_rank(x: LazyLogits, weight: Any, bias: Any, target: Tensor, options
     return weight.to_local(), None if bias is None else bias.to_local(), added, target, kept
 
 
-def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None) -> Tensor | LossStats:
-    """A head that is not linear makes a chunk of logits at a time, and makes it again in the backward."""
+def _read_chunks(
+    x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None
+) -> Tensor | LossStats:
+    """A head that is not linear makes a chunk of logits at a time, and makes it again in the
+    backward."""
     source, shaping = x._source, x._shaping
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer", None)
     ignore_index = options["ignore_index"]
     rows = x._rows.reshape(-1, x._rows.shape[-1])
     lead = x._rows.shape[:-1]
-    t = target.reshape(-1, shaping.num_classes) if target.is_floating_point() else target.reshape(-1)
+    t = (
+        target.reshape(-1, shaping.num_classes)
+        if target.is_floating_point()
+        else target.reshape(-1)
+    )
 
     def part(hidden: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         # in the backward again
@@ -351,12 +481,15 @@ def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: 
     chunking = source.forward.finder.options
     step = chunk_rows(len(rows), rows.shape[-1], shaping.num_classes, rows.dtype, chunking, cpu=cpu)
     if chunking.chunk_bytes is None:
-        # the linear form holds one tensor of a chunk's logits; a LoRA layer's terms, their sum and its gradient are four. Freed blocks
-        # below 32 MiB stay in glibc's heap, in pieces
+        # the linear form holds one tensor of a chunk's logits; a LoRA layer's terms, their sum and
+        # its gradient are four. Freed blocks below 32 MiB stay in glibc's heap, in pieces
         least = (64 << 20) // (4 * shaping.num_classes) if cpu else 1
         step = min(step, max(-(-step // 4), least))
     with source.random():
-        parts = [checkpoint(part, h, some, use_reentrant=False) for h, some in zip(rows.split(step), t.split(step), strict=True)]
+        parts = [
+            checkpoint(part, h, some, use_reentrant=False)
+            for h, some in zip(rows.split(step), t.split(step), strict=True)
+        ]
     losses, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
     of = Targets(t, options.get("weight"), lead)
     divisor = divisor_of(of, shaping.num_classes, losses.dtype, ignore_index, reduction, normalizer)
@@ -368,4 +501,6 @@ def _read_chunks(x: LazyLogits, target: Tensor, options: dict[str, Any], reads: 
     entropy = rest.pop().reshape(lead) if wants["entropy"] else None
     n_valid = torch.full((), len(t), device=t.device) if of.soft else (t != ignore_index).sum()
     z_loss = reduce_rows(z_loss, of, reduction, divisor)
-    return LossStats(loss, lse.reshape(lead), target_logprob.reshape(lead), entropy, z_loss, argmax, n_valid)
+    return LossStats(
+        loss, lse.reshape(lead), target_logprob.reshape(lead), entropy, z_loss, argmax, n_valid
+    )

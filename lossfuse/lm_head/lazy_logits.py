@@ -1,10 +1,10 @@
 """Logits that are not made until somebody needs them.
 
-In training a fused head returns ``LazyLogits``: shape, dtype and device of logits, no storage. What models and trainers do between head
-and loss (scale, cap, cast, slice, reshape, add a bias) is recorded by ``recorded_ops``; what reads them as a loss or a statistic
-(``fused_ops``) runs the linear form on the hidden states; anything else makes the logits, by the head's own forward and the recorded
-operations, bit for bit what they would have been. No model's code is known here.
-"""
+In training a fused head returns ``LazyLogits``: shape, dtype and device of logits, no storage. What
+models and trainers do between head and loss (scale, cap, cast, slice, reshape, add a bias) is
+recorded by ``recorded_ops``; what reads them as a loss or a statistic (``fused_ops``) runs the
+linear form on the hidden states; anything else makes the logits, by the head's own forward and the
+recorded operations, bit for bit what they would have been. No model's code is known here."""
 
 import inspect
 import sys
@@ -46,7 +46,8 @@ class LazyLogits(Tensor):
     _rows: Tensor
     _class_dim: int
     _leaves: tuple[Tensor, ...]
-    # what is done to each row of the head's logits, for reads that need their values, and what its rows carry beside the hidden states
+    # what is done to each row of the head's logits, for reads that need their values, and what its
+    # rows carry beside the hidden states
     _program: Any
     _carried: dict[int, Tensor]
     # shared by those that torch would have view the same memory
@@ -61,14 +62,29 @@ class LazyLogits(Tensor):
     _unwrapped: "LazyLogits | None"
 
     @staticmethod
-    def __new__(cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int, shape: Any = None) -> "LazyLogits":
+    def __new__(
+        cls, source: Source, shaping: Shaping, rows: Tensor, class_dim: int, shape: Any = None
+    ) -> "LazyLogits":
         lead = list(rows.shape[:-1] if shape is None else shape)
         if shape is None:
             lead.insert(class_dim, shaping.num_classes)
-        self: LazyLogits = Tensor._make_wrapper_subclass(cls, lead, dtype=shaping.dtype, device=rows.device)
+        self: LazyLogits = Tensor._make_wrapper_subclass(
+            cls, lead, dtype=shaping.dtype, device=rows.device
+        )
         self._source, self._shaping, self._rows, self._class_dim = source, shaping, rows, class_dim
-        self._expression, self._made, self._node, self._unwrapped = _Expression(source, self), None, None, None
-        self._program, self._carried, self._memory, self._take, self._taken = None, {}, object(), None, None
+        self._expression, self._made, self._node, self._unwrapped = (
+            _Expression(source, self),
+            None,
+            None,
+            None,
+        )
+        self._program, self._carried, self._memory, self._take, self._taken = (
+            None,
+            {},
+            object(),
+            None,
+            None,
+        )
         source.widest = max(source.widest, shaping.num_classes)
         source.lazies.append(weakref.ref(self))
         return self
@@ -115,7 +131,8 @@ class LazyLogits(Tensor):
 
     @property
     def _intercepted(self) -> bool:
-        """Return True if an autograd function that bypasses ``__torch_function__`` stands between these and their logits."""
+        """Return True if an autograd function that bypasses ``__torch_function__`` stands between
+        these and their logits."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.grad_fn is not self._node
 
@@ -130,7 +147,8 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Callers that bypass ``__torch_function__``, such as C++, arrive here, below autograd, which has recorded the call."""
+        """Callers that bypass ``__torch_function__``, such as C++, arrive here, below autograd,
+        which has recorded the call."""
         lazies = _lazies_of((args, kwargs))
         with _above_autograd():
             if func._schema.is_mutable:
@@ -138,11 +156,16 @@ class LazyLogits(Tensor):
             values = {id(x): _made(x, func).detach() for x in lazies}
         made_args, made_kwargs = tree_map(lambda x: values.get(id(x), x), (args, kwargs or {}))
         result = func(*made_args, **made_kwargs)
-        return args[0] if func._schema.is_mutable and lazies and result is values.get(id(args[0])) else result
+        return (
+            args[0]
+            if func._schema.is_mutable and lazies and result is values.get(id(args[0]))
+            else result
+        )
 
 
 class PlacedLogits(LazyLogits):
-    """Lazy logits in place of a DTensor; of what a DTensor can, what tensor parallelism does to the output of a head."""
+    """Lazy logits in place of a DTensor; of what a DTensor can, what tensor parallelism does to the
+    output of a head."""
 
     @property
     def placements(self) -> tuple[Any, ...]:
@@ -158,9 +181,21 @@ class PlacedLogits(LazyLogits):
         assert self._source.cut is not None
         return self._source.cut
 
-    def redistribute(self, device_mesh: Any = None, placements: Any = None, *, async_op: bool = False, **options: Any) -> Any:
+    def redistribute(
+        self,
+        device_mesh: Any = None,
+        placements: Any = None,
+        *,
+        async_op: bool = False,
+        **options: Any,
+    ) -> Any:
         placed = None if placements is None else tuple(placements)
-        known = device_mesh in (None, self._cut.mesh) and placed is not None and not options and self._made is None
+        known = (
+            device_mesh in (None, self._cut.mesh)
+            and placed is not None
+            and not options
+            and self._made is None
+        )
         whole = known and all(p.is_replicate() for p in placed or ())
         if whole or (known and self._is_placed(placed or ())):
             placed = placed if whole else self.placements
@@ -173,11 +208,18 @@ class PlacedLogits(LazyLogits):
     def _is_placed(self, placements: tuple[Any, ...]) -> bool:
         dims = self._rows.dim()
         pairs = zip(placements, self.placements, strict=False)
-        same = (p == mine or (type(p) is type(mine) and p.is_shard() and p.dim % dims == mine.dim) for p, mine in pairs)
+        same = (
+            p == mine or (type(p) is type(mine) and p.is_shard() and p.dim % dims == mine.dim)
+            for p, mine in pairs
+        )
         return len(placements) == len(self.placements) and all(same)
 
     def to_local(self, *, grad_placements: Any = None) -> Any:
-        if self._made is None and grad_placements is None and all(p.is_replicate() for p in self.placements):
+        if (
+            self._made is None
+            and grad_placements is None
+            and all(p.is_replicate() for p in self.placements)
+        ):
             made = self._but(shaping=replace(self._shaping, placements=None))
             made._expression.is_call(localised, (self,), {})
             return made
@@ -203,13 +245,19 @@ def lazy_logits(
     loses_gradient: bool = False,
     shape: Any = None,
 ) -> LazyLogits:
-    """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their gradients go to ``leaves``.
+    """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their
+    gradients go to ``leaves``.
 
     ``loses_gradient``, the program has a gradient that these do not have if they have no leaves.
     """
     with torch._C.DisableTorchFunctionSubclass(), source.trained_as_called():
         kind = LazyLogits if shaping.placements is None else PlacedLogits
-        made = _Unmade.apply(lambda: kind(source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim, shape), *leaves)
+        made = _Unmade.apply(
+            lambda: kind(
+                source, shaping, rows, rows.dim() - 1 if class_dim is None else class_dim, shape
+            ),
+            *leaves,
+        )
         made._node = made.grad_fn
         made._leaves = () if made._node is None else leaves
         made._carried = carried or {}
@@ -223,14 +271,16 @@ def lazy_logits(
 
 @dataclass(frozen=True)
 class Carried:
-    """An argument of a step that has a value, or V, for each row: which of the tensors that the rows carry."""
+    """An argument of a step that has a value, or V, for each row: which of the tensors that the
+    rows carry."""
 
     key: int
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A call that keeps each row to itself; among its arguments are programs and what rows carry."""
+    """A call that keeps each row to itself; among its arguments are programs and what rows
+    carry."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
@@ -242,7 +292,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """In the place of lazy logits among the arguments of a step: what makes their values, or None for the logits of the head."""
+    """In the place of lazy logits among the arguments of a step: what makes their values, or None
+    for the logits of the head."""
 
     step: Step | None
 
@@ -251,13 +302,17 @@ class Program:
 def _above_autograd() -> Iterator[None]:
     """Inside ``__torch_dispatch__``, where autograd is over, for what has a graph of its own."""
     with ExitStack() as guards:
-        for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        for key in (
+            torch._C.DispatchKey.AutogradFunctionality,
+            torch._C.DispatchKey.ADInplaceOrView,
+        ):
             guards.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         yield
 
 
 class _Unmade(torch.autograd.Function):
-    """The autograd node of deferred logits, for readers that bypass ``__torch_function__``, such as a custom ``autograd.Function``."""
+    """The autograd node of deferred logits, for readers that bypass ``__torch_function__``, such as
+    a custom ``autograd.Function``."""
 
     @staticmethod
     def forward(ctx: Any, build: Callable[[], LazyLogits], *leaves: Tensor) -> LazyLogits:
@@ -280,7 +335,9 @@ class _Unmade(torch.autograd.Function):
             # a tied weight is behind the hidden states too, whose own backward comes later
             cut = {id(t): t.detach().requires_grad_() for t in ctx.leaves if t.grad_fn is not None}
             value = ctx.expression.again(cut)
-            wanted = [cut.get(id(t), t) for t, needed in zip(ctx.leaves, needs, strict=True) if needed]
+            wanted = [
+                cut.get(id(t), t) for t, needed in zip(ctx.leaves, needs, strict=True) if needed
+            ]
             grads = iter(torch.autograd.grad(value, wanted, dlogits, allow_unused=True))
         return None, *(next(grads) if needed else None for needed in needs)
 
@@ -306,7 +363,11 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         if like is not None:
             return func(like, *args[1:], **kwargs)
     if func in OF_KIND and isinstance(args[0], LazyLogits) and args[0]._made is None:
-        return func(torch.empty(0, dtype=args[0]._shaping.dtype, device=args[0]._rows.device), *args[1:], **kwargs)
+        return func(
+            torch.empty(0, dtype=args[0]._shaping.dtype, device=args[0]._rows.device),
+            *args[1:],
+            **kwargs,
+        )
     if func in OF_LAYOUT and all(x._made is None for x in _lazies_of((args, kwargs))):
         return _of_layout(func, args, kwargs)
     if func is T.register_hook and args[0]._made is None:
@@ -314,7 +375,9 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         modules = modules_told(hook)
         if modules is not None:
             return args[0]._source.tell(hook, modules)
-    args, kwargs = tree_map(lambda x: _past_wrapper(x) if isinstance(x, LazyLogits) else x, (args, kwargs))
+    args, kwargs = tree_map(
+        lambda x: _past_wrapper(x) if isinstance(x, LazyLogits) else x, (args, kwargs)
+    )
     lazies = _lazies_of((args, kwargs))
     known = HANDLERS.get(func)
     placed = next((x for x in lazies if isinstance(x, PlacedLogits)), None)
@@ -333,7 +396,12 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
             and not _writes(func, kwargs)
             and func not in (*GRADIENTS, *WATCHES_GRADIENT)
         ):
-            args, kwargs = tree_map(lambda x: _taken(x, func) if isinstance(x, LazyLogits) and x._take is not None else x, given)
+            args, kwargs = tree_map(
+                lambda x: (
+                    _taken(x, func) if isinstance(x, LazyLogits) and x._take is not None else x
+                ),
+                given,
+            )
             return func(*args, **kwargs)
     if known is not None and lazy_still:
         if not args and "input" in kwargs:
@@ -351,9 +419,15 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
                 lazies[0]._source.forward.finder.report.fused[_name(func)] += 1
                 if placed is not None:
                     mesh = placed.device_mesh
-                    result = tree_map(lambda t: as_replicas(t, mesh) if isinstance(t, Tensor) else t, result)
+                    result = tree_map(
+                        lambda t: as_replicas(t, mesh) if isinstance(t, Tensor) else t, result
+                    )
                 lazies[0]._source.is_read(result)
-            elif isinstance(result, LazyLogits) and result._expression.func is None and all(result is not x for x in lazies):
+            elif (
+                isinstance(result, LazyLogits)
+                and result._expression.func is None
+                and all(result is not x for x in lazies)
+            ):
                 result._expression.is_call(func, *given)
             return result
     args, kwargs = given
@@ -364,12 +438,15 @@ def _of_lazy(func: Any, args: Any, kwargs: Any) -> Any:
         _make_all(lazies, func)
     if func in WATCHES_GRADIENT and args[0]._source.read and args[0]._made is None:
         return _watch_gradient(func, args, kwargs)
-    args, kwargs = tree_map(lambda x: _made(x, func) if isinstance(x, LazyLogits) else x, (args, kwargs))
+    args, kwargs = tree_map(
+        lambda x: _made(x, func) if isinstance(x, LazyLogits) else x, (args, kwargs)
+    )
     return func(*args, **kwargs)
 
 
 def _past_wrapper(lazy: LazyLogits) -> LazyLogits:
-    """The same logits before DDP put its function around them, which is told of their backward instead."""
+    """The same logits before DDP put its function around them, which is told of their backward
+    instead."""
     with torch._C.DisableTorchFunctionSubclass():
         node: Any = lazy.grad_fn if lazy._made is None and lazy._node is None else None
     tell = told_by(node)
@@ -380,7 +457,10 @@ def _past_wrapper(lazy: LazyLogits) -> LazyLogits:
             return lazy
         # of what it was given
         inner = lazy._expression.arguments[0][0]
-        leaves = next((n.leaves for n, _ in node.next_functions if getattr(n, "expression", None) is inner), None)
+        leaves = next(
+            (n.leaves for n, _ in node.next_functions if getattr(n, "expression", None) is inner),
+            None,
+        )
         if leaves is None:
             return lazy
         with torch.enable_grad():
@@ -401,12 +481,15 @@ def _require_on_the_way(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
-    """The loss goes past logits that have been read; DeepSpeed has a hook on every output of a model all the same."""
+    """The loss goes past logits that have been read; DeepSpeed has a hook on every output of a
+    model all the same."""
     if func is not T.register_hook:
         raise RuntimeError(UNSEEN.format(name=_name(func)))
     report = args[0]._source.forward.finder.report
     if not report.made["register_hook"]:
-        warnings.warn(UNSEEN.format(name="register_hook"), UserWarning, stacklevel=frames_to_the_user())
+        warnings.warn(
+            UNSEEN.format(name="register_hook"), UserWarning, stacklevel=frames_to_the_user()
+        )
     # from now on whoever reads these passes the hook
     args[0]._node = None
     with torch._C.DisableTorchFunctionSubclass():
@@ -414,14 +497,17 @@ def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _of_layout(func: Any, args: Any, kwargs: Any) -> Any:
-    """A function for which shapes, dtypes and layouts will do, or that makes a tensor of the same."""
+    """A function for which shapes, dtypes and layouts will do, or that makes a tensor of the
+    same."""
     device = next(x._rows.device for x in _lazies_of((args, kwargs)))
 
     def like(x: Any) -> Any:
         if not isinstance(x, LazyLogits):
             return x
         known = x._expression.like()
-        return torch.empty(x.shape, dtype=x._shaping.dtype, device="meta") if known is None else known
+        return (
+            torch.empty(x.shape, dtype=x._shaping.dtype, device="meta") if known is None else known
+        )
 
     args, kwargs = tree_map(like, (args, kwargs))
     if _name(func).endswith("_like"):
@@ -436,14 +522,30 @@ class Written(NamedTuple):
 
 
 def written(x: LazyLogits, made: Any, func: Any, args: Any, kwargs: Any, *, value: Any) -> Any:
-    """Lazy logits become ``made``, the result of ``func``, which writes nothing; NotImplemented where others view the memory."""
-    if not isinstance(made, LazyLogits) or made._shaping.dtype != x._shaping.dtype or made.shape != x.shape:
+    """Lazy logits become ``made``, the result of ``func``, which writes nothing; NotImplemented
+    where others view the memory."""
+    if (
+        not isinstance(made, LazyLogits)
+        or made._shaping.dtype != x._shaping.dtype
+        or made.shape != x.shape
+    ):
         return NotImplemented
     others = (ref() for ref in x._source.lazies)
-    seen = any(other is not None and other is not x and other is not made and other._memory is x._memory for other in others)
+    seen = any(
+        other is not None and other is not x and other is not made and other._memory is x._memory
+        for other in others
+    )
     # a write without gradient leaves the gradient as it was
-    alike = [id(t) for t in made._leaves] == [id(t) for t in x._leaves] and (torch.is_grad_enabled() or not x._leaves)
-    if seen or not alike or x._unwrapped is not None or x._source.cut is not None or x._source.taken:
+    alike = [id(t) for t in made._leaves] == [id(t) for t in x._leaves] and (
+        torch.is_grad_enabled() or not x._leaves
+    )
+    if (
+        seen
+        or not alike
+        or x._unwrapped is not None
+        or x._source.cut is not None
+        or x._source.taken
+    ):
         return NotImplemented
     expression = _Expression(x._source, x)
     expression.is_call(func, args, kwargs)
@@ -451,7 +553,12 @@ def written(x: LazyLogits, made: Any, func: Any, args: Any, kwargs: Any, *, valu
     x._expression = expression
     if x._node is not None:
         x._node.expression = expression
-    x._shaping, x._rows, x._program, x._carried = made._shaping, made._rows, made._program, made._carried
+    x._shaping, x._rows, x._program, x._carried = (
+        made._shaping,
+        made._rows,
+        made._program,
+        made._carried,
+    )
     return Written(value)
 
 
@@ -498,7 +605,8 @@ def _uses(t: Tensor) -> int:
 
 
 class _Expression:
-    """How a tensor is made of the logits of a source: a call among whose arguments are expressions; none for the logits themselves."""
+    """How a tensor is made of the logits of a source: a call among whose arguments are expressions;
+    none for the logits themselves."""
 
     def __init__(self, source: Source, lazy: LazyLogits) -> None:
         self.source = source
@@ -512,7 +620,9 @@ class _Expression:
     def is_call(self, func: Any, args: Any, kwargs: Any) -> None:
         kind = self.source.hidden.device.type
         self.func = func
-        self.arguments = tree_map(lambda x: x._expression if isinstance(x, LazyLogits) else x, (args, kwargs))
+        self.arguments = tree_map(
+            lambda x: x._expression if isinstance(x, LazyLogits) else x, (args, kwargs)
+        )
         self.grad = torch.is_grad_enabled()
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         tensors = (t for t in tree_leaves(self.arguments) if isinstance(t, Tensor))
@@ -525,32 +635,48 @@ class _Expression:
             if inner and version_of(lazy._made) != lazy._made_version:
                 raise RuntimeError(STALE.format(what="what was made of others like them"))
             return lazy._made
-        made = self.source.make() if self.func is None else self._called(lambda x: x.value(inner=True) if isinstance(x, _Expression) else x)
+        made = (
+            self.source.make()
+            if self.func is None
+            else self._called(lambda x: x.value(inner=True) if isinstance(x, _Expression) else x)
+        )
         if lazy is not None:
             lazy._made, lazy._made_version = made, version_of(made)
         return made
 
     def again(self, cut: dict[int, Tensor]) -> Tensor:
-        """With a graph of its own: who has used what was made may have freed its. It ends at ``cut``, by the tensors they stand for."""
+        """With a graph of its own: who has used what was made may have freed its. It ends at
+        ``cut``, by the tensors they stand for."""
         lazy = self.lazy()
-        if lazy is not None and lazy._made is not None and version_of(lazy._made) != lazy._made_version:
+        if (
+            lazy is not None
+            and lazy._made is not None
+            and version_of(lazy._made) != lazy._made_version
+        ):
             return lazy._made
         if self.func is None:
             return self.source.original(cut.get(id(self.source.hidden)))
-        return self._called(lambda x: x.again(cut) if isinstance(x, _Expression) else cut.get(id(x), x))
+        return self._called(
+            lambda x: x.again(cut) if isinstance(x, _Expression) else cut.get(id(x), x)
+        )
 
     def _called(self, value_of: Callable[[Any], Any]) -> Tensor:
         require_unchanged(self.watched)
         args, kwargs = tree_map(value_of, self.arguments)
         kind = self.source.hidden.device.type
-        with torch.set_grad_enabled(self.grad), torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+        with (
+            torch.set_grad_enabled(self.grad),
+            torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None),
+        ):
             made: Tensor = self.func(*args, **kwargs)
         return made
 
     def like(self) -> Tensor | None:
         """Its layout, without memory; None where that takes values."""
         if self.func is None:
-            return torch.empty(*self.source.hidden.shape[:-1], self.num_classes, dtype=self.dtype, device="meta")
+            return torch.empty(
+                *self.source.hidden.shape[:-1], self.num_classes, dtype=self.dtype, device="meta"
+            )
         try:
             args, kwargs = tree_map(self._like_of, self.arguments)
             made: Tensor = self.func(*args, **kwargs)
@@ -579,7 +705,11 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
                 report = source.forward.finder.report
                 if not report.made[name] and not torch.compiler.is_compiling():
                     warnings.warn(
-                        MADE.format(name=name, rows=tuple(source.hidden.shape[:-1]), num_classes=lazy._shaping.num_classes),
+                        MADE.format(
+                            name=name,
+                            rows=tuple(source.hidden.shape[:-1]),
+                            num_classes=lazy._shaping.num_classes,
+                        ),
                         UserWarning,
                         stacklevel=frames_to_the_user(),
                     )
@@ -594,9 +724,13 @@ def _made(lazy: LazyLogits, why: Any) -> Tensor:
 
 
 def frames_to_the_user() -> int:
-    """The ``stacklevel`` at which a function that warns names the nearest line that is neither of this package nor of torch."""
+    """The ``stacklevel`` at which a function that warns names the nearest line that is neither of
+    this package nor of torch."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("lossfuse", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "lossfuse",
+        "torch",
+    ):
         level, frame = level + 1, frame.f_back
     return level
 
@@ -604,7 +738,11 @@ def frames_to_the_user() -> int:
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", str(func))
     # of an attribute
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
+    return (
+        getattr(getattr(func, "__self__", None), "__name__", name)
+        if name in ("__get__", "__set__")
+        else name
+    )
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
@@ -613,7 +751,11 @@ def _writes(func: Any, kwargs: Any) -> bool:
     schema = getattr(func, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in WRITE or getattr(func, "__name__", "") == "__set__"
+    in_place = (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in WRITE
+        or getattr(func, "__name__", "") == "__set__"
+    )
     return in_place or kwargs.get("inplace") is True or len(_lazies_of(kwargs.get("out"))) > 0
 
 
@@ -621,12 +763,58 @@ T = Tensor
 # what is known of logits that are not made
 IDENTITY = {T.__hash__}
 _ATTRIBUTES = (
-    *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "requires_grad", "is_leaf", "grad_fn", "grad", "retains_grad"),
-    *("_version", "_base", "output_nr", "name", "names", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_xla", "is_mtia", "is_ipu", "is_maia"),
-    *("is_vulkan", "is_meta", "is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn"),
+    *(
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "itemsize",
+        "nbytes",
+        "requires_grad",
+        "is_leaf",
+        "grad_fn",
+        "grad",
+        "retains_grad",
+    ),
+    *(
+        "_version",
+        "_base",
+        "output_nr",
+        "name",
+        "names",
+        "is_cuda",
+        "is_cpu",
+        "is_mps",
+        "is_xpu",
+        "is_xla",
+        "is_mtia",
+        "is_ipu",
+        "is_maia",
+    ),
+    *(
+        "is_vulkan",
+        "is_meta",
+        "is_nested",
+        "is_quantized",
+        "is_sparse",
+        "is_sparse_csr",
+        "is_mkldnn",
+    ),
 )
 _METHODS = (
-    *("size", "dim", "numel", "nelement", "ndimension", "element_size", "get_device", "__len__", "is_floating_point", "is_complex"),
+    *(
+        "size",
+        "dim",
+        "numel",
+        "nelement",
+        "ndimension",
+        "element_size",
+        "get_device",
+        "__len__",
+        "is_floating_point",
+        "is_complex",
+    ),
     *("is_inference", "has_names"),
 )
 METADATA = {
@@ -639,23 +827,64 @@ METADATA = {
 LAYOUT = {T.stride, T.is_contiguous, T.storage_offset, T._is_view, T.dim_order}
 # of whose first argument only dtype and device matter
 OF_KIND = {
-    *(getattr(T, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")),
-    *(T.is_conj, T.is_neg, T.is_signed, T.is_shared, T.is_pinned, torch.is_conj, torch.is_neg, torch.is_signed),
+    *(
+        getattr(T, f"new_{name}")
+        for name in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")
+    ),
+    *(
+        T.is_conj,
+        T.is_neg,
+        T.is_signed,
+        T.is_shared,
+        T.is_pinned,
+        torch.is_conj,
+        torch.is_neg,
+        torch.is_signed,
+    ),
 }
 # for which everything but values is enough
 OF_LAYOUT = {
-    *(getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(
+        getattr(torch, f"{name}_like")
+        for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")
+    ),
     *(torch.result_type, torch.is_same_size, T.is_same_size),
 }
 GRADIENTS = {torch.autograd.grad, torch.autograd.backward}
 WATCHES_GRADIENT = {T.register_hook, T.retain_grad, T.register_post_accumulate_grad_hook}
 # beside names that end with an underscore
 WRITE = {
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")),
-    *("__setitem__", "__array__", "__array_interface__", "__cuda_array_interface__", "__dlpack__", "data", "data_ptr", "numpy"),
+    *(
+        f"__i{name}__"
+        for name in (
+            "add",
+            "sub",
+            "mul",
+            "truediv",
+            "floordiv",
+            "mod",
+            "pow",
+            "and",
+            "or",
+            "xor",
+            "lshift",
+            "rshift",
+        )
+    ),
+    *(
+        "__setitem__",
+        "__array__",
+        "__array_interface__",
+        "__cuda_array_interface__",
+        "__dlpack__",
+        "data",
+        "data_ptr",
+        "numpy",
+    ),
     *("storage", "untyped_storage", "_typed_storage"),
 }
-# functions of torch -> what they do with logits that are not made (lazy ones again, a result, or NotImplemented), and what that takes
+# functions of torch -> what they do with logits that are not made (lazy ones again, a result, or
+# NotImplemented), and what that takes
 HANDLERS: dict[Any, tuple[Callable[..., Any], inspect.Signature]] = {}
 
 

@@ -1,8 +1,8 @@
 """Elementwise operations between head and loss, recorded on deferred logits instead of computed.
 
-Scaling, caps, biases and softmax become part of the shaping, which the linear form knows. Other functions that keep each row to itself are
-steps of the program, which runs on a chunk of rows. Handlers that cannot return NotImplemented, and the logits are made.
-"""
+Scaling, caps, biases and softmax become part of the shaping, which the linear form knows. Other
+functions that keep each row to itself are steps of the program, which runs on a chunk of rows.
+Handlers that cannot return NotImplemented, and the logits are made."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,13 @@ def _number(c: Any) -> float | None:
     """A number of the host. One on a device would have to be waited for."""
     if isinstance(c, int | float) and not isinstance(c, bool):
         return float(c)
-    if isinstance(c, Tensor) and not isinstance(c, LazyLogits) and c.dim() == 0 and not c.requires_grad and c.device.type == "cpu":
+    if (
+        isinstance(c, Tensor)
+        and not isinstance(c, LazyLogits)
+        and c.dim() == 0
+        and not c.requires_grad
+        and c.device.type == "cpu"
+    ):
         return float(c) if c.is_floating_point() or c.dtype == torch.int64 else None
     return None
 
@@ -50,22 +56,47 @@ def _mul(x: Any, other: Any) -> Any:
 def _div(x: Any, other: Any, *, rounding_mode: Any = None) -> Any:
     c = _number(other)
     if not isinstance(x, LazyLogits) or rounding_mode is not None or c is None:
-        scaled = None if not isinstance(x, LazyLogits) or rounding_mode is not None else _rows_times(x, other, torch.div)
+        scaled = (
+            None
+            if not isinstance(x, LazyLogits) or rounding_mode is not None
+            else _rows_times(x, other, torch.div)
+        )
         return step(torch.div, x, other, rounding_mode=rounding_mode) if scaled is None else scaled
     return step(torch.div, x, other, shaping=x._shaping.times(1.0 / c) if c else None)
 
 
 def _rows_times(x: LazyLogits, factor: Any, func: Any) -> LazyLogits | None:
-    """A factor for all rows or for each one, of logits that are linear in their hidden states, scales those; None if they are not."""
+    """A factor for all rows or for each one, of logits that are linear in their hidden states,
+    scales those; None if they are not."""
     source, shaping = x._source, x._shaping
-    if not _plain(factor) or factor.dim() > x._rows.dim() or factor.device not in (x._rows.device, torch.device("cpu")):
+    if (
+        not _plain(factor)
+        or factor.dim() > x._rows.dim()
+        or factor.device not in (x._rows.device, torch.device("cpu"))
+    ):
         return None
-    linear = source.weight is not None and source.bias is None and source.cut is None and source.autocast is None
-    alone = shaping.kind == "logits" and shaping.bias is None and shaping.cap is None and x._classes_last and not x._carried
-    wide = x._rows.dtype.itemsize >= 4 and torch.promote_types(factor.dtype, x._rows.dtype) == x._rows.dtype == shaping.dtype
+    linear = (
+        source.weight is not None
+        and source.bias is None
+        and source.cut is None
+        and source.autocast is None
+    )
+    alone = (
+        shaping.kind == "logits"
+        and shaping.bias is None
+        and shaping.cap is None
+        and x._classes_last
+        and not x._carried
+    )
+    wide = (
+        x._rows.dtype.itemsize >= 4
+        and torch.promote_types(factor.dtype, x._rows.dtype) == x._rows.dtype == shaping.dtype
+    )
     one = factor.dim() == 0 or (factor.shape[-1] == 1 and factor.device == x._rows.device)
     learnt = factor.requires_grad and torch.is_grad_enabled()
-    if not (linear and alone and wide and one and factor.is_floating_point()) or (learnt and not x._of_head):
+    if not (linear and alone and wide and one and factor.is_floating_point()) or (
+        learnt and not x._of_head
+    ):
         return None
     rows = func(x._rows, factor)
     if rows.shape != x._rows.shape:
@@ -78,11 +109,22 @@ def _times_logarithm(x: LazyLogits, other: LazyLogits) -> Shaping | None:
     if other._shaping.kind == "p":
         x, other = other, x
     kind = {"logp": "p logp", "logits": "p z"}.get(other._shaping.kind)
-    alike = together(x, other) and x._shaping.same_logits(other._shaping) and x._of_head == other._of_head
-    if x._shaping.kind != "p" or kind is None or not alike or len(joined_leaves([x, other])) != len(x._leaves):
+    alike = (
+        together(x, other)
+        and x._shaping.same_logits(other._shaping)
+        and x._of_head == other._of_head
+    )
+    if (
+        x._shaping.kind != "p"
+        or kind is None
+        or not alike
+        or len(joined_leaves([x, other])) != len(x._leaves)
+    ):
         return None
     dtype = torch.promote_types(x._shaping.dtype, other._shaping.dtype)
-    return replace(x._shaping, kind=kind, factor=x._shaping.factor * other._shaping.factor, dtype=dtype)
+    return replace(
+        x._shaping, kind=kind, factor=x._shaping.factor * other._shaping.factor, dtype=dtype
+    )
 
 
 @handles(T.neg, T.__neg__, torch.neg, torch.negative, T.negative)
@@ -111,7 +153,9 @@ def _sub(x: Any, other: Any, *, alpha: Any = 1) -> Any:
         return step(torch.sub, x, other, alpha=alpha)
     number = isinstance(other, int | float) and not isinstance(other, bool)
     shaping = _normalised_by(x, other)
-    if shaping is None and (number or (_plain(other) and not other.requires_grad and other.dtype != torch.bool)):
+    if shaping is None and (
+        number or (_plain(other) and not other.requires_grad and other.dtype != torch.bool)
+    ):
         shaping = _with_bias(x, -other)
     return _watched(step(torch.sub, x, other, shaping=shaping), other, shaping)
 
@@ -122,23 +166,38 @@ def _rsub(x: Any, other: Any, *, alpha: Any = 1) -> Any:
 
 
 def _normalised_by(x: LazyLogits, other: Any) -> Shaping | None:
-    """The logarithm of probabilities, if ``other`` is what has been read as the logsumexp of the same logits."""
+    """The logarithm of probabilities, if ``other`` is what has been read as the logsumexp of the
+    same logits."""
     if not isinstance(other, Tensor):
         return None
     for ref, version, rows, shaping in x._source.lses:
         same = rows is x._rows and x._shaping.same_logits(shaping) and not x._carried
         if ref() is other and other._version == version and same:
-            alike = other.requires_grad == (len(x._leaves) > 0) and x._shaping.kind == "logits" and x._classes_last
+            alike = (
+                other.requires_grad == (len(x._leaves) > 0)
+                and x._shaping.kind == "logits"
+                and x._classes_last
+            )
             return replace(x._shaping, kind="logp") if alike else None
     return None
 
 
 def _with_bias(x: LazyLogits, other: Any) -> Shaping | None:
     if isinstance(other, int | float) and not isinstance(other, bool):
-        other = torch.full((x._shaping.num_classes,), other, dtype=x._shaping.dtype, device=x._rows.device)
+        other = torch.full(
+            (x._shaping.num_classes,), other, dtype=x._shaping.dtype, device=x._rows.device
+        )
     one_row = _plain(other) and other.dim() > 0 and other.device == x._rows.device
-    fits = one_row and other.numel() == other.shape[-1] == x._shaping.num_classes and other.dim() <= x._rows.dim()
-    if not fits or not x._classes_last or torch.promote_types(other.dtype, x._shaping.dtype) != x._shaping.dtype:
+    fits = (
+        one_row
+        and other.numel() == other.shape[-1] == x._shaping.num_classes
+        and other.dim() <= x._rows.dim()
+    )
+    if (
+        not fits
+        or not x._classes_last
+        or torch.promote_types(other.dtype, x._shaping.dtype) != x._shaping.dtype
+    ):
         return None
     # it becomes a bias of the head, which must not cost it digits
     operands = x._source.autocast or x._rows.dtype
@@ -156,23 +215,35 @@ def _watched(made: Any, other: Any, shaping: Shaping | None) -> Any:
 @handles(T.exp, torch.exp)
 def _exp(x: LazyLogits) -> Any:
     shaping = x._shaping
-    return step(torch.exp, x, shaping=replace(shaping, kind="p") if shaping.kind == "logp" and shaping.factor == 1.0 else None)
+    return step(
+        torch.exp,
+        x,
+        shaping=replace(shaping, kind="p")
+        if shaping.kind == "logp" and shaping.factor == 1.0
+        else None,
+    )
 
 
 def _normalised(kind: str, func: Any) -> Callable[..., Any]:
-    def handler(x: LazyLogits, dim: Any = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None) -> Any:
+    def handler(
+        x: LazyLogits, dim: Any = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None
+    ) -> Any:
         if isinstance(_stacklevel, torch.dtype):
             dtype = _stacklevel
         if not of_classes(x, dim):
             return NotImplemented
         shaping = x._shaping
-        if (shaping.kind != "logits" and (shaping.kind, shaping.factor) != ("logp", 1.0)) or (dtype is not None and not can_be(x, dtype)):
+        if (shaping.kind != "logits" and (shaping.kind, shaping.factor) != ("logp", 1.0)) or (
+            dtype is not None and not can_be(x, dtype)
+        ):
             return step(func, x, -1, dtype=dtype)
         # autocast computes them in float32, but on a CPU
         on = x._rows.device.type
         autocast = on != "cpu" and torch.is_autocast_enabled(on) and x._shaping.dtype.itemsize < 4
         dtype_made = dtype or (torch.float32 if autocast else x._shaping.dtype)
-        return step(func, x, -1, dtype=dtype, shaping=replace(x._shaping, kind=kind, dtype=dtype_made))
+        return step(
+            func, x, -1, dtype=dtype, shaping=replace(x._shaping, kind=kind, dtype=dtype_made)
+        )
 
     return handler
 
@@ -183,7 +254,9 @@ handles(F.softmax, torch.softmax, T.softmax, torch.special.softmax)(_normalised(
 
 
 @handles(family.log_softmax)
-def _our_log_softmax(x: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, *, impl: str = "auto") -> Any:
+def _our_log_softmax(
+    x: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, *, impl: str = "auto"
+) -> Any:
     return _log_softmax(x, dim, dtype=dtype) if impl in ("auto", "torch") else NotImplemented
 
 
@@ -260,7 +333,11 @@ def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
 
 @handles(T.type_as)
 def _type_as(x: Any, other: Tensor) -> Any:
-    return _cast(x, other.dtype) if isinstance(x, LazyLogits) and other.device == x._rows.device else NotImplemented
+    return (
+        _cast(x, other.dtype)
+        if isinstance(x, LazyLogits) and other.device == x._rows.device
+        else NotImplemented
+    )
 
 
 @handles(T.contiguous)
@@ -281,8 +358,35 @@ def _detach(x: LazyLogits) -> LazyLogits:
 # --- steps of the program
 
 _NAMES = (
-    *("abs", "absolute", "log", "log2", "log10", "log1p", "expm1", "sqrt", "rsqrt", "square", "reciprocal", "sigmoid", "relu", "sign"),
-    *("isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max", "pow"),
+    *(
+        "abs",
+        "absolute",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "expm1",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "reciprocal",
+        "sigmoid",
+        "relu",
+        "sign",
+    ),
+    *(
+        "isnan",
+        "isinf",
+        "isfinite",
+        "logical_not",
+        "bitwise_not",
+        "nan_to_num",
+        "clamp",
+        "clip",
+        "clamp_min",
+        "clamp_max",
+        "pow",
+    ),
     *(
         "eq",
         "ne",
@@ -300,11 +404,34 @@ _NAMES = (
         "isposinf",
     ),
 )
-_OPERATORS = ("pow", "rpow", "rtruediv", "rdiv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "invert", "abs")
+_OPERATORS = (
+    "pow",
+    "rpow",
+    "rtruediv",
+    "rdiv",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "invert",
+    "abs",
+)
 ELEMENTWISE = {
     *(getattr(owner, name) for name in _NAMES for owner in (T, torch) if hasattr(owner, name)),
     *(getattr(T, f"__{name}__") for name in _OPERATORS),
-    *(F.softplus, F.logsigmoid, torch.special.expit, torch.special.xlogy, torch.xlogy, T.xlogy, torch.special.entr),
+    *(
+        F.softplus,
+        F.logsigmoid,
+        torch.special.expit,
+        torch.special.xlogy,
+        torch.xlogy,
+        T.xlogy,
+        torch.special.entr,
+    ),
 }
 
 
@@ -327,7 +454,22 @@ def _relu(x: LazyLogits, inplace: bool = False) -> Any:
 # --- in place
 
 IN_PLACE = {
-    **{f"{name}_": getattr(T, name) for name in ("mul", "div", "add", "sub", "neg", "exp", "tanh", "clamp", "masked_fill", "pow", "relu")},
+    **{
+        f"{name}_": getattr(T, name)
+        for name in (
+            "mul",
+            "div",
+            "add",
+            "sub",
+            "neg",
+            "exp",
+            "tanh",
+            "clamp",
+            "masked_fill",
+            "pow",
+            "relu",
+        )
+    },
     "__imul__": T.mul,
     "__itruediv__": T.div,
     "__iadd__": T.add,

@@ -1,8 +1,8 @@
 """Operations on rows of deferred logits, applied to the hidden states instead.
 
-Logits are the head of the hidden states row by row. So a function that selects, repeats, joins or reorders rows is called on the hidden
-states instead, with their last dimension where the logits have their classes, and on all else that rows carry.
-"""
+Logits are the head of the hidden states row by row. So a function that selects, repeats, joins or
+reorders rows is called on the hidden states instead, with their last dimension where the logits
+have their classes, and on all else that rows carry."""
 
 import math
 from collections.abc import Callable
@@ -20,8 +20,15 @@ from .lazy_logits import LazyLogits, T, handles, lazy_logits, of_classes, writte
 FEW = 64
 
 
-def on_rows(x: LazyLogits, func: Callable[[Tensor], Tensor], class_dim: int | None = None, *, copied: bool = False) -> LazyLogits:
-    """``func`` of the logits, which keeps their classes together and leaves them in ``class_dim``, as the call of it on what rows carry."""
+def on_rows(
+    x: LazyLogits,
+    func: Callable[[Tensor], Tensor],
+    class_dim: int | None = None,
+    *,
+    copied: bool = False,
+) -> LazyLogits:
+    """``func`` of the logits, which keeps their classes together and leaves them in ``class_dim``,
+    as the call of it on what rows carry."""
     at = x._class_dim
     to = at if class_dim is None else class_dim
 
@@ -33,7 +40,8 @@ def on_rows(x: LazyLogits, func: Callable[[Tensor], Tensor], class_dim: int | No
 
 
 def _dim(x: LazyLogits, dim: Any) -> int | None:
-    """A dimension of rows, counted from the first; None if it is that of the classes, or none at all."""
+    """A dimension of rows, counted from the first; None if it is that of the classes, or none at
+    all."""
     n = x._rows.dim()
     if not isinstance(dim, int) or isinstance(dim, bool) or not -n <= dim < n or of_classes(x, dim):
         return None
@@ -67,19 +75,27 @@ def _select(x: LazyLogits, dim: int, index: Any) -> Any:
 def _narrow(x: LazyLogits, dim: int, start: Any, length: int) -> Any:
     d = _dim(x, dim)
     if d is None:
-        return _of_classes_alone(x, dim, slice(start % x._shaping.num_classes, start % x._shaping.num_classes + length))
+        return _of_classes_alone(
+            x, dim, slice(start % x._shaping.num_classes, start % x._shaping.num_classes + length)
+        )
     return on_rows(x, lambda t: t.narrow(d, start, length))
 
 
 def _of_classes_alone(x: LazyLogits, dim: Any, item: Any) -> Any:
-    return _getitem(x, (Ellipsis, item)) if x._classes_last and of_classes(x, dim) else NotImplemented
+    return (
+        _getitem(x, (Ellipsis, item)) if x._classes_last and of_classes(x, dim) else NotImplemented
+    )
 
 
 @handles(T.index_select, torch.index_select)
 def _index_select(x: Any, dim: int, index: Tensor) -> Any:
     d = _dim(x, dim) if isinstance(x, LazyLogits) and not isinstance(index, LazyLogits) else None
     if d is None:
-        return _of_classes_alone(x, dim, index.reshape(-1)) if isinstance(x, LazyLogits) else NotImplemented
+        return (
+            _of_classes_alone(x, dim, index.reshape(-1))
+            if isinstance(x, LazyLogits)
+            else NotImplemented
+        )
     return on_rows(x, lambda t: t.index_select(d, index), copied=True)
 
 
@@ -116,13 +132,21 @@ def _split(x: LazyLogits, split_size: Any, dim: int = 0) -> Any:
         if split_size <= 0:
             return NotImplemented
         split_size = [min(split_size, n - start) for start in range(0, max(n, 1), split_size)]
-    return _pieces(x, d, split_size) if all(isinstance(s, int) for s in split_size) and sum(split_size) == n else NotImplemented
+    return (
+        _pieces(x, d, split_size)
+        if all(isinstance(s, int) for s in split_size) and sum(split_size) == n
+        else NotImplemented
+    )
 
 
 @handles(T.chunk, torch.chunk)
 def _chunk(x: LazyLogits, chunks: int, dim: int = 0) -> Any:
     d = _dim(x, dim)
-    return NotImplemented if d is None or chunks <= 0 else _split(x, max(1, -(-x.shape[d] // chunks)), d)
+    return (
+        NotImplemented
+        if d is None or chunks <= 0
+        else _split(x, max(1, -(-x.shape[d] // chunks)), d)
+    )
 
 
 @handles(T.tensor_split, torch.tensor_split)
@@ -130,7 +154,9 @@ def _tensor_split(x: LazyLogits, indices_or_sections: Any, dim: int = 0) -> Any:
     d = _dim(x, dim)
     if d is None or isinstance(indices_or_sections, Tensor):
         return NotImplemented
-    lengths = [len(t) for t in torch.empty(x.shape[d], device="meta").tensor_split(indices_or_sections)]
+    lengths = [
+        len(t) for t in torch.empty(x.shape[d], device="meta").tensor_split(indices_or_sections)
+    ]
     return _pieces(x, d, lengths) if sum(lengths) == x.shape[d] else NotImplemented
 
 
@@ -148,7 +174,11 @@ def _view(x: LazyLogits, *shape: Any) -> Any:
     if last == -1:
         keeps = -1 not in lead and known == rows
     else:
-        keeps = last == num_classes and (known == rows if -1 not in lead else lead.count(-1) == 1 and known > 0 and rows % known == 0)
+        keeps = last == num_classes and (
+            known == rows
+            if -1 not in lead
+            else lead.count(-1) == 1 and known > 0 and rows % known == 0
+        )
     if not keeps:
         return NotImplemented
     lead = [rows // known if n == -1 else n for n in lead]
@@ -173,7 +203,9 @@ def _unflatten(x: LazyLogits, dim: Any, sizes: Any) -> Any:
     d, sizes = _dim(x, dim), _ints((sizes,))
     if d is None or not sizes:
         return NotImplemented
-    return on_rows(x, lambda t: t.unflatten(d, sizes), x._class_dim + (len(sizes) - 1) * (d < x._class_dim))
+    return on_rows(
+        x, lambda t: t.unflatten(d, sizes), x._class_dim + (len(sizes) - 1) * (d < x._class_dim)
+    )
 
 
 @handles(T.squeeze, torch.squeeze)
@@ -182,7 +214,11 @@ def _squeeze(x: LazyLogits, dim: Any = None) -> Any:
     if dims is None or x._class_dim in dims:
         return NotImplemented
     gone = [d for d in dims if x.shape[d] == 1]
-    return on_rows(x, lambda t: t.squeeze(tuple(gone)) if gone else t.view(t.shape), x._class_dim - sum(d < x._class_dim for d in gone))
+    return on_rows(
+        x,
+        lambda t: t.squeeze(tuple(gone)) if gone else t.view(t.shape),
+        x._class_dim - sum(d < x._class_dim for d in gone),
+    )
 
 
 @handles(T.unsqueeze, torch.unsqueeze)
@@ -196,7 +232,12 @@ def _unsqueeze(x: LazyLogits, dim: int) -> Any:
 @handles(T.expand, T.broadcast_to, torch.broadcast_to)
 def _expand(x: LazyLogits, *sizes: Any, implicit: bool = False) -> Any:
     shape = _ints(sizes)
-    if shape is None or not x._classes_last or len(shape) < x._rows.dim() or shape[-1] not in (-1, x._shaping.num_classes):
+    if (
+        shape is None
+        or not x._classes_last
+        or len(shape) < x._rows.dim()
+        or shape[-1] not in (-1, x._shaping.num_classes)
+    ):
         return NotImplemented
     return on_rows(x, lambda t: t.expand(*shape[:-1], -1), len(shape) - 1)
 
@@ -236,7 +277,13 @@ def _repeat(x: LazyLogits, *repeats: Any) -> Any:
 @handles(T.repeat_interleave, torch.repeat_interleave)
 def _repeat_interleave(x: Any, repeats: Any, dim: Any = None, *, output_size: Any = None) -> Any:
     d = _dim(x, dim) if isinstance(x, LazyLogits) and not isinstance(repeats, LazyLogits) else None
-    return NotImplemented if d is None else on_rows(x, lambda t: t.repeat_interleave(repeats, d, output_size=output_size), copied=True)
+    return (
+        NotImplemented
+        if d is None
+        else on_rows(
+            x, lambda t: t.repeat_interleave(repeats, d, output_size=output_size), copied=True
+        )
+    )
 
 
 # --- order
@@ -248,7 +295,10 @@ def _permuted(x: LazyLogits, order: Any) -> LazyLogits:
 
 def _order(x: LazyLogits, func: Callable[[Tensor], Tensor]) -> list[int]:
     """Where ``func``, which reorders dimensions, takes them from."""
-    return [int(n) - 2 for n in func(torch.empty(tuple(range(2, 2 + x._rows.dim())), device="meta")).shape]
+    return [
+        int(n) - 2
+        for n in func(torch.empty(tuple(range(2, 2 + x._rows.dim())), device="meta")).shape
+    ]
 
 
 @handles(T.transpose, torch.transpose, T.swapaxes, torch.swapaxes, T.swapdims, torch.swapdims)
@@ -282,7 +332,9 @@ def _flip(x: LazyLogits, *dims: Any) -> Any:
 @handles(T.roll, torch.roll)
 def _roll(x: LazyLogits, shifts: Any, dims: Any = ()) -> Any:
     rows = _dims(x, dims) if dims not in ((), []) else None
-    return NotImplemented if rows is None else on_rows(x, lambda t: t.roll(shifts, rows), copied=True)
+    return (
+        NotImplemented if rows is None else on_rows(x, lambda t: t.roll(shifts, rows), copied=True)
+    )
 
 
 # --- several
@@ -301,7 +353,12 @@ def _alike(tensors: Any) -> bool:
             and t._of_head == head
             and t._carried.keys() == first._carried.keys()
         )
-        same = same and (s.kind, s.factor, s.dtype, s.placements) == (shaping.kind, shaping.factor, shaping.dtype, shaping.placements)
+        same = same and (s.kind, s.factor, s.dtype, s.placements) == (
+            shaping.kind,
+            shaping.factor,
+            shaping.dtype,
+            shaping.placements,
+        )
         if not same or not s.same_logits(shaping) or not same_program(t._program, first._program):
             return False
     return True
@@ -317,7 +374,14 @@ def _together(tensors: Any, func: Callable[[list[Tensor]], Tensor], at: int, to:
     rows = moved([t._rows for t in tensors])
     calls = list({id(t._source): t._source for t in tensors}.values())
     source = calls[0] if len(calls) == 1 else JoinedCalls(calls)
-    made: LazyLogits = first._but(rows=rows, carried=carried, class_dim=to, leaves=joined_leaves(tensors), copied=True, source=source)
+    made: LazyLogits = first._but(
+        rows=rows,
+        carried=carried,
+        class_dim=to,
+        leaves=joined_leaves(tensors),
+        copied=True,
+        source=source,
+    )
     return made
 
 
@@ -327,7 +391,11 @@ def _cat(tensors: Any, dim: Any = 0) -> Any:
         return NotImplemented
     d = _dim(tensors[0], dim)
     at = tensors[0]._class_dim
-    return NotImplemented if d is None else _together(tensors, lambda parts: torch.cat(parts, d), at, at)
+    return (
+        NotImplemented
+        if d is None
+        else _together(tensors, lambda parts: torch.cat(parts, d), at, at)
+    )
 
 
 @handles(torch.stack)
@@ -344,7 +412,8 @@ def _stack(tensors: Any, dim: Any = 0) -> Any:
 
 
 def _items(x: LazyLogits, index: Any) -> list[Any] | None:
-    """An index as what it does to each dimension, without an ellipsis; None for one that is not known."""
+    """An index as what it does to each dimension, without an ellipsis; None for one that is not
+    known."""
     items: list[Any] = []
     for i in index if isinstance(index, tuple) else (index,):
         if isinstance(i, list | range):
@@ -354,7 +423,12 @@ def _items(x: LazyLogits, index: Any) -> list[Any] | None:
                 return None
             i = i if i.numel() else i.long()
         if isinstance(i, Tensor):
-            if isinstance(i, LazyLogits) or i.dtype == torch.uint8 or i.is_floating_point() or (i.dtype == torch.bool and i.dim() == 0):
+            if (
+                isinstance(i, LazyLogits)
+                or i.dtype == torch.uint8
+                or i.is_floating_point()
+                or (i.dtype == torch.bool and i.dim() == 0)
+            ):
                 return None
         elif isinstance(i, bool) or not (isinstance(i, int | slice) or i is None or i is Ellipsis):
             return None
@@ -387,7 +461,12 @@ def _getitem(x: LazyLogits, index: Any) -> Any:
     while n + _takes(items[at]) <= x._class_dim:
         n += _takes(items[at])
         at += 1
-    of_class, before, after, num_classes = items[at], items[:at], items[at + 1 :], x._shaping.num_classes
+    of_class, before, after, num_classes = (
+        items[at],
+        items[:at],
+        items[at + 1 :],
+        x._shaping.num_classes,
+    )
     if _takes(of_class) > 1:
         return NotImplemented
     if isinstance(of_class, slice) and range(num_classes)[of_class] == range(num_classes):
@@ -402,7 +481,11 @@ def _getitem(x: LazyLogits, index: Any) -> Any:
         return NotImplemented
     copies = any(map(_is_advanced, before))
     if _is_advanced(of_class):
-        return _rows_and_classes(x, before, of_class) if copies else _classes(_rows_of(x, before), of_class)
+        return (
+            _rows_and_classes(x, before, of_class)
+            if copies
+            else _classes(_rows_of(x, before), of_class)
+        )
     y = _rows_of(x, before)
     if y is NotImplemented:
         return y
@@ -410,7 +493,11 @@ def _getitem(x: LazyLogits, index: Any) -> Any:
 
 
 def _rows_of(x: LazyLogits, before: list[Any]) -> Any:
-    return x if all(isinstance(i, slice) and i == slice(None) for i in before) else _getitem(x, (*before, slice(None)))
+    return (
+        x
+        if all(isinstance(i, slice) and i == slice(None) for i in before)
+        else _getitem(x, (*before, slice(None)))
+    )
 
 
 def _view_of_classes(x: LazyLogits, item: Any) -> Any:
@@ -429,7 +516,12 @@ def _view_of_classes(x: LazyLogits, item: Any) -> Any:
             return NotImplemented
         first = kept.start == 0 and kept.step == 1
         if first or not _is_few(x, len(kept)):
-            made = step(T.__getitem__, x, (slice(None), item), shaping=shaping.cut(len(kept)) if first else None)
+            made = step(
+                T.__getitem__,
+                x,
+                (slice(None), item),
+                shaping=shaping.cut(len(kept)) if first else None,
+            )
             if made is not NotImplemented:
                 made._memory = x._memory
             return made
@@ -478,7 +570,11 @@ def _rows_and_classes(x: LazyLogits, before: list[Any], ids: Tensor) -> Any:
     first = next(n for n, i in enumerate(found) if _is_advanced(i))
     if ids.dtype == torch.bool or not all(map(_is_advanced, found[first:])):
         return NotImplemented
-    pairs = [p for i in found[first:] for p in (i.nonzero(as_tuple=True) if i.dtype == torch.bool else (i,))]
+    pairs = [
+        p
+        for i in found[first:]
+        for p in (i.nonzero(as_tuple=True) if i.dtype == torch.bool else (i,))
+    ]
     *rows, ids = torch.broadcast_tensors(*pairs, ids)
     places, index = iter(rows), []
     for i in before:
@@ -497,19 +593,33 @@ def _rows_and_classes(x: LazyLogits, before: list[Any], ids: Tensor) -> Any:
 @handles(T.__setitem__)
 def _setitem(x: Any, index: Any, value: Any) -> Any:
     """A number for some classes of all rows."""
-    number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0 and not isinstance(value, LazyLogits))
+    number = isinstance(value, int | float) or (
+        isinstance(value, Tensor) and value.dim() == 0 and not isinstance(value, LazyLogits)
+    )
     items = _items(x, index) if isinstance(x, LazyLogits) and x._classes_last and number else None
-    if items is None or len(items) != x._rows.dim() or any(not isinstance(i, slice) or i != slice(None) for i in items[:-1]):
+    if (
+        items is None
+        or len(items) != x._rows.dim()
+        or any(not isinstance(i, slice) or i != slice(None) for i in items[:-1])
+    ):
         return NotImplemented
     if isinstance(value, Tensor) and value.requires_grad:
         return NotImplemented
     mask = torch.zeros(x._shaping.num_classes, dtype=torch.bool, device=x._rows.device)
     mask[items[-1]] = True
-    return written(x, step(torch.masked_fill, x, mask, value), torch.masked_fill, (x, mask, value), {}, value=None)
+    return written(
+        x,
+        step(torch.masked_fill, x, mask, value),
+        torch.masked_fill,
+        (x, mask, value),
+        {},
+        value=None,
+    )
 
 
 def classes_of(x: LazyLogits, item: int | slice | Tensor) -> Tensor:
-    """The values of some classes of all rows, from their rows of the weight alone if the head is linear."""
+    """The values of some classes of all rows, from their rows of the weight alone if the head is
+    linear."""
     source, shaping = x._source, x._shaping
     if source.weight is None or shaping.kind != "logits":
         made: Tensor = read_chunks(x, lambda z: z[:, item])
@@ -519,9 +629,19 @@ def classes_of(x: LazyLogits, item: int | slice | Tensor) -> Tensor:
         source.read = source.read or (x._of_head and torch.is_grad_enabled())
         rows, weight, bias = x._rows, source.weight, source.bias
         if not x._of_head:
-            rows, weight, bias = rows.detach(), weight.detach(), None if bias is None else bias.detach()
+            rows, weight, bias = (
+                rows.detach(),
+                weight.detach(),
+                None if bias is None else bias.detach(),
+            )
         n = shaping.num_classes
-        ids: Any = slice(item, item + 1) if isinstance(item, int) else item.reshape(-1) if isinstance(item, Tensor) else item
+        ids: Any = (
+            slice(item, item + 1)
+            if isinstance(item, int)
+            else item.reshape(-1)
+            if isinstance(item, Tensor)
+            else item
+        )
         z = F.linear(rows, weight[:n][ids], None if bias is None else bias[:n][ids])
         z = z if shaping.scale == 1.0 else z * shaping.scale
         z = z if shaping.bias is None else z + shaping.bias[ids]
@@ -543,7 +663,9 @@ def rows_along(x: LazyLogits, dim: int, index: Tensor) -> Any:
     d = _dim(x, dim)
     if d is None or not x._classes_last or index.dim() != x._rows.dim():
         return NotImplemented
-    if index.shape[-1] not in (1, x._shaping.num_classes) or (index.shape[-1] > 1 and index.stride(-1) != 0):
+    if index.shape[-1] not in (1, x._shaping.num_classes) or (
+        index.shape[-1] > 1 and index.stride(-1) != 0
+    ):
         return NotImplemented
     index = index[..., :1]
     return on_rows(x, lambda t: torch.take_along_dim(t, index, d), copied=True)

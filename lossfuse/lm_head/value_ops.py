@@ -1,4 +1,5 @@
-"""Functions of torch that read values of deferred logits over their classes, called on a chunk of rows at a time."""
+"""Functions of torch that read values of deferred logits over their classes, called on a chunk of
+rows at a time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,13 +14,25 @@ from .chunked_reads import read_chunks, step
 from .lazy_logits import HANDLERS, LazyLogits, T, handles, of_classes
 
 
-def of_values(func: Callable[..., Any], x: LazyLogits, keepdim: bool, *args: Any, keeps: bool = False, **options: Any) -> Any:
-    """``func(logits, *args, dim=classes)``, one result for each row; or several where it ``keeps`` the dimension."""
+def of_values(
+    func: Callable[..., Any],
+    x: LazyLogits,
+    keepdim: bool,
+    *args: Any,
+    keeps: bool = False,
+    **options: Any,
+) -> Any:
+    """``func(logits, *args, dim=classes)``, one result for each row; or several where it ``keeps``
+    the dimension."""
     if x._source.cut is not None:
         return NotImplemented
     made = read_chunks(x, lambda z: func(z, *args, dim=-1, **options))
     if keeps or not keepdim:
-        return made if not keeps or x._classes_last else _each(made, lambda t: t.movedim(-1, x._class_dim))
+        return (
+            made
+            if not keeps or x._classes_last
+            else _each(made, lambda t: t.movedim(-1, x._class_dim))
+        )
     return _each(made, lambda t: t.unsqueeze(x._class_dim))
 
 
@@ -28,9 +41,15 @@ def _each(made: Any, func: Callable[[Tensor], Tensor]) -> Any:
 
 
 def over_rows(
-    x: LazyLogits, dim: Any, keepdim: bool, row_values: Callable[[], Tensor], func: Callable[..., Tensor], dtype: torch.dtype | None
+    x: LazyLogits,
+    dim: Any,
+    keepdim: bool,
+    row_values: Callable[[], Tensor],
+    func: Callable[..., Tensor],
+    dtype: torch.dtype | None,
 ) -> Any:
-    """A reduction over classes, and over rows as far as ``dim`` says, by ``func`` of what it is for each row."""
+    """A reduction over classes, and over rows as far as ``dim`` says, by ``func`` of what it is for
+    each row."""
     dims = x._rows.dim()
     if x._source.cut is not None and x._shaping.kind not in ("logp", "p logp", "p z"):
         return NotImplemented
@@ -54,7 +73,13 @@ def over_rows(
 # --- one or a few numbers for each row
 
 # what takes the classes' dimension as its second argument, and nothing else but keepdim
-_BY_DIM = {"amax": torch.amax, "amin": torch.amin, "argmin": torch.argmin, "median": torch.median, "nansum": torch.nansum}
+_BY_DIM = {
+    "amax": torch.amax,
+    "amin": torch.amin,
+    "argmin": torch.argmin,
+    "median": torch.median,
+    "nansum": torch.nansum,
+}
 _BY_DIM |= {"count_nonzero": torch.count_nonzero, "var": torch.var, "std": torch.std}
 
 
@@ -103,7 +128,9 @@ handles(T.min, torch.min)(_extreme(torch.min, torch.minimum, torch.amin))
 
 def _truth(func: Any) -> Callable[..., Any]:
     def handler(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-        return over_rows(x, dim, keepdim, lambda: read_chunks(x, lambda z: func(z, dim=-1)), func, None)
+        return over_rows(
+            x, dim, keepdim, lambda: read_chunks(x, lambda z: func(z, dim=-1)), func, None
+        )
 
     return handler
 
@@ -114,26 +141,47 @@ handles(T.all, torch.all)(_truth(torch.all))
 
 @handles(T.topk, torch.topk)
 def _topk(x: LazyLogits, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    return of_values(torch.topk, x, True, k, keeps=True, largest=largest, sorted=sorted) if of_classes(x, dim) else NotImplemented
+    return (
+        of_values(torch.topk, x, True, k, keeps=True, largest=largest, sorted=sorted)
+        if of_classes(x, dim)
+        else NotImplemented
+    )
 
 
 @handles(torch.linalg.vector_norm)
-def _vector_norm(x: LazyLogits, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def _vector_norm(
+    x: LazyLogits, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    return of_values(torch.linalg.vector_norm, x, keepdim, ord, dtype=dtype) if of_classes(x, dim) else NotImplemented
+    return (
+        of_values(torch.linalg.vector_norm, x, keepdim, ord, dtype=dtype)
+        if of_classes(x, dim)
+        else NotImplemented
+    )
 
 
 @handles(T.norm, torch.norm)
-def _norm(x: LazyLogits, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+def _norm(
+    x: LazyLogits, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Any:
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    return of_values(torch.norm, x, keepdim, p, dtype=dtype) if of_classes(x, dim) else NotImplemented
+    return (
+        of_values(torch.norm, x, keepdim, p, dtype=dtype) if of_classes(x, dim) else NotImplemented
+    )
 
 
 # --- losses of pairs of elements, as a distance to a teacher
 
 
 def _pointwise(func: Any) -> Callable[..., Any]:
-    def handler(input: Any, target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean", **options: Any) -> Any:
+    def handler(
+        input: Any,
+        target: Any,
+        size_average: Any = None,
+        reduce: Any = None,
+        reduction: str = "mean",
+        **options: Any,
+    ) -> Any:
         batchmean = reduction == "batchmean" and func is F.kl_div
         reduction = "sum" if batchmean else resolve_reduction(reduction, size_average, reduce)
         if (
@@ -157,12 +205,29 @@ for _loss in (F.kl_div, F.mse_loss, F.l1_loss):
 
 @handles(F.multi_margin_loss)
 def _multi_margin_loss(
-    input: Any, target: Any, p: int = 1, margin: float = 1.0, weight: Any = None, size_average: Any = None, reduce: Any = None,
+    input: Any,
+    target: Any,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Any = None,
+    size_average: Any = None,
+    reduce: Any = None,
     reduction: str = "mean",
-) -> Any:  # fmt: skip
+) -> Any:
     reduction = resolve_reduction(reduction, size_average, reduce)
-    plain = isinstance(input, LazyLogits) and input._rows.dim() == 2 and input._classes_last and input._source.cut is None
-    if not plain or isinstance(target, LazyLogits) or tuple(target.shape) != tuple(input._rows.shape[:1]):
+    plain = (
+        isinstance(input, LazyLogits)
+        and input._rows.dim() == 2
+        and input._classes_last
+        and input._source.cut is None
+    )
+    if (
+        not plain
+        or isinstance(target, LazyLogits)
+        or tuple(target.shape) != tuple(input._rows.shape[:1])
+    ):
         return NotImplemented
-    losses = read_chunks(input, lambda z, t: F.multi_margin_loss(z, t, p, margin, weight, reduction="none"), target)
+    losses = read_chunks(
+        input, lambda z, t: F.multi_margin_loss(z, t, p, margin, weight, reduction="none"), target
+    )
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()

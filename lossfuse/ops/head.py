@@ -1,9 +1,9 @@
 """The operators of a head and their derivatives: what ``ops.rows`` is for logits.
 
-``linear_total`` is the strategy of the scalar reductions: it returns the loss with its gradients, all in one operator without side
-effects, and its backward multiplies them by one number. ``linear_row_loss`` keeps nothing but its arguments, and its backward,
-``linear_grads``, makes the logits again.
-"""
+``linear_total`` is the strategy of the scalar reductions: it returns the loss with its gradients,
+all in one operator without side effects, and its backward multiplies them by one number.
+``linear_row_loss`` keeps nothing but its arguments, and its backward, ``linear_grads``, makes the
+logits again."""
 
 from typing import Any
 
@@ -17,7 +17,16 @@ from ..vocab_parallel.backend import look_together
 from . import head_chunks
 from .gradients import is_plain, multiply
 from .head_chunks import Gradients, Head, Needs
-from .library import N_OPTIONS, OPTIONS, UPSTREAM, backend_of, checked_spec, library, new_loss, register
+from .library import (
+    N_OPTIONS,
+    OPTIONS,
+    UPSTREAM,
+    backend_of,
+    checked_spec,
+    library,
+    new_loss,
+    register,
+)
 
 SPENT = (
     "a second backward needs the gradients of linear_cross_entropy again, but the first has handed them over; pass"
@@ -36,7 +45,9 @@ N_CHUNKS = 5
 
 library.define(f"linear_row_loss({HEAD}, Tensor? main_grad_buffer, {CHUNKS}, {OPTIONS}) -> Tensor")
 library.define(f"linear_grads({HEAD}, {UPSTREAM}, {NEEDS}, {CHUNKS}, {OPTIONS}) -> ({GRADS})")
-library.define(f"linear_total({HEAD}, Tensor? divisor, Tensor? main_grad_buffer, {NEEDS}, {CHUNKS}, {OPTIONS}) -> (Tensor total, {GRADS})")
+library.define(
+    f"linear_total({HEAD}, Tensor? divisor, Tensor? main_grad_buffer, {NEEDS}, {CHUNKS}, {OPTIONS}) -> (Tensor total, {GRADS})"
+)
 
 linear_row_loss = torch.ops.lossfuse.linear_row_loss.default
 linear_grads = torch.ops.lossfuse.linear_grads.default
@@ -45,7 +56,13 @@ linear_total = torch.ops.lossfuse.linear_total.default
 
 def chunk_options(options: LinearOptions) -> tuple[Any, ...]:
     """As the schemas take them; where there is a ``main_grad``, it is an argument of its own."""
-    return options.chunk_bytes, options.logits_dtype, options.acc_dtype, options.drop_ignored, options.allow_retain_graph
+    return (
+        options.chunk_bytes,
+        options.logits_dtype,
+        options.acc_dtype,
+        options.drop_ignored,
+        options.allow_retain_graph,
+    )
 
 
 def split(options: tuple[Any, ...]) -> tuple[LinearOptions, tuple[Any, ...]]:
@@ -54,18 +71,27 @@ def split(options: tuple[Any, ...]) -> tuple[LinearOptions, tuple[Any, ...]]:
 
 def checked_head_spec(weight: Tensor, target: Tensor, loss_options: tuple[Any, ...]) -> LossSpec:
     spec = checked_spec(len(weight), target, loss_options)
-    # all rows at once, where that is free or asked for: a chunk knows neither which rows it is of nor how many chunks other ranks make
+    # all rows at once, where that is free or asked for: a chunk knows neither which rows it is of
+    # nor how many chunks other ranks make
     if spec.group is not None and values_are_at_hand(target):
         look_together(target, len(weight), spec)
     return spec
 
 
 def _row_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, buffer: Tensor | None, *options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    buffer: Tensor | None,
+    *options: Any,
 ) -> Tensor:
     chunks, loss_options = split(options)
     spec = checked_head_spec(weight, target, loss_options)
-    return head_chunks.row_loss(Head(hidden, weight, bias), target, class_weight, spec, chunks, backend_of(loss_options))
+    return head_chunks.row_loss(
+        Head(hidden, weight, bias), target, class_weight, spec, chunks, backend_of(loss_options)
+    )
 
 
 def _row_loss_shapes(hidden: Tensor, *rest: Any) -> Tensor:
@@ -73,9 +99,18 @@ def _row_loss_shapes(hidden: Tensor, *rest: Any) -> Tensor:
 
 
 def _grads(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, *rest: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    upstream, needs, (chunks, loss_options) = Upstream(*rest[:4]), Needs(*rest[4:8]), split(rest[8:])
+    upstream, needs, (chunks, loss_options) = (
+        Upstream(*rest[:4]),
+        Needs(*rest[4:8]),
+        split(rest[8:]),
+    )
     arguments = Head(hidden, weight, bias), target, class_weight
     how = loss_spec(*loss_options[:-1]), chunks, backend_of(loss_options)
     if upstream.only_loss and upstream.loss is not None:
@@ -87,7 +122,12 @@ def _grads(
 
 
 def _grads_shapes(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, *rest: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     return new_grads(hidden, weight, target, Needs(*rest[4:8]), split(rest[8:])[0])
 
@@ -106,7 +146,9 @@ def _total(
     chunks, loss_options = split(options[4:])
     spec = checked_head_spec(weight, target, loss_options)
     arguments = Head(hidden, weight, bias), target, class_weight, dloss_of(hidden, divisor)
-    loss, grads = head_chunks.row_loss_and_grads(*arguments, needs, spec, chunks, backend_of(loss_options))
+    loss, grads = head_chunks.row_loss_and_grads(
+        *arguments, needs, spec, chunks, backend_of(loss_options)
+    )
     total = loss.sum() if divisor is None else loss.sum() / divisor
     return total, *as_tensors(grads, hidden)
 
@@ -137,13 +179,21 @@ def as_tensors(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 
-def new_grads(hidden: Tensor, weight: Tensor, target: Tensor, needs: Needs, chunks: LinearOptions) -> tuple[Tensor, ...]:
+def new_grads(
+    hidden: Tensor, weight: Tensor, target: Tensor, needs: Needs, chunks: LinearOptions
+) -> tuple[Tensor, ...]:
     dtype = chunks.dtype("acc_dtype", hidden.dtype)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     dhidden, dweight, dbias = (
-        hidden.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs[:3], strict=True)
+        hidden.new_empty(shape, dtype=dtype) if need else None
+        for shape, need in zip(shapes, needs[:3], strict=True)
     )
-    return as_tensors(Gradients(dhidden, dweight, dbias, target.new_empty(target.shape) if needs.target else None), hidden)
+    return as_tensors(
+        Gradients(
+            dhidden, dweight, dbias, target.new_empty(target.shape) if needs.target else None
+        ),
+        hidden,
+    )
 
 
 for _name, _impl, _shapes in (
@@ -163,19 +213,26 @@ def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _row_loss_backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = made_again(ctx.saved_tensors, Upstream(dloss), ctx.needs_input_grad[:4], ctx.buffer, ctx.options)
+    grads = made_again(
+        ctx.saved_tensors, Upstream(dloss), ctx.needs_input_grad[:4], ctx.buffer, ctx.options
+    )
     return *grads, *(None,) * (2 + N_CHUNKS + N_OPTIONS)
 
 
-def made_again(tensors: Any, upstream: Upstream, needed: Any, buffer: Tensor | None, options: Any) -> list[Tensor | None]:
-    """Gradients of hidden states, weight, bias and probabilities from logits that are made again."""
+def made_again(
+    tensors: Any, upstream: Upstream, needed: Any, buffer: Tensor | None, options: Any
+) -> list[Tensor | None]:
+    """Gradients of hidden states, weight, bias and probabilities from logits that are made
+    again."""
     given = [t for t in upstream if t is not None]
     if not given:
         return [None] * 4
     for t in given:
         _refuse_second_derivative(t)
     made = linear_grads(*tensors, *upstream, *needed, *options)
-    grads = [g.to(t.dtype) if need else None for g, t, need in zip(made, tensors, needed, strict=False)]
+    grads = [
+        g.to(t.dtype) if need else None for g, t, need in zip(made, tensors, needed, strict=False)
+    ]
     if buffer is not None and needed[1]:
         buffer.add_(made[1])
         grads[1] = None
@@ -217,8 +274,12 @@ def handed_over(ctx: Any, made: Any, dtotal: Tensor) -> list[Tensor | None]:
     return grads
 
 
-torch.library.register_autograd("lossfuse::linear_row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=library)
-torch.library.register_autograd("lossfuse::linear_total", _total_backward, setup_context=_save_total, lib=library)
+torch.library.register_autograd(
+    "lossfuse::linear_row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=library
+)
+torch.library.register_autograd(
+    "lossfuse::linear_total", _total_backward, setup_context=_save_total, lib=library
+)
 
 # of a gradient that is multiplied and rounded on a CPU, whose operators convert all of it first
 ROUNDED_BYTES = 16 << 20
@@ -230,7 +291,11 @@ def _times(g: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
         multiply(g, factor, impl)
         return g
     rounded = torch.empty(g.shape, dtype=dtype, device=g.device)
-    rows = len(g) if g.device.type != "cpu" else max(1, ROUNDED_BYTES // max(1, g[:1].numel() * g.element_size()))
+    rows = (
+        len(g)
+        if g.device.type != "cpu"
+        else max(1, ROUNDED_BYTES // max(1, g[:1].numel() * g.element_size()))
+    )
     for some, out in zip(g.split(rows), rounded.split(rows), strict=True):
         torch.mul(some, factor, out=out)
     return rounded

@@ -13,24 +13,50 @@ GONE = "these logits were consumed by a loss of lossfuse with inplace=True and t
 
 # what may still be asked of a tensor that holds no logits any more: nothing that reads them
 _HARMLESS = {
-    "__dir__", "__hash__", "__len__", "_is_view", "backward", "data_ptr", "dim", "element_size", "get_device", "grad", "is_complex",
-    "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_same_size", "nelement", "ndimension", "numel", "size",
-    "storage_offset", "stride",
-}  # fmt: skip
+    "__dir__",
+    "__hash__",
+    "__len__",
+    "_is_view",
+    "backward",
+    "data_ptr",
+    "dim",
+    "element_size",
+    "get_device",
+    "grad",
+    "is_complex",
+    "is_conj",
+    "is_contiguous",
+    "is_floating_point",
+    "is_inference",
+    "is_neg",
+    "is_same_size",
+    "nelement",
+    "ndimension",
+    "numel",
+    "size",
+    "storage_offset",
+    "stride",
+}
 _ALIASES = {"alias", "detach", "view_as"}
 _ATTRIBUTES_THAT_READ = {"data", "T", "mT", "H", "mH", "real", "imag"}
 
 
 class Consumed(Tensor):
-    """What the caller's tensor is afterwards: it knows its shape, its place in the graph and nothing else."""
+    """What the caller's tensor is afterwards: it knows its shape, its place in the graph and
+    nothing else."""
 
-    # a view that was written makes itself a new place in the graph, which the loss is not attached to
+    # a view that was written makes itself a new place in the graph, which the loss is not attached
+    # to
     _edge: torch.autograd.graph.GradientEdge | None = None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__", "__delete__") else None
+        attribute = (
+            getattr(getattr(func, "__self__", None), "__name__", "")
+            if name in ("__get__", "__set__", "__delete__")
+            else None
+        )
         if name in ("__repr__", "__format__"):
             return f"<{GONE}>"
         edge = args[0]._edge if args and isinstance(args[0], cls) else None
@@ -39,9 +65,13 @@ class Consumed(Tensor):
         if name in ("register_hook", "retain_grad") and edge is not None:
             raise RuntimeError(f"{GONE}; on a view, {name} before the loss")
         harmless = name in _HARMLESS or name in ("register_hook", "retain_grad")
-        harmless |= (name == "__get__" and attribute not in _ATTRIBUTES_THAT_READ) or attribute == "grad"
+        harmless |= (
+            name == "__get__" and attribute not in _ATTRIBUTES_THAT_READ
+        ) or attribute == "grad"
         if not harmless and name not in _ALIASES:
-            raise RuntimeError(f"{GONE}; use them before the loss, keep a copy, or pass inplace=False")
+            raise RuntimeError(
+                f"{GONE}; use them before the loss, keep a copy, or pass inplace=False"
+            )
         if name == "grad":
             args = tuple(_in_graph(a) for a in args)
             kwargs = {key: _in_graph(a) for key, a in (kwargs or {}).items()}
@@ -53,20 +83,28 @@ class Consumed(Tensor):
 
 
 def _in_graph(argument: Any) -> Any:
-    """Consumed views among the inputs of ``torch.autograd.grad``, by where they were in the graph."""
+    """Consumed views among the inputs of ``torch.autograd.grad``, by where they were in the
+    graph."""
     if isinstance(argument, list | tuple):
         return type(argument)(map(_in_graph, argument))
-    return argument._edge if isinstance(argument, Consumed) and argument._edge is not None else argument
+    return (
+        argument._edge
+        if isinstance(argument, Consumed) and argument._edge is not None
+        else argument
+    )
 
 
 def may_consume(input: Tensor, rows: Rows) -> bool:
-    """Whether the memory of the logits is theirs alone to be written; warns where it is not, so that the call is right without.
+    """Whether the memory of the logits is theirs alone to be written; warns where it is not, so
+    that the call is right without.
 
     Raises ValueError for leaves and for elements that share memory.
     """
     for t, what in ((input, "a leaf"), (input._base, "a view of a leaf")):
         if t is not None and t.is_leaf and t.requires_grad:
-            raise ValueError(f"inplace=True writes the gradient over input, but input is {what} that requires grad; pass inplace=False")
+            raise ValueError(
+                f"inplace=True writes the gradient over input, but input is {what} that requires grad; pass inplace=False"
+            )
     if _may_overlap(input):
         raise ValueError(
             f"inplace=True writes the gradient over input, but input has shape {tuple(input.shape)} and strides {input.stride()}, so that"
@@ -77,7 +115,11 @@ def may_consume(input: Tensor, rows: Rows) -> bool:
         return True
     why = _why_not(input, rows)
     if why is not None and not torch.compiler.is_compiling():
-        warnings.warn(f"inplace=True has no effect: {why}. The gradient gets memory of its own.", UserWarning, stacklevel=4)
+        warnings.warn(
+            f"inplace=True has no effect: {why}. The gradient gets memory of its own.",
+            UserWarning,
+            stacklevel=4,
+        )
     return why is None
 
 
@@ -100,13 +142,15 @@ def is_sole_owner(*tensors: Tensor | None) -> bool:
     known = {id(t): t for t in tensors if t is not None}
     known |= {id(t._base): t._base for t in list(known.values()) if t._base is not None}
     storage = next(iter(known.values())).untyped_storage()
-    # not public, and where it is missing nobody is known to be alone; the python storage itself is one more
+    # not public, and where it is missing nobody is known to be alone; the python storage itself is
+    # one more
     count = getattr(torch._C, "_storage_Use_Count", None)
     return count is not None and bool(count(storage._cdata) <= len(known) + 1)
 
 
 def _may_overlap(t: Tensor) -> bool:
-    """Whether two indices can be one address; some exotic strides that cannot are taken for such."""
+    """Whether two indices can be one address; some exotic strides that cannot are taken for
+    such."""
     if t.is_contiguous():
         return False
     reach = 0
@@ -124,12 +168,15 @@ def shares_memory(input: Tensor, rows: Rows) -> bool:
 
 
 class Owner:
-    """The tensors through which the caller sees the logits, as long as there are any; made before the logits are written."""
+    """The tensors through which the caller sees the logits, as long as there are any; made before
+    the logits are written."""
 
     def __init__(self, input: Tensor, rows: Rows) -> None:
         mine = (input, input._base) if shares_memory(input, rows) else ()
         self._tensors = [
-            (weakref.ref(t), torch.autograd.graph.get_gradient_edge(t) if t._is_view() else None) for t in mine if t is not None
+            (weakref.ref(t), torch.autograd.graph.get_gradient_edge(t) if t._is_view() else None)
+            for t in mine
+            if t is not None
         ]
 
     def alive(self) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""The operators of binary cross entropy and their derivatives: what ``ops.rows`` is for rows of classes.
+"""The operators of binary cross entropy and their derivatives: what ``ops.rows`` is for rows of
+classes.
 
 A loss is (N, V), or the sums of rows, (N, 1); ``dloss`` is whichever of the two its loss was.
 """
@@ -33,7 +34,9 @@ library.define(
 library.define(
     f"sigmoid_loss_and_grads_(Tensor(a!) logits, {_TENSORS}, Tensor dloss, bool need_dtarget, {_OPTIONS}) -> (Tensor loss, Tensor dtarget)"
 )
-library.define(f"sigmoid_grads_(Tensor(a!) logits, {_TENSORS}, Tensor dloss, bool need_dtarget, {_OPTIONS}) -> Tensor dtarget")
+library.define(
+    f"sigmoid_grads_(Tensor(a!) logits, {_TENSORS}, Tensor dloss, bool need_dtarget, {_OPTIONS}) -> Tensor dtarget"
+)
 
 sigmoid_loss = torch.ops.lossfuse.sigmoid_loss.default
 sigmoid_grads = torch.ops.lossfuse.sigmoid_grads.default
@@ -54,7 +57,9 @@ def require_ids(target: Tensor, logits: Tensor, ignore_index: int) -> None:
 
 def _new_loss(logits: Tensor, elementwise: bool) -> Tensor:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.empty(logits.shape[0], logits.shape[1] if elementwise else 1, dtype=dtype, device=logits.device)
+    return torch.empty(
+        logits.shape[0], logits.shape[1] if elementwise else 1, dtype=dtype, device=logits.device
+    )
 
 
 def _fill(
@@ -72,17 +77,34 @@ def _fill(
     if loss is not None:
         require_ids(target, logits, ignore_index)
     _backend(impl).sigmoid_loss_and_grads(
-        logits, target, weight, pos_weight, ignore_index, loss=loss, dloss=dloss, dlogits=dlogits, dtarget=dtarget
+        logits,
+        target,
+        weight,
+        pos_weight,
+        ignore_index,
+        loss=loss,
+        dloss=dloss,
+        dlogits=dlogits,
+        dtarget=dtarget,
     )
 
 
-def _loss(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, elementwise: bool, *options: Any) -> Tensor:
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    elementwise: bool,
+    *options: Any,
+) -> Tensor:
     loss = _new_loss(logits, elementwise)
     _fill(logits, target, weight, pos_weight, options, loss, None, None, None)
     return loss
 
 
-def _loss_shapes(logits: Tensor, target: Tensor, weight: Any, pos_weight: Any, elementwise: bool, *options: Any) -> Tensor:
+def _loss_shapes(
+    logits: Tensor, target: Tensor, weight: Any, pos_weight: Any, elementwise: bool, *options: Any
+) -> Tensor:
     return _new_loss(logits, elementwise)
 
 
@@ -97,12 +119,28 @@ def _grads(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     dlogits, dtarget = new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
-    _fill(logits, target, weight, pos_weight, options, None, dloss, *wanted((dlogits, dtarget), need_dlogits, need_dtarget))
+    _fill(
+        logits,
+        target,
+        weight,
+        pos_weight,
+        options,
+        None,
+        dloss,
+        *wanted((dlogits, dtarget), need_dlogits, need_dtarget),
+    )
     return dlogits, dtarget
 
 
 def _grads_shapes(
-    logits: Tensor, target: Tensor, weight: Any, pos_weight: Any, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
+    logits: Tensor,
+    target: Tensor,
+    weight: Any,
+    pos_weight: Any,
+    dloss: Tensor,
+    need_dlogits: bool,
+    need_dtarget: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     return new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
 
@@ -117,41 +155,103 @@ def _loss_and_grads(
     need_dtarget: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, dlogits, dtarget = _loss_and_grads_shapes(logits, target, weight, pos_weight, dloss, need_dlogits, need_dtarget)
-    _fill(logits, target, weight, pos_weight, options, loss, dloss, *wanted((dlogits, dtarget), need_dlogits, need_dtarget))
+    loss, dlogits, dtarget = _loss_and_grads_shapes(
+        logits, target, weight, pos_weight, dloss, need_dlogits, need_dtarget
+    )
+    _fill(
+        logits,
+        target,
+        weight,
+        pos_weight,
+        options,
+        loss,
+        dloss,
+        *wanted((dlogits, dtarget), need_dlogits, need_dtarget),
+    )
     return loss, dlogits, dtarget
 
 
 def _loss_and_grads_shapes(
-    logits: Tensor, target: Tensor, weight: Any, pos_weight: Any, dloss: Tensor, need_dlogits: bool, need_dtarget: bool, *options: Any
+    logits: Tensor,
+    target: Tensor,
+    weight: Any,
+    pos_weight: Any,
+    dloss: Tensor,
+    need_dlogits: bool,
+    need_dtarget: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _new_loss(logits, False), new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
 
 
 def _loss_and_grads_(
-    logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    dloss: Tensor,
+    need_dtarget: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     loss, dtarget = _new_loss(logits, False), new_grad(target, need_dtarget)
-    _fill(logits, target, weight, pos_weight, options, loss, dloss, logits, dtarget if need_dtarget else None)
+    _fill(
+        logits,
+        target,
+        weight,
+        pos_weight,
+        options,
+        loss,
+        dloss,
+        logits,
+        dtarget if need_dtarget else None,
+    )
     return loss, dtarget
 
 
 def _loss_and_grads_shapes_(
-    logits: Tensor, target: Tensor, weight: Any, pos_weight: Any, dloss: Tensor, need_dtarget: bool, *options: Any
+    logits: Tensor,
+    target: Tensor,
+    weight: Any,
+    pos_weight: Any,
+    dloss: Tensor,
+    need_dtarget: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     return _new_loss(logits, False), new_grad(target, need_dtarget)
 
 
 def _grads_(
-    logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, dloss: Tensor, need_dtarget: bool, *options: Any
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    dloss: Tensor,
+    need_dtarget: bool,
+    *options: Any,
 ) -> Tensor:
     dtarget = new_grad(target, need_dtarget)
-    _fill(logits, target, weight, pos_weight, options, None, dloss, logits, dtarget if need_dtarget else None)
+    _fill(
+        logits,
+        target,
+        weight,
+        pos_weight,
+        options,
+        None,
+        dloss,
+        logits,
+        dtarget if need_dtarget else None,
+    )
     return dtarget
 
 
 def _grads_shapes_(
-    logits: Tensor, target: Tensor, weight: Any, pos_weight: Any, dloss: Tensor, need_dtarget: bool, *options: Any
+    logits: Tensor,
+    target: Tensor,
+    weight: Any,
+    pos_weight: Any,
+    dloss: Tensor,
+    need_dtarget: bool,
+    *options: Any,
 ) -> Tensor:
     return new_grad(target, need_dtarget)
 
@@ -188,23 +288,32 @@ def _save_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.set_materialize_grads(False)
 
 
-def _grads_backward(ctx: Any, v_dlogits: Tensor | None, v_dtarget: Tensor | None) -> tuple[Tensor | None, ...]:
+def _grads_backward(
+    ctx: Any, v_dlogits: Tensor | None, v_dtarget: Tensor | None
+) -> tuple[Tensor | None, ...]:
     logits, target, weight, pos_weight, dloss = ctx.saved_tensors
 
     def values(x: Tensor, t: Tensor) -> list[Tensor]:
         loss = reference.sigmoid_loss(x, t, weight, pos_weight, ctx.ignore_index)
         return [loss if dloss.shape == loss.shape else loss.sum(1, keepdim=True)]
 
-    ddlogits, ddtarget, (ddloss,) = second_derivative(values, logits, target, [dloss], (v_dlogits, v_dtarget))
+    ddlogits, ddtarget, (ddloss,) = second_derivative(
+        values, logits, target, [dloss], (v_dlogits, v_dtarget)
+    )
     return ddlogits, ddtarget, None, None, ddloss, None, None, None, None
 
 
-torch.library.register_autograd("lossfuse::sigmoid_loss", _loss_backward, setup_context=_save_loss, lib=library)
-torch.library.register_autograd("lossfuse::sigmoid_grads", _grads_backward, setup_context=_save_grads, lib=library)
+torch.library.register_autograd(
+    "lossfuse::sigmoid_loss", _loss_backward, setup_context=_save_loss, lib=library
+)
+torch.library.register_autograd(
+    "lossfuse::sigmoid_grads", _grads_backward, setup_context=_save_grads, lib=library
+)
 
 
 class ReducedLoss(torch.autograd.Function):
-    """(N, V) logits -> the sum of all losses, over ``count`` of them; the gradient is formed in the forward, as in ``ops.rows``."""
+    """(N, V) logits -> the sum of all losses, over ``count`` of them; the gradient is formed in the
+    forward, as in ``ops.rows``."""
 
     @staticmethod
     def forward(
@@ -221,15 +330,21 @@ class ReducedLoss(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # a count of 0 has no element to divide
-        dloss = torch.full((), 1.0 / max(count, 1), dtype=dtype, device=logits.device).expand(len(logits), 1)
+        dloss = torch.full((), 1.0 / max(count, 1), dtype=dtype, device=logits.device).expand(
+            len(logits), 1
+        )
         ctx.options, ctx.impl, ctx.consumed = (ignore_index, impl), impl, owner is not None
         grads: tuple[Tensor, ...]
         if owner is not None:
             with writing(logits, owner) as dlogits:
-                loss, dtarget = sigmoid_loss_and_grads_(dlogits, target, weight, pos_weight, dloss, needed[1], *ctx.options)
+                loss, dtarget = sigmoid_loss_and_grads_(
+                    dlogits, target, weight, pos_weight, dloss, needed[1], *ctx.options
+                )
             grads = dlogits, dtarget
         else:
-            loss, *grads = sigmoid_loss_and_grads(logits, target, weight, pos_weight, dloss, *needed, *ctx.options)
+            loss, *grads = sigmoid_loss_and_grads(
+                logits, target, weight, pos_weight, dloss, *needed, *ctx.options
+            )
             ctx.save_for_backward(logits, target, weight, pos_weight, dloss)
         ctx.formed = wanted(grads, *needed)
         return loss.sum() / count
@@ -240,12 +355,15 @@ class ReducedLoss(torch.autograd.Function):
 
 
 def _gradients_again(ctx: Any) -> tuple[Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor] = sigmoid_grads(*ctx.saved_tensors, *ctx.needs_input_grad[:2], *ctx.options)
+    grads: tuple[Tensor, Tensor] = sigmoid_grads(
+        *ctx.saved_tensors, *ctx.needs_input_grad[:2], *ctx.options
+    )
     return grads
 
 
 class Loss(torch.autograd.Function):
-    """(N, V) logits -> (N, V) losses or the sums of rows; over logits with an ``owner`` the backward writes the gradient."""
+    """(N, V) logits -> (N, V) losses or the sums of rows; over logits with an ``owner`` the
+    backward writes the gradient."""
 
     @staticmethod
     def forward(
@@ -266,4 +384,12 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *row_gradients(ctx, dloss, _gradients, sigmoid_grads_), None, None, None, None, None, None
+        return (
+            *row_gradients(ctx, dloss, _gradients, sigmoid_grads_),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -1,11 +1,12 @@
-"""What the operators of the package share: the library, pieces of schemas, backends by name. Torch only.
+"""What the operators of the package share: the library, pieces of schemas, backends by name. Torch
+only.
 
-Operators live in ``torch.ops.lossfuse``, opaque to compilers, with shapes for tracing. The functions that lead to them go straight to
-their kernels where an operator would do nothing but cost time.
+Operators live in ``torch.ops.lossfuse``, opaque to compilers, with shapes for tracing. The
+functions that lead to them go straight to their kernels where an operator would do nothing but cost
+time.
 
-``impl`` names a backend module, imported when it is first called. A gradient that is not needed is an empty tensor, so that every mode
-returns as many results.
-"""
+``impl`` names a backend module, imported when it is first called. A gradient that is not needed is
+an empty tensor, so that every mode returns as many results."""
 
 import functools
 import importlib
@@ -39,13 +40,21 @@ library.define("all_sum(Tensor t, str group) -> Tensor")
 def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
     """A spec and a backend's name as the schemas take them."""
     return (
-        spec.ignore_index, spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale,
-        spec.first_class, spec.num_classes, spec.group, impl,
-    )  # fmt: skip
+        spec.ignore_index,
+        spec.label_smoothing,
+        spec.softcap,
+        spec.logit_scale,
+        spec.lse_square_scale,
+        spec.first_class,
+        spec.num_classes,
+        spec.group,
+        impl,
+    )
 
 
 def register(name: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Register the kernel of the operator ``name``, and its results' shapes and dtypes for tracing."""
+    """Register the kernel of the operator ``name``, and its results' shapes and dtypes for
+    tracing."""
 
     @functools.wraps(shapes)
     def traced(*args: Any) -> Any:
@@ -59,17 +68,30 @@ def register(name: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) 
 
 
 def _keys(*names: str) -> int:
-    return functools.reduce(int.__or__, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names))
+    return functools.reduce(
+        int.__or__,
+        (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names),
+    )
 
 
-# what an operator of ours passes through unchanged if nothing requires grad; not public, as everything about the dispatcher
+# what an operator of ours passes through unchanged if nothing requires grad; not public, as
+# everything about the dispatcher
 _PASSED = _keys("BackendSelect", "ADInplaceOrView")
-_PASSED |= _keys(*(prefix + device for device in ("CPU", "CUDA", "XPU") for prefix in ("", "Autograd", "Autocast")))
+_PASSED |= _keys(
+    *(
+        prefix + device
+        for device in ("CPU", "CUDA", "XPU")
+        for prefix in ("", "Autograd", "Autocast")
+    )
+)
 
 
 def _leads_to_kernel(args: tuple[Any, ...], tensors: int) -> bool:
-    """Return True if no compiler, autograd, tracer, functorch, mode, profiler or subclass needs the dispatcher for this call."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+    """Return True if no compiler, autograd, tracer, functorch, mode, profiler or subclass needs the
+    dispatcher for this call."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    ):
         return False
     operands = args[:tensors]
     if torch._C._has_torch_function(operands) or torch._C._autograd._profiler_enabled():
@@ -82,7 +104,8 @@ def _leads_to_kernel(args: tuple[Any, ...], tensors: int) -> bool:
 
 
 def entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    """The operator ``name``, whose first ``tensors`` arguments are tensors or None, or its kernel."""
+    """The operator ``name``, whose first ``tensors`` arguments are tensors or None, or its
+    kernel."""
     operator = getattr(torch.ops.lossfuse, name).default
 
     def direct(*args: Any) -> Any:
@@ -93,7 +116,8 @@ def entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[..., 
 
 @functools.cache
 def backend(impl: str, cut: bool = False) -> Any:
-    """The functions of an implementation, for whole rows or for rows that are cut among the ranks of a group."""
+    """The functions of an implementation, for whole rows or for rows that are cut among the ranks
+    of a group."""
     module = importlib.import_module((_SHARD_BACKENDS if cut else _BACKENDS)[impl], __package__)
     return Sharded(module) if cut else module
 

@@ -1,1 +1,2 @@
-"""Rows whose classes are sharded across ranks: a backend built from that of one shard, and the merge."""
+"""Rows whose classes are sharded across ranks: a backend built from that of one shard, and the
+merge."""

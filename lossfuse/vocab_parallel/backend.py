@@ -1,10 +1,11 @@
-"""Losses whose classes are cut among the ranks of a group: what goes over the wire, and a backend made of one for a shard.
+"""Losses whose classes are cut among the ranks of a group: what goes over the wire, and a backend
+made of one for a shard.
 
-A forward gathers a few numbers a row from every rank, in one collective; merged (``merge``), they are the same on every rank, and a
-gradient is made of them without another. With them goes what tells whether the ranks do the same thing: where their shards lie, what their
-options are, how their targets sum up, whether one of them is bad. On a CPU, and within ``debug_targets``, every rank looks at it and raises
-the same error; elsewhere all that is returned is NaN.
-"""
+A forward gathers a few numbers a row from every rank, in one collective; merged (``merge``), they
+are the same on every rank, and a gradient is made of them without another. With them goes what
+tells whether the ranks do the same thing: where their shards lie, what their options are, how their
+targets sum up, whether one of them is bad. On a CPU, and within ``debug_targets``, every rank looks
+at it and raises the same error; elsewhere all that is returned is NaN."""
 
 import sys
 import zlib
@@ -20,18 +21,24 @@ from ..spec import LossSpec
 from ..targets import debugging, values_are_at_hand
 from .merge import kept, merge, nothing, row_loss, row_stats
 
-# of a rank: where its classes lie, its options, what its targets sum up to, row of its first bad target (or -1), that target
+# of a rank: where its classes lie, its options, what its targets sum up to, row of its first bad
+# target (or -1), that target
 HEADER_INTS = 5
 
 
 class Sharded:
-    """What ``ops`` asks of a backend, where rows are cut: ``backend`` for this shard, the group for the rows."""
+    """What ``ops`` asks of a backend, where rows are cut: ``backend`` for this shard, the group for
+    the rows."""
 
     def __init__(self, backend: ModuleType) -> None:
         self.backend = backend
 
-    def row_loss(self, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
-        row, weight_sum = self._rows(logits, target, class_weight, spec, Wants(False, False), given=False)
+    def row_loss(
+        self, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec
+    ) -> tuple[Tensor, Tensor]:
+        row, weight_sum = self._rows(
+            logits, target, class_weight, spec, Wants(False, False), given=False
+        )
         assert spec.num_classes is not None
         return row_loss(row, target, weight_sum, spec, spec.num_classes), kept(row, weight_sum)
 
@@ -48,7 +55,9 @@ class Sharded:
     ) -> None:
         """Fill the gradients that are given; ``dlogits`` may be ``logits``."""
         if logits.numel():
-            self.backend.shard_grads(logits, target, class_weight, kept, upstream, spec, dlogits, dtarget)
+            self.backend.shard_grads(
+                logits, target, class_weight, kept, upstream, spec, dlogits, dtarget
+            )
 
     def row_loss_and_grads(
         self,
@@ -79,7 +88,9 @@ class Sharded:
         assert spec.num_classes is not None
         made = row_stats(row, target, weight_sum, spec, spec.num_classes)
         if upstream is not None:
-            self.row_grads(logits, target, class_weight, made.kept, upstream, spec, dlogits, dtarget)
+            self.row_grads(
+                logits, target, class_weight, made.kept, upstream, spec, dlogits, dtarget
+            )
         return made
 
     def head_row_loss(self, *arguments: Any) -> None:
@@ -92,12 +103,22 @@ class Sharded:
         self.backend.multiply_in_place(t, factor)
 
     def _rows(
-        self, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec, wants: Wants, given: bool
+        self,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        spec: LossSpec,
+        wants: Wants,
+        given: bool,
     ) -> tuple[ShardRows, Tensor]:
         """(N,) of whole rows, and the sum of all class weights."""
         assert spec.first_class is not None and spec.group is not None
         (n, v), soft = logits.shape, target.is_floating_point()
-        like = torch.empty(0, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device)
+        like = torch.empty(
+            0,
+            dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32,
+            device=logits.device,
+        )
         looked_at = values_are_at_hand(target)
         if debugging():
             _require_same_rows(n, like, spec.group)
@@ -109,7 +130,11 @@ class Sharded:
         if rows.argmax is not None:
             rows = rows._replace(argmax=rows.argmax + spec.first_class)
         header = _as_floats(_header(target, v, spec, looked_at), like.dtype)
-        columns = [t.to(like.dtype) if t.is_floating_point() else _as_floats(t, like.dtype) for t in rows if t is not None]
+        columns = [
+            t.to(like.dtype) if t.is_floating_point() else _as_floats(t, like.dtype)
+            for t in rows
+            if t is not None
+        ]
         weight_sum = [] if class_weight is None else [class_weight.sum(dtype=like.dtype)[None]]
         gathered = gather(torch.cat([header, *weight_sum, *columns]), spec.group)
 
@@ -121,11 +146,14 @@ class Sharded:
             shards = shards._replace(argmax=_as_ints(shards.argmax))
         agreed = _agree(ints, spec, looked_at)
         whole = merge(shards, weight_sums)
-        return whole._replace(log_sum=torch.where(agreed, whole.log_sum, torch.nan)), weight_sums.sum()
+        return whole._replace(
+            log_sum=torch.where(agreed, whole.log_sum, torch.nan)
+        ), weight_sums.sum()
 
 
 def look_together(target: Tensor, v: int, spec: LossSpec) -> None:
-    """Raise, on every rank alike, what the ranks find where they compare themselves, before anything is computed."""
+    """Raise, on every rank alike, what the ranks find where they compare themselves, before
+    anything is computed."""
     assert spec.group is not None
     looked_at = values_are_at_hand(target)
     if debugging():
@@ -134,7 +162,8 @@ def look_together(target: Tensor, v: int, spec: LossSpec) -> None:
 
 
 def keep_order() -> None:
-    """Inductor orders operators by the memory they take, by which ranks with unequal shards would gather in unequal orders."""
+    """Inductor orders operators by the memory they take, by which ranks with unequal shards would
+    gather in unequal orders."""
     config: Any = sys.modules.get("torch._inductor.config")
     if getattr(config, "reorder_for_peak_memory", False):
         config.reorder_for_peak_memory = False
@@ -177,44 +206,64 @@ def all_sum_over(t: Tensor, group: str) -> Tensor:
 
 
 def _require_same_rows(n: int, like: Tensor, group: str) -> None:
-    """What a gather of different sizes would make of it is a crash or a wait without end; for ``debug_targets``, which waits anyway."""
+    """What a gather of different sizes would make of it is a crash or a wait without end; for
+    ``debug_targets``, which waits anyway."""
     counts = gather(torch.tensor([n], device=like.device), group)[:, 0].tolist()
     if len(set(counts)) > 1:
-        raise ValueError(f"the ranks of shard.group have {counts} rows; each takes the same rows, with its own classes of them")
+        raise ValueError(
+            f"the ranks of shard.group have {counts} rows; each takes the same rows, with its own classes of them"
+        )
 
 
 def _header(target: Tensor, v: int, spec: LossSpec, looked_at: bool) -> Tensor:
-    """(HEADER_INTS,) int64; bad targets only where they are looked at, since elsewhere their rows are NaN."""
+    """(HEADER_INTS,) int64; bad targets only where they are looked at, since elsewhere their rows
+    are NaN."""
     place = torch.full((1,), (spec.first_class or 0) * 2**31 + v, device=target.device)
     chosen = torch.full((1,), _options_of(spec), device=target.device)
     none = torch.full((2,), -1, device=target.device)
     if target.is_floating_point() or len(target) == 0:
         return torch.cat([place, chosen, none[:1], none])
-    # odd factors, all of them different, so that neither an exchange of two rows nor another id goes unseen; powers, since of a line
-    # of factors two exchanges cancel where they are as far apart
+    # odd factors, all of them different, so that neither an exchange of two rows nor another id
+    # goes unseen; powers, since of a line of factors two exchanges cancel where they are as far
+    # apart
     first, step = 0x9E3779B97F4A7C15 >> 3 | 1, 0x85EBCA77C2B2AE3D >> 30 & ~1
-    factors = torch.arange(first, first + step * len(target), step, device=target.device)[: len(target)].pow_(5)
+    factors = torch.arange(first, first + step * len(target), step, device=target.device)[
+        : len(target)
+    ].pow_(5)
     total = (target * factors).sum(0, keepdim=True)
     if not looked_at:
         return torch.cat([place, chosen, total, none])
-    bad = ((target != spec.ignore_index) & ((target < 0) | (target >= (spec.num_classes or 0)))).nonzero()[:1, 0]
-    return torch.cat([place, chosen, total, bad, target[bad]] if len(bad) else [place, chosen, total, none])
+    bad = (
+        (target != spec.ignore_index) & ((target < 0) | (target >= (spec.num_classes or 0)))
+    ).nonzero()[:1, 0]
+    return torch.cat(
+        [place, chosen, total, bad, target[bad]] if len(bad) else [place, chosen, total, none]
+    )
 
 
 def _options_of(spec: LossSpec) -> int:
-    """A number for what the ranks must have alike; of texts, since those of numbers and None differ between processes."""
+    """A number for what the ranks must have alike; of texts, since those of numbers and None differ
+    between processes."""
     numbers = (spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale)
-    text = repr((int(spec.ignore_index), spec.num_classes, *(None if x is None else float(x) for x in numbers)))
+    text = repr(
+        (
+            int(spec.ignore_index),
+            spec.num_classes,
+            *(None if x is None else float(x) for x in numbers),
+        )
+    )
     return zlib.crc32(text.encode())
 
 
 def _as_floats(ints: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bits of int64 under another name, two for one in float32, since a collective has one dtype."""
+    """The bits of int64 under another name, two for one in float32, since a collective has one
+    dtype."""
     return ints.view(dtype)
 
 
 def _as_ints(floats: Tensor) -> Tensor:
-    # copied to the start of memory of its own and seen as one line: wider numbers take neither any offset nor any stride
+    # copied to the start of memory of its own and seen as one line: wider numbers take neither any
+    # offset nor any stride
     flat = floats.clone(memory_format=torch.contiguous_format).flatten()
     return flat.view(torch.int64).view(len(floats), -1)
 
@@ -236,8 +285,13 @@ def _agree(ints: Tensor, spec: LossSpec, looked_at: bool) -> Tensor:
                 " all of them pass the same"
             )
         if not bool(tiles.all()):
-            held = ", ".join(f"[{start}, {start + size})" for start, size in zip(starts.tolist(), sizes.tolist(), strict=True))
-            raise ValueError(f"shard: the ranks hold the classes {held}; expected each of [0, {spec.num_classes}) once")
+            held = ", ".join(
+                f"[{start}, {start + size})"
+                for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+            )
+            raise ValueError(
+                f"shard: the ranks hold the classes {held}; expected each of [0, {spec.num_classes}) once"
+            )
         for rank, (row, bad) in enumerate(zip(rows.tolist(), targets.tolist(), strict=True)):
             if row >= 0:
                 raise IndexError(
@@ -245,5 +299,7 @@ def _agree(ints: Tensor, spec: LossSpec, looked_at: bool) -> Tensor:
                     f" expected an id in [0, {spec.num_classes}) or ignore_index={spec.ignore_index}"
                 )
         if not bool(same_targets.all()):
-            raise ValueError("target differs between the ranks of shard.group; each takes the same rows, with its own classes of them")
+            raise ValueError(
+                "target differs between the ranks of shard.group; each takes the same rows, with its own classes of them"
+            )
     return tiles.all() & same_options.all() & same_targets.all()

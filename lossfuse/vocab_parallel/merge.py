@@ -1,8 +1,9 @@
-"""Rows that are cut by classes: from what each shard says of a row to what the row is. No communication here.
+"""Rows that are cut by classes: from what each shard says of a row to what the row is. No
+communication here.
 
-Shards are merged about the largest of their maxima, each moved by its distance from it, so that an offset common to a row cancels exactly
-and ``log_sum`` keeps its digits near 0. Shards are summed in the order they come, so that every rank has the same numbers.
-"""
+Shards are merged about the largest of their maxima, each moved by its distance from it, so that an
+offset common to a row cancels exactly and ``log_sum`` keeps its digits near 0. Shards are summed in
+the order they come, so that every rank has the same numbers."""
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from ..spec import LossSpec
 KEPT_ROWS = 5
 
 
-def nothing(n: int, like: Tensor, soft: bool, weighted: bool, spec: LossSpec, wants: Wants, given: bool) -> ShardRows:
+def nothing(
+    n: int, like: Tensor, soft: bool, weighted: bool, spec: LossSpec, wants: Wants, given: bool
+) -> ShardRows:
     """What a shard without classes says of N rows, in the dtype of ``like``."""
     zero = like.new_zeros(n)
 
@@ -38,8 +41,8 @@ def nothing(n: int, like: Tensor, soft: bool, weighted: bool, spec: LossSpec, wa
 def merge(shards: ShardRows, weight_sums: Tensor) -> ShardRows:
     """(P, N) of P shards -> (N,) of the row they make up, which is a shard in its turn.
 
-    ``argmax`` is counted from the first class of the row; ``weight_sums`` (P,) are the class weights of each shard, summed.
-    """
+    ``argmax`` is counted from the first class of the row; ``weight_sums`` (P,) are the class
+    weights of each shard, summed."""
     # a shard without a finite logit is below all others, whatever stands for its maximum
     tops = torch.where(shards.log_sum == -torch.inf, -torch.inf, shards.row_max)
     row_max = tops.amax(0)
@@ -55,12 +58,18 @@ def merge(shards: ShardRows, weight_sums: Tensor) -> ShardRows:
 
     def lowered(shortfall: Tensor | None, mass: Tensor) -> Tensor | None:
         # a shard without mass may lie infinitely far below
-        return None if shortfall is None else (shortfall + torch.where(mass == 0.0, 0.0, mass * below)).sum(0)
+        return (
+            None
+            if shortfall is None
+            else (shortfall + torch.where(mass == 0.0, 0.0, mass * below)).sum(0)
+        )
 
     mean_shortfall = argmax = None
     if shards.mean_shortfall is not None:
         share = (log_masses - log_sum).exp()
-        mean_shortfall = torch.where(share == 0.0, 0.0, share * (shards.mean_shortfall + below)).sum(0)
+        mean_shortfall = torch.where(
+            share == 0.0, 0.0, share * (shards.mean_shortfall + below)
+        ).sum(0)
     if shards.argmax is not None:
         # of shards with the row's maximum the first class; of a row with a NaN, some class
         argmax = torch.where(below == 0.0, shards.argmax, shards.argmax.gather(0, first)).amin(0)
@@ -71,16 +80,23 @@ def merge(shards: ShardRows, weight_sums: Tensor) -> ShardRows:
         target_logit=summed(shards.target_logit),
         target_weight=summed(shards.target_weight),
         mass=summed(shards.mass),
-        shortfall=lowered(shards.shortfall, weight_sums[:, None] if shards.mass is None else shards.mass),
+        shortfall=lowered(
+            shards.shortfall, weight_sums[:, None] if shards.mass is None else shards.mass
+        ),
         given_mass=summed(shards.given_mass),
-        given_shortfall=lowered(shards.given_shortfall, shards.given_mass) if given and shards.given_mass is not None else None,
+        given_shortfall=lowered(shards.given_shortfall, shards.given_mass)
+        if given and shards.given_mass is not None
+        else None,
         mean_shortfall=mean_shortfall,
         argmax=argmax,
     )
 
 
-def row_loss(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int) -> Tensor:
-    """(N,) losses of whole rows, as ``LossSpec`` states them; against ids ``target`` (N,) says which rows count."""
+def row_loss(
+    row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int
+) -> Tensor:
+    """(N,) losses of whole rows, as ``LossSpec`` states them; against ids ``target`` (N,) says
+    which rows count."""
     if row.mass is not None:
         assert row.shortfall is not None
         loss = row.mass * row.log_sum + row.shortfall
@@ -90,14 +106,18 @@ def row_loss(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec,
             loss = loss * row.target_weight
         if row.shortfall is not None:
             loss = (1.0 - spec.label_smoothing) * loss
-            loss = loss + spec.label_smoothing / num_classes * (weight_sum * row.log_sum + row.shortfall)
+            loss = loss + spec.label_smoothing / num_classes * (
+                weight_sum * row.log_sum + row.shortfall
+            )
     if spec.lse_square_scale:
         lse = row.row_max + row.log_sum
         loss = loss + spec.lse_square_scale * lse * lse
     return loss if row.mass is not None else _unless_unread(loss, target, spec, num_classes)
 
 
-def row_stats(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int) -> RowStats:
+def row_stats(
+    row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int
+) -> RowStats:
     """``row_loss`` and the statistics of N whole rows; what their gradients take is ``kept``."""
     loss = row_loss(row, target, weight_sum, spec, num_classes)
     lse = log_sum_exp(row.row_max, row.log_sum)
@@ -111,7 +131,11 @@ def row_stats(row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec
     if row.mass is None:
         lse, logprob = (_unless_unread(t, target, spec, num_classes) for t in (lse, logprob))
         entropy = None if entropy is None else _unless_unread(entropy, target, spec, num_classes)
-        argmax = None if argmax is None else torch.where(_counts(target, spec, num_classes), argmax, no_class(spec))
+        argmax = (
+            None
+            if argmax is None
+            else torch.where(_counts(target, spec, num_classes), argmax, no_class(spec))
+        )
     return RowStats(loss, lse, logprob, entropy, argmax, kept(row, weight_sum))
 
 
@@ -126,7 +150,11 @@ def _counts(target: Tensor, spec: LossSpec, num_classes: int) -> Tensor:
 
 def _unless_unread(t: Tensor, target: Tensor, spec: LossSpec, num_classes: int) -> Tensor:
     """A number of each row; 0 if the row is ignored, NaN if its target is bad."""
-    return torch.where(target == spec.ignore_index, 0.0, torch.where(_counts(target, spec, num_classes), t, torch.nan))
+    return torch.where(
+        target == spec.ignore_index,
+        0.0,
+        torch.where(_counts(target, spec, num_classes), t, torch.nan),
+    )
 
 
 def kept(row: ShardRows, weight_sum: Tensor) -> Tensor:
