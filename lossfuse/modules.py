@@ -215,14 +215,11 @@ class NLLLoss(torch.nn.NLLLoss):
         ignore_index: int = -100,
         reduce: bool | None = None,
         reduction: str = "mean",
-        *,
-        impl: str = "auto",
     ) -> None:
         _require_options(self, size_average, ignore_index, reduce, reduction)
         _require_class_weight(self, weight)
         reduction = resolve_reduction(reduction, size_average, reduce)
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
-        self.impl = impl
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return family.nll_loss(
@@ -231,7 +228,6 @@ class NLLLoss(torch.nn.NLLLoss):
             self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
-            impl=self.impl,
         )
 
 
@@ -248,17 +244,12 @@ class BCELoss(torch.nn.BCELoss):
         size_average: bool | None = None,
         reduce: bool | None = None,
         reduction: str = "mean",
-        *,
-        impl: str = "auto",
     ) -> None:
         _require_options(self, size_average, reduce, reduction)
         super().__init__(weight, reduction=resolve_reduction(reduction, size_average, reduce))
-        self.impl = impl
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return family.binary_cross_entropy(
-            input, target, self.weight, reduction=self.reduction, impl=self.impl
-        )
+        return family.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):

@@ -188,7 +188,7 @@ def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
     return loss + spec.lse_square_scale * _logsumexp(z) ** 2 if spec.lse_square_scale else loss
 
 
-def sigmoid_loss(
+def label_loss(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -247,29 +247,3 @@ def nll_row_loss(
     if class_weight is not None:
         loss = loss * class_weight.to(loss.dtype)[y]
     return torch.where(ignored, 0.0, loss * _one_or_nan(ignored | valid, loss))
-
-
-# torch's: what the slope of a probability is divided by, at least, and how low a logarithm may be
-LEAST_SPREAD = 1e-12
-LOWEST_LOG = -100.0
-
-
-def probability_loss(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """Binary cross entropy of probabilities, elementwise: logarithms not below -100, slope (x - t)
-    / max(x * (1 - x), 1e-12), as torch.
-
-    The slope of the target is that of the clamped logarithms; torch's operator forgets the clamp
-    there and is infinite at 0 and 1."""
-    x = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
-    t = target.to(x.dtype)
-    clamped = -(t * x.log().clamp(min=LOWEST_LOG) + (1.0 - t) * (-x).log1p().clamp(min=LOWEST_LOG))
-    # at the edges the logarithms have no slope or an infinite one: there the value is a constant
-    # and the slope a parabola's
-    edge = x * (1.0 - x) < LEAST_SPREAD
-    inner = torch.where(edge, 0.5, x)
-    loss = -(t * inner.log() + (1.0 - t) * (-inner).log1p())
-    parabola = (0.5 * x * x - t.detach() * x) / LEAST_SPREAD
-    slope_t = ((-x).log1p().clamp(min=LOWEST_LOG) - x.log().clamp(min=LOWEST_LOG)).detach()
-    at_edge = clamped.detach() + (parabola - parabola.detach()) - slope_t * (t.detach() - t)
-    loss = torch.where(edge, at_edge, loss)
-    return loss if weight is None else loss * weight.to(x.dtype)

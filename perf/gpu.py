@@ -31,7 +31,7 @@ ERRORS_SECONDS = 60.0
 # every kernel; all tests of a GPU, ten times as many, are pytest's own command (CONTRIBUTING.md)
 TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("values", "gpu", "fused_rows", "linear_rows", "stats_rows", "sigmoid")
+    for name in ("values", "gpu", "fused_rows", "linear_rows", "stats_rows", "labels", "family")
 )
 TEST_WORKERS = 4
 # a rehearsal runs a few tests of every kind and cases this much smaller

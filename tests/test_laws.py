@@ -232,11 +232,11 @@ def differentiable_calls(place, seed, inplace):
         )
         p = torch.sigmoid(x.detach()).requires_grad_()
         made["probabilities of labels", reduction] = (
-            lossfuse.binary_cross_entropy(p, yes, **given),
+            lossfuse.binary_cross_entropy(p, yes, reduction=reduction),
             p,
         )
         logp = torch.log_softmax(x.detach(), 1).requires_grad_()
-        made["nll", reduction] = lossfuse.nll_loss(logp, target, **given), logp
+        made["nll", reduction] = lossfuse.nll_loss(logp, target, reduction=reduction), logp
     made["log_softmax", "none"] = lossfuse.log_softmax(x, 1, impl=place.impl), x
     return made
 
@@ -435,12 +435,12 @@ def test_losses_are_made_of_one_another(thrifty_place, n, v, reduction, weighted
         "nll of log_softmax": (
             lossfuse.cross_entropy(x, target, w, **given),
             lossfuse.nll_loss(
-                lossfuse.log_softmax(x, 1, impl=thrifty_place.impl), target, w, **given
+                lossfuse.log_softmax(x, 1, impl=thrifty_place.impl), target, w, reduction=reduction
             ),
         ),
         "bce of sigmoid": (
             lossfuse.binary_cross_entropy_with_logits(z, yes, w, **given),
-            lossfuse.binary_cross_entropy(torch.sigmoid(z), yes, w, **given),
+            lossfuse.binary_cross_entropy(torch.sigmoid(z), yes, w, reduction=reduction),
         ),
         "softmax of two classes": (
             lossfuse.cross_entropy(

@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 from lossfuse.backends import triton as backend
 from lossfuse.kernels import (
     fused_rows,
+    label_rows,
     launch,
     linear_rows,
     log_softmax_rows,
-    sigmoid_rows,
     soft_target_rows,
     softmax_rows,
 )
@@ -38,7 +38,7 @@ ALL = Wants(entropy=True, argmax=True)
 def small_blocks(monkeypatch):
     """So that a short row has several, and a ragged one."""
     blocks = launch.LaunchConfig(BLOCK, 1)
-    for module in (softmax_rows, soft_target_rows, sigmoid_rows, log_softmax_rows):
+    for module in (softmax_rows, soft_target_rows, label_rows, log_softmax_rows):
         monkeypatch.setattr(module, "row_blocks", lambda v: blocks)
     if not GPU:
         monkeypatch.setattr(linear_rows, "TILE", linear_rows.TileConfig(16, BLOCK, 16, 2, 1, 1))
@@ -163,7 +163,7 @@ def labels(b, case, ids, **more):
 
     def call(**out):
         given = {"loss": None, "dloss": None, "dlogits": None, "dtarget": None} | out
-        b.sigmoid_loss_and_grads(case.logits, target, weight, pos_weight, -100, **given)
+        b.label_loss_and_grads(case.logits, target, weight, pos_weight, -100, **given)
 
     call(loss=sums)
     call(loss=dense, dloss=dloss, dlogits=room, dtarget=dtarget)
@@ -185,44 +185,12 @@ def listed(case):
     return made[: case.n].to(DEVICE)
 
 
-def chances(b, case):
-    """Binary cross entropy of probabilities."""
-    x = case.rows(case.positive() / 2)
-    dense, dtarget = (
-        case.memory.place(torch.zeros(case.n, case.v, dtype=d, device=DEVICE))
-        for d in (torch.float32, case.dtype)
-    )
-    b.probability_loss_and_grads(
-        x,
-        case.probabilities,
-        None,
-        loss=None,
-        dloss=case.dloss[:, None],
-        dinput=case.logits,
-        dtarget=dtarget,
-    )
-    b.probability_loss_and_grads(
-        x, case.probabilities, case.room() + 2.0, loss=dense, dloss=None, dinput=None, dtarget=None
-    )
-    return [dense, dtarget, case.logits]
-
-
 def log_softmax(b, case):
     logp, dlogits = case.room(), case.room()
     stats = case.memory.place(torch.zeros(2, case.n, device=DEVICE), lead=case.lead)
     b.log_softmax(case.logits, logp, stats)
     b.log_softmax_grad(case.logits, stats, case.probabilities, dlogits)
     return [logp, stats, dlogits]
-
-
-def nll(b, case):
-    dlogp = case.memory.place(
-        torch.zeros(case.n, case.v, dtype=case.dtype, device=DEVICE), lead=case.lead
-    )
-    loss = b.nll(case.logits, case.ids, case.weight, -100)
-    b.nll_grad(case.ids, case.weight, case.dloss, -100, dlogp)
-    every_third = case.memory.place(case.logits, lead=case.lead, step=3)
-    return [loss, dlogp, b.nll(every_third, case.ids, None, -100)]
 
 
 def head(b, case, d=21, **options):
@@ -266,9 +234,7 @@ CASES = {
     "ids of labels": lambda b, c: labels(b, c, True),
 }
 ONLY_TRITON = {
-    "probabilities of labels": chances,
     "log-softmax": log_softmax,
-    "ids of log-probabilities": nll,
     "head": head,
     "head, every option": lambda b, c: head(
         b, c, softcap=9.0, logit_scale=0.7, lse_square_scale=1e-2

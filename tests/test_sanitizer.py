@@ -23,7 +23,7 @@ OURS = """\
 =========     at row_loss_kernel+0x110
 =========     by thread (0,0,0) in block (3,0,0)
 ========= Uninitialized __global__ memory read of size 4 bytes
-=========     at 0x90 in sigmoid_rows_kernel
+=========     at 0x90 in label_rows_kernel
 ========= ERROR SUMMARY: 2 errors
 """
 THEIRS = "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at cutlass_gemm+0x90\n========= ERROR SUMMARY: 1 error\n"
@@ -53,12 +53,12 @@ SAID = {
         "failed",
         "3 found, in nothing it names",
     ),
-    "ours": (OURS, 86, "failed", "2 found, in row_loss_kernel, sigmoid_rows_kernel"),
+    "ours": (OURS, 86, "failed", "2 found, in label_rows_kernel, row_loss_kernel"),
     "and the program failed": (
         OURS,
         1,
         "failed",
-        "2 found, in row_loss_kernel, sigmoid_rows_kernel",
+        "2 found, in label_rows_kernel, row_loss_kernel",
     ),
     "theirs": (ENDED + THEIRS, 86, "passed", "1 found, in cutlass_gemm"),
     "theirs, and the program died": (

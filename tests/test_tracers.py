@@ -7,6 +7,8 @@ import textwrap
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lossfuse
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
@@ -86,7 +88,6 @@ CASES = {
     "log_softmax, reference": (lossfuse.LogSoftmax(1, impl="reference"), lambda x, y, q, h: (x,)),
     "nll_loss": (lossfuse.NLLLoss(CLASSES), lambda x, y, q, h: (x, y)),
     "binary": (lossfuse.BCELoss(), lambda x, y, q, h: (q, q)),
-    "binary, reference": (lossfuse.BCELoss(impl="reference"), lambda x, y, q, h: (q, q)),
     "binary of logits": (
         lossfuse.BCEWithLogitsLoss(CLASSES, pos_weight=CLASSES + 1),
         lambda x, y, q, h: (x, q),
@@ -151,6 +152,50 @@ def test_an_export_consists_of_operators_of_torch(case, strict):
     called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
     assert {f.namespace for f in called if isinstance(f, torch._ops.OpOverload)} == {"aten"}
     assert_same_for_any_number_of_rows(exported.module(), model, arguments)
+
+
+# these capture no tensor: aot_function takes tensors as arguments alone
+ALONE = {
+    name: CASES[name]
+    for name in (
+        "cross_entropy",
+        "cross_entropy, reference",
+        "cross_entropy of probabilities",
+        "statistics",
+        "log_softmax",
+        "binary",
+        "binary of ids",
+    )
+} | {
+    "nll_loss": (lossfuse.nll_loss, lambda x, y, q, h: (x, y)),
+    "head": (
+        lambda h, y: lossfuse.linear_cross_entropy(h, torch.eye(V, D) * 2.0, y),
+        lambda x, y, q, h: (h, y),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_a_graph_traced_without_values_is_right_for_other_values(case):
+    """``make_fx`` and ``aot_function``, forward and backward."""
+    loss, arguments = ALONE[case]
+    args, others = arguments(*rows(5, 0)), arguments(*rows(5, 1))
+
+    def total(first, *rest):
+        result = loss(first, *rest)
+        return (result if isinstance(result, torch.Tensor) else result[0]).sum() * 3.0
+
+    def step(first, *rest):
+        leaf = first.detach().requires_grad_()
+        return torch.autograd.grad(total(leaf, *rest), leaf)[0]
+
+    want = step(*others)
+    torch.testing.assert_close(make_fx(step)(*args)(*others), want)
+    compiled = aot_function(total, fw_compiler=nop, bw_compiler=nop)
+    for first, *rest in (args, others):
+        leaf = first.clone().requires_grad_()
+        compiled(leaf, *rest).backward()
+    torch.testing.assert_close(leaf.grad, want)
 
 
 def test_an_implementation_by_name_is_exported():

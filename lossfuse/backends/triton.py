@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..kernels import (
     fused_rows,
+    label_rows,
     linear_rows,
     log_softmax_rows,
     scale_rows,
-    sigmoid_rows,
     soft_target_rows,
     softmax_rows,
 )
@@ -311,30 +311,29 @@ def multiply_in_place(t: Tensor, factor: Tensor) -> None:
     scale_rows.multiply_in_place(t, factor)
 
 
-def sigmoid_loss_and_grads(
+def label_loss_and_grads(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
     ignore_index: int,
     *,
-    loss: Tensor | None,
-    dloss: Tensor | None,
-    dlogits: Tensor | None,
-    dtarget: Tensor | None,
+    loss: Tensor | None = None,
+    dloss: Tensor | None = None,
+    dlogits: Tensor | None = None,
+    dtarget: Tensor | None = None,
 ) -> None:
-    """Fill what is given; ``dlogits`` may be ``logits``."""
+    """Fill ``loss`` and the gradients that are given; ``dlogits`` may be ``logits``."""
     x = _unit_stride(logits)
-    t = _unit_stride(target) if target.is_floating_point() else target.contiguous()
     room = _room(x, logits, dlogits)
-    sigmoid_rows.sigmoid_rows(
+    label_rows.label_loss_and_grads(
         x,
-        t,
-        _side_by_side(weight),
-        _side_by_side(pos_weight),
+        _unit_stride(target) if target.is_floating_point() else target.contiguous(),
+        _unit_or_zero_stride(weight),
+        _unit_or_zero_stride(pos_weight),
         ignore_index=ignore_index,
         loss=loss,
-        dloss=None if dloss is None else _side_by_side(dloss.expand(logits.shape)),
+        dloss=None if dloss is None else _unit_or_zero_stride(dloss.expand(logits.shape)),
         dlogits=room,
         dtarget=dtarget,
     )
@@ -342,61 +341,16 @@ def sigmoid_loss_and_grads(
         dlogits.copy_(room)
 
 
-def _side_by_side(t: Tensor | None) -> Tensor | None:
-    """A row of numbers side by side, or one number for all of it."""
+def _unit_or_zero_stride(t: Tensor | None) -> Tensor | None:
+    """``t`` with a last stride of 1, or of 0 for one number a row; other layouts are copied."""
     return t if t is None or t.stride(1) in (0, 1) else t.contiguous()
 
 
-def probability_loss_and_grads(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    *,
-    loss: Tensor | None,
-    dloss: Tensor | None,
-    dinput: Tensor | None,
-    dtarget: Tensor | None,
-) -> None:
-    """Fill what is given, all but ``loss`` (N, V)."""
-    sigmoid_rows.sigmoid_rows(
-        _unit_stride(input),
-        _unit_stride(target),
-        _side_by_side(weight),
-        None,
-        ignore_index=-100,
-        loss=loss,
-        dloss=None if dloss is None else _side_by_side(dloss.expand(input.shape)),
-        dlogits=dinput,
-        dtarget=dtarget,
-        probabilities=True,
-    )
-
-
 def log_softmax(logits: Tensor, logp: Tensor, stats: Tensor) -> None:
-    """Fill both."""
+    """Fill ``logp``, and the ``stats`` that ``log_softmax_grad`` takes."""
     log_softmax_rows.log_softmax(_unit_stride(logits), logp, stats)
 
 
 def log_softmax_grad(logits: Tensor, stats: Tensor, dlogp: Tensor, dlogits: Tensor) -> None:
     """Fill ``dlogits``."""
     log_softmax_rows.log_softmax_grad(_unit_stride(logits), stats, _unit_stride(dlogp), dlogits)
-
-
-def nll(logp: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
-    """(N,) losses; one number is read of each row, so its strides do not matter."""
-    return log_softmax_rows.nll(
-        logp, target.contiguous(), _fp32(class_weight), ignore_index=ignore_index
-    )
-
-
-def nll_grad(
-    target: Tensor, class_weight: Tensor | None, dloss: Tensor, ignore_index: int, dlogp: Tensor
-) -> None:
-    """Fill ``dlogp``."""
-    log_softmax_rows.nll_grad(
-        target.contiguous(), _fp32(class_weight), dloss, dlogp, ignore_index=ignore_index
-    )
-
-
-def _fp32(class_weight: Tensor | None) -> Tensor | None:
-    return None if class_weight is None else class_weight.to(torch.float32).contiguous()

@@ -147,8 +147,6 @@ def _our_nll_loss(
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
-    *,
-    impl: str = "auto",
 ) -> Any:
     if (
         not isinstance(input, LazyLogits)
@@ -158,7 +156,7 @@ def _our_nll_loss(
     ):
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
-    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "impl": impl}
+    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
     return _in_our_dtype(input, _loss(input, target, options))
 
 
