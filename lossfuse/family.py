@@ -5,22 +5,17 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import (
-    handle_torch_function,
-    has_torch_function_unary,
-    has_torch_function_variadic,
-)
 
 from . import reference
 from .call.dispatch import (
     forms_gradient_in_forward,
-    makes_graph,
+    may_write_in_place,
     pick,
     pick_or_torch,
-    writes_in_place,
 )
+from .call.implementations import differentiates
+from .call.public import public
 from .call.reduction import denominator, reduce_rows
-from .call.synonyms import hints_at_names
 from .inputs import LOGIT_DTYPES, flatten, require_tensor
 from .label_inputs import check_broadcast, check_labels, flatten_labels, same_elements
 from .ops import labels
@@ -30,7 +25,7 @@ from .spec import loss_spec, require_bool, resolve_reduction
 from .targets import require_ids_in_range, values_are_at_hand
 
 
-@hints_at_names
+@public
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -100,39 +95,27 @@ def binary_cross_entropy_with_logits(
     forward, but for float16. Triton reads and writes the logits once for that, where it is in
     place. Other than two-dimensional layouts without a single stride, and weights broadcast across
     them, are copied once."""
-    if has_torch_function_variadic(input, target, weight, pos_weight):
-        made: Tensor = handle_torch_function(
-            binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
-            input,
-            target,
-            weight,
-            size_average,
-            reduce,
-            reduction,
-            pos_weight,
-            ignore_index=ignore_index,
-            inplace=inplace,
-            impl=impl,
-        )
-        return made
     reduction = resolve_reduction(reduction, size_average, reduce)
     rows = flatten_labels(input, target, weight, pos_weight, ignore_index)
     require_bool("inplace", inplace)
-    backend = pick(impl, rows)
-    wanted = inplace and torch.is_grad_enabled() and input.requires_grad
-    consume = wanted and writes_in_place(backend) and may_consume(input, rows)
-    owner = Owner(input, rows) if consume else None
+    implementation = pick(impl, rows)
+    owner = None
+    if inplace and may_write_in_place(implementation, input) and may_consume(input, rows):
+        owner = Owner(input, rows)
     operands = (rows.logits, rows.target, rows.class_weight, rows.pos_weight)
     count = input.numel() if reduction == "mean" else 1
-    if forms_gradient_in_forward(backend, rows, reduction, None, consume) and count:
+    backend = implementation.name
+    if (
+        forms_gradient_in_forward(implementation, rows, reduction, None, owner is not None)
+        and count
+    ):
         total: Tensor = labels.ReducedLoss.apply(*operands, count, ignore_index, backend, owner)
         return total
     elementwise = reduction == "none"
     if backend == "reference":
         labels.require_ids(rows.target, rows.logits, ignore_index)
         loss = reference.sigmoid_loss(*operands, ignore_index)
-    elif makes_graph(rows):
+    elif differentiates(rows):
         loss = labels.Loss.apply(*operands, elementwise, ignore_index, backend, owner)
     else:
         loss = labels.sigmoid_loss(*operands, elementwise, ignore_index, backend)
@@ -141,7 +124,7 @@ def binary_cross_entropy_with_logits(
     return loss.sum() / input.numel() if reduction == "mean" else loss.sum()
 
 
-@hints_at_names
+@public
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -186,19 +169,6 @@ def binary_cross_entropy(
 
     Memory: that of torch's operator, and a copy in float32 of half-precision input; with "triton"
     the gradients alone, and for "none" the losses."""
-    if has_torch_function_variadic(input, target, weight):
-        made: Tensor = handle_torch_function(
-            binary_cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            reduce,
-            reduction,
-            impl=impl,
-        )
-        return made
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_labels(input, target, "probabilities")
     if not target.is_floating_point():
@@ -242,7 +212,7 @@ def binary_cross_entropy(
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
-@hints_at_names
+@public
 def log_softmax(
     input: Tensor,
     dim: int | None = None,
@@ -282,11 +252,6 @@ def log_softmax(
     Memory: the result, and the gradient; two copies in float32 for half precision on a CPU.
     "triton" reads a row once where it fits one program (``kernels/launch.py``), otherwise twice,
     and copies once what is not contiguous along ``dim``."""
-    if has_torch_function_unary(input):
-        made: Tensor = handle_torch_function(
-            log_softmax, (input,), input, dim, _stacklevel, dtype, impl=impl
-        )
-        return made
     require_tensor("input", input)
     if dtype is not None:
         input = input.to(dtype)
@@ -320,7 +285,7 @@ def log_softmax(
     return logp.reshape(moved.shape).movedim(-1, dim)
 
 
-@hints_at_names
+@public
 def nll_loss(
     input: Tensor,
     target: Tensor,
@@ -363,20 +328,6 @@ def nll_loss(
 
     Memory: O(N), and the gradient.
     """
-    if has_torch_function_variadic(input, target, weight):
-        made: Tensor = handle_torch_function(
-            nll_loss,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            impl=impl,
-        )
-        return made
     reduction = resolve_reduction(reduction, size_average, reduce)
     require_tensor("input", input)
     require_tensor("target", target)

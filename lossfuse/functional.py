@@ -1,46 +1,19 @@
 """The public functions: torch's names and order, then what torch does not have."""
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import reference
-from .call.dispatch import (
-    forms_gradient_in_forward,
-    known_in_forward,
-    makes_graph,
-    pick,
-    wanted_of_head,
-    writes_in_place,
-)
-from .call.dtensor import local_head, local_logits, shard_options, shared
+from .call.dispatch import forms_gradient_in_forward, may_write_in_place, pick
+from .call.dtensor import local_head, local_logits, shard_options
+from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
+from .call.implementations import Operators
+from .call.public import public
 from .call.reduction import denominator, reduce_rows
-from .call.synonyms import hints_at_names
-from .call.whole import whole_head, whole_logits
-from .inputs import (
-    EXCHANGED,
-    HeadRows,
-    autocast_operands,
-    check_head,
-    check_normalizer,
-    flatten,
-    flatten_head,
-    main_grad_of,
-    require_tensor,
-)
-from .ops import head as head_ops
-from .ops import library
-from .ops import rows as row_ops
+from .inputs import Rows, check_normalizer, flatten
 from .ops.inplace import Owner, may_consume
-from .ops.rows import ReducedLoss, RowLoss
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
-from .targets import require_ids_in_range
 
 
-@hints_at_names
+@public
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -153,27 +126,6 @@ def cross_entropy(
 
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for
     softmax", arXiv:1805.02867; z-loss is de Brebisson and Vincent, arXiv:1604.08859."""
-    if has_torch_function_variadic(input, target, weight):
-        made: Tensor = handle_torch_function(
-            cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            inplace=inplace,
-            shard=shard,
-            impl=impl,
-        )
-        return made
     input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(
@@ -182,42 +134,28 @@ def cross_entropy(
     rows = flatten(input, target, weight, ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
     require_bool("inplace", inplace)
-    backend = pick(impl, rows)
-    if shard is not None and backend == "reference":
-        return cross_entropy(
-            *whole_logits(input, target, weight, shard, rows, spec),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            impl=backend,
-        )
+    implementation = pick(impl, rows)
+    owner = None
+    if inplace and may_write_in_place(implementation, input) and may_consume(input, rows):
+        owner = Owner(input, rows)
+    return _loss(implementation, rows, spec, reduction, normalizer, owner)
+
+
+def _loss(
+    implementation: Operators,
+    rows: Rows,
+    spec: LossSpec,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    owner: Owner | None,
+) -> Tensor:
     divisor = denominator(rows, spec, reduction, normalizer)
-    wanted = inplace and torch.is_grad_enabled() and input.requires_grad
-    consume = wanted and writes_in_place(backend) and may_consume(input, rows)
-    owner = Owner(input, rows) if consume else None
-    if forms_gradient_in_forward(backend, rows, reduction, divisor, consume):
-        loss: Tensor = ReducedLoss.apply(
-            rows.logits, rows.target, rows.weight_at_hand, divisor, spec, backend, owner
-        )
-        return loss
-    if backend == "reference":
-        if not rows.soft:
-            require_ids_in_range(rows.target, rows.num_classes, ignore_index)
-        loss = reference.row_loss(rows.logits, rows.target, rows.class_weight, spec)
-    elif makes_graph(rows):
-        loss = RowLoss.apply(rows.logits, rows.target, rows.weight_at_hand, spec, backend, owner)
-    else:
-        loss, _ = row_ops.row_loss(
-            rows.logits, rows.target, rows.weight_at_hand, *library.options(spec, backend)
-        )
-    return reduce_rows(loss, rows, reduction, divisor)
+    if forms_gradient_in_forward(implementation, rows, reduction, divisor, owner is not None):
+        return implementation.total(rows, spec, divisor, owner)
+    return reduce_rows(implementation.row_loss(rows, spec, owner), rows, reduction, divisor)
 
 
-@hints_at_names
+@public
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -301,27 +239,6 @@ def linear_cross_entropy(
     Source: chunks of logits whose gradient is formed in the forward are Liger-Kernel's (Hsu et al.,
     arXiv:2410.10989); dropping ignored rows before the products is Wijmans et al., "Cut your losses
     in large-vocabulary language models", arXiv:2411.09009."""
-    if has_torch_function_variadic(input, linear_weight, target):
-        made: Tensor = handle_torch_function(
-            linear_cross_entropy,
-            (input, linear_weight, target),
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            shard=shard,
-            options=options,
-            impl=impl,
-        )
-        return made
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias, target, weight, shard = local_head(
@@ -330,166 +247,15 @@ def linear_cross_entropy(
     spec = loss_spec(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
     )
-    head = head_call(
-        input,
-        linear_weight,
-        linear_bias,
-        target,
-        weight,
-        reduction,
-        spec,
-        normalizer,
-        shard,
-        options,
-        impl,
+    operands = input, linear_weight, linear_bias, target
+    if is_k_dimensional(linear_weight):
+        logits = k_dimensional_logits(*operands, shard, options, impl)
+        rows = flatten(logits, target, weight, ignore_index)
+        check_normalizer(normalizer, reduction, logits)
+        return _loss(pick(impl, rows), rows, spec, reduction, normalizer, None)
+    implementation, head = head_call(
+        *operands, weight, spec, reduction, normalizer, shard, options, impl
     )
-    if isinstance(head, Tensor):
-        return cross_entropy(
-            head,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            impl=impl,
-        )
-    rows, divisor = head.rows, head.divisor
-    if shard is not None and head.backend == "reference":
-        operands = whole_head(
-            input, linear_weight, linear_bias, target, weight, shard, head.rows, spec
-        )
-        return linear_cross_entropy(
-            *operands[:2],
-            operands[3],
-            linear_bias=operands[2],
-            weight=operands[4],
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            options=options,
-            impl=head.backend,
-        )
-    if head.backend == "reference":
-        loss: Tensor = reference.linear_row_loss(*head.operands, spec)
-        return reduce_rows(loss, rows, reduction, divisor)
     if head.forms_gradients:
-        total: Tensor = head_ops.linear_total(
-            *head.operands, divisor, head.main_grad, *head.needs, *head.settings
-        )[0]
-        return total
-    loss = head_ops.linear_row_loss(*head.operands, head.main_grad, *head.settings)
-    return reduce_rows(loss, rows, reduction, divisor)
-
-
-@dataclass(frozen=True)
-class HeadCall:
-    """A checked call of a head."""
-
-    rows: HeadRows
-    backend: str
-    divisor: Tensor | None
-    main_grad: Tensor | None
-    needs: tuple[bool, bool, bool, bool]  # of hidden states, weight, bias and probabilities
-    forms_gradients: bool  # in the forward
-    settings: tuple[Any, ...]  # as operators take them
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-        rows = self.rows
-        hidden = rows.input if rows.shard is None else shared(rows.input, rows.shard)
-        return hidden, rows.linear_weight, rows.linear_bias, rows.target, rows.weight_at_hand
-
-
-def head_call(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    spec: LossSpec,
-    normalizer: float | Tensor | None,
-    shard: VocabShard | None,
-    options: LinearOptions | None,
-    impl: str,
-) -> HeadCall | Tensor:
-    """Checks the arguments of a head and decides how it is computed; for a K-dimensional weight,
-    its logits."""
-    options = LinearOptions() if options is None else options
-    if not isinstance(options, LinearOptions):
-        raise TypeError(
-            f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions"
-        )
-    parameter = linear_weight
-    input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
-    if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        if shard is not None:
-            raise ValueError(
-                f"linear_weight has shape {tuple(linear_weight.shape)} but with shard it must be (C, D)"
-            )
-        return _logits_of_many(input, linear_weight, linear_bias, target, options, impl)
-    rows = flatten_head(input, linear_weight, linear_bias, target, weight, spec.ignore_index, shard)
-    check_normalizer(normalizer, reduction, input)
-    for name in ("logits_dtype", "acc_dtype"):
-        options.dtype(name, input.dtype)
-    main_grad = main_grad_of(parameter) if options.main_grad else None
-    backend = pick(impl, rows)
-    divisor = denominator(rows, spec, reduction, normalizer)
-    if backend == "reference":
-        if main_grad is not None:
-            raise ValueError(
-                "options.main_grad needs another implementation than the reference, which this call must take"
-            )
-        if not rows.soft and shard is None:
-            require_ids_in_range(rows.target, rows.num_classes, spec.ignore_index)
-    needs = wanted_of_head(rows)
-    forms_gradients = reduction != "none" and any(needs) and known_in_forward(rows, divisor)
-    settings = (*head_ops.chunk_options(options), *library.options(spec, backend))
-    return HeadCall(rows, backend, divisor, main_grad, needs, forms_gradients, settings)
-
-
-def _logits_of_many(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    options: LinearOptions,
-    impl: str,
-) -> Tensor:
-    """(N, D) and (C, d1, ..., dK, D) -> logits (N, C, d1, ..., dK)."""
-    check_head(input, linear_weight, linear_bias)
-    require_tensor("target", target)
-    rows = linear_weight.shape[:-1]
-    if (
-        input.dim() == 2
-        and rows[0] != input.shape[0]
-        and target.shape in (rows, (*rows, input.shape[0]))
-    ):
-        raise ValueError(
-            f"target has shape {tuple(target.shape)} but linear_weight has shape {tuple(linear_weight.shape)} and input"
-            f" {tuple(input.shape)}{EXCHANGED}"
-        )
-    if input.dim() != 2:
-        raise ValueError(
-            f"linear_weight has shape {tuple(linear_weight.shape)}, so input must be (N, D), but input has shape {tuple(input.shape)}"
-        )
-    if impl not in ("auto", "reference"):
-        raise ValueError(
-            f"impl={impl!r} cannot run here: linear_weight has {linear_weight.dim()} dimensions; impl='auto' makes the logits"
-        )
-    if options.main_grad:
-        raise ValueError(
-            f"options.main_grad needs a linear_weight (C, D), but linear_weight has {linear_weight.dim()} dimensions"
-        )
-    bias = None if linear_bias is None else linear_bias.flatten()
-    return reference.linear(input, linear_weight.flatten(0, -2), bias).unflatten(
-        1, linear_weight.shape[:-1]
-    )
+        return implementation.head_total(head)
+    return reduce_rows(implementation.head_row_loss(head), head.rows, reduction, head.divisor)

@@ -29,22 +29,22 @@ class Targets:
         return {"weight": self.class_weight}
 
     @property
-    def classes_at_hand(self) -> int:
+    def local_classes(self) -> int:
         """V."""
         raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
         """Of all ranks."""
-        return self.classes_at_hand if self.shard is None else self.shard.num_classes
+        return self.local_classes if self.shard is None else self.shard.num_classes
 
     @property
-    def weight_at_hand(self) -> Tensor | None:
+    def local_weight(self) -> Tensor | None:
         """(V,): the weights of the classes at hand."""
         weight, shard = self.class_weight, self.shard
-        if weight is None or shard is None or len(weight) == self.classes_at_hand:
+        if weight is None or shard is None or len(weight) == self.local_classes:
             return weight
-        return weight[shard.start : shard.start + self.classes_at_hand]
+        return weight[shard.start : shard.start + self.local_classes]
 
     @property
     def soft(self) -> bool:
@@ -64,7 +64,7 @@ class Rows(Targets):
         return self.input
 
     @property
-    def classes_at_hand(self) -> int:
+    def local_classes(self) -> int:
         return self.input.shape[-1]
 
     @property
@@ -82,7 +82,7 @@ class HeadRows(Targets):
     linear_bias: Tensor | None  # (V,)
 
     @property
-    def classes_at_hand(self) -> int:
+    def local_classes(self) -> int:
         return self.linear_weight.shape[0]
 
     @property

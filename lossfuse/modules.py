@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import family, functional
-from .call.synonyms import hints_at_names, refuse_script
+from .call.public import public_init, refuse_script
 from .spec import LinearOptions, LossSpec, VocabShard, resolve_reduction
 
 
@@ -39,7 +39,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     __prepare_scriptable__ = refuse_script
 
-    @hints_at_names
+    @public_init
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -100,7 +100,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
 
     __prepare_scriptable__ = refuse_script
 
-    @hints_at_names
+    @public_init
     def __init__(
         self,
         in_features: int,
@@ -192,7 +192,7 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
     __prepare_scriptable__ = refuse_script
 
-    @hints_at_names
+    @public_init
     def __init__(self, dim: int | None = None, *, impl: str = "auto") -> None:
         _require_options(self, dim)
         super().__init__(dim)
@@ -207,7 +207,7 @@ class NLLLoss(torch.nn.NLLLoss):
 
     __prepare_scriptable__ = refuse_script
 
-    @hints_at_names
+    @public_init
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -241,7 +241,7 @@ class BCELoss(torch.nn.BCELoss):
 
     __prepare_scriptable__ = refuse_script
 
-    @hints_at_names
+    @public_init
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -267,7 +267,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
 
     __prepare_scriptable__ = refuse_script
 
-    @hints_at_names
+    @public_init
     def __init__(
         self,
         weight: Tensor | None = None,

@@ -1,25 +1,20 @@
 """The public functions that return what people read off logits beside the loss, from the same
 pass."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import reference
 from .call.dispatch import forms_gradient_in_forward, pick
 from .call.dtensor import local_head, local_logits, shard_options
+from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
+from .call.implementations import Operators, Stats
+from .call.public import public
 from .call.reduction import denominator, reduce_rows
-from .call.synonyms import hints_at_names
-from .call.whole import whole_head, whole_logits
-from .functional import head_call
-from .inputs import Targets, check_normalizer, flatten
-from .ops import head_stats, library, row_stats
+from .inputs import Rows, Targets, check_normalizer, flatten
 from .row_types import Wants
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
-from .targets import require_ids_in_range
 
 
 class LossStats(NamedTuple):
@@ -50,7 +45,7 @@ def _of_fields_or_iterable(cls: type[LossStats], *values: Any, **named: Any) -> 
 LossStats.__new__ = _of_fields_or_iterable  # type: ignore[method-assign, assignment]
 
 
-@hints_at_names
+@public
 def cross_entropy_stats(
     input: Tensor,
     target: Tensor,
@@ -119,73 +114,35 @@ def cross_entropy_stats(
 
     Source: an entropy beside the loss of a policy is Williams and Peng, "Function optimization
     using connectionist reinforcement learning algorithms", Connection Science 3 (1991)."""
-    if has_torch_function_variadic(input, target, weight):
-        made: LossStats = handle_torch_function(
-            cross_entropy_stats,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            shard=shard,
-            impl=impl,
-        )
-        return made
     input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
     )
+    wants = _checked_wants(entropy, argmax)
     rows = flatten(input, target, weight, ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
-    backend = pick(impl, rows)
-    if shard is not None and backend == "reference":
-        return cross_entropy_stats(
-            *whole_logits(input, target, weight, shard, rows, spec),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            impl=backend,
-        )
+    return _stats(pick(impl, rows), rows, spec, wants, reduction, normalizer)
+
+
+def _stats(
+    implementation: Operators,
+    rows: Rows,
+    spec: LossSpec,
+    wants: Wants,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> LossStats:
     divisor = denominator(rows, spec, reduction, normalizer)
-    wants = wanted(entropy, argmax)
-    if forms_gradient_in_forward(backend, rows, reduction, divisor, consume=False):
-        total, *stats = row_stats.ReducedStats.apply(
-            rows.logits, rows.target, rows.weight_at_hand, divisor, wants, spec, backend
-        )
-        return loss_stats(total, stats, rows, spec, reduction, divisor, wants)
-    if backend == "reference":
-        if not rows.soft:
-            require_ids_in_range(rows.target, rows.num_classes, ignore_index)
-        loss, *stats, _ = row_stats.as_tensors(
-            reference.row_stats(rows.logits, rows.target, rows.class_weight, spec)
-        )
+    if forms_gradient_in_forward(implementation, rows, reduction, divisor, consume=False):
+        total, *stats = implementation.stats_total(rows, spec, wants, divisor)
     else:
-        loss, *stats, _ = row_stats.row_stats(
-            rows.logits, rows.target, rows.weight_at_hand, *wants, *library.options(spec, backend)
-        )
-    return loss_stats(
-        reduce_rows(loss, rows, reduction, divisor), stats, rows, spec, reduction, divisor, wants
-    )
+        loss, *stats = implementation.row_stats(rows, spec, wants)
+        total = reduce_rows(loss, rows, reduction, divisor)
+    return _loss_stats(total, stats, rows, spec, reduction, divisor, wants)
 
 
-@hints_at_names
+@public
 def linear_cross_entropy_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -236,29 +193,6 @@ def linear_cross_entropy_stats(
 
     Source: as ``linear_cross_entropy`` and ``cross_entropy_stats``.
     """
-    if has_torch_function_variadic(input, linear_weight, target):
-        returned: LossStats = handle_torch_function(
-            linear_cross_entropy_stats,
-            (input, linear_weight, target),
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            shard=shard,
-            options=options,
-            impl=impl,
-        )
-        return returned
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias, target, weight, shard = local_head(
@@ -267,95 +201,40 @@ def linear_cross_entropy_stats(
     spec = loss_spec(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
     )
-    wants = wanted(entropy, argmax)
-    head = head_call(
-        input,
-        linear_weight,
-        linear_bias,
-        target,
-        weight,
-        reduction,
-        spec,
-        normalizer,
-        shard,
-        options,
-        impl,
+    wants = _checked_wants(entropy, argmax)
+    operands = input, linear_weight, linear_bias, target
+    if is_k_dimensional(linear_weight):
+        logits = k_dimensional_logits(*operands, shard, options, impl)
+        rows = flatten(logits, target, weight, ignore_index)
+        check_normalizer(normalizer, reduction, logits)
+        return _stats(pick(impl, rows), rows, spec, wants, reduction, normalizer)
+    implementation, head = head_call(
+        *operands, weight, spec, reduction, normalizer, shard, options, impl
     )
-    if isinstance(head, Tensor):
-        return cross_entropy_stats(
-            head,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            impl=impl,
-        )
-    if shard is not None and head.backend == "reference":
-        operands = whole_head(
-            input, linear_weight, linear_bias, target, weight, shard, head.rows, spec
-        )
-        return linear_cross_entropy_stats(
-            *operands[:2],
-            operands[3],
-            linear_bias=operands[2],
-            weight=operands[4],
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            options=options,
-            impl=head.backend,
-        )
-    if head.forms_gradients and head.backend != "reference":
-        made = head_stats.linear_stats_total(
-            *head.operands, head.divisor, head.main_grad, *head.needs, *wants, *head.settings
-        )
-        return loss_stats(made[0], made[1:5], head.rows, spec, reduction, head.divisor, wants)
-    if head.backend == "reference":
-        loss, *stats, _ = row_stats.as_tensors(reference.linear_row_stats(*head.operands, spec))
+    if head.forms_gradients:
+        total, *stats = implementation.head_stats_total(head, wants)
     else:
-        loss, *stats = head_stats.linear_row_stats(
-            *head.operands, head.main_grad, *wants, *head.settings
-        )
-    return loss_stats(
-        reduce_rows(loss, head.rows, reduction, head.divisor),
-        stats,
-        head.rows,
-        spec,
-        reduction,
-        head.divisor,
-        wants,
-    )
+        loss, *stats = implementation.head_row_stats(head, wants)
+        total = reduce_rows(loss, head.rows, reduction, head.divisor)
+    return _loss_stats(total, stats, head.rows, spec, reduction, head.divisor, wants)
 
 
-def wanted(entropy: bool, argmax: bool) -> Wants:
-    for name, value in (("entropy", entropy), ("argmax", argmax)):
-        require_bool(name, value)
+def _checked_wants(entropy: bool, argmax: bool) -> Wants:
+    require_bool("entropy", entropy)
+    require_bool("argmax", argmax)
     return Wants(entropy, argmax)
 
 
-def loss_stats(
+def _loss_stats(
     loss: Tensor,
-    stats: Sequence[Tensor],
+    stats: Stats,
     rows: Targets,
     spec: LossSpec,
     reduction: str,
     divisor: Tensor | None,
     wants: Wants,
 ) -> LossStats:
-    """A reduced loss and the statistics of (N,) rows, in the shapes the caller knows."""
+    """Return a reduced loss and statistics of (N,) rows in the shapes of the caller."""
     lse, target_logprob, entropy, argmax = stats
     z_loss = spec.lse_square_scale * lse**2 if spec.lse_square_scale else torch.zeros_like(lse)
     n_valid = (

@@ -40,13 +40,13 @@ def divisor_of(
     if rows.soft:
         return torch.full((), target.shape[0], dtype=dtype, device=target.device)
     valid = target != ignore_index
-    if rows.class_weight is None or rows.weight_at_hand is None:
+    if rows.class_weight is None or rows.local_weight is None:
         return valid.sum(dtype=dtype)
     if rows.shard is not None:
         # each rank for its own classes, since it may have no other weights
-        weights = F.pad(rows.weight_at_hand.to(dtype), (0, 1))
+        weights = F.pad(rows.local_weight.to(dtype), (0, 1))
         y = target - rows.shard.start
-        here = valid & (y >= 0) & (y < rows.classes_at_hand)
+        here = valid & (y >= 0) & (y < rows.local_classes)
         total: Tensor = all_sum(weights[torch.where(here, y, -1)].sum(), rows.shard.group_name)
         return total
     # ignored rows may hold any id; clamp before it becomes an address

@@ -73,12 +73,18 @@ def _ours(input: Any, *args: Any, **options: Any) -> Any:
         "label_smoothing",
     )
     options = {**dict(zip(names, args, strict=False)), **options}
-    target, scale, cap = options.pop("target"), options.pop("logit_scale"), options.pop("softcap")
+    target, scale, cap = (
+        options.pop("target"),
+        options.pop("logit_scale", None),
+        options.pop("softcap", None),
+    )
     # before the two are taken for parts of what was recorded
     loss_spec(-100, 0.0, cap, scale)
     shaping: Shaping | None = input._shaping
     options["reduction"] = resolve_reduction(
-        options["reduction"], options.pop("size_average"), options.pop("reduce")
+        options.get("reduction", "mean"),
+        options.pop("size_average", None),
+        options.pop("reduce", None),
     )
     if input._shaping.kind != "logits" or (cap is not None and input._shaping.cap is not None):
         return NotImplemented

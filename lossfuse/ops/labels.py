@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..targets import require_ids_in_range
-from .gradients import formed_gradients, row_gradients, second_derivative, wanted, writing
+from .gradients import formed_gradients, only_needed, row_gradients, second_derivative, writing
 from .inplace import Owner
 from .library import library, new_grad
 
@@ -127,7 +127,7 @@ def _grads(
         options,
         None,
         dloss,
-        *wanted((dlogits, dtarget), need_dlogits, need_dtarget),
+        *only_needed((dlogits, dtarget), need_dlogits, need_dtarget),
     )
     return dlogits, dtarget
 
@@ -166,7 +166,7 @@ def _loss_and_grads(
         options,
         loss,
         dloss,
-        *wanted((dlogits, dtarget), need_dlogits, need_dtarget),
+        *only_needed((dlogits, dtarget), need_dlogits, need_dtarget),
     )
     return loss, dlogits, dtarget
 
@@ -275,7 +275,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     needed = ctx.needs_input_grad[:2]
-    return wanted(sigmoid_grads(*ctx.saved_tensors, dloss, *needed, *ctx.options), *needed)
+    return only_needed(sigmoid_grads(*ctx.saved_tensors, dloss, *needed, *ctx.options), *needed)
 
 
 def _loss_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -346,7 +346,7 @@ class ReducedLoss(torch.autograd.Function):
                 logits, target, weight, pos_weight, dloss, *needed, *ctx.options
             )
             ctx.save_for_backward(logits, target, weight, pos_weight, dloss)
-        ctx.formed = wanted(grads, *needed)
+        ctx.formed = only_needed(grads, *needed)
         return loss.sum() / count
 
     @staticmethod
