@@ -1,5 +1,5 @@
-"""``impl`` -> implementation, and when a gradient is formed. A name is obeyed or raises; only "auto"
-chooses."""
+"""``impl`` -> implementation, and whether its forward forms the gradient. Only "auto" chooses; an
+implementation asked for by name runs or raises."""
 
 import importlib.metadata
 import importlib.util

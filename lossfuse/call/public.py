@@ -131,5 +131,6 @@ def refuse_script(of: Any) -> NoReturn:
     ``__prepare_scriptable__`` of an object."""
     name = getattr(of, "__name__", type(of).__name__)
     raise RuntimeError(
-        f"torch.jit.script cannot compile {name}, which calls lossfuse; use torch.jit.trace or torch.export, or script torch's own loss"
+        f"torch.jit.script cannot compile {name}, which calls lossfuse; use torch.jit.trace or"
+        " torch.export, or script torch's own loss"
     )
