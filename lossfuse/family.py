@@ -5,22 +5,17 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import (
-    handle_torch_function,
-    has_torch_function_unary,
-    has_torch_function_variadic,
-)
 
 from . import reference
 from .call.dispatch import (
     forms_gradient_in_forward,
-    makes_graph,
+    may_write_in_place,
     pick,
     pick_log_softmax,
-    writes_in_place,
 )
+from .call.implementations import differentiates
+from .call.public import public
 from .call.reduction import denominator, reduce_rows
-from .call.synonyms import hints_at_names
 from .inputs import LOGIT_DTYPES, flatten, require_tensor
 from .label_inputs import check_broadcast, check_labels, flatten_labels, same_elements
 from .ops import labels
@@ -30,7 +25,7 @@ from .spec import loss_spec, require_bool, resolve_reduction
 from .targets import require_ids_in_range, values_are_at_hand
 
 
-@hints_at_names
+@public
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -101,39 +96,24 @@ def binary_cross_entropy_with_logits(
     forward, except for float16. In place, Triton reads and writes the logits once for that.
     Layouts of other than two dimensions without a common stride, and weights broadcast across them,
     are copied once."""
-    if has_torch_function_variadic(input, target, weight, pos_weight):
-        result: Tensor = handle_torch_function(
-            binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
-            input,
-            target,
-            weight,
-            size_average,
-            reduce,
-            reduction,
-            pos_weight,
-            ignore_index=ignore_index,
-            inplace=inplace,
-            impl=impl,
-        )
-        return result
     reduction = resolve_reduction(reduction, size_average, reduce)
     rows = flatten_labels(input, target, weight, pos_weight, ignore_index)
     require_bool("inplace", inplace)
-    backend = pick(impl, rows)
-    differentiated = torch.is_grad_enabled() and input.requires_grad
-    consume = inplace and differentiated and writes_in_place(backend) and may_consume(input, rows)
-    owner = Owner(input, rows) if consume else None
+    implementation = pick(impl, rows)
+    owner = None
+    if inplace and may_write_in_place(implementation, input) and may_consume(input, rows):
+        owner = Owner(input, rows)
     operands = (rows.logits, rows.target, rows.class_weight, rows.pos_weight, ignore_index)
     count = input.numel() if reduction == "mean" else 1
-    if forms_gradient_in_forward(backend, rows, reduction, None, consume) and count:
+    backend, consume = implementation.name, owner is not None
+    if forms_gradient_in_forward(implementation, rows, reduction, None, consume) and count:
         total: Tensor = labels.ReducedLoss.apply(*operands, backend, count, owner)
         return total
     elementwise = reduction == "none"
     if backend == "reference":
         labels.require_ids(rows.target, rows.logits, ignore_index)
         loss = reference.label_loss(*operands)
-    elif makes_graph(rows):
+    elif differentiates(rows):
         loss = labels.Loss.apply(*operands, backend, elementwise, owner)
     else:
         loss = labels.label_loss(elementwise, *operands, backend)
@@ -142,7 +122,7 @@ def binary_cross_entropy_with_logits(
     return loss.sum() / input.numel() if reduction == "mean" else loss.sum()
 
 
-@hints_at_names
+@public
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -177,18 +157,6 @@ def binary_cross_entropy(
     Autograd: torch's; the gradient of a target is infinite where the input is 0 or 1.
 
     Memory: that of torch's operator, and a float32 copy of half-precision input."""
-    if has_torch_function_variadic(input, target, weight):
-        result: Tensor = handle_torch_function(
-            binary_cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            reduce,
-            reduction,
-        )
-        return result
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_labels(input, target, "probabilities")
     if not target.is_floating_point():
@@ -225,7 +193,7 @@ def binary_cross_entropy(
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
-@hints_at_names
+@public
 def log_softmax(
     input: Tensor,
     dim: int | None = None,
@@ -272,11 +240,6 @@ def log_softmax(
     Memory: the result, and the gradient; two float32 copies for half precision on a CPU. "triton"
     reads a row once where it fits one program (``kernels/launch.py``), otherwise twice, and copies
     an input that is not contiguous along ``dim`` once."""
-    if has_torch_function_unary(input):
-        result: Tensor = handle_torch_function(
-            log_softmax, (input,), input, dim, _stacklevel, dtype, impl=impl
-        )
-        return result
     require_tensor("input", input)
     if dtype is not None:
         input = input.to(dtype)
@@ -309,7 +272,7 @@ def log_softmax(
     return logp.reshape(classes_last.shape).movedim(-1, dim)
 
 
-@hints_at_names
+@public
 def nll_loss(
     input: Tensor,
     target: Tensor,
@@ -346,19 +309,6 @@ def nll_loss(
 
     Memory: O(N), and the gradient.
     """
-    if has_torch_function_variadic(input, target, weight):
-        result: Tensor = handle_torch_function(
-            nll_loss,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-        )
-        return result
     reduction = resolve_reduction(reduction, size_average, reduce)
     require_tensor("input", input)
     require_tensor("target", target)

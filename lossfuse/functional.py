@@ -1,46 +1,20 @@
-"""The public functions: torch's names and order, then what torch does not have."""
+"""Cross entropy of logits and of a linear head. Arguments have torch's names and order, then come
+those torch does not have."""
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import reference
-from .call.dispatch import (
-    forms_gradient_in_forward,
-    known_in_forward,
-    makes_graph,
-    pick,
-    wanted_of_head,
-    writes_in_place,
-)
-from .call.dtensor import local_head, local_logits, shard_options, shared
+from .call.dispatch import forms_gradient_in_forward, may_write_in_place, pick
+from .call.dtensor import local_head, local_logits, shard_options
+from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
+from .call.implementations import Operators
+from .call.public import public
 from .call.reduction import denominator, reduce_rows
-from .call.synonyms import hints_at_names
-from .call.whole import whole_head, whole_logits
-from .inputs import (
-    EXCHANGED,
-    HeadRows,
-    autocast_operands,
-    check_head,
-    check_normalizer,
-    flatten,
-    flatten_head,
-    main_grad_of,
-    require_tensor,
-)
-from .ops import head as head_ops
-from .ops import library
-from .ops import rows as row_ops
+from .inputs import Rows, check_normalizer, flatten
 from .ops.inplace import Owner, may_consume
-from .ops.rows import ReducedLoss, RowLoss
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
-from .targets import require_ids_in_range
 
 
-@hints_at_names
+@public
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -64,27 +38,28 @@ def cross_entropy(
 
     Equal to::
 
-        x = input.float()                                        # float64 stays float64
-        x = x * logit_scale                                      # if logit_scale is given
-        x = softcap * torch.tanh(x / softcap)                    # if softcap is given
-        loss = F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
-        loss = loss + lse_square_scale * (x.logsumexp(dim=1) ** 2).where(target != ignore_index, 0)      # z-loss, if asked for
-        return loss, loss.sum() or loss.sum() / n                # for "none", "sum", "mean"
+        x = input.float()                          # float64 stays float64
+        x = x * logit_scale                        # if logit_scale is given
+        x = softcap * torch.tanh(x / softcap)      # if softcap is given
+        loss = F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction="none",
+                               label_smoothing=label_smoothing)
+        z_loss = lse_square_scale * x.logsumexp(dim=1) ** 2
+        loss = loss + z_loss.where(target != ignore_index, 0)
+        return loss, loss.sum() or loss.sum() / n  # for "none", "sum", "mean"
 
-    where ``n`` is torch's: the class weights of the valid targets summed, their number without
-    ``weight``, or the number of rows for probabilities; ``normalizer`` replaces it.
+    where ``n`` is torch's: the sum of the class weights of the valid targets, their number without
+    ``weight``, or the number of rows for probabilities. ``normalizer`` replaces it.
 
     Args:
         input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``; float64, float32, bfloat16 or
-            float16, any strides. Written to only if ``inplace``.
+            float16, any strides. Not modified unless ``inplace`` is True.
         target: class ids, integers of the shape of ``input`` without C, each in ``[0, C)`` or
             ``ignore_index``; or class probabilities, floating point of the shape of ``input``.
             Probabilities may require grad.
         weight: ``(C)``, floating point: the weight of each class. If it requires grad, the
             reference computes the call.
         size_average, reduce: deprecated by torch, in favour of ``reduction``.
-        ignore_index: the id of positions that count for nothing: loss 0, gradient 0, whatever their
-            logits hold.
+        ignore_index: rows with this id have loss 0 and gradient 0, even if their logits are NaN.
         reduction: "none", "mean" or "sum".
         label_smoothing: in ``[0, 1]``, the share of the target that is spread evenly over all
             classes.
@@ -92,88 +67,69 @@ def cross_entropy(
         logit_scale: factor of the logits (the inverse of a temperature), applied before the cap.
         lse_square_scale: factor of the squared log-sum-exp of a row ("z-loss"); not multiplied by
             ``weight``.
-        normalizer: divisor of "mean", such as the tokens of the global batch: a positive number, or
-            a 0-d tensor on the device of ``input`` (nothing synchronises) or on the CPU.
-        inplace: consume the logits: their memory receives the gradient, in the forward for "mean"
-            and "sum", in the backward for "none", for float16 and where a backward needs more than
-            one number. See below.
-        shard: which classes these are, where the ranks of a group of torch.distributed have a slice
-            of the logits each; see ``VocabShard``. A DTensor placed ``Shard`` on its classes needs
-            none. ``weight`` is that of these classes or of all, ``num_classes``.
-        impl: "triton" (CUDA, ROCm, XPU; the CPU in Triton's interpreter), "torch" (blocks of rows,
-            any device), "reference" (eager), or "auto". A name is obeyed or raises.
+        normalizer: divisor of "mean", such as the number of tokens of the global batch: a positive
+            number, or a 0-d tensor on the CPU or on the device of ``input``. Does not synchronize.
+        inplace: overwrite the logits with their gradient, in the forward for "mean" and "sum"; in
+            the backward for "none", for float16, and if the upstream gradient is not one number.
+            See below.
+        shard: the classes of this rank, if the logits are sharded over the vocabulary; see
+            ``VocabShard``. Not needed for a DTensor placed ``Shard`` on its class dimension.
+            ``weight`` is that of the local classes or of all ``num_classes``.
+        impl: "triton" (CUDA, ROCm, XPU; on a CPU in Triton's interpreter), "torch" (blocks of rows,
+            any device), "reference" (eager), or "auto". An implementation asked for by name runs or
+            raises.
 
     Returns:
         ``()`` for "mean" and "sum", the shape of the ids for "none". float32, **also for bfloat16
-        and float16 input, where torch rounds the loss to the input's dtype**; float64 for float64
-        input alone. "mean" over no valid target is NaN with zero gradient, as in torch; with
+        and float16 input, where torch rounds the loss to the dtype of the input**; float64 for
+        float64 input. "mean" over no valid target is NaN with zero gradient, as in torch; with
         ``normalizer`` it is 0.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected.
-        IndexError: on the CPU, for a target outside ``[0, C)``. Elsewhere, and where a tensor has
-            no values to look at (compilers, ``torch.func``), the loss and gradient of its row are
-            NaN, nothing is read out of bounds and nothing synchronises; see ``debug_targets``. With
-            ``shard`` all ranks raise what one of them finds.
+        TypeError, ValueError: with the name of the argument, what was passed and what was expected.
+        IndexError: on the CPU, for a target outside ``[0, C)``. On other devices, and for tensors
+            without values (under a compiler or ``torch.func``), loss and gradient of that row are
+            NaN; nothing is read out of bounds and nothing synchronizes. See ``debug_targets``. With
+            ``shard``, all ranks raise what one of them finds.
 
-    Autograd: gradients for ``input`` and probabilities, any number of times; the derivative of a
-    gradient, forward mode, ``torch.func`` transforms and a gradient for ``weight`` go through the
-    eager reference and take its memory.
+    Autograd: gradients for ``input`` and probabilities, any number of times. The derivative of a
+    gradient, forward mode, ``torch.func`` transforms and a gradient for ``weight`` run the eager
+    reference, with its memory.
 
-    In place: with ``inplace=True`` no gradient is allocated. Afterwards ``input`` (and the tensor
-    it is a view of) raises on any use of its values. A graph that saved the logits raises in its
-    backward, and so does a second backward, or one with ``create_graph``, of this loss. Nothing is
-    written, and the call is right without, where no gradient is wanted, a compiler traces the call
-    (it plans memory itself), ``saved_tensors_hooks`` are active (checkpointing) or the reference
-    computes; and, with a warning, where another tensor shares the memory of ``input``. Layouts that
-    are copied to rows keep their values; the copy is consumed. ValueError for a leaf that requires
-    grad, a view of one, and logits whose elements share memory. Unseen: readers that bypass
-    ``__torch_function__``, such as TorchScript.
+    In place: ``inplace=True`` allocates no gradient. Afterwards, any use of the values of ``input``
+    (or of the tensor it is a view of) raises. A graph that saved the logits raises in its backward,
+    as does a second backward of this loss or one with ``create_graph``. The logits are not
+    overwritten, and the result is the same, if no gradient is required, a compiler traces the call,
+    ``saved_tensors_hooks`` are active (checkpointing) or the reference computes; nor, with a
+    warning, if another tensor shares the memory of ``input``. Layouts that have to be copied keep
+    their values; the copy is overwritten. Raises ValueError for a leaf that requires grad, a view
+    of one, and logits whose elements share memory. Code that bypasses ``__torch_function__``, such
+    as TorchScript, can still read the overwritten values.
 
-    Shards: the forward gathers 3 to 5 numbers a row from every rank in one collective, the backward
-    needs none (but a second one, where the forward formed the gradient, the same again); with
-    ``weight`` one number more for "mean". Losses have the same bits on every rank. A second
-    derivative raises but with ``impl="reference"``, which makes the logits whole on every rank, as
-    does a gradient for ``weight``.
+    Shards: the forward gathers 3 to 5 numbers per row from every rank in one collective, and one
+    more for "mean" with ``weight``. The backward communicates only when it is called a second time
+    after a forward that formed the gradient. The loss has the same bits on every rank. A second
+    derivative, a gradient for ``weight`` and ``impl="reference"`` raise.
 
-    Tracers: for ``impl="auto"``, ``torch.jit.trace``, ``torch.export`` and ``torch.onnx.export``
+    Tracers: with ``impl="auto"``, ``torch.jit.trace``, ``torch.export`` and ``torch.onnx.export``
     record the reference, which consists of operators of torch, so that the result loads where this
-    package is not installed. With another ``impl`` they record the operators of this package, and
-    so does ``torch.compile`` always. ``torch.jit.script`` raises RuntimeError.
+    package is not installed. With another ``impl``, and under ``torch.compile``, the operators of
+    this package are recorded. ``torch.jit.script`` raises RuntimeError.
 
-    Rounding: float32 from load to store (float64 for float64). The row maximum and the log-sum are
-    kept apart, so that an offset common to a row cancels exactly; the target's ``p - 1`` is formed
-    before rounding and keeps its digits however confident the model is.
+    Rounding: float32 from load to store (float64 for float64). The row maximum and the logarithm of
+    the sum are stored apart, so that an offset common to a row cancels exactly. The gradient
+    ``p - 1`` at the target is computed before rounding and stays accurate for confident
+    predictions.
 
-    Memory: O(N), and one tensor like ``input`` for the gradient unless ``inplace``. On the CPU, for
-    "mean" and "sum", the gradient is formed in the forward, but for float16, whose gradient must
-    see a loss scaler's factor before it is rounded; temporaries there take at most 3 MiB or 4 % of
-    the logits, whichever is more, if a row is below 512 KiB. Layouts whose rows have no single
-    stride, such as ``(N, C, d)``, are copied once.
+    Memory: O(N), and one tensor like ``input`` for the gradient unless ``inplace``. On the CPU the
+    gradient of "mean" and "sum" is formed in the forward, except for float16, whose gradient must
+    be multiplied by the loss scale before it is rounded; temporaries there take at most 3 MiB or
+    4 % of the logits, whichever is more, if a row is below 512 KiB. Layouts whose rows have no
+    single stride, such as ``(N, C, d)``, are copied once.
 
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for
-    softmax", arXiv:1805.02867; z-loss is de Brebisson and Vincent, arXiv:1604.08859."""
-    if has_torch_function_variadic(input, target, weight):
-        made: Tensor = handle_torch_function(
-            cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            inplace=inplace,
-            shard=shard,
-            impl=impl,
-        )
-        return made
+    softmax", arXiv:1805.02867; z-loss is de Brebisson and Vincent, arXiv:1604.08859.
+    """
     input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(
@@ -182,42 +138,28 @@ def cross_entropy(
     rows = flatten(input, target, weight, ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
     require_bool("inplace", inplace)
-    backend = pick(impl, rows)
-    if shard is not None and backend == "reference":
-        return cross_entropy(
-            *whole_logits(input, target, weight, shard, rows, spec),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            impl=backend,
-        )
+    implementation = pick(impl, rows)
+    owner = None
+    if inplace and may_write_in_place(implementation, input) and may_consume(input, rows):
+        owner = Owner(input, rows)
+    return _loss(implementation, rows, spec, reduction, normalizer, owner)
+
+
+def _loss(
+    implementation: Operators,
+    rows: Rows,
+    spec: LossSpec,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    owner: Owner | None,
+) -> Tensor:
     divisor = denominator(rows, spec, reduction, normalizer)
-    wanted = inplace and torch.is_grad_enabled() and input.requires_grad
-    consume = wanted and writes_in_place(backend) and may_consume(input, rows)
-    owner = Owner(input, rows) if consume else None
-    if forms_gradient_in_forward(backend, rows, reduction, divisor, consume):
-        loss: Tensor = ReducedLoss.apply(
-            rows.logits, rows.target, rows.weight_at_hand, divisor, spec, backend, owner
-        )
-        return loss
-    if backend == "reference":
-        if not rows.soft:
-            require_ids_in_range(rows.target, rows.num_classes, ignore_index)
-        loss = reference.row_loss(rows.logits, rows.target, rows.class_weight, spec)
-    elif makes_graph(rows):
-        loss = RowLoss.apply(rows.logits, rows.target, rows.weight_at_hand, spec, backend, owner)
-    else:
-        loss, _ = row_ops.row_loss(
-            rows.logits, rows.target, rows.weight_at_hand, *library.options(spec, backend)
-        )
-    return reduce_rows(loss, rows, reduction, divisor)
+    if forms_gradient_in_forward(implementation, rows, reduction, divisor, owner is not None):
+        return implementation.total(rows, spec, divisor, owner)
+    return reduce_rows(implementation.row_loss(rows, spec, owner), rows, reduction, divisor)
 
 
-@hints_at_names
+@public
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -236,22 +178,23 @@ def linear_cross_entropy(
     options: LinearOptions | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross entropy of a linear head's logits, which are made and used up a chunk of rows at a
-    time: never N x C of them.
+    """Cross entropy of the logits of a linear head, which are computed and freed a chunk of rows at
+    a time: the N x C logits are never materialized.
 
     Equal to::
 
-        logits = F.linear(input.float(), linear_weight.float(), linear_bias)        # float64 stays float64
-        return lossfuse.cross_entropy(logits, target, weight, ...)                  # everything else
+        logits = F.linear(input.float(), linear_weight.float(), linear_bias)
+        return lossfuse.cross_entropy(logits, target, weight, ...)
 
-    and, in its arguments, to ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) and more.
+    with the other arguments passed on (float64 stays float64), and, for the arguments it has, to
+    ``torch.nn.functional.linear_cross_entropy`` (torch 2.13).
 
     Args:
         input: hidden states ``(D)``, ``(N, D)`` or ``(..., D)``; float64, float32, bfloat16 or
             float16, any strides.
-        linear_weight: ``(C, D)``, in the dtype of ``input`` but under autocast; or ``(C, d1, ...,
-            dK, D)``, for ``input`` of ``(N, D)`` and logits ``(N, C, d1, ..., dK)``, which are then
-            made whole.
+        linear_weight: ``(C, D)``, in the dtype of ``input`` unless autocast is on. Also ``(C, d1,
+            ..., dK, D)``, for ``input`` of ``(N, D)`` and logits ``(N, C, d1, ..., dK)``, which are
+            then materialized.
         target: class ids of the shape of ``input`` without D, or probabilities with C in place of
             D; with a K-dimensional weight ``(N, d1, ..., dK)`` or ``(N, C, d1, ..., dK)``. As in
             ``cross_entropy``.
@@ -259,69 +202,49 @@ def linear_cross_entropy(
         weight: ``(C)``: the weight of each class.
         reduction, label_smoothing, softcap, logit_scale, lse_square_scale, normalizer, impl: as in
             ``cross_entropy``.
-        shard: which classes ``linear_weight`` and ``linear_bias`` are, where the ranks of a group
-            have some each and all the same ``input``; see ``VocabShard``. None for DTensors, a
-            weight placed ``Shard(0)`` and an ``input`` placed ``Replicate``.
-        ignore_index: the id of positions that count for nothing, whatever their hidden states hold.
-            None is -100, as in torch.
-        options: chunks, dtypes, what is kept; see ``LinearOptions``. The chunk's size follows from
-            ``lossfuse.ops.head_chunks.chunk_rows``.
+        shard: the classes of ``linear_weight`` and ``linear_bias`` on this rank, if the head is
+            sharded over the vocabulary and all ranks have the same ``input``; see ``VocabShard``.
+            None for DTensors: a weight placed ``Shard(0)`` and an ``input`` placed ``Replicate``.
+        ignore_index: rows with this id have loss 0 and gradient 0, even if their hidden states are
+            NaN. None is -100, as in torch.
+        options: size of a chunk, dtypes, accumulation; see ``LinearOptions``. The default size of a
+            chunk follows from ``lossfuse.ops.head_chunks.chunk_rows``.
 
     Returns:
         As ``cross_entropy``: float32 (float64 for float64), ``()`` or the shape of the ids.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected.
-        IndexError: on the CPU, for a target outside ``[0, C)``. Elsewhere its row's loss and
-            gradient are NaN, and with them, through the product, the gradient of the weight; see
+        TypeError, ValueError: with the name of the argument, what was passed and what was expected.
+        IndexError: on the CPU, for a target outside ``[0, C)``. On other devices loss and gradient
+            of that row are NaN, and, through the product, the gradient of the weight; see
             ``debug_targets``.
 
     Autograd: gradients for ``input``, ``linear_weight``, ``linear_bias`` and probabilities; only
-    products that somebody wants run. For "mean" and "sum" they are formed in the forward (6 N D C
-    operations in all) and handed over by the backward: a second one raises unless
-    ``options.allow_retain_graph``. For "none" the backward makes the logits again (8 N D C). A
-    second derivative raises; forward mode, ``torch.func`` transforms and a gradient for ``weight``
-    go through the reference, which makes the logits whole, as does ``impl="reference"``.
+    the products of tensors that require grad run. For "mean" and "sum" the forward forms the
+    gradients (6 N D C operations in all) and the backward returns them: a second backward raises
+    unless ``options.allow_retain_graph`` is set. For "none" the backward computes the logits again
+    (8 N D C). A second derivative raises. Forward mode, ``torch.func`` transforms, a gradient for
+    ``weight`` and ``impl="reference"`` materialize the logits.
 
-    Shards: one gather as in ``cross_entropy`` for each chunk of rows, again where logits are made
-    again; and the gradient of ``input``, summed over the group in the backward unless
+    Shards: one gather as in ``cross_entropy`` for each chunk of rows, and again if the logits are
+    computed again. The gradient of ``input`` is summed over the group in the backward unless
     ``shard.hidden_grad`` is "partial".
 
-    Rounding: logits in float32 (see ``LinearOptions``); their gradient is rounded to the operands'
-    dtype for the products, but on a CPU, where products are in float32; gradients are summed in
-    float32 over all chunks, multiplied and rounded once. The loss is summed in float32. float32
-    products obey torch's settings (TF32).
+    Rounding: logits in float32 (see ``LinearOptions``). Their gradient is rounded to the dtype of
+    the operands for the products, except on a CPU, where products are in float32. Gradients are
+    accumulated in float32 over all chunks, multiplied by the upstream gradient and rounded once.
+    The loss is summed in float32. Products of float32 obey torch's settings (TF32).
 
-    Memory: a chunk of logits, ``chunk_rows * C`` elements (none without a gradient, in bfloat16 and
-    float16 on NVIDIA GPUs from Hopper on, unless labels are smoothed or probabilities); the
+    Memory: a chunk of logits, ``chunk_rows * C`` elements (none if nothing requires grad, in
+    bfloat16 and float16 on NVIDIA GPUs from Hopper on, for ids without label smoothing); the
     gradients, and for half precision their sums in float32, 4 D (N + C) bytes. On a CPU with
-    half-precision operands also 16 MiB of weight in float32; with probabilities, Triton takes half
-    a chunk more for them.
+    half-precision operands also 16 MiB of weight in float32. With probabilities Triton takes half a
+    chunk more.
 
     Source: chunks of logits whose gradient is formed in the forward are Liger-Kernel's (Hsu et al.,
     arXiv:2410.10989); dropping ignored rows before the products is Wijmans et al., "Cut your losses
-    in large-vocabulary language models", arXiv:2411.09009."""
-    if has_torch_function_variadic(input, linear_weight, target):
-        made: Tensor = handle_torch_function(
-            linear_cross_entropy,
-            (input, linear_weight, target),
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            shard=shard,
-            options=options,
-            impl=impl,
-        )
-        return made
+    in large-vocabulary language models", arXiv:2411.09009.
+    """
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias, target, weight, shard = local_head(
@@ -330,166 +253,15 @@ def linear_cross_entropy(
     spec = loss_spec(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
     )
-    head = head_call(
-        input,
-        linear_weight,
-        linear_bias,
-        target,
-        weight,
-        reduction,
-        spec,
-        normalizer,
-        shard,
-        options,
-        impl,
+    operands = input, linear_weight, linear_bias, target
+    if is_k_dimensional(linear_weight):
+        logits = k_dimensional_logits(*operands, shard, options, impl)
+        rows = flatten(logits, target, weight, ignore_index)
+        check_normalizer(normalizer, reduction, logits)
+        return _loss(pick(impl, rows), rows, spec, reduction, normalizer, None)
+    implementation, head = head_call(
+        *operands, weight, spec, reduction, normalizer, shard, options, impl
     )
-    if isinstance(head, Tensor):
-        return cross_entropy(
-            head,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            impl=impl,
-        )
-    rows, divisor = head.rows, head.divisor
-    if shard is not None and head.backend == "reference":
-        operands = whole_head(
-            input, linear_weight, linear_bias, target, weight, shard, head.rows, spec
-        )
-        return linear_cross_entropy(
-            *operands[:2],
-            operands[3],
-            linear_bias=operands[2],
-            weight=operands[4],
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            options=options,
-            impl=head.backend,
-        )
-    if head.backend == "reference":
-        loss: Tensor = reference.linear_row_loss(*head.operands, spec)
-        return reduce_rows(loss, rows, reduction, divisor)
     if head.forms_gradients:
-        total: Tensor = head_ops.linear_total(
-            *head.operands, divisor, head.main_grad, *head.needs, *head.settings
-        )[0]
-        return total
-    loss = head_ops.linear_row_loss(*head.operands, head.main_grad, *head.settings)
-    return reduce_rows(loss, rows, reduction, divisor)
-
-
-@dataclass(frozen=True)
-class HeadCall:
-    """A checked call of a head."""
-
-    rows: HeadRows
-    backend: str
-    divisor: Tensor | None
-    main_grad: Tensor | None
-    needs: tuple[bool, bool, bool, bool]  # of hidden states, weight, bias and probabilities
-    forms_gradients: bool  # in the forward
-    settings: tuple[Any, ...]  # as operators take them
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-        rows = self.rows
-        hidden = rows.input if rows.shard is None else shared(rows.input, rows.shard)
-        return hidden, rows.linear_weight, rows.linear_bias, rows.target, rows.weight_at_hand
-
-
-def head_call(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    spec: LossSpec,
-    normalizer: float | Tensor | None,
-    shard: VocabShard | None,
-    options: LinearOptions | None,
-    impl: str,
-) -> HeadCall | Tensor:
-    """Checks the arguments of a head and decides how it is computed; for a K-dimensional weight,
-    its logits."""
-    options = LinearOptions() if options is None else options
-    if not isinstance(options, LinearOptions):
-        raise TypeError(
-            f"options is a {type(options).__name__} but must be a lossfuse.LinearOptions"
-        )
-    parameter = linear_weight
-    input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
-    if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
-        if shard is not None:
-            raise ValueError(
-                f"linear_weight has shape {tuple(linear_weight.shape)} but with shard it must be (C, D)"
-            )
-        return _logits_of_many(input, linear_weight, linear_bias, target, options, impl)
-    rows = flatten_head(input, linear_weight, linear_bias, target, weight, spec.ignore_index, shard)
-    check_normalizer(normalizer, reduction, input)
-    for name in ("logits_dtype", "acc_dtype"):
-        options.dtype(name, input.dtype)
-    main_grad = main_grad_of(parameter) if options.main_grad else None
-    backend = pick(impl, rows)
-    divisor = denominator(rows, spec, reduction, normalizer)
-    if backend == "reference":
-        if main_grad is not None:
-            raise ValueError(
-                "options.main_grad needs another implementation than the reference, which this call must take"
-            )
-        if not rows.soft and shard is None:
-            require_ids_in_range(rows.target, rows.num_classes, spec.ignore_index)
-    needs = wanted_of_head(rows)
-    forms_gradients = reduction != "none" and any(needs) and known_in_forward(rows, divisor)
-    settings = (*head_ops.chunk_options(options), *library.options(spec, backend))
-    return HeadCall(rows, backend, divisor, main_grad, needs, forms_gradients, settings)
-
-
-def _logits_of_many(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    options: LinearOptions,
-    impl: str,
-) -> Tensor:
-    """(N, D) and (C, d1, ..., dK, D) -> logits (N, C, d1, ..., dK)."""
-    check_head(input, linear_weight, linear_bias)
-    require_tensor("target", target)
-    rows = linear_weight.shape[:-1]
-    if (
-        input.dim() == 2
-        and rows[0] != input.shape[0]
-        and target.shape in (rows, (*rows, input.shape[0]))
-    ):
-        raise ValueError(
-            f"target has shape {tuple(target.shape)} but linear_weight has shape {tuple(linear_weight.shape)} and input"
-            f" {tuple(input.shape)}{EXCHANGED}"
-        )
-    if input.dim() != 2:
-        raise ValueError(
-            f"linear_weight has shape {tuple(linear_weight.shape)}, so input must be (N, D), but input has shape {tuple(input.shape)}"
-        )
-    if impl not in ("auto", "reference"):
-        raise ValueError(
-            f"impl={impl!r} cannot run here: linear_weight has {linear_weight.dim()} dimensions; impl='auto' makes the logits"
-        )
-    if options.main_grad:
-        raise ValueError(
-            f"options.main_grad needs a linear_weight (C, D), but linear_weight has {linear_weight.dim()} dimensions"
-        )
-    bias = None if linear_bias is None else linear_bias.flatten()
-    return reference.linear(input, linear_weight.flatten(0, -2), bias).unflatten(
-        1, linear_weight.shape[:-1]
-    )
+        return implementation.head_total(head)
+    return reduce_rows(implementation.head_row_loss(head), head.rows, reduction, head.divisor)

@@ -1,4 +1,4 @@
-"""Checks of tensors, and the flattening of any shape torch takes to rows of logits."""
+"""Checks of tensors, and flattening of every shape torch takes to rows of logits."""
 
 import contextlib
 import math
@@ -16,46 +16,46 @@ ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Targets:
-    """What N rows are held against, wherever their logits come from."""
+    """The targets of N rows, of logits or of a head."""
 
     target: Tensor  # (N,) int64 class ids, or (N, V) probabilities
-    class_weight: Tensor | None  # (V,), or of all classes
+    class_weight: Tensor | None  # (V,), or that of all classes with a shard
     batch_shape: torch.Size  # of the loss with reduction="none"
-    shard: VocabShard | None = field(default=None, kw_only=True)  # if these V classes are not all
+    # None if the V local classes are all classes
+    shard: VocabShard | None = field(default=None, kw_only=True)
 
     @property
     def weights(self) -> dict[str, Tensor | None]:
-        """By the names of their arguments, what only the reference differentiates."""
+        """Tensors that only the reference differentiates, by the names of their arguments."""
         return {"weight": self.class_weight}
 
     @property
-    def classes_at_hand(self) -> int:
-        """V."""
+    def local_classes(self) -> int:
+        """V, the number of classes of this rank."""
         raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
-        """Of all ranks."""
-        return self.classes_at_hand if self.shard is None else self.shard.num_classes
+        """The number of classes of all ranks."""
+        return self.local_classes if self.shard is None else self.shard.num_classes
 
     @property
-    def weight_at_hand(self) -> Tensor | None:
-        """(V,): the weights of the classes at hand."""
+    def local_weight(self) -> Tensor | None:
+        """(V,): the weights of the local classes."""
         weight, shard = self.class_weight, self.shard
-        if weight is None or shard is None or len(weight) == self.classes_at_hand:
+        if weight is None or shard is None or len(weight) == self.local_classes:
             return weight
-        return weight[shard.start : shard.start + self.classes_at_hand]
+        return weight[shard.start : shard.start + self.local_classes]
 
     @property
     def soft(self) -> bool:
-        """Whether targets are class probabilities."""
+        """True if targets are class probabilities."""
         return self.target.is_floating_point()
 
 
 @dataclass(frozen=True)
 class Rows(Targets):
-    """N rows of V logits with their targets: views of what the caller gave, wherever strides
-    allow."""
+    """N rows of V logits with their targets: views of the caller's tensors where strides allow."""
 
     input: Tensor  # (N, V)
 
@@ -64,7 +64,7 @@ class Rows(Targets):
         return self.input
 
     @property
-    def classes_at_hand(self) -> int:
+    def local_classes(self) -> int:
         return self.input.shape[-1]
 
     @property
@@ -75,14 +75,14 @@ class Rows(Targets):
 
 @dataclass(frozen=True)
 class HeadRows(Targets):
-    """N hidden states and the head that makes V logits of each."""
+    """N hidden states, the head that computes V logits of each, and their targets."""
 
     input: Tensor  # (N, D)
     linear_weight: Tensor  # (V, D)
     linear_bias: Tensor | None  # (V,)
 
     @property
-    def classes_at_hand(self) -> int:
+    def local_classes(self) -> int:
         return self.linear_weight.shape[0]
 
     @property
@@ -92,9 +92,9 @@ class HeadRows(Targets):
 
 
 def torch_func_active() -> bool:
-    """Whether a torch.func transform is running, so that tensors may stand for batches or
-    tangents."""
-    # the test torch.autograd.Function makes itself; there is no public one
+    """Return True inside a ``torch.func`` transform, where a tensor may be a batch or a
+    tangent."""
+    # private: torch.autograd.Function uses this test, and there is no public one
     return bool(torch._C._are_functorch_transforms_active())
 
 
@@ -103,7 +103,7 @@ def _shape(t: Tensor) -> str:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """TypeError for anything else, and for tensors without strides."""
+    """Raise TypeError for an object that is not a tensor, and for a tensor without strides."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} is a {type(value).__name__} but must be a Tensor{_tensor_of(name, value)}"
@@ -114,7 +114,7 @@ def require_tensor(name: str, value: object) -> None:
 
 
 def _tensor_of(name: str, value: object) -> str:
-    """A hint for an object that holds the tensor, such as a model output."""
+    """Return a hint for an object that has the tensor as an attribute, such as a model output."""
     if isinstance(value, torch.nn.Linear) and name == "linear_weight":
         return "; pass linear_weight=head.weight and linear_bias=head.bias"
     if isinstance(getattr(value, "logits", None), Tensor) and name == "input":
@@ -129,8 +129,7 @@ def flatten(
     ignore_index: int,
     shard: VocabShard | None = None,
 ) -> Rows:
-    """(C), (N, C) or (N, C, d1, ..., dK) logits with ids or probabilities -> rows; raises before
-    anything is computed."""
+    """(C), (N, C) or (N, C, d1, ..., dK) logits with ids or probabilities -> checked rows."""
     require_tensor("input", input)
     require_tensor("target", target)
     if input.dtype not in LOGIT_DTYPES:
@@ -140,7 +139,8 @@ def flatten(
             else ""
         )
         raise TypeError(
-            f"input has dtype {input.dtype} but logits must be float64, float32, bfloat16 or float16{exchanged}"
+            f"input has dtype {input.dtype} but logits must be float64, float32, bfloat16 or"
+            f" float16{exchanged}"
         )
     if input.dim() == 0:
         raise ValueError("input has shape () but logits must be (C), (N, C) or (N, C, d1, ..., dK)")
@@ -150,7 +150,8 @@ def flatten(
         _require_shard(shard)
     if num_classes == 0 and shard is None:
         raise ValueError(
-            f"input has shape {_shape(input)}: dimension {class_dim} holds the classes and must not be empty"
+            f"input has shape {_shape(input)}: dimension {class_dim} holds the classes and must not"
+            " be empty"
         )
     batch_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     _check_target(target, input.device, input.shape, batch_shape, ignore_index, shard is not None)
@@ -170,8 +171,8 @@ def flatten_head(
     ignore_index: int,
     shard: VocabShard | None = None,
 ) -> HeadRows:
-    """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> rows;
-    raises before anything is computed."""
+    """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> checked
+    rows."""
     if shard is not None:
         _require_shard(shard)
     check_head(input, linear_weight, linear_bias, empty=shard is not None)
@@ -202,8 +203,8 @@ def _require_shard(shard: object) -> None:
 def check_head(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, empty: bool = False
 ) -> None:
-    """That a product of the three is one; a weight (V, d1, ..., dK, D) has a bias (V, d1, ..., dK),
-    and with ``empty`` V may be 0."""
+    """Check that hidden states and head can be multiplied. A weight (V, d1, ..., dK, D) has a bias
+    (V, d1, ..., dK); with ``empty`` V may be 0."""
     named = [("input", input), ("linear_weight", linear_weight)]
     named += [] if linear_bias is None else [("linear_bias", linear_bias)]
     for name, t in named:
@@ -216,13 +217,15 @@ def check_head(
             raise ValueError(f"{name} is on {t.device} but input is on {input.device}")
         if t.dtype != input.dtype:
             raise TypeError(
-                f"{name} has dtype {t.dtype} but input has dtype {input.dtype}; cast one of the two, or use autocast"
+                f"{name} has dtype {t.dtype} but input has dtype {input.dtype}; cast one of the"
+                " two, or use autocast"
             )
     if input.dim() == 0:
         raise ValueError("input has shape () but hidden states must be (D), (N, D) or (..., D)")
     if linear_weight.dim() < 2:
         raise ValueError(
-            f"linear_weight has shape {_shape(linear_weight)} but must be (C, D) or (C, d1, ..., dK, D)"
+            f"linear_weight has shape {_shape(linear_weight)} but must be (C, D) or (C, d1, ...,"
+            " dK, D)"
         )
     if linear_weight.shape[-1] != input.shape[-1]:
         remedy = (
@@ -231,13 +234,17 @@ def check_head(
             else ""
         )
         raise ValueError(
-            f"linear_weight has shape {_shape(linear_weight)} but input has shape {_shape(input)}; the last sizes must agree{remedy}"
+            f"linear_weight has shape {_shape(linear_weight)} but input has shape {_shape(input)};"
+            f" the last sizes must agree{remedy}"
         )
     if linear_weight.shape[:-1].numel() == 0 and not empty:
-        raise ValueError(f"linear_weight has shape {_shape(linear_weight)}: there must be a class")
+        raise ValueError(
+            f"linear_weight has shape {_shape(linear_weight)}: expected at least one class"
+        )
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         raise ValueError(
-            f"linear_bias has shape {_shape(linear_bias)} but linear_weight has shape {_shape(linear_weight)};"
+            f"linear_bias has shape {_shape(linear_bias)} but linear_weight has shape"
+            f" {_shape(linear_weight)};"
             f" expected {tuple(linear_weight.shape[:-1])}"
         )
 
@@ -247,11 +254,12 @@ EXCHANGED = "; are input and linear_weight exchanged? The order is (input, linea
 
 
 def main_grad_of(linear_weight: Tensor) -> Tensor:
-    """The buffer of a weight, where its gradients are summed over a step's parts (Megatron's
-    word)."""
+    """Return ``linear_weight.main_grad``, Megatron's buffer in which the gradient of a weight is
+    accumulated over the microbatches of a step."""
     if torch.compiler.is_compiling():
         raise ValueError(
-            "options.main_grad writes into linear_weight.main_grad, which a compiler does not see; call it uncompiled"
+            "options.main_grad writes into linear_weight.main_grad, which a compiler does not see;"
+            " call it uncompiled"
         )
     buffer = getattr(linear_weight, "main_grad", None)
     wide = torch.float64 if linear_weight.dtype == torch.float64 else torch.float32
@@ -263,7 +271,8 @@ def main_grad_of(linear_weight: Tensor) -> Tensor:
         or buffer.device != linear_weight.device
     ):
         raise ValueError(
-            f"linear_weight.main_grad is {buffer.dtype} of shape {_shape(buffer)} on {buffer.device}; expected {wide} of shape"
+            f"linear_weight.main_grad is {buffer.dtype} of shape {_shape(buffer)} on"
+            f" {buffer.device}; expected {wide} of shape"
             f" {_shape(linear_weight)} on {linear_weight.device}"
         )
     return buffer
@@ -272,8 +281,7 @@ def main_grad_of(linear_weight: Tensor) -> Tensor:
 def autocast_operands(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands of a product as autocast wants them: in its dtype where it is on, but for
-    float64."""
+    """Cast the operands of a product to the dtype of autocast if it is on; float64 stays."""
     kind = input.device.type if isinstance(input, Tensor) else "meta"
     if not _autocast_is_on(kind):
         return input, linear_weight, linear_bias
@@ -290,15 +298,15 @@ def autocast_operands(
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[object]:
-    """Operands have been cast; what is float32 from here on is meant to be."""
+    """Disable autocast: the operands have been cast, and products in float32 are meant to be."""
     if _autocast_is_on(t.device.type):
         return torch.autocast(t.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def _autocast_is_on(kind: str) -> bool:
-    # torch 2.8's compiler cannot ask which devices have it; "meta" is the one that has not and can
-    # be compiled for
+    # the compiler of torch 2.8 cannot trace the question; of the devices it compiles for only
+    # "meta" has no autocast
     available = (
         kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
     )
@@ -309,19 +317,19 @@ def _target_rows(target: Tensor, class_dim: int) -> Tensor:
     """(N,) int64 ids, or (N, C) probabilities whose classes lie in ``class_dim``."""
     if target.is_floating_point():
         return _rows(target, class_dim)
-    # asked first: torch takes longer to find that it has nothing to do
+    # these tests are faster than calls of torch that return their argument
     ids = target if target.dim() == 1 else target.reshape(-1)
     return ids if ids.dtype == torch.int64 else ids.to(torch.int64)
 
 
 def _rows(t: Tensor, class_dim: int) -> Tensor:
-    """(N, C) from a tensor whose classes lie in ``class_dim``; copies only when the other
-    dimensions cannot be one stride."""
+    """(N, C) from a tensor with its classes in ``class_dim``; copies only if the other dimensions
+    cannot be merged into one stride."""
     if t.dim() == 2:
         return t
     if t.dim() == 1:
         return t[None]
-    # not reshape, whose sizes a tracer takes for constants
+    # not reshape: a tracer records its sizes as constants
     return t.movedim(class_dim, -1).flatten(0, -2)
 
 
@@ -331,48 +339,53 @@ def _check_target(
     logits_shape: tuple[int, ...],
     batch_shape: torch.Size,
     ignore_index: int,
-    cut: bool,
+    sharded: bool,
     *,
     hidden: tuple[int, ...] | None = None,
 ) -> None:
-    """Against the shape of the logits, which ``hidden`` states are made to."""
+    """Check a target against the shape of the logits; ``hidden`` is the shape of the hidden states
+    they are computed from."""
     if target.device != device:
         raise ValueError(f"target is on {target.device} but input is on {device}")
     shape, of_logits = tuple(target.shape), tuple(logits_shape)
-    # of a row cut to one class (1,) may be its id, which is (1,) on the ranks with more of them
-    if shape == of_logits and not (cut and shape == (1,) and not target.is_floating_point()):
+    # (1,) beside a row of one local class may be an id, as it is on ranks with more classes
+    if shape == of_logits and not (sharded and shape == (1,) and not target.is_floating_point()):
         if not target.is_floating_point():
             raise TypeError(
-                f"target has the shape of the logits, {shape}, so it holds class probabilities and must be floating point,"
+                f"target has the shape of the logits, {shape}, so it holds class probabilities and"
+                " must be floating point,"
                 f" but has dtype {target.dtype}; pass target.float(), or the ids of its classes"
             )
         if target.dtype not in LOGIT_DTYPES:
             raise TypeError(
-                f"target has dtype {target.dtype} but probabilities must be float64, float32, bfloat16 or float16"
+                f"target has dtype {target.dtype} but probabilities must be float64, float32,"
+                " bfloat16 or float16"
             )
         if ignore_index >= 0:
             raise ValueError(
-                f"ignore_index is {ignore_index} but class probabilities have no class id to ignore; leave it negative"
+                f"ignore_index is {ignore_index} but class probabilities have no class id to"
+                " ignore; leave it negative"
             )
         return
-    # torch takes one row's id as (1,) too
+    # torch also takes (1,) as the id of one row (C)
     if target.shape != batch_shape and not (len(of_logits) == 1 and shape == (1,)):
         raise ValueError(
-            f"target has shape {shape} but the logits have shape {of_logits}; expected class ids of shape {tuple(batch_shape)}"
+            f"target has shape {shape} but the logits have shape {of_logits}; expected class ids of"
+            f" shape {tuple(batch_shape)}"
             f" or probabilities of shape {of_logits}{_remedy(shape, of_logits, hidden)}"
         )
     if target.dtype not in ID_DTYPES:
         remedy = "; pass target.long()" if target.is_floating_point() else ""
         raise TypeError(
-            f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or uint8{remedy}"
+            f"target has dtype {target.dtype} but class ids must be int64, int32, int16, int8 or"
+            f" uint8{remedy}"
         )
 
 
 def _remedy(
     target: tuple[int, ...], logits: tuple[int, ...], hidden: tuple[int, ...] | None
 ) -> str:
-    """A hint how to make a target of this shape fit the input; the rows of hidden states are all
-    dimensions but the last."""
+    """Return a hint how to make a target of this shape fit the input."""
     if hidden is not None and len(logits) == 2 and target in (logits[1:], logits[::-1]):
         return EXCHANGED
     rows, same_rank = logits[:-1], len(target) == len(logits) - 1
@@ -413,7 +426,8 @@ def _check_weight(
     ):
         of_all = "" if shard is None else f" or, of all classes, ({shard.num_classes},)"
         raise ValueError(
-            f"weight has shape {_shape(weight)} but input has {num_classes} classes; expected ({num_classes},){of_all}"
+            f"weight has shape {_shape(weight)} but input has {num_classes} classes; expected"
+            f" ({num_classes},){of_all}"
         )
     if weight.device != input.device:
         raise ValueError(f"weight is on {weight.device} but input is on {input.device}")
@@ -426,7 +440,8 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str, input: T
         return
     if reduction != "mean":
         raise ValueError(
-            f"normalizer divides reduction='mean' but reduction is {reduction!r}; drop one of the two"
+            f"normalizer divides reduction='mean' but reduction is {reduction!r}; drop one of the"
+            " two"
         )
     if isinstance(normalizer, Tensor):
         require_tensor("normalizer", normalizer)

@@ -1,4 +1,4 @@
-"""What a loss is, apart from its tensors: one frozen object that checks its own values."""
+"""The options of a loss: frozen objects that check their own values."""
 
 import functools
 import warnings
@@ -27,8 +27,8 @@ class LossSpec:
     An ignored row is 0. A class whose logit is -inf and whose factor in the sum is 0 is left out of
     the sum.
 
-    With ``group`` the row is cut: the logits at hand are those of the classes from ``first_class``
-    on, of ``num_classes`` in all, and the ranks of the group hold the others."""
+    With ``group`` rows are sharded over the ranks of the group: the local logits are those of the
+    classes from ``first_class`` on, of ``num_classes`` in all."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -37,7 +37,7 @@ class LossSpec:
     lse_square_scale: float = 0.0
     first_class: int | None = None
     num_classes: int | None = None
-    group: str | None = None  # the name torch.distributed knows it by
+    group: str | None = None  # its name in torch.distributed
 
     def __post_init__(self) -> None:
         if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
@@ -57,10 +57,10 @@ class LossSpec:
             require_finite("logit_scale", self.logit_scale)
         require_finite("lse_square_scale", self.lse_square_scale)
         if not torch.compiler.is_compiling():
-            self._of_python()
+            self._convert_numbers()
 
-    def _of_python(self) -> None:
-        """Arithmetic with numpy's numbers is in their own precision, and kernels do not take
+    def _convert_numbers(self) -> None:
+        """Convert numpy's numbers: they compute in their own precision, and kernels refuse
         them."""
         for name, kind in _NUMBERS.items():
             value = getattr(self, name)
@@ -69,22 +69,22 @@ class LossSpec:
 
     @property
     def shapes_logits(self) -> bool:
-        """Whether the loss sees other numbers than the logits it is given."""
+        """True if scale or cap apply to the logits."""
         return self.softcap is not None or self.logit_scale is not None
 
 
 def loss_spec(*options: Any) -> LossSpec:
-    """``LossSpec(*options)``, checked once for options that come again with every step."""
+    """``LossSpec(*options)``, cached: most calls of a program have the same options."""
     if torch.compiler.is_compiling():
         return LossSpec(*options)
     try:
         return _known_spec(*options)
     except TypeError:
-        # unhashable, or refused: the check says why
+        # an option is unhashable or invalid; the constructor says which
         return LossSpec(*options)
 
 
-# 1 and True are one key unless typed, and True is no number here
+# typed: 1 == True, but True is refused as a number
 @functools.lru_cache(256, typed=True)
 def _known_spec(*options: Any) -> LossSpec:
     return LossSpec(*options)
@@ -101,18 +101,18 @@ LARGEST = 3.4028234663852886e38
 
 
 def require_bool(name: str, value: Any) -> None:
-    """True or False, and nothing that is taken for one of them."""
+    """Raise TypeError for an object that is not a bool, even if it can be used as one."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r} but must be True or False")
 
 
 def require_finite(name: str, value: Any) -> None:
-    """A Python or numpy number that float32 can hold."""
-    # a compiler's symbolic number has no __float__, but compares
+    """Raise for an object that is not a Python or numpy number in the range of float32."""
+    # a symbolic number of a compiler has no __float__ but can be compared
     if not torch.compiler.is_compiling():
         if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
             raise TypeError(f"{name} is a {type(value).__name__} but must be a Python number")
-        # numpy's would be compared in their own precision
+        # a numpy number would be compared in its own precision
         value = value if isinstance(value, int) else float(value)
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} is {value} but must be finite in float32")
@@ -120,29 +120,29 @@ def require_finite(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class LinearOptions:
-    """How ``linear_cross_entropy`` goes about its work; what it computes stays the same.
+    """How ``linear_cross_entropy`` computes: memory, precision and speed, not the result.
 
     Args:
-        chunk_bytes: at most so many bytes of logits at a time; at least a row. None: the rule of
-            ``lossfuse.ops.head_chunks.chunk_rows``, 1 GiB on an accelerator and 256 MiB on a CPU,
-            or more where that is less than the matrix products need. With ``shard`` of shards that
-            are even, so that all ranks make as many chunks: a larger one takes as much more as it
-            is larger.
-        logits_dtype: of the logits of a chunk: float32, which is None (float64 for float64), or
-            bfloat16 for bfloat16 operands. Half the bytes, and 2 to 5 times the error in the
+        chunk_bytes: upper bound of the bytes of logits at a time; a chunk has at least one row.
+            None is the rule of ``lossfuse.ops.head_chunks.chunk_rows``: 1 GiB on an accelerator and
+            256 MiB on a CPU, or more if the matrix products need it. With ``shard`` it counts for
+            an even shard, so that all ranks have the same number of chunks; a larger shard takes
+            proportionally more.
+        logits_dtype: dtype of the logits of a chunk: float32, which is None (float64 for float64),
+            or bfloat16 for bfloat16 operands, with half the bytes and 2 to 5 times the error in the
             gradient of the hidden states. A CPU multiplies in float32, block by block of the
-            classes, and rounds; one with AMX multiplies in bfloat16 where ``acc_dtype`` is bfloat16
+            classes, and rounds; a CPU with AMX multiplies in bfloat16 if ``acc_dtype`` is bfloat16
             too and D and V are multiples of 32.
-        acc_dtype: what gradients are summed in, and kept in until the backward multiplies and
-            rounds them once: float32, which is None (float64 for float64), or bfloat16 for bfloat16
-            operands, which rounds them once for each chunk.
-        drop_ignored: leave rows with ``ignore_index`` out of the products. None does where looking
-            is free, on the CPU; True synchronises elsewhere. With ``shard`` None does not, and True
-            takes it that all ranks have the same targets.
-        allow_retain_graph: keep the gradients for a second backward, at the price of another copy
-            of them in each.
-        main_grad: add the gradient of the weight to ``linear_weight.main_grad``, in float32 and
-            without rounding, and leave its ``grad`` alone.
+        acc_dtype: dtype in which gradients are accumulated, and stored until the backward
+            multiplies and rounds them once: float32, which is None (float64 for float64), or
+            bfloat16 for bfloat16 operands, which rounds them once per chunk.
+        drop_ignored: leave rows with ``ignore_index`` out of the products. None does so on a CPU,
+            where finding them is free; True synchronizes on other devices. With ``shard`` None does
+            not, and True relies on all ranks having the same targets.
+        allow_retain_graph: keep the gradients for a second backward. Every backward then allocates
+            a copy of them.
+        main_grad: add the gradient of the weight to ``linear_weight.main_grad`` in float32, without
+            rounding, and leave ``linear_weight.grad`` alone.
     """
 
     chunk_bytes: int | None = None
@@ -156,7 +156,8 @@ class LinearOptions:
         if self.chunk_bytes is not None:
             if not isinstance(self.chunk_bytes, Integral) or isinstance(self.chunk_bytes, bool):
                 raise TypeError(
-                    f"chunk_bytes is {self.chunk_bytes!r} but must be an int, or None for the default"
+                    f"chunk_bytes is {self.chunk_bytes!r} but must be an int, or None for the"
+                    " default"
                 )
             if self.chunk_bytes < 1:
                 raise ValueError(f"chunk_bytes is {self.chunk_bytes} but must be positive")
@@ -172,7 +173,7 @@ class LinearOptions:
                 raise TypeError(f"{name} is {value!r} but must be True or False")
 
     def dtype(self, name: str, operands: torch.dtype) -> torch.dtype:
-        """What ``logits_dtype`` or ``acc_dtype`` comes to for operands of a dtype."""
+        """Return ``logits_dtype`` or ``acc_dtype`` for operands of a dtype, with None resolved."""
         chosen: torch.dtype | None = getattr(self, name)
         wide = torch.float64 if operands == torch.float64 else torch.float32
         if chosen not in (None, wide) and chosen != operands:
@@ -184,24 +185,24 @@ class LinearOptions:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which classes the logits, or the head, of this rank are: from ``start`` on, of
-    ``num_classes``, the others being with other ranks.
+    """The classes of this rank, if logits or a head are sharded over the vocabulary: those from
+    ``start`` on, of ``num_classes``.
 
     All ranks of ``group`` call the same function with the same rows and targets (class ids in ``[0,
-    num_classes)``, or this shard's columns of probabilities), each with its own classes. Shards may
-    be of any sizes, also empty; together they are all classes once.
+    num_classes)``, or the columns of probabilities of their own classes). Shards may have any size,
+    also 0; together they cover every class once.
 
     Args:
         start: the first class of this rank.
-        num_classes: of all ranks together.
+        num_classes: the number of classes of all ranks together.
         group: a process group of torch.distributed; None for all ranks.
-        hidden_grad: of ``input`` in the linear forms. "reduced", summed over the group in the
-            backward, is right for hidden states that every rank holds alike; "partial" leaves each
-            rank its own part, for those who sum it themselves (sequence parallelism).
+        hidden_grad: the gradient of ``input`` in the linear forms. "reduced" sums it over the group
+            in the backward, for hidden states that every rank has alike. "partial" leaves each rank
+            its own part, for code that reduces it itself (sequence parallelism).
 
     Raises:
-        TypeError, ValueError: naming the argument; also where torch.distributed is not initialized,
-            or this rank is not in the group.
+        TypeError, ValueError: with the name of the argument; also if torch.distributed is not
+            initialized, or this rank is not in the group.
     """
 
     start: int
@@ -221,36 +222,33 @@ class VocabShard:
             raise ValueError(f"num_classes is {self.num_classes} but must be less than 2**31")
         if not 0 <= self.start <= self.num_classes:
             raise ValueError(
-                f"start is {self.start} but must lie in [0, {self.num_classes}], as there are {self.num_classes} classes"
+                f"start is {self.start} but must lie in [0, {self.num_classes}], as there are"
+                f" {self.num_classes} classes"
             )
         if self.hidden_grad not in ("reduced", "partial"):
             raise ValueError(
                 f"hidden_grad is {self.hidden_grad!r} but must be 'reduced' or 'partial'"
             )
-        # a string, for what is compiled
+        # a string, because operators take one
         object.__setattr__(self, "group_name", _group(self.group).group_name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VocabShard":
-        # a group is not copied, and a copy of a module has the same ranks
+        # a process group cannot be copied, and a copy of a module has the same ranks
         return self
 
     @classmethod
     def even(
         cls, num_classes: int, group: Any = None, hidden_grad: str = "reduced"
     ) -> "VocabShard":
-        """The shard of this rank where classes are cut as ``torch.chunk`` and DTensor's ``Shard``
-        cut them: equal but for the last."""
-        of = _group(group)
-        return cls(
-            min(of.rank() * -(-num_classes // of.size()), num_classes),
-            num_classes,
-            group,
-            hidden_grad,
-        )
+        """Return the shard of this rank for classes split as by ``torch.chunk`` and DTensor's
+        ``Shard``: all shards equal but the last."""
+        ranks = _group(group)
+        size = -(-num_classes // ranks.size())
+        return cls(min(ranks.rank() * size, num_classes), num_classes, group, hidden_grad)
 
     @property
     def options(self) -> tuple[int, int, str]:
-        """As ``LossSpec`` takes them."""
+        """The last fields of a ``LossSpec``."""
         return self.start, self.num_classes, self.group_name
 
 
@@ -270,7 +268,7 @@ def _group(group: Any) -> Any:
 
 
 def resolve_reduction(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
-    """``reduction`` after torch's two deprecated arguments, which win when given."""
+    """Return the reduction that torch's two deprecated arguments ask for, or ``reduction``."""
     if size_average is not None or reduce is not None:
         average = size_average is None or size_average
         reduction = "none" if reduce is not None and not reduce else "mean" if average else "sum"

@@ -1,29 +1,23 @@
-"""The public functions that return what people read off logits beside the loss, from the same
-pass."""
+"""Statistics of logits and of a linear head beside their cross entropy, from the same pass."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import reference
 from .call.dispatch import forms_gradient_in_forward, pick
 from .call.dtensor import local_head, local_logits, shard_options
+from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
+from .call.implementations import Operators, Stats
+from .call.public import public
 from .call.reduction import denominator, reduce_rows
-from .call.synonyms import hints_at_names
-from .call.whole import whole_head, whole_logits
-from .functional import head_call
-from .inputs import Targets, check_normalizer, flatten
-from .ops import head_stats, library, row_stats
+from .inputs import Rows, Targets, check_normalizer, flatten
 from .row_types import Wants
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
-from .targets import require_ids_in_range
 
 
 class LossStats(NamedTuple):
-    """A loss and statistics of the rows it was made of; see ``cross_entropy_stats``."""
+    """A loss and the statistics of its rows; see ``cross_entropy_stats``."""
 
     loss: Tensor
     lse: Tensor
@@ -38,19 +32,19 @@ _new = LossStats.__new__
 
 
 def _of_fields_or_iterable(cls: type[LossStats], *values: Any, **named: Any) -> LossStats:
-    # Tensor.__torch_function__ converts the tensors of any tuple and rebuilds it from one iterable,
-    # as if it were no NamedTuple
+    # Tensor.__torch_function__ converts the tensors in a tuple and rebuilds every tuple from one
+    # iterable, also a NamedTuple
     if len(values) == 1 and not named and not isinstance(values[0], Tensor):
         return cls._make(values[0])
     return _new(cls, *values, **named)
 
 
-# a NamedTuple takes no __new__ in its body, and a subclass with one is no NamedTuple to
-# torch.compile
+# assigned: a NamedTuple cannot define __new__ in its body, and torch.compile does not know a
+# subclass that does
 LossStats.__new__ = _of_fields_or_iterable  # type: ignore[method-assign, assignment]
 
 
-@hints_at_names
+@public
 def cross_entropy_stats(
     input: Tensor,
     target: Tensor,
@@ -70,7 +64,7 @@ def cross_entropy_stats(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> LossStats:
-    """``cross_entropy`` and what is read off the same logits, in one pass over them.
+    """``cross_entropy`` and statistics of the same logits, in one pass over them.
 
     Equal to, for ids, with ``x`` the logits after scale and cap as in ``cross_entropy``::
 
@@ -78,114 +72,79 @@ def cross_entropy_stats(
         valid = target != ignore_index
         LossStats(
             loss=lossfuse.cross_entropy(input, target, ...),
-            lse=x.logsumexp(dim=1),                                                # in rows that are not valid all of these are 0,
+            lse=x.logsumexp(dim=1),
             target_logprob=logp.gather(1, target.unsqueeze(1)).squeeze(1),
             entropy=-(logp.exp() * logp).sum(dim=1),
-            z_loss=lse_square_scale * lse ** 2,                                    # reduced as the loss, of which it is a part,
-            argmax=x.argmax(dim=1),                                                # and this -1 (-2 if ignore_index is -1)
+            z_loss=lse_square_scale * lse ** 2,   # reduced as the loss, of which it is a part
+            argmax=x.argmax(dim=1),
             n_valid=valid.sum(),
         )
 
-    For probabilities ``target_logprob`` is ``(target * logp).sum(dim=1)`` and every row is valid.
-    Neither class weights nor smoothing touch any statistic but the loss.
+    In ignored rows ``lse``, ``target_logprob``, ``entropy`` and ``z_loss`` are 0 and ``argmax`` is
+    -1 (-2 if ``ignore_index`` is -1). For probabilities ``target_logprob`` is ``(target *
+    logp).sum(dim=1)`` and every row is valid. Class weights and label smoothing change only the
+    loss.
 
     Args:
-        entropy, argmax: whether to compute them. False leaves None in their place, and no trace in
-            memory or time.
+        entropy, argmax: whether to compute them. If False the field is None and costs neither
+            memory nor time.
         input, target, weight, reduction, shard and the others: as in ``cross_entropy``. A
             temperature is ``logit_scale=1 / temperature``.
 
     Returns:
-        ``LossStats``. ``loss`` and ``z_loss`` as ``cross_entropy`` returns its loss; the statistics
-        of rows have the shape of the ids whatever the reduction, in float32 (float64 for float64),
-        natural logarithms; ``argmax`` int64, the first of equals, and some class for a row with a
-        NaN; ``n_valid`` int64, ``()``.
+        ``LossStats``. ``loss`` and ``z_loss`` as ``cross_entropy`` returns its loss. The statistics
+        of rows have the shape of the ids for every reduction, in float32 (float64 for float64),
+        natural logarithms. ``argmax`` is int64: the first of equal maxima; unspecified for a row
+        with NaN. ``n_valid`` is int64, ``()``.
 
     Raises:
-        As ``cross_entropy``. A target outside ``[0, C)``, where nobody looks, makes the
-        floating-point statistics of its row NaN.
+        As ``cross_entropy``. Where a target outside ``[0, C)`` does not raise, the floating-point
+        statistics of its row are NaN.
 
-    Autograd: ``loss``, ``lse``, ``target_logprob``, ``entropy`` and ``z_loss`` have gradients, each
-    alone and in any mixture, for ``input`` and probabilities, any number of times, as in
-    ``cross_entropy``. Where a gradient is formed in the forward (a number for a loss, on a CPU) it
-    is that of ``loss`` alone; a backward from another statistic makes its own, so ask for
-    ``reduction="none"`` if you mean to use statistics in an objective.
+    Autograd: ``loss``, ``lse``, ``target_logprob``, ``entropy`` and ``z_loss`` are differentiable,
+    alone and together, for ``input`` and probabilities, any number of times, as in
+    ``cross_entropy``. If the forward forms a gradient ("mean" and "sum" on a CPU), it is that of
+    ``loss`` alone, and a backward from another statistic computes its own: use
+    ``reduction="none"`` for an objective that contains statistics.
 
-    Rounding: as ``cross_entropy``; the entropy is a sum of non-negative terms, so that it keeps its
-    digits when it is small (against ids on a CPU where the target is the largest class; otherwise
-    it is right to 1e-7 there).
+    Rounding: as ``cross_entropy``. The entropy is a sum of non-negative terms, so that a small
+    entropy is accurate: relatively, for ids on a CPU if the target is the largest class; to 1e-7
+    otherwise.
 
     Memory: as ``cross_entropy`` without ``inplace``, and O(N).
 
     Source: an entropy beside the loss of a policy is Williams and Peng, "Function optimization
-    using connectionist reinforcement learning algorithms", Connection Science 3 (1991)."""
-    if has_torch_function_variadic(input, target, weight):
-        made: LossStats = handle_torch_function(
-            cross_entropy_stats,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            shard=shard,
-            impl=impl,
-        )
-        return made
+    using connectionist reinforcement learning algorithms", Connection Science 3 (1991).
+    """
     input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
     )
+    wants = _checked_wants(entropy, argmax)
     rows = flatten(input, target, weight, ignore_index, shard)
     check_normalizer(normalizer, reduction, input)
-    backend = pick(impl, rows)
-    if shard is not None and backend == "reference":
-        return cross_entropy_stats(
-            *whole_logits(input, target, weight, shard, rows, spec),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            impl=backend,
-        )
+    return _stats(pick(impl, rows), rows, spec, wants, reduction, normalizer)
+
+
+def _stats(
+    implementation: Operators,
+    rows: Rows,
+    spec: LossSpec,
+    wants: Wants,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> LossStats:
     divisor = denominator(rows, spec, reduction, normalizer)
-    wants = wanted(entropy, argmax)
-    if forms_gradient_in_forward(backend, rows, reduction, divisor, consume=False):
-        total, *stats = row_stats.ReducedStats.apply(
-            rows.logits, rows.target, rows.weight_at_hand, divisor, wants, spec, backend
-        )
-        return loss_stats(total, stats, rows, spec, reduction, divisor, wants)
-    if backend == "reference":
-        if not rows.soft:
-            require_ids_in_range(rows.target, rows.num_classes, ignore_index)
-        loss, *stats, _ = row_stats.as_tensors(
-            reference.row_stats(rows.logits, rows.target, rows.class_weight, spec)
-        )
+    if forms_gradient_in_forward(implementation, rows, reduction, divisor, consume=False):
+        total, *stats = implementation.stats_total(rows, spec, wants, divisor)
     else:
-        loss, *stats, _ = row_stats.row_stats(
-            rows.logits, rows.target, rows.weight_at_hand, *wants, *library.options(spec, backend)
-        )
-    return loss_stats(
-        reduce_rows(loss, rows, reduction, divisor), stats, rows, spec, reduction, divisor, wants
-    )
+        loss, *stats = implementation.row_stats(rows, spec, wants)
+        total = reduce_rows(loss, rows, reduction, divisor)
+    return _loss_stats(total, stats, rows, spec, reduction, divisor, wants)
 
 
-@hints_at_names
+@public
 def linear_cross_entropy_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -206,59 +165,38 @@ def linear_cross_entropy_stats(
     options: LinearOptions | None = None,
     impl: str = "auto",
 ) -> LossStats:
-    """``linear_cross_entropy`` and what is read off the same logits, which are still made and used
-    up a chunk at a time.
+    """``linear_cross_entropy`` and statistics of the same logits, which are computed and freed a
+    chunk of rows at a time.
 
     Equal to::
 
-        logits = F.linear(input.float(), linear_weight.float(), linear_bias)        # float64 stays float64
-        return lossfuse.cross_entropy_stats(logits, target, weight, ...)            # everything else
+        logits = F.linear(input.float(), linear_weight.float(), linear_bias)
+        return lossfuse.cross_entropy_stats(logits, target, weight, ...)
+
+    with the other arguments passed on (float64 stays float64).
 
     Args:
         entropy, argmax: as in ``cross_entropy_stats``.
         input, linear_weight, target, options and the others: as in ``linear_cross_entropy``.
 
     Returns:
-        ``LossStats``, as ``cross_entropy_stats`` with logits of shape ``(..., C)``: statistics of
+        ``LossStats``, as ``cross_entropy_stats`` for logits of shape ``(..., C)``: statistics of
         rows have the shape of the ids.
 
     Raises:
         As ``linear_cross_entropy``.
 
     Autograd: as ``cross_entropy_stats``, for ``input``, ``linear_weight``, ``linear_bias`` and
-    probabilities, but for a second derivative, which raises. For "mean" and "sum" the gradients of
-    ``loss`` are formed in the forward and handed over (6 N D C operations in all); a backward from
-    any other statistic, or a second one, makes the logits again (6 N D C more). For
-    ``reduction="none"`` every backward does (8 N D C in all).
+    probabilities, except for a second derivative, which raises. For "mean" and "sum" the forward
+    forms the gradients of ``loss`` (6 N D C operations in all); a backward from another statistic,
+    or a second one, computes the logits again (6 N D C more). For ``reduction="none"`` every
+    backward does (8 N D C in all).
 
-    Rounding, memory: as ``linear_cross_entropy``, and O(N). On a GPU logits are read once more for
-        the statistics.
+    Rounding, memory: as ``linear_cross_entropy``, and O(N). On a GPU the statistics take one more
+    read of the logits.
 
     Source: as ``linear_cross_entropy`` and ``cross_entropy_stats``.
     """
-    if has_torch_function_variadic(input, linear_weight, target):
-        returned: LossStats = handle_torch_function(
-            linear_cross_entropy_stats,
-            (input, linear_weight, target),
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            shard=shard,
-            options=options,
-            impl=impl,
-        )
-        return returned
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias, target, weight, shard = local_head(
@@ -267,95 +205,40 @@ def linear_cross_entropy_stats(
     spec = loss_spec(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
     )
-    wants = wanted(entropy, argmax)
-    head = head_call(
-        input,
-        linear_weight,
-        linear_bias,
-        target,
-        weight,
-        reduction,
-        spec,
-        normalizer,
-        shard,
-        options,
-        impl,
+    wants = _checked_wants(entropy, argmax)
+    operands = input, linear_weight, linear_bias, target
+    if is_k_dimensional(linear_weight):
+        logits = k_dimensional_logits(*operands, shard, options, impl)
+        rows = flatten(logits, target, weight, ignore_index)
+        check_normalizer(normalizer, reduction, logits)
+        return _stats(pick(impl, rows), rows, spec, wants, reduction, normalizer)
+    implementation, head = head_call(
+        *operands, weight, spec, reduction, normalizer, shard, options, impl
     )
-    if isinstance(head, Tensor):
-        return cross_entropy_stats(
-            head,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            impl=impl,
-        )
-    if shard is not None and head.backend == "reference":
-        operands = whole_head(
-            input, linear_weight, linear_bias, target, weight, shard, head.rows, spec
-        )
-        return linear_cross_entropy_stats(
-            *operands[:2],
-            operands[3],
-            linear_bias=operands[2],
-            weight=operands[4],
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale,
-            normalizer=normalizer,
-            entropy=entropy,
-            argmax=argmax,
-            options=options,
-            impl=head.backend,
-        )
-    if head.forms_gradients and head.backend != "reference":
-        made = head_stats.linear_stats_total(
-            *head.operands, head.divisor, head.main_grad, *head.needs, *wants, *head.settings
-        )
-        return loss_stats(made[0], made[1:5], head.rows, spec, reduction, head.divisor, wants)
-    if head.backend == "reference":
-        loss, *stats, _ = row_stats.as_tensors(reference.linear_row_stats(*head.operands, spec))
+    if head.forms_gradients:
+        total, *stats = implementation.head_stats_total(head, wants)
     else:
-        loss, *stats = head_stats.linear_row_stats(
-            *head.operands, head.main_grad, *wants, *head.settings
-        )
-    return loss_stats(
-        reduce_rows(loss, head.rows, reduction, head.divisor),
-        stats,
-        head.rows,
-        spec,
-        reduction,
-        head.divisor,
-        wants,
-    )
+        loss, *stats = implementation.head_row_stats(head, wants)
+        total = reduce_rows(loss, head.rows, reduction, head.divisor)
+    return _loss_stats(total, stats, head.rows, spec, reduction, head.divisor, wants)
 
 
-def wanted(entropy: bool, argmax: bool) -> Wants:
-    for name, value in (("entropy", entropy), ("argmax", argmax)):
-        require_bool(name, value)
+def _checked_wants(entropy: bool, argmax: bool) -> Wants:
+    require_bool("entropy", entropy)
+    require_bool("argmax", argmax)
     return Wants(entropy, argmax)
 
 
-def loss_stats(
+def _loss_stats(
     loss: Tensor,
-    stats: Sequence[Tensor],
+    stats: Stats,
     rows: Targets,
     spec: LossSpec,
     reduction: str,
     divisor: Tensor | None,
     wants: Wants,
 ) -> LossStats:
-    """A reduced loss and the statistics of (N,) rows, in the shapes the caller knows."""
+    """Return a reduced loss and statistics of (N,) rows in the shapes of the caller."""
     lse, target_logprob, entropy, argmax = stats
     z_loss = spec.lse_square_scale * lse**2 if spec.lse_square_scale else torch.zeros_like(lse)
     n_valid = (

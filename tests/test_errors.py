@@ -367,7 +367,7 @@ def test_a_keyword_of_another_library_is_answered_by_ours(name):
 
 
 def test_every_hint_is_at_an_argument_of_some_function():
-    from lossfuse.call.synonyms import _USES
+    from lossfuse.call.public import _USES
 
     public = [getattr(lossfuse, name) for name in lossfuse.__all__ if name[0].islower()]
     known = {p for function in public for p in inspect.signature(function).parameters}
@@ -537,9 +537,9 @@ class TestAChosenImplementation:
 
         rows = flatten(X, IDS, None, -100)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        assert dispatch.pick("auto", rows) == "torch"
+        assert dispatch.pick("auto", rows).name == "torch"
         assert (
-            dispatch.pick("auto", flatten(X, IDS, torch.ones(7, requires_grad=True), -100))
+            dispatch.pick("auto", flatten(X, IDS, torch.ones(7, requires_grad=True), -100)).name
             == "reference"
         )
 
@@ -549,8 +549,11 @@ class TestAChosenImplementation:
         from lossfuse.call import dispatch
         from lossfuse.inputs import flatten
 
-        assert dispatch.pick("auto", flatten(X.cuda(), IDS.cuda(), None, -100)) == "triton"
-        assert dispatch.pick("auto", flatten(X.cuda().double(), IDS.cuda(), None, -100)) == "torch"
+        assert dispatch.pick("auto", flatten(X.cuda(), IDS.cuda(), None, -100)).name == "triton"
+        assert (
+            dispatch.pick("auto", flatten(X.cuda().double(), IDS.cuda(), None, -100)).name
+            == "torch"
+        )
 
 
 def test_nothing_is_written_before_a_refusal(place):

@@ -224,7 +224,7 @@ REFUSED = {
     ),
     "no classes": (
         ValueError,
-        r"linear_weight has shape \(0, 5\): there must be a class",
+        r"linear_weight has shape \(0, 5\): expected at least one class",
         (H, W[:0], IDS),
         {},
     ),

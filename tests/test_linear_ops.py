@@ -34,7 +34,7 @@ def test_opcheck(thrifty_fast_place, soft):
     # an interpreter is slow, and shapes do not depend on it
     for spec, b, classes, keep in cases[(impl, device) == ("triton", "cpu") :]:
         chunks = LinearOptions(chunk_bytes=2 * 32 * 4, allow_retain_graph=keep)
-        settings = (*head_ops.chunk_options(chunks), *library.options(spec, impl))
+        settings = (*head_ops.ChunkArgs.of(chunks), *library.OpArgs.of(spec, impl))
         head, needs = (hidden, weight, b, target, classes), (True, True, b is not None, soft)
         torch.library.opcheck(head_ops.linear_row_loss, (*head, None, *settings))
         divisor = torch.tensor(3.0, device=device)

@@ -27,7 +27,7 @@ def test_opcheck(thrifty_fast_place, soft):
     x, target = logits_and_ids(4, 19, device=device)
     target = probabilities(4, 19, device=device) if soft else target
     for spec, weight in ((LossSpec(), None), (EVERYTHING, class_weight(19, device))):
-        options = library.options(spec, impl)
+        options = library.OpArgs.of(spec, impl)
         torch.library.opcheck(OPERATORS.row_loss.default, (x, target, weight, *options))
         _, stats = rows.row_loss(x, target, weight, *options)
         dloss = torch.randn(4, device=device, requires_grad=True)

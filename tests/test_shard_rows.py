@@ -87,7 +87,7 @@ class Cut:
         ignore_index=-100,
     ):
         assert sum(sizes) == logits.shape[1]
-        self.backend = library.backend(place.impl, cut=True).backend
+        self.backend = library.backend(place.impl, sharded=True).backend
         self.whole = logits, target, weight
         self.soft = target.is_floating_point()
         self.options, self.ignore_index, self.num_classes = (

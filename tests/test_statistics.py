@@ -1161,7 +1161,7 @@ class TestCompilers:
         x, target = logits_and_ids(4, 19, device=device)
         target = probabilities(4, 19, device=device) if soft else target
         spec, weight = LossSpec(-100, 0.1, 20.0, 0.7, 1e-3), class_weight(19, device)
-        settings = row_stats.options(spec, impl)
+        settings = row_stats.OpArgs.of(spec, impl)
         for wants in (Wants(True, True), Wants(False, False)):
             torch.library.opcheck(row_stats.row_stats, (x, target, weight, *wants, *settings))
         *_, kept = row_stats.row_stats(x, target, weight, True, True, *settings)

@@ -1,4 +1,5 @@
-"""``impl`` -> implementation. A name is obeyed or raises; only "auto" chooses."""
+"""``impl`` -> implementation, and whether its forward forms the gradient. Only "auto" chooses; an
+implementation asked for by name runs or raises."""
 
 import importlib.metadata
 import importlib.util
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..inputs import HeadRows, Rows, torch_func_active
+from ..ops.head_chunks import Needs
+from .implementations import REFERENCE, TORCH, TRITON, Operators, differentiates
 
 IMPLS = ("auto", "triton", "torch", "reference")
 # device types Triton compiles for; ROCm calls itself cuda
@@ -23,12 +26,12 @@ warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"los
 
 
 def _interpreter_obstacle() -> str | None:
-    """Triton's interpreter made numbers of arrays, until 3.7, in a way that numpy has given up in
-    2.4."""
+    """Before triton 3.7 the interpreter converts arrays to scalars in a way that numpy 2.4
+    refuses."""
     try:
         triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
     except importlib.metadata.PackageNotFoundError:
-        # builds of other names, of versions of their own
+        # a build of Triton under another name, with versions of its own
         return None
     old = tuple(map(int, triton.split(".")[:2])) < (3, 7) and tuple(
         map(int, numpy.split(".")[:2])
@@ -40,28 +43,35 @@ def _interpreter_obstacle() -> str | None:
     )
 
 
-# a compiler cannot ask
+# computed here, because a compiler cannot trace the question
 INTERPRETER_OBSTACLE = _interpreter_obstacle()
 
 
-def pick(impl: str, rows: Rows | HeadRows) -> str:
-    """The implementation for these rows: triton, torch or reference."""
+def pick(impl: str, rows: Rows | HeadRows) -> Operators:
+    """Return the implementation for these rows."""
     _require_known(impl)
-    if impl == "reference":
-        return impl
-    beyond = _beyond_the_fast_paths(rows.weights, *rows.operands, rows.target)
+    reference_only = _reason_for_reference(rows.weights, *rows.operands, rows.target)
+    if impl == "reference" or (impl == "auto" and reference_only):
+        _refuse_shard(rows, reference_only)
+        return REFERENCE
     if impl == "auto":
-        # the interpreter is for those who ask for it by name
-        compiled = rows.input.device.type in TRITON_DEVICES and not _triton_obstacle(
-            rows.input, rows.target
+        # a recorded program runs where this package need not be installed
+        if rows.shard is None and (torch.compiler.is_exporting() or is_jit_tracing()):
+            return REFERENCE
+        # Triton's interpreter is for those who ask for it by name
+        on_device = rows.input.device.type in TRITON_DEVICES
+        return TRITON if on_device and not _triton_obstacle(rows.input, rows.target) else TORCH
+    obstacle = _triton_obstacle(rows.input, rows.target) if impl == "triton" else None
+    _require_none(impl, reference_only or obstacle)
+    return TRITON if impl == "triton" else TORCH
+
+
+def _refuse_shard(rows: Rows | HeadRows, reason: str | None) -> None:
+    if rows.shard is not None:
+        needs = f"{reason}; with" if reason else "impl is 'reference' but with"
+        raise ValueError(
+            f"{needs} shard there is no reference: pass the logits or the head of all classes"
         )
-        # what is recorded is run where this package need not be installed
-        recorded = rows.shard is None and (torch.compiler.is_exporting() or is_jit_tracing())
-        return "reference" if beyond or recorded else "triton" if compiled else "torch"
-    _require_none(
-        impl, beyond or (_triton_obstacle(rows.input, rows.target) if impl == "triton" else None)
-    )
-    return impl
 
 
 def pick_log_softmax(impl: str, input: Tensor) -> str:
@@ -86,10 +96,10 @@ def pick_log_softmax(impl: str, input: Tensor) -> str:
             or torch.compiler.is_exporting()
             or is_jit_tracing()
         )
-        supported = not (_beyond_the_fast_paths({}, input) or _triton_obstacle(input, None))
+        supported = not (_reason_for_reference({}, input) or _triton_obstacle(input, None))
         return "triton" if plain and supported else "torch"
     if impl == "triton":
-        _require_none(impl, _beyond_the_fast_paths({}, input) or _triton_obstacle(input, None))
+        _require_none(impl, _reason_for_reference({}, input) or _triton_obstacle(input, None))
     return impl
 
 
@@ -108,68 +118,61 @@ def _require_none(impl: str, obstacle: str | None) -> None:
 
 
 def forms_gradient_in_forward(
-    backend: str, rows: Rows, reduction: str, divisor: Tensor | None, consume: bool
+    implementation: Operators, rows: Rows, reduction: str, divisor: Tensor | None, consume: bool
 ) -> bool:
-    """Whether loss and gradient are made in one eager pass: where one number scales all rows and is
-    known in the forward.
+    """Return True if the forward computes loss and gradient in one pass: one number that is known
+    there scales all rows.
 
-    On a CPU, where a block is still in cache; elsewhere for logits that are consumed, so that no
-    gradient waits for its backward."""
-    if reduction == "none" or not (
-        consume or (backend == "torch" and rows.logits.device.type == "cpu")
-    ):
+    On a CPU, where a block of rows is still in cache; on a device for logits that are consumed, so
+    that no second tensor lives until the backward."""
+    on_cpu = implementation is TORCH and rows.logits.device.type == "cpu"
+    if reduction == "none" or not (consume or on_cpu) or not differentiates(rows):
         return False
-    if not makes_graph(rows):
-        return False
-    # an fp16 gradient must see a loss scaler's factor before it is rounded, or it underflows
+    # the gradient of fp16 must be multiplied by the loss scale before it is rounded, or it
+    # underflows
     if rows.logits.dtype == torch.float16 or (rows.soft and rows.target.dtype == torch.float16):
         return False
-    # somebody decides what is kept until the backward (checkpointing, offloading), and a formed
-    # gradient would escape them
+    # checkpointing and offloading decide what is saved until the backward, and would not see a
+    # gradient that is already there
     if _saved_tensors_hooks_active():
         return False
     return divisor is None or not (divisor.requires_grad or _has_tangent(divisor))
 
 
-def makes_graph(rows: Rows) -> bool:
-    """Whether an eager call is to be differentiated."""
-    wanted = rows.logits.requires_grad or rows.target.requires_grad
-    return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def wanted_of_head(rows: HeadRows) -> tuple[bool, bool, bool, bool]:
-    """Which of hidden states, weight, bias and probabilities get a gradient."""
+def head_needs(rows: HeadRows) -> Needs:
+    """Return which tensors of a head require grad."""
     if not torch.is_grad_enabled():
-        return False, False, False, False
-    bias = rows.linear_bias is not None and rows.linear_bias.requires_grad
-    return (
-        rows.input.requires_grad,
-        rows.linear_weight.requires_grad,
-        bias,
-        rows.target.requires_grad,
+        return Needs(False, False, False, False)
+    return Needs(
+        hidden=rows.input.requires_grad,
+        weight=rows.linear_weight.requires_grad,
+        bias=rows.linear_bias is not None and rows.linear_bias.requires_grad,
+        target=rows.target.requires_grad,
     )
 
 
-def known_in_forward(rows: HeadRows, divisor: Tensor | None) -> bool:
-    """Whether one number, known in the forward, scales all rows, and no gradient is rounded before
-    it has seen a loss scaler's."""
+def scale_is_known(rows: HeadRows, divisor: Tensor | None) -> bool:
+    """Return True if the forward knows the number that scales all rows, and no gradient would be
+    rounded to fp16 before it is multiplied by a loss scale."""
     if rows.target.requires_grad and rows.target.dtype == torch.float16:
         return False
     return divisor is None or not (divisor.requires_grad or _has_tangent(divisor))
 
 
-def writes_in_place(backend: str) -> bool:
-    """Whether a call may write over its logits here: nobody plans memory around it or keeps what it
-    saved."""
+def may_write_in_place(implementation: Operators, input: Tensor) -> bool:
+    """Return True if this call may overwrite its logits by their gradient: there is one, no
+    compiler plans memory around the call, and no hook keeps what it saves."""
+    differentiated = input.requires_grad and torch.is_grad_enabled()
+    if not differentiated or implementation is REFERENCE:
+        return False
     traced = torch.compiler.is_compiling() or is_jit_tracing()
-    return backend != "reference" and not traced and not _saved_tensors_hooks_active()
+    return not traced and not _saved_tensors_hooks_active()
 
 
-def _beyond_the_fast_paths(
+def _reason_for_reference(
     weights: Mapping[str, Tensor | None], *operands: Tensor | None
 ) -> str | None:
-    """Why only the reference, which is made of torch's own operators, can differentiate this
-    call."""
+    """Return why only torch's own operators can differentiate this call, or None."""
     for name, weight in weights.items():
         if weight is not None and weight.requires_grad and torch.is_grad_enabled():
             return f"{name} requires grad, and its gradient is only in the reference"
@@ -189,7 +192,7 @@ def is_jit_tracing() -> bool:
 
 
 def tangents_possible() -> bool:
-    # a compiler, which cannot look at a tensor, knows this much
+    # a compiler cannot look at a tensor, but it knows this
     return torch.autograd.forward_ad._current_level >= 0
 
 
@@ -215,7 +218,10 @@ def _triton_obstacle(input: Tensor, target: Tensor | None) -> str | None:
         return "the kernels compute in float32 and target is float64"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device in TRITON_DEVICES and interpreted:
-        return f"TRITON_INTERPRET=1 makes Triton an interpreter, which is for CPU tensors, and input is on {device}"
+        return (
+            "TRITON_INTERPRET=1 makes Triton an interpreter, which is for CPU tensors, and input is"
+            f" on {device}"
+        )
     if device not in TRITON_DEVICES and not (device == "cpu" and interpreted):
         hint = (
             " (for Triton's interpreter set TRITON_INTERPRET=1 before the first import)"

@@ -1,5 +1,4 @@
-"""Losses over the ranks of torch.distributed, as callers see them: DTensors, and what all ranks
-share."""
+"""DTensor arguments, and hidden states that all ranks of a shard have alike."""
 
 import sys
 from typing import Any
@@ -12,20 +11,18 @@ from ..spec import VocabShard
 
 
 def shard_options(shard: VocabShard | None) -> tuple[int, int, str] | tuple[()]:
-    """As ``LossSpec`` takes them, after the others."""
-    # what is no shard is refused with the tensors
+    """Return the last fields of a ``LossSpec``."""
+    # another object than a VocabShard is refused when the tensors are checked
     return shard.options if shard is not None and isinstance(shard, VocabShard) else ()
 
 
-# --- what every rank holds alike
-
-
 def shared(hidden: Tensor, shard: VocabShard) -> Tensor:
-    """Hidden states that all ranks hold alike, whose gradient is then the sum of what each rank
-    makes of them."""
-    wanted = hidden.requires_grad and torch.is_grad_enabled() and shard.hidden_grad == "reduced"
-    made: Tensor = _Shared.apply(hidden, shard.group_name) if wanted else hidden
-    return made
+    """Return hidden states that all ranks have alike, with a backward that sums their gradient over
+    the ranks."""
+    if not (hidden.requires_grad and torch.is_grad_enabled() and shard.hidden_grad == "reduced"):
+        return hidden
+    result: Tensor = _Shared.apply(hidden, shard.group_name)
+    return result
 
 
 class _Shared(torch.autograd.Function):
@@ -36,17 +33,14 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # an addend of half precision is rounded, as gradients between modules are
+        # each rank's part was rounded to the dtype of t, as gradients between modules are
         return all_sum(grad, ctx.group), None
-
-
-# --- DTensors
 
 
 def is_dtensor(t: object) -> bool:
     if type(t) in (Tensor, torch.nn.Parameter) or t is None:
         return False
-    # who has one has imported it
+    # a DTensor exists only if its module is imported
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
@@ -54,19 +48,19 @@ def is_dtensor(t: object) -> bool:
 def local_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard | None
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard | None]:
-    """DTensors -> the tensors of this rank and which classes they are; others as they are."""
+    """Return the local tensors of DTensors and the shard they are; other tensors unchanged."""
     if type(input) is type(target) is Tensor and weight is None:
         return input, target, weight, shard
     if not is_dtensor(input):
         _refuse_dtensors("input is a plain tensor", target=target, weight=weight)
         return input, target, weight, shard
     class_dim = 0 if input.dim() == 1 else 1
-    shard, cut = _shard_of("input", input, class_dim, shard)
+    shard, mesh_dim = _shard_of("input", input, class_dim, shard)
     local: Any = input
     target = _local(
-        "target", target, local, class_dim if target.dim() == input.dim() else None, cut
+        "target", target, local, class_dim if target.dim() == input.dim() else None, mesh_dim
     )
-    return local.to_local(), target, _local("weight", weight, local, 0, cut), shard
+    return local.to_local(), target, _local("weight", weight, local, 0, mesh_dim), shard
 
 
 def local_head(
@@ -77,8 +71,8 @@ def local_head(
     weight: Tensor | None,
     shard: VocabShard | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, VocabShard | None]:
-    """DTensors -> the tensors of this rank and which classes of the head they are; others as they
-    are."""
+    """Return the local tensors of DTensors and the shard of the head they are; other tensors
+    unchanged."""
     if not is_dtensor(linear_weight):
         _refuse_dtensors(
             "linear_weight is a plain tensor",
@@ -89,12 +83,14 @@ def local_head(
         )
         return input, linear_weight, linear_bias, target, weight, shard
     if not is_dtensor(input):
-        # a weight that data parallelism has cut looks the same, and its ranks have other rows
+        # a weight sharded by FSDP looks the same, but there each rank has other rows
         raise ValueError(
-            "linear_weight is a DTensor but input is a plain tensor. If every rank has the same rows, pass linear_weight.to_local() with"
-            " shard=lossfuse.VocabShard.even(num_classes, group), or input as a DTensor; if not (FSDP), unshard the weight first"
+            "linear_weight is a DTensor but input is a plain tensor. If every rank has the same"
+            " rows, pass linear_weight.to_local() with"
+            " shard=lossfuse.VocabShard.even(num_classes, group), or input as a DTensor; if not"
+            " (FSDP), unshard the weight first"
         )
-    shard, cut = _shard_of("linear_weight", linear_weight, 0, shard)
+    shard, mesh_dim = _shard_of("linear_weight", linear_weight, 0, shard)
     head: Any = linear_weight
     given: Any = input
     placement = _placements()
@@ -102,11 +98,12 @@ def local_head(
         p != placement.Replicate() for p in given.placements
     ):
         raise ValueError(
-            f"input is a DTensor placed {tuple(given.placements)} but linear_weight is sharded over classes; expected Replicate on its mesh"
+            f"input is a DTensor placed {tuple(given.placements)} but linear_weight is sharded over"
+            " classes; expected Replicate on its mesh"
         )
-    # each rank's classes give a part of the gradient, which autograd sums up where it is needed
+    # the classes of each rank contribute a partial gradient; DTensor reduces it where needed
     parts = [
-        placement.Partial() if i == cut else placement.Replicate()
+        placement.Partial() if i == mesh_dim else placement.Replicate()
         for i in range(given.device_mesh.ndim)
     ]
     if shard is not None:
@@ -115,9 +112,9 @@ def local_head(
     return (
         given.to_local(grad_placements=parts),
         head.to_local(),
-        _local("linear_bias", linear_bias, head, 0, cut),
-        _local("target", target, head, target.dim() - 1 if soft else None, cut),
-        _local("weight", weight, head, 0, cut),
+        _local("linear_bias", linear_bias, head, 0, mesh_dim),
+        _local("target", target, head, target.dim() - 1 if soft else None, mesh_dim),
+        _local("weight", weight, head, 0, mesh_dim),
         shard,
     )
 
@@ -130,56 +127,61 @@ def _refuse_dtensors(why: str, **others: Tensor | None) -> None:
     for name, t in others.items():
         if is_dtensor(t):
             raise ValueError(
-                f"{name} is a DTensor but {why}; expected both to be DTensors, or neither (.to_local())"
+                f"{name} is a DTensor but {why}; expected both to be DTensors, or neither"
+                " (.to_local())"
             )
 
 
 def _shard_of(
     name: str, t: Any, class_dim: int, shard: VocabShard | None
 ) -> tuple[VocabShard | None, int | None]:
-    """The classes of this rank, and the dimension of the mesh that cuts them; None for both where
-    every rank has all."""
+    """Return the shard of this rank and the mesh dimension that shards the classes; None for both
+    if every rank has all classes."""
     if shard is not None:
         raise ValueError(
-            f"shard is given but {name} is a DTensor, which knows its shard; pass {name}.to_local(), or no shard"
+            f"shard is given but {name} is a DTensor, which knows its shard; pass"
+            f" {name}.to_local(), or no shard"
         )
-    placement, cuts = _placements(), []
+    placement, mesh_dims = _placements(), []
     for i, p in enumerate(t.placements):
-        # by type: shards of shards, as data and tensor parallelism together make them, are a kind
-        # of Shard
+        # type(p), not isinstance: a strided shard, from data and tensor parallelism together, is a
+        # subclass of Shard
         if type(p) is placement.Shard and p.dim % t.dim() == class_dim:
-            cuts.append(i)
+            mesh_dims.append(i)
         elif not p.is_replicate():
-            cuts = [-1, -1]
+            mesh_dims = [-1, -1]
             break
-    if len(cuts) > 1:
+    if len(mesh_dims) > 1:
         raise ValueError(
-            f"{name} is a DTensor placed {tuple(t.placements)}; expected Shard({class_dim}), its classes, on at most one dimension of the"
-            " mesh and Replicate on the others. Rows that are sharded go in by .to_local(), with normalizer for a global mean"
+            f"{name} is a DTensor placed {tuple(t.placements)}; expected Shard({class_dim}), its"
+            " classes, on at most one dimension of the"
+            " mesh and Replicate on the others. Rows that are sharded go in by .to_local(), with"
+            " normalizer for a global mean"
         )
-    if not cuts:
+    if not mesh_dims:
         return None, None
-    return VocabShard.even(t.shape[class_dim], t.device_mesh.get_group(cuts[0])), cuts[0]
+    return VocabShard.even(t.shape[class_dim], t.device_mesh.get_group(mesh_dims[0])), mesh_dims[0]
 
 
-def _local(name: str, t: Any, like: Any, class_dim: int | None, cut: int | None) -> Any:
-    """A target, weight or bias beside a DTensor: plain (of this rank), on the same mesh and whole,
-    or cut as its classes are."""
+def _local(name: str, t: Any, like: Any, class_dim: int | None, mesh_dim: int | None) -> Any:
+    """Return the local tensor of a target, weight or bias beside a DTensor: a plain tensor, or a
+    DTensor on the same mesh that is replicated or sharded as the classes are."""
     if not is_dtensor(t):
         return t
     placement = _placements()
-    fine = t.device_mesh == like.device_mesh and all(
+    placed_alike = t.device_mesh == like.device_mesh and all(
         p.is_replicate()
         or (
-            i == cut
+            i == mesh_dim
             and class_dim is not None
             and type(p) is placement.Shard
             and p.dim % t.dim() == class_dim
         )
         for i, p in enumerate(t.placements)
     )
-    if not fine:
+    if not placed_alike:
         raise ValueError(
-            f"{name} is a DTensor placed {tuple(t.placements)}; expected Replicate on the mesh of the logits, or their shard"
+            f"{name} is a DTensor placed {tuple(t.placements)}; expected Replicate on the mesh of"
+            " the logits, or their shard"
         )
     return t.to_local()

@@ -1,4 +1,4 @@
-"""none | mean | sum, and what a mean is divided by. The only file that knows ``reduction``."""
+"""Reductions of row losses: "none", "mean", "sum", and the divisor of a mean."""
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ from ..spec import LossSpec
 def denominator(
     rows: Rows | HeadRows, spec: LossSpec, reduction: str, normalizer: float | Tensor | None
 ) -> Tensor | None:
-    """What the summed loss is divided by, a 0-d tensor on the rows' device; None for none and sum.
+    """Return the divisor of the summed loss, a 0-d tensor; None for "none" and "sum".
 
-    Without ``normalizer`` it is torch's: the sum of the class weights of the valid targets, their
-    number when there are no weights, the number of rows for probabilities."""
+    ``normalizer``, or else torch's: the sum of the class weights of the valid targets, the number
+    of valid targets without weights, the number of rows for probabilities."""
     dtype = torch.float64 if rows.input.dtype == torch.float64 else torch.float32
     return divisor_of(rows, rows.num_classes, dtype, spec.ignore_index, reduction, normalizer)
 
@@ -28,34 +28,34 @@ def divisor_of(
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> Tensor | None:
-    """``denominator`` of losses in a dtype, wherever the logits come from."""
+    """``denominator`` for losses of a dtype, given only the targets."""
     if reduction != "mean":
         return None
     target = rows.target
     if isinstance(normalizer, Tensor):
         return normalizer.to(dtype)
     if normalizer is not None:
-        # a product with a number, which a compiler takes for any number
+        # a product, so that a compiler does not specialize on the number
         return torch.ones((), dtype=dtype, device=target.device) * normalizer
     if rows.soft:
         return torch.full((), target.shape[0], dtype=dtype, device=target.device)
     valid = target != ignore_index
-    if rows.class_weight is None or rows.weight_at_hand is None:
+    if rows.class_weight is None or rows.local_weight is None:
         return valid.sum(dtype=dtype)
     if rows.shard is not None:
-        # each rank for its own classes, since it may have no other weights
-        weights = F.pad(rows.weight_at_hand.to(dtype), (0, 1))
+        # a rank may have the weights of its own classes only
+        weights = F.pad(rows.local_weight.to(dtype), (0, 1))
         y = target - rows.shard.start
-        here = valid & (y >= 0) & (y < rows.classes_at_hand)
-        total: Tensor = all_sum(weights[torch.where(here, y, -1)].sum(), rows.shard.group_name)
+        local = valid & (y >= 0) & (y < rows.local_classes)
+        total: Tensor = all_sum(weights[torch.where(local, y, -1)].sum(), rows.shard.group_name)
         return total
-    # ignored rows may hold any id; clamp before it becomes an address
+    # clamp before indexing: the id of an ignored row may be any number
     weights = rows.class_weight.to(dtype)[target.clamp(0, num_classes - 1)]
     return torch.where(valid, weights, 0.0).sum()
 
 
 def reduce_rows(loss: Tensor, rows: Targets, reduction: str, divisor: Tensor | None) -> Tensor:
-    """(N,) row losses -> the shape the caller asked for."""
+    """(N,) row losses -> the shape the caller expects."""
     if reduction == "none":
         return loss.reshape(rows.batch_shape)
     return loss.sum() if divisor is None else loss.sum() / divisor

@@ -1,6 +1,7 @@
 """Losses and statistics read from deferred logits, computed by the linear form from the hidden
 states."""
 
+import inspect
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -59,22 +60,35 @@ def _cross_entropy(
     return _torchs(input, _loss(input, target, options))
 
 
-@handles(functional.cross_entropy, statistics.cross_entropy_stats)
-def _ours(input: Any, *args: Any, **options: Any) -> Any:
+@handles(functional.cross_entropy)
+def _our_cross_entropy(input: Any, *args: Any, **named: Any) -> Any:
+    given = _bound(functional.cross_entropy, input, *args, **named)
+    require_bool("inplace", given.pop("inplace"))
+    return _of_scaled_logits(given, None)
+
+
+@handles(statistics.cross_entropy_stats)
+def _our_cross_entropy_stats(input: Any, *args: Any, **named: Any) -> Any:
+    given = _bound(statistics.cross_entropy_stats, input, *args, **named)
+    reads = {name: given.pop(name) for name in ("entropy", "argmax")}
+    return _of_scaled_logits(given, reads)
+
+
+def _bound(function: Any, *args: Any, **named: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name, with defaults."""
+    bound = inspect.signature(function).bind(*args, **named)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _of_scaled_logits(options: dict[str, Any], reads: dict[str, bool] | None) -> Any:
+    """Compute our loss of deferred logits, or our statistics with ``reads``: scale and cap of the
+    call join those that were recorded."""
+    input, target = options.pop("input"), options.pop("target")
     if not isinstance(input, LazyLogits):
         return NotImplemented
-    names = (
-        "target",
-        "weight",
-        "size_average",
-        "ignore_index",
-        "reduce",
-        "reduction",
-        "label_smoothing",
-    )
-    options = {**dict(zip(names, args, strict=False)), **options}
-    target, scale, cap = options.pop("target"), options.pop("logit_scale"), options.pop("softcap")
-    # before the two are taken for parts of what was recorded
+    scale, cap = options.pop("logit_scale"), options.pop("softcap")
+    # checked before they are joined
     loss_spec(-100, 0.0, cap, scale)
     shaping: Shaping | None = input._shaping
     options["reduction"] = resolve_reduction(
@@ -89,12 +103,7 @@ def _ours(input: Any, *args: Any, **options: Any) -> Any:
         shaping = None if inner is None else replace(inner, cap=cap)
     if shaping is None:
         return NotImplemented
-    # there are none to write over
-    require_bool("inplace", options.pop("inplace", False))
-    reads: dict[str, bool] = {
-        name: options.pop(name) for name in ("entropy", "argmax") if name in options
-    }
-    return _in_our_dtype(input, _loss(input._but(shaping=shaping), target, options, reads or None))
+    return _in_our_dtype(input, _loss(input._but(shaping=shaping), target, options, reads))
 
 
 def _in_our_dtype(input: LazyLogits, made: Any) -> Any:

@@ -1,8 +1,7 @@
-"""What the operators share of autograd: gradients formed in the forward or written over the logits,
-and second derivatives.
+"""Autograd shared by the operators: gradients that the forward formed, gradients written over the
+logits, second derivatives.
 
-No arithmetic of the loss.
-"""
+The formulas of losses are elsewhere."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,17 +12,20 @@ from torch import Tensor
 
 from ..spec import LossSpec
 from .inplace import GONE, Owner, is_sole_owner
-from .library import multiply_, options
+from .library import multiply_
 
-SPENT = f"a second backward, and a backward with create_graph=True, need the logits again, but {GONE}; pass inplace=False"
-NO_OPTIONS_GRAD = (None,) * len(options(LossSpec(), "torch"))
+ERR_SECOND_BACKWARD = (
+    "a second backward, and a backward with create_graph=True, need the logits again, but"
+    f" {GONE}; pass inplace=False"
+)
 
 
 def refuse_second_derivative(spec: LossSpec) -> None:
-    """Where rows are cut: the reference makes them whole, but outside an operator."""
+    """Raise for logits that are sharded across ranks: the reference, which has the derivative of a
+    gradient, does not know shards."""
     if spec.group is not None:
         raise RuntimeError(
-            "with shard there is no second derivative (create_graph=True) but with impl='reference'"
+            "with shard there is no second derivative (create_graph=True); gather the logits first"
         )
 
 
@@ -34,15 +36,15 @@ def second_derivative(
     upstream: list[Tensor],
     vectors: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Of the gradients of ``values``, weighted by ``upstream``, times ``vectors``: with respect to
-    logits, target and ``upstream``.
+    """Differentiate the gradients of ``sum(upstream * values(logits, target))``.
 
-    Vector-Hessian products by way of torch's operators, differentiable in their turn.
-    """
-    again = torch.is_grad_enabled()
+    ``vectors`` are the upstream gradients of dlogits and dtarget. Returns the gradients of logits,
+    target and each of ``upstream``: vector-Hessian products, differentiable themselves if grad mode
+    is on."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # aliases: the caller may have made one from the other, and hooks of theirs must not run in
-        # here
+        # views: one argument may have been computed from another, and the caller's hooks must not
+        # run here
         x, t, *ups = (a.view_as(a) for a in (logits, target, *upstream))
         x, *ups = (a if a.requires_grad else a.detach().requires_grad_() for a in (x, *ups))
         leaves = [x]
@@ -59,18 +61,20 @@ def second_derivative(
             return None, None, [None] * len(upstream)
         outputs, given = zip(*pairs, strict=True)
         second = torch.autograd.grad(
-            outputs, [*leaves, *ups], given, create_graph=again, allow_unused=True
+            outputs, [*leaves, *ups], given, create_graph=create_graph, allow_unused=True
         )
     return second[0], second[1] if len(leaves) > 1 else None, list(second[len(leaves) :])
 
 
 def formed_gradients(
-    ctx: Any, dtotal: Tensor, again: Callable[[Any], Any]
+    ctx: Any, dtotal: Tensor, recompute: Callable[[Any], Any]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of logits and target, times ``dtotal``: those a forward has formed, once; then what ``again``
-    makes, if the logits are there."""
+    """Return the gradients of logits and target of a reduced loss, times ``dtotal``.
+
+    The first backward returns the tensors that the forward formed, so that memory holds them once.
+    A later one, or one with a graph, calls ``recompute``, which needs the logits."""
     if ctx.formed is not None and not torch.is_grad_enabled() and is_plain(dtotal):
-        # logits are not asked for, so they may have changed since
+        # the logits are not read here and may have changed since the forward
         grads: tuple[Tensor | None, Tensor | None] = ctx.formed
         ctx.formed = None
         for g in grads:
@@ -78,11 +82,11 @@ def formed_gradients(
                 multiply(g, dtotal, ctx.impl)
         return grads
     if ctx.consumed:
-        raise RuntimeError(SPENT)
-    # outside the operator, so that a batch of factors multiplies one gradient
+        raise RuntimeError(ERR_SECOND_BACKWARD)
+    # out of place, because under is_grads_batched dtotal is a batch
     dlogits, dtarget = (
         None if g is None else (g * dtotal).to(g.dtype)
-        for g in wanted(again(ctx), *ctx.needs_input_grad[:2])
+        for g in only_needed(recompute(ctx), *ctx.needs_input_grad[:2])
     )
     return dlogits, dtarget
 
@@ -90,42 +94,44 @@ def formed_gradients(
 def row_gradients(
     ctx: Any, dloss: Tensor, gradients: Callable[[Any, Tensor], Any], write: Callable[..., Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of logits and target, in memory of their own from ``gradients``, or that of logits with an
-    owner, which ``write`` fills."""
+    """Return the gradients of logits and target of (N,) losses.
+
+    ``gradients`` allocates them; ``write`` writes that of the logits over the logits, if the
+    forward found an owner that gave them up and they still have no alias."""
     if ctx.owner is None:
         return gradients(ctx, dloss)
     if ctx.spent or torch.is_grad_enabled() or not is_plain(dloss):
-        raise RuntimeError(SPENT)
-    if not is_sole_owner(ctx.saved_tensors[0], *ctx.owner.alive()):
-        # somebody has made an alias since the forward
+        raise RuntimeError(ERR_SECOND_BACKWARD)
+    logits, *rest = ctx.saved_tensors
+    if not is_sole_owner(logits, *ctx.owner.alive()):
+        # an alias was created after the forward
         return gradients(ctx, dloss)
     ctx.spent = True
-    logits, *rest = ctx.saved_tensors
-    need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
+    need_dlogits, need_dtarget, *_ = ctx.needs_input_grad
     with writing(logits, ctx.owner) as dlogits:
         dtarget = write(dlogits, *rest, dloss, need_dtarget, *ctx.options)
-    return wanted((dlogits, dtarget), need_dlogits, need_dtarget)
+    return only_needed((dlogits, dtarget), need_dlogits, need_dtarget)
 
 
 @contextlib.contextmanager
 def writing(logits: Tensor, owner: Owner) -> Iterator[Tensor]:
-    """The logits under the name of the gradient they become.
+    """Return the memory of the logits, to be overwritten by their gradient.
 
-    Whoever saved them finds their version changed, and whoever looks at them is told; also if the
-    write stops half way."""
+    Bumps the version counter, so that graphs that saved the logits raise, and marks the tensor as
+    consumed, so that reading it raises; also when the write fails midway."""
     dlogits = logits.detach()
-    # before anything is written: an interrupt may come at any time
+    # before the write: an interrupt may come at any time
     torch.autograd.graph.increment_version(logits)
     owner.mark()
     try:
         yield dlogits
     except (IndexError, ValueError):
-        # a bad target, or ranks that disagree, found before anything is written
+        # an invalid target, or ranks that disagree: found before the write
         owner.unmark()
         raise
 
 
-def wanted(
+def only_needed(
     grads: Any, need_dlogits: bool, need_dtarget: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     dlogits, dtarget = grads
@@ -133,8 +139,9 @@ def wanted(
 
 
 def is_plain(dtotal: Tensor) -> bool:
-    """Not a batch of them, as under is_grads_batched, and not a compiler's."""
-    # not public, as everything about batches below torch.func
+    """Return True for a plain tensor: no batch, as under ``is_grads_batched``, and no tensor of a
+    compiler."""
+    # functorch has no public test for this
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(
         dtotal
     ) or torch._C._functorch.is_legacy_batchedtensor(dtotal)
@@ -142,7 +149,8 @@ def is_plain(dtotal: Tensor) -> bool:
 
 
 def multiply(grad: Tensor, dtotal: Tensor, impl: str) -> None:
-    """grad *= dtotal: looked at on the CPU, where that is free, and on the device elsewhere."""
+    """``grad *= dtotal``, skipped if ``dtotal`` is 1: read here on the CPU, by the kernel on a
+    device, so that the host does not wait."""
     if dtotal.device.type != "cpu":
         multiply_(grad, dtotal, impl)
         return
@@ -150,5 +158,5 @@ def multiply(grad: Tensor, dtotal: Tensor, impl: str) -> None:
         if float(dtotal) != 1.0:
             grad.mul_(dtotal)
     except RuntimeError:
-        # a tracer's number has no value
+        # a tracer's tensor has no value
         grad.mul_(dtotal)

@@ -1,307 +1,453 @@
-"""The operators of a head and their derivatives: what ``ops.rows`` is for logits.
+"""The operators of a linear head, for losses and for statistics, and their autograd.
 
-``linear_total`` is the strategy of the scalar reductions: it returns the loss with its gradients,
-all in one operator without side effects, and its backward multiplies them by one number.
-``linear_row_loss`` keeps nothing but its arguments, and its backward, ``linear_grads``, makes the
-logits again."""
+``linear_row_loss`` and ``linear_row_stats`` save only their arguments; their backward computes the
+logits again. ``linear_total`` and ``linear_stats_total`` are for a loss that is reduced to a
+number: they return its gradients as outputs, and their backward multiplies these by the upstream
+gradient. All chunks of logits are computed and freed in ``head_chunks``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..row_types import Upstream, Wants
-from ..spec import LinearOptions, LossSpec, loss_spec
+from ..spec import LinearOptions, LossSpec
 from ..targets import values_are_at_hand
 from ..vocab_parallel.backend import look_together
 from . import head_chunks
 from .gradients import is_plain, multiply
 from .head_chunks import Gradients, Head, Needs
 from .library import (
-    N_OPTIONS,
     OPTIONS,
+    STATS,
     UPSTREAM,
-    backend_of,
-    checked_spec,
+    WANTS,
+    OpArgs,
+    grouped,
     library,
     new_loss,
+    no_grads,
     register,
 )
+from .row_stats import as_tensors as stats_as_tensors
+from .row_stats import mark_stats, new_stats
+from .rows import row_gradient_of_total
 
-SPENT = (
-    "a second backward needs the gradients of linear_cross_entropy again, but the first has handed them over; pass"
-    " options=LinearOptions(allow_retain_graph=True), to fuse_lm_head where it has called this"
+ERR_SECOND_BACKWARD = (
+    "a second backward needs the gradients of linear_cross_entropy again, but the first has"
+    " returned them; pass options=LinearOptions(allow_retain_graph=True), to fuse_lm_head if it"
+    " has called this"
 )
-NO_SECOND_DERIVATIVE = (
-    "the linear form has no second derivative (create_graph=True) but with impl='reference'; if fuse_lm_head has called it,"
-    " lossfuse.unfuse_lm_head(model)"
+ERR_SECOND_DERIVATIVE = (
+    "the linear form has no second derivative (create_graph=True) except with impl='reference'; if"
+    " fuse_lm_head has called it, lossfuse.unfuse_lm_head(model)"
 )
+# bytes of a gradient that a CPU multiplies and rounds at a time: torch upcasts them first
+ROUNDED_BYTES = 16 << 20
 
-HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
-CHUNKS = "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored, bool allow_retain_graph"
+
+class HeadOperands(NamedTuple):
+    """The tensors of a call, first in every schema."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    target: Tensor  # (N,) ids or (N, V) probabilities
+    class_weight: Tensor | None  # (V,)
+
+    @property
+    def head(self) -> Head:
+        return Head(self.hidden, self.weight, self.bias)
+
+
+class ChunkArgs(NamedTuple):
+    """``LinearOptions`` as the schemas take them; ``main_grad`` is an argument of its own."""
+
+    chunk_bytes: int | None
+    logits_dtype: torch.dtype | None
+    acc_dtype: torch.dtype | None
+    drop_ignored: bool | None
+    allow_retain_graph: bool
+
+    @classmethod
+    def of(cls, options: LinearOptions) -> "ChunkArgs":
+        return cls(
+            options.chunk_bytes,
+            options.logits_dtype,
+            options.acc_dtype,
+            options.drop_ignored,
+            options.allow_retain_graph,
+        )
+
+
+class MainGrad(NamedTuple):
+    """``linear_weight.main_grad``, which the backward adds the gradient of the weight to."""
+
+    main_grad: Tensor | None  # (V, D) float32
+
+
+class Reduction(NamedTuple):
+    """The further tensors of a call whose loss is reduced."""
+
+    divisor: Tensor | None  # ()
+    main_grad: Tensor | None
+
+
+OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+CHUNKS = (
+    "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored,"
+    " bool allow_retain_graph"
+)
 NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_target"
 GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dtarget"
-N_CHUNKS = 5
 
-library.define(f"linear_row_loss({HEAD}, Tensor? main_grad_buffer, {CHUNKS}, {OPTIONS}) -> Tensor")
-library.define(f"linear_grads({HEAD}, {UPSTREAM}, {NEEDS}, {CHUNKS}, {OPTIONS}) -> ({GRADS})")
+library.define(f"linear_row_loss({OPERANDS}, Tensor? main_grad, {CHUNKS}, {OPTIONS}) -> Tensor")
 library.define(
-    f"linear_total({HEAD}, Tensor? divisor, Tensor? main_grad_buffer, {NEEDS}, {CHUNKS}, {OPTIONS}) -> (Tensor total, {GRADS})"
+    f"linear_row_stats({OPERANDS}, Tensor? main_grad, {WANTS}, {CHUNKS}, {OPTIONS})"
+    f" -> (Tensor loss, {STATS})"
+)
+library.define(f"linear_grads({OPERANDS}, {UPSTREAM}, {NEEDS}, {CHUNKS}, {OPTIONS}) -> ({GRADS})")
+library.define(
+    f"linear_total({OPERANDS}, Tensor? divisor, Tensor? main_grad, {NEEDS}, {CHUNKS}, {OPTIONS})"
+    f" -> (Tensor total, {GRADS})"
+)
+library.define(
+    f"linear_stats_total({OPERANDS}, Tensor? divisor, Tensor? main_grad, {NEEDS}, {WANTS},"
+    f" {CHUNKS}, {OPTIONS}) -> (Tensor total, {STATS}, {GRADS})"
 )
 
 linear_row_loss = torch.ops.lossfuse.linear_row_loss.default
+linear_row_stats = torch.ops.lossfuse.linear_row_stats.default
 linear_grads = torch.ops.lossfuse.linear_grads.default
 linear_total = torch.ops.lossfuse.linear_total.default
+linear_stats_total = torch.ops.lossfuse.linear_stats_total.default
 
 
-def chunk_options(options: LinearOptions) -> tuple[Any, ...]:
-    """As the schemas take them; where there is a ``main_grad``, it is an argument of its own."""
-    return (
-        options.chunk_bytes,
-        options.logits_dtype,
-        options.acc_dtype,
-        options.drop_ignored,
-        options.allow_retain_graph,
-    )
+# --- kernels
 
 
-def split(options: tuple[Any, ...]) -> tuple[LinearOptions, tuple[Any, ...]]:
-    return LinearOptions(*options[:N_CHUNKS]), options[N_CHUNKS:]
-
-
-def checked_head_spec(weight: Tensor, target: Tensor, loss_options: tuple[Any, ...]) -> LossSpec:
-    spec = checked_spec(len(weight), target, loss_options)
-    # all rows at once, where that is free or asked for: a chunk knows neither which rows it is of
-    # nor how many chunks other ranks make
-    if spec.group is not None and values_are_at_hand(target):
-        look_together(target, len(weight), spec)
+def _checked_spec(operands: HeadOperands, args: OpArgs) -> LossSpec:
+    spec = args.checked_spec(len(operands.weight), operands.target)
+    # ranks compare all rows at once where values can be read or debug_targets() asks for it: a
+    # chunk does not know how many chunks the other ranks have
+    if spec.group is not None and values_are_at_hand(operands.target):
+        look_together(operands.target, len(operands.weight), spec)
     return spec
 
 
-def _row_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    buffer: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    chunks, loss_options = split(options)
-    spec = checked_head_spec(weight, target, loss_options)
+def _row_loss(*flat: Any) -> Tensor:
+    operands, _, chunks, args = grouped(flat, HeadOperands, MainGrad, ChunkArgs, OpArgs)
+    spec = _checked_spec(operands, args)
     return head_chunks.row_loss(
-        Head(hidden, weight, bias), target, class_weight, spec, chunks, backend_of(loss_options)
+        operands.head,
+        operands.target,
+        operands.class_weight,
+        spec,
+        LinearOptions(*chunks),
+        args.backend,
     )
 
 
-def _row_loss_shapes(hidden: Tensor, *rest: Any) -> Tensor:
+def _row_loss_fake(hidden: Tensor, *_: Any) -> Tensor:
     return new_loss(hidden)
 
 
-def _grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    upstream, needs, (chunks, loss_options) = (
-        Upstream(*rest[:4]),
-        Needs(*rest[4:8]),
-        split(rest[8:]),
+def _row_stats(*flat: Any) -> tuple[Tensor, ...]:
+    operands, _, wants, chunks, args = grouped(
+        flat, HeadOperands, MainGrad, Wants, ChunkArgs, OpArgs
     )
-    arguments = Head(hidden, weight, bias), target, class_weight
-    how = loss_spec(*loss_options[:-1]), chunks, backend_of(loss_options)
-    if upstream.only_loss and upstream.loss is not None:
-        _, grads = head_chunks.row_loss_and_grads(*arguments, upstream.loss, needs, *how)
+    spec = _checked_spec(operands, args)
+    stats = head_chunks.row_stats(
+        operands.head,
+        operands.target,
+        operands.class_weight,
+        wants,
+        spec,
+        LinearOptions(*chunks),
+        args.backend,
+    )
+    *outputs, _ = stats_as_tensors(stats)
+    return tuple(outputs)
+
+
+def _row_stats_fake(*flat: Any) -> tuple[Tensor, ...]:
+    operands, _, wants = grouped(flat, HeadOperands, MainGrad, Wants)
+    return new_stats(operands.hidden, wants)
+
+
+def _grads(*flat: Any) -> tuple[Tensor, ...]:
+    operands, upstream, needs, chunks, args = grouped(
+        flat, HeadOperands, Upstream, Needs, ChunkArgs, OpArgs
+    )
+    tensors = operands.head, operands.target, operands.class_weight
+    how = args.spec, LinearOptions(*chunks), args.backend
+    if upstream.only_loss:
+        _, grads = head_chunks.row_loss_and_grads(*tensors, upstream.loss, needs, *how)
     else:
         wants = Wants(entropy=upstream.entropy is not None, argmax=False)
-        _, grads = head_chunks.row_stats_and_grads(*arguments, upstream, needs, wants, *how)
-    return as_tensors(grads, hidden)
+        _, grads = head_chunks.row_stats_and_grads(*tensors, upstream, needs, wants, *how)
+    return _as_tensors(grads, operands.hidden)
 
 
-def _grads_shapes(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    return new_grads(hidden, weight, target, Needs(*rest[4:8]), split(rest[8:])[0])
+def _grads_fake(*flat: Any) -> tuple[Tensor, ...]:
+    operands, _, needs, chunks = grouped(flat, HeadOperands, Upstream, Needs, ChunkArgs)
+    return _new_grads(operands, needs, chunks)
 
 
-def _total(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    divisor: Tensor | None,
-    buffer: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    needs = Needs(*options[:4])
-    chunks, loss_options = split(options[4:])
-    spec = checked_head_spec(weight, target, loss_options)
-    arguments = Head(hidden, weight, bias), target, class_weight, dloss_of(hidden, divisor)
+def _total(*flat: Any) -> tuple[Tensor, ...]:
+    operands, (divisor, _), needs, chunks, args = grouped(
+        flat, HeadOperands, Reduction, Needs, ChunkArgs, OpArgs
+    )
+    spec = _checked_spec(operands, args)
     loss, grads = head_chunks.row_loss_and_grads(
-        *arguments, needs, spec, chunks, backend_of(loss_options)
+        operands.head,
+        operands.target,
+        operands.class_weight,
+        row_gradient_of_total(operands.hidden, divisor),
+        needs,
+        spec,
+        LinearOptions(*chunks),
+        args.backend,
     )
     total = loss.sum() if divisor is None else loss.sum() / divisor
-    return total, *as_tensors(grads, hidden)
+    return total, *_as_tensors(grads, operands.hidden)
 
 
-def _total_shapes(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    divisor: Tensor | None,
-    buffer: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    grads = new_grads(hidden, weight, target, Needs(*options[:4]), split(options[4:])[0])
-    return new_loss(hidden).sum(), *grads
+def _total_fake(*flat: Any) -> tuple[Tensor, ...]:
+    operands, _, needs, chunks = grouped(flat, HeadOperands, Reduction, Needs, ChunkArgs)
+    return new_loss(operands.hidden).sum(), *_new_grads(operands, needs, chunks)
 
 
-def dloss_of(hidden: Tensor, divisor: Tensor | None) -> Tensor:
-    """What a sum over ``divisor`` makes of each row."""
-    one = torch.ones((), dtype=new_loss(hidden[:0]).dtype, device=hidden.device)
-    # the divisor may be a number of the host, which is not waited for
-    return (one if divisor is None else one / divisor).expand(len(hidden))
+def _stats_total(*flat: Any) -> tuple[Tensor, ...]:
+    operands, (divisor, _), needs, wants, chunks, args = grouped(
+        flat, HeadOperands, Reduction, Needs, Wants, ChunkArgs, OpArgs
+    )
+    spec = _checked_spec(operands, args)
+    computed, grads = head_chunks.row_stats_and_grads(
+        operands.head,
+        operands.target,
+        operands.class_weight,
+        Upstream(row_gradient_of_total(operands.hidden, divisor)),
+        needs,
+        wants,
+        spec,
+        LinearOptions(*chunks),
+        args.backend,
+    )
+    loss, *stats, _ = stats_as_tensors(computed)
+    total = loss.sum() if divisor is None else loss.sum() / divisor
+    return total, *stats, *_as_tensors(grads, operands.hidden)
 
 
-def as_tensors(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
-    """A gradient nobody needs is an empty tensor."""
+def _stats_total_fake(*flat: Any) -> tuple[Tensor, ...]:
+    operands, _, needs, wants, chunks = grouped(
+        flat, HeadOperands, Reduction, Needs, Wants, ChunkArgs
+    )
+    loss, *stats = new_stats(operands.hidden, wants)
+    return loss.sum(), *stats, *_new_grads(operands, needs, chunks)
+
+
+def _as_tensors(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+    """Return the outputs of the schema: gradients that were not computed are empty."""
     return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 
-def new_grads(
-    hidden: Tensor, weight: Tensor, target: Tensor, needs: Needs, chunks: LinearOptions
-) -> tuple[Tensor, ...]:
-    dtype = chunks.dtype("acc_dtype", hidden.dtype)
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dhidden, dweight, dbias = (
-        hidden.new_empty(shape, dtype=dtype) if need else None
-        for shape, need in zip(shapes, needs[:3], strict=True)
+def _new_grads(operands: HeadOperands, needs: Needs, chunks: ChunkArgs) -> tuple[Tensor, ...]:
+    hidden, weight, _, target, _ = operands
+    dtype = LinearOptions(*chunks).dtype("acc_dtype", hidden.dtype)
+    grads = Gradients(
+        hidden.new_empty(hidden.shape, dtype=dtype) if needs.hidden else None,
+        hidden.new_empty(weight.shape, dtype=dtype) if needs.weight else None,
+        hidden.new_empty(len(weight), dtype=dtype) if needs.bias else None,
+        target.new_empty(target.shape) if needs.target else None,
     )
-    return as_tensors(
-        Gradients(
-            dhidden, dweight, dbias, target.new_empty(target.shape) if needs.target else None
-        ),
-        hidden,
-    )
+    return _as_tensors(grads, hidden)
 
 
-for _name, _impl, _shapes in (
-    ("linear_row_loss", _row_loss, _row_loss_shapes),
-    ("linear_grads", _grads, _grads_shapes),
-    ("linear_total", _total, _total_shapes),
-):
-    register(_name, _impl, _shapes)
+register("linear_row_loss", _row_loss, _row_loss_fake)
+register("linear_row_stats", _row_stats, _row_stats_fake)
+register("linear_grads", _grads, _grads_fake)
+register("linear_total", _total, _total_fake)
+register("linear_stats_total", _stats_total, _stats_total_fake)
+
+
+# --- autograd
 
 
 def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, buffer = inputs[:6]
-    ctx.save_for_backward(*tensors)
-    # not saved: a buffer is written by whoever has it
-    ctx.buffer, ctx.options = buffer, inputs[6:]
+    operands, (ctx.main_grad,), *ctx.options = grouped(
+        inputs, HeadOperands, MainGrad, ChunkArgs, OpArgs
+    )
+    # main_grad is not saved for backward: others add to it between forward and backward
+    ctx.save_for_backward(*operands)
     ctx.set_materialize_grads(False)
 
 
 def _row_loss_backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = made_again(
-        ctx.saved_tensors, Upstream(dloss), ctx.needs_input_grad[:4], ctx.buffer, ctx.options
+    operands = HeadOperands(*ctx.saved_tensors)
+    grads = _recomputed(ctx, operands, Upstream(dloss), Needs(*ctx.needs_input_grad[:4]))
+    return *grads, None, *no_grads(MainGrad, ChunkArgs, OpArgs)
+
+
+def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    operands, (ctx.main_grad,), wants, *ctx.options = grouped(
+        inputs, HeadOperands, MainGrad, Wants, ChunkArgs, OpArgs
     )
-    return *grads, *(None,) * (2 + N_CHUNKS + N_OPTIONS)
+    *_, entropy, argmax = output
+    ctx.save_for_backward(*operands)
+    mark_stats(ctx, wants, entropy, argmax)
 
 
-def made_again(
-    tensors: Any, upstream: Upstream, needed: Any, buffer: Tensor | None, options: Any
-) -> list[Tensor | None]:
-    """Gradients of hidden states, weight, bias and probabilities from logits that are made
-    again."""
+def _row_stats_backward(
+    ctx: Any,
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dlogprob: Tensor | None,
+    dentropy: Tensor | None,
+    _: None,
+) -> tuple[Tensor | None, ...]:
+    operands, upstream = HeadOperands(*ctx.saved_tensors), Upstream(dloss, dlse, dlogprob, dentropy)
+    grads = _recomputed(ctx, operands, upstream, Needs(*ctx.needs_input_grad[:4]))
+    return *grads, None, *no_grads(MainGrad, Wants, ChunkArgs, OpArgs)
+
+
+def _recomputed(ctx: Any, operands: HeadOperands, upstream: Upstream, needs: Needs) -> Gradients:
+    """Return the gradients of statistics, from logits that are computed again."""
     given = [t for t in upstream if t is not None]
     if not given:
-        return [None] * 4
+        return Gradients()
     for t in given:
         _refuse_second_derivative(t)
-    made = linear_grads(*tensors, *upstream, *needed, *options)
-    grads = [
-        g.to(t.dtype) if need else None for g, t, need in zip(made, tensors, needed, strict=False)
-    ]
-    if buffer is not None and needed[1]:
-        buffer.add_(made[1])
-        grads[1] = None
-    return grads
+    chunks, args = ctx.options
+    dhidden, dweight, dbias, dtarget = linear_grads(*operands, *upstream, *needs, *chunks, *args)
+    hidden, weight, bias, _, _ = operands
+    to_main_grad = needs.weight and ctx.main_grad is not None
+    if to_main_grad:
+        ctx.main_grad.add_(dweight)
+    return Gradients(
+        dhidden.to(hidden.dtype) if needs.hidden else None,
+        dweight.to(weight.dtype) if needs.weight and not to_main_grad else None,
+        dbias.to(bias.dtype) if needs.bias and bias is not None else None,
+        dtarget if needs.target else None,
+    )
 
 
 def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.buffer, ctx.needs, options = inputs[:4], inputs[6], inputs[7:11], inputs[11:]
-    ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-    ctx.retain, ctx.impl, ctx.spent = options[4], options[-1], False
-    ctx.mark_non_differentiable(*output[1:])
+    operands, (_, ctx.main_grad), ctx.needs, *ctx.options = grouped(
+        inputs, HeadOperands, Reduction, Needs, ChunkArgs, OpArgs
+    )
+    _, *grads = output
+    _save_formed(ctx, operands)
+    ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*grads)
 
 
-def _total_backward(ctx: Any, dtotal: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 4
+def _total_backward(ctx: Any, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grads = Gradients()
     if dtotal is not None:
         if ctx.spent:
-            raise RuntimeError(SPENT)
-        grads = handed_over(ctx, ctx.saved_tensors, dtotal)
-    return *grads, *(None,) * (3 + len(ctx.needs) + N_CHUNKS + N_OPTIONS)
+            raise RuntimeError(ERR_SECOND_BACKWARD)
+        grads = _times_upstream(ctx, ctx.saved_tensors, dtotal)
+    return *grads, None, *no_grads(Reduction, Needs, ChunkArgs, OpArgs)
 
 
-def handed_over(ctx: Any, made: Any, dtotal: Tensor) -> list[Tensor | None]:
-    """The gradients of a forward times ``dtotal``, in their own memory if they need not stay."""
+def _save_stats_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    operands, (divisor, ctx.main_grad), ctx.needs, wants, *ctx.options = grouped(
+        inputs, HeadOperands, Reduction, Needs, Wants, ChunkArgs, OpArgs
+    )
+    _, _, _, entropy, argmax, *grads = output
+    _save_formed(ctx, operands)
+    mark_stats(ctx, wants, entropy, argmax, *grads)
+    ctx.save_for_backward(*operands, divisor, *grads)
+
+
+def _stats_total_backward(
+    ctx: Any,
+    dtotal: Tensor | None,
+    dlse: Tensor | None,
+    dlogprob: Tensor | None,
+    dentropy: Tensor | None,
+    *_: None,
+) -> tuple[Tensor | None, ...]:
+    *tensors, divisor, dhidden, dweight, dbias, dtarget = ctx.saved_tensors
+    operands = HeadOperands(*tensors)
+    total_alone = dtotal is not None and dlse is dlogprob is dentropy is None
+    if dtotal is not None and total_alone and not ctx.spent:
+        # .data: writing to them must not invalidate the operands that are saved with them
+        formed = [g.data for g in (dhidden, dweight, dbias, dtarget)]
+        grads = _times_upstream(ctx, formed, dtotal)
+    else:
+        dloss = None
+        if dtotal is not None:
+            dloss = row_gradient_of_total(operands.hidden, divisor) * dtotal
+        upstream = Upstream(dloss, dlse, dlogprob, dentropy)
+        grads = _recomputed(ctx, operands, upstream, ctx.needs)
+    return *grads, None, *no_grads(Reduction, Needs, Wants, ChunkArgs, OpArgs)
+
+
+def _save_formed(ctx: Any, operands: HeadOperands) -> None:
+    """Save what ``_times_upstream`` reads, beside the gradients."""
+    hidden, weight, bias, target, _ = operands
+    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype, target.dtype
+    ctx.spent = False
+
+
+def _times_upstream(ctx: Any, formed: Any, dtotal: Tensor) -> Gradients:
+    """Return the gradients that the forward formed times ``dtotal``, in their own memory unless
+    they stay for another backward."""
     _refuse_second_derivative(dtotal)
-    # what a compiler traces, or a batch of factors, multiplies one gradient that stays
-    hand_over = is_plain(dtotal) and not ctx.retain
-    ctx.spent = hand_over
-    grads: list[Tensor | None] = [None] * 4
-    for i, (g, dtype) in enumerate(zip(made, ctx.dtypes, strict=True)):
-        if not ctx.needs[i]:
-            continue
-        if i == 1 and ctx.buffer is not None:
-            ctx.buffer.addcmul_(g, dtotal)
-        else:
-            grads[i] = _times(g, dtotal, dtype, ctx.impl) if hand_over else (g * dtotal).to(dtype)
-    return grads
+    chunks, args = ctx.options
+    # a compiler, or a batch of upstream gradients, multiplies out of place
+    in_place = is_plain(dtotal) and not chunks.allow_retain_graph
+    ctx.spent = in_place
+
+    def times(needed: bool, g: Tensor, dtype: torch.dtype) -> Tensor | None:
+        if not needed:
+            return None
+        return _times(g, dtotal, dtype, args.impl) if in_place else (g * dtotal).to(dtype)
+
+    needs, main_grad = ctx.needs, ctx.main_grad
+    if needs.weight and main_grad is not None:
+        _, dweight, *_ = formed
+        main_grad.addcmul_(dweight, dtotal)
+        needs = needs._replace(weight=False)
+    return Gradients(*map(times, needs, formed, ctx.dtypes))
 
 
 torch.library.register_autograd(
     "lossfuse::linear_row_loss", _row_loss_backward, setup_context=_save_row_loss, lib=library
 )
 torch.library.register_autograd(
+    "lossfuse::linear_row_stats", _row_stats_backward, setup_context=_save_row_stats, lib=library
+)
+torch.library.register_autograd(
     "lossfuse::linear_total", _total_backward, setup_context=_save_total, lib=library
 )
-
-# of a gradient that is multiplied and rounded on a CPU, whose operators convert all of it first
-ROUNDED_BYTES = 16 << 20
+torch.library.register_autograd(
+    "lossfuse::linear_stats_total",
+    _stats_total_backward,
+    setup_context=_save_stats_total,
+    lib=library,
+)
 
 
 def _times(g: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
-    """``g * factor`` in a dtype, in the memory of ``g`` where it can be; rounded once."""
+    """Return ``g * factor`` rounded once to ``dtype``, in the memory of ``g`` if it has that
+    dtype."""
     if g.dtype == dtype:
         multiply(g, factor, impl)
         return g
     rounded = torch.empty(g.shape, dtype=dtype, device=g.device)
-    rows = (
-        len(g)
-        if g.device.type != "cpu"
-        else max(1, ROUNDED_BYTES // max(1, g[:1].numel() * g.element_size()))
-    )
-    for some, out in zip(g.split(rows), rounded.split(rows), strict=True):
-        torch.mul(some, factor, out=out)
+    rows = len(g)
+    if g.device.type == "cpu":
+        rows = max(1, ROUNDED_BYTES // max(1, g[:1].numel() * g.element_size()))
+    for part, out in zip(g.split(rows), rounded.split(rows), strict=True):
+        torch.mul(part, factor, out=out)
     return rounded
 
 
 def _refuse_second_derivative(t: Tensor) -> None:
-    # not what a compiler traces; a batch of them is a Tensor too
+    # a compiler traces with another type; a batch, as under is_grads_batched, is a Tensor
     if torch.is_grad_enabled() and type(t) is Tensor:
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+        raise RuntimeError(ERR_SECOND_DERIVATIVE)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..targets import require_ids_in_range
-from .gradients import formed_gradients, row_gradients, second_derivative, wanted, writing
+from .gradients import formed_gradients, only_needed, row_gradients, second_derivative, writing
 from .inplace import Owner
 from .library import library, new_grad
 
@@ -113,7 +113,7 @@ def _label_grads(
 ) -> tuple[Tensor, Tensor]:
     args = LabelArgs(*operands)
     grads = _new_label_grads(dloss, need_dlogits, need_dtarget, *args)
-    dlogits, dtarget = wanted(grads, need_dlogits, need_dtarget)
+    dlogits, dtarget = only_needed(grads, need_dlogits, need_dtarget)
     _fill(args, dloss=dloss, dlogits=dlogits, dtarget=dtarget)
     return grads
 
@@ -191,7 +191,7 @@ def _saved_gradients(
     ctx: Any, dloss: Tensor, need_dlogits: bool, need_dtarget: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     grads = label_grads(dloss, need_dlogits, need_dtarget, *ctx.saved_tensors, *ctx.options)
-    return wanted(grads, need_dlogits, need_dtarget)
+    return only_needed(grads, need_dlogits, need_dtarget)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -270,7 +270,7 @@ class ReducedLoss(torch.autograd.Function):
         else:
             loss, *grads = label_loss_and_grads(dloss, need_dlogits, need_dtarget, *args)
             _save(ctx, args, dloss)
-        ctx.formed = wanted(grads, need_dlogits, need_dtarget)
+        ctx.formed = only_needed(grads, need_dlogits, need_dtarget)
         return loss.sum() / count
 
     @staticmethod

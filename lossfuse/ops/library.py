@@ -1,17 +1,17 @@
-"""What the operators of the package share: the library, pieces of schemas, backends by name. Torch
-only.
+"""What all operators share: the library, their options by name, the backend they run on.
 
-Operators live in ``torch.ops.lossfuse``, opaque to compilers, with shapes for tracing. The
-functions that lead to them go straight to their kernels where an operator would do nothing but cost
-time.
+Operators live in ``torch.ops.lossfuse``. They are opaque to compilers and have fake kernels for
+tracing. The functions ``entry`` returns skip the dispatcher where nothing traces, records or
+differentiates the call, because the dispatcher takes longer than a small kernel.
 
-``impl`` names a backend module, imported when it is first called. A gradient that is not needed is
-an empty tensor, so that every mode returns as many results."""
+An operator returns the same number of tensors in every mode: a gradient that is not needed is an
+empty tensor."""
 
 import functools
 import importlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +21,13 @@ from ..targets import require_ids_in_range
 from ..vocab_parallel.backend import Sharded, all_sum_over, keep_order
 
 _BACKENDS = {"triton": "..backends.triton", "torch": "..backends.torch_rows"}
-# where rows are cut by classes
+# for rows whose classes are sharded across ranks
 _SHARD_BACKENDS = {"triton": "..backends.triton", "torch": "..backends.torch_shards"}
+# the schema of ``OpArgs``
 OPTIONS = (
-    "int ignore_index, float label_smoothing, float? softcap, float? logit_scale, float lse_square_scale,"
-    " int? first_class, int? num_classes, str? group, str impl"
+    "int ignore_index, float label_smoothing, float? softcap, float? logit_scale,"
+    " float lse_square_scale, int? first_class, int? num_classes, str? group, str impl"
 )
-N_OPTIONS = 9
 WANTS = "bool entropy, bool argmax"
 STATS = "Tensor lse, Tensor target_logprob, Tensor entropy, Tensor argmax"
 UPSTREAM = "Tensor? dloss, Tensor? dlse, Tensor? dlogprob, Tensor? dentropy"
@@ -37,31 +37,76 @@ library.define("multiply_(Tensor(a!) t, Tensor factor, str impl) -> ()")
 library.define("all_sum(Tensor t, str group) -> Tensor")
 
 
-def options(spec: LossSpec, impl: str) -> tuple[Any, ...]:
-    """A spec and a backend's name as the schemas take them."""
-    return (
-        spec.ignore_index,
-        spec.label_smoothing,
-        spec.softcap,
-        spec.logit_scale,
-        spec.lse_square_scale,
-        spec.first_class,
-        spec.num_classes,
-        spec.group,
-        impl,
-    )
+class OpArgs(NamedTuple):
+    """The last arguments of every operator of rows: a ``LossSpec`` and the name of a backend."""
+
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    logit_scale: float | None
+    lse_square_scale: float
+    first_class: int | None
+    num_classes: int | None
+    group: str | None
+    impl: str
+
+    @classmethod
+    def of(cls, spec: LossSpec, impl: str) -> "OpArgs":
+        return cls(
+            spec.ignore_index,
+            spec.label_smoothing,
+            spec.softcap,
+            spec.logit_scale,
+            spec.lse_square_scale,
+            spec.first_class,
+            spec.num_classes,
+            spec.group,
+            impl,
+        )
+
+    @property
+    def spec(self) -> LossSpec:
+        *options, _ = self
+        return loss_spec(*options)
+
+    @property
+    def backend(self) -> Any:
+        """The module that computes rows, or ``Sharded`` of it."""
+        return backend(self.impl, self.group is not None)
+
+    def checked_spec(self, num_classes: int, target: Tensor) -> LossSpec:
+        """The spec, after a look at the ids where their values can be read."""
+        spec = self.spec
+        # with shards, all ranks raise together, in the backend
+        if spec.group is None and not target.is_floating_point():
+            require_ids_in_range(target, num_classes, spec.ignore_index)
+        return spec
 
 
-def register(name: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Register the kernel of the operator ``name``, and its results' shapes and dtypes for
-    tracing."""
+def grouped(args: Iterable[Any], *groups: Any) -> list[Any]:
+    """Group the flat arguments of an operator by name: one NamedTuple after the other takes as many
+    as it has fields."""
+    flat = iter(args)
+    return [group(*islice(flat, len(group._fields))) for group in groups]
 
-    @functools.wraps(shapes)
+
+def no_grads(*groups: Any) -> tuple[None, ...]:
+    """The gradients of arguments that are no tensors."""
+    return (None,) * sum(len(group._fields) for group in groups)
+
+
+def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register the kernel of the operator ``name`` and a fake one, which returns tensors of the
+    same shapes and dtypes without computing them.
+
+    Where an operator has a group of ranks, it is the last argument but one, as in ``OpArgs``."""
+
+    @functools.wraps(fake)
     def traced(*args: Any) -> Any:
-        # the group, where rows are cut
-        if isinstance(args[-2], str):
+        *_, group, _ = args
+        if isinstance(group, str):
             keep_order()
-        return shapes(*args)
+        return fake(*args)
 
     library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lossfuse::{name}", traced, lib=library)
@@ -74,8 +119,8 @@ def _keys(*names: str) -> int:
     )
 
 
-# what an operator of ours passes through unchanged if nothing requires grad; not public, as
-# everything about the dispatcher
+# dispatch keys that do nothing to an operator of ours if nothing requires grad. The dispatcher has
+# no public interface
 _PASSED = _keys("BackendSelect", "ADInplaceOrView")
 _PASSED |= _keys(
     *(
@@ -104,8 +149,8 @@ def _leads_to_kernel(args: tuple[Any, ...], tensors: int) -> bool:
 
 
 def entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    """The operator ``name``, whose first ``tensors`` arguments are tensors or None, or its
-    kernel."""
+    """Return a function that calls the kernel of the operator ``name`` without the dispatcher where
+    that is possible. Its first ``tensors`` arguments are tensors or None."""
     operator = getattr(torch.ops.lossfuse, name).default
 
     def direct(*args: Any) -> Any:
@@ -115,24 +160,11 @@ def entry(name: str, kernel: Callable[..., Any], tensors: int) -> Callable[..., 
 
 
 @functools.cache
-def backend(impl: str, cut: bool = False) -> Any:
-    """The functions of an implementation, for whole rows or for rows that are cut among the ranks
-    of a group."""
-    module = importlib.import_module((_SHARD_BACKENDS if cut else _BACKENDS)[impl], __package__)
-    return Sharded(module) if cut else module
-
-
-def backend_of(options: tuple[Any, ...]) -> Any:
-    """As ``options`` name it."""
-    return backend(options[-1], options[-2] is not None)
-
-
-def checked_spec(num_classes: int, target: Tensor, options: tuple[Any, ...]) -> LossSpec:
-    spec = loss_spec(*options[:-1])
-    # where rows are cut, ranks look together
-    if spec.group is None and not target.is_floating_point():
-        require_ids_in_range(target, num_classes, spec.ignore_index)
-    return spec
+def backend(impl: str, sharded: bool = False) -> Any:
+    """Import the functions that compute rows, on first use; rows may be sharded across ranks."""
+    modules = _SHARD_BACKENDS if sharded else _BACKENDS
+    module = importlib.import_module(modules[impl], __package__)
+    return Sharded(module) if sharded else module
 
 
 def new_grad(t: Tensor, needed: bool) -> Tensor:
@@ -148,16 +180,16 @@ def _multiply_(t: Tensor, factor: Tensor, impl: str) -> None:
     backend(impl).multiply_in_place(t, factor)
 
 
-def _multiply_shapes_(t: Tensor, factor: Tensor, impl: str) -> None:
+def _multiply_fake_(t: Tensor, factor: Tensor, impl: str) -> None:
     return None
 
 
-def _all_sum_shapes(t: Tensor, group: str) -> Tensor:
+def _all_sum_fake(t: Tensor, group: str) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-register("multiply_", _multiply_, _multiply_shapes_)
-register("all_sum", all_sum_over, _all_sum_shapes)
+register("multiply_", _multiply_, _multiply_fake_)
+register("all_sum", all_sum_over, _all_sum_fake)
 
 multiply_ = entry("multiply_", _multiply_, 2)
 all_sum = torch.ops.lossfuse.all_sum.default

@@ -1,22 +1,22 @@
-"""The operators of statistics and their derivatives: what ``ops.rows`` is for a loss alone.
+"""The operators of statistics of rows, and their autograd: ``ops.rows`` with more outputs.
 
-``row_stats`` keeps what ``row_stats_grads`` wants back. ``ReducedStats`` is for a loss that is
-reduced to a number: its gradient is formed with the statistics, and serves if it turns out that
-nothing else gets one."""
+``row_stats`` saves what ``row_stats_grads`` needs. ``ReducedStats`` is for a loss that is reduced
+to a number: the forward forms the gradient of that number with the statistics, and the backward
+returns it if no other statistic has an upstream gradient."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..row_types import RowStats, Upstream, Wants
-from ..spec import LossSpec, loss_spec
+from ..spec import LossSpec
 from ..vocab_parallel.merge import KEPT_ROWS
 from .gradients import (
-    NO_OPTIONS_GRAD,
     is_plain,
     multiply,
+    only_needed,
     refuse_second_derivative,
     second_derivative,
 )
@@ -25,25 +25,26 @@ from .library import (
     STATS,
     UPSTREAM,
     WANTS,
-    backend_of,
-    checked_spec,
+    OpArgs,
+    grouped,
     library,
-    new_grad,
     new_loss,
-    options,
+    no_grads,
     register,
 )
+from .rows import new_grads, row_gradient_of_total
 
-_LOGITS = "Tensor logits, Tensor target, Tensor? class_weight"
+_ROWS = "Tensor logits, Tensor target, Tensor? class_weight"
+_NEEDS = "bool need_dlogits, bool need_dtarget"
 
-library.define(f"row_stats({_LOGITS}, {WANTS}, {OPTIONS}) -> (Tensor loss, {STATS}, Tensor kept)")
+library.define(f"row_stats({_ROWS}, {WANTS}, {OPTIONS}) -> (Tensor loss, {STATS}, Tensor saved)")
 library.define(
-    f"row_stats_grads({_LOGITS}, Tensor kept, {UPSTREAM}, bool need_dlogits, bool need_dtarget, {OPTIONS})"
+    f"row_stats_grads({_ROWS}, Tensor saved, {UPSTREAM}, {_NEEDS}, {OPTIONS})"
     " -> (Tensor dlogits, Tensor dtarget)"
 )
 library.define(
-    f"row_stats_and_grads({_LOGITS}, Tensor dloss, bool need_dlogits, bool need_dtarget, {WANTS}, {OPTIONS})"
-    f" -> (Tensor loss, {STATS}, Tensor kept, Tensor dlogits, Tensor dtarget)"
+    f"row_stats_and_grads({_ROWS}, Tensor dloss, {_NEEDS}, {WANTS}, {OPTIONS})"
+    f" -> (Tensor loss, {STATS}, Tensor saved, Tensor dlogits, Tensor dtarget)"
 )
 
 row_stats = torch.ops.lossfuse.row_stats.default
@@ -51,161 +52,150 @@ row_stats_grads = torch.ops.lossfuse.row_stats_grads.default
 row_stats_and_grads = torch.ops.lossfuse.row_stats_and_grads.default
 
 
-def as_tensors(made: RowStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the schemas return them: what is not wanted is empty."""
-    loss = made.loss
-    entropy = loss.new_empty(0) if made.entropy is None else made.entropy
-    argmax = loss.new_empty(0, dtype=torch.int64) if made.argmax is None else made.argmax
-    return loss, made.lse, made.target_logprob, entropy, argmax, made.kept
+class RowNeeds(NamedTuple):
+    """Which tensors of an operator of rows require grad."""
+
+    dlogits: bool
+    dtarget: bool
 
 
-def new_stats(like: Tensor, wants: Wants) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Shapes of loss, lse, target's log-probability, entropy and argmax of as many rows as ``like``
-    has."""
-    loss = new_loss(like)
+def as_tensors(stats: RowStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the outputs of the schema: statistics that were not computed are empty."""
+    loss = stats.loss
+    entropy = loss.new_empty(0) if stats.entropy is None else stats.entropy
+    argmax = loss.new_empty(0, dtype=torch.int64) if stats.argmax is None else stats.argmax
+    return loss, stats.lse, stats.target_logprob, entropy, argmax, stats.kept
+
+
+def new_stats(rows: Tensor, wants: Wants) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate loss, lse, target_logprob, entropy and argmax of as many rows as ``rows`` has."""
+    loss = new_loss(rows)
     n = len(loss)
     entropy = loss.new_empty(n if wants.entropy else 0)
-    return (
-        loss,
-        loss.new_empty(n),
-        loss.new_empty(n),
-        entropy,
-        loss.new_empty(n if wants.argmax else 0, dtype=torch.int64),
-    )
+    argmax = loss.new_empty(n if wants.argmax else 0, dtype=torch.int64)
+    return loss, loss.new_empty(n), loss.new_empty(n), entropy, argmax
 
 
-def without_gradient(has_entropy: bool, entropy: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
-    """Classes, and what was not wanted."""
-    return (argmax,) if has_entropy else (entropy, argmax)
+def mark_stats(ctx: Any, wants: Wants, entropy: Tensor, argmax: Tensor, *others: Tensor) -> None:
+    """Tell autograd which outputs have no gradient: ``argmax``, an entropy that was not asked for
+    and ``others``. Upstream gradients of unused outputs are None."""
+    without = (argmax,) if wants.entropy else (entropy, argmax)
+    ctx.mark_non_differentiable(*without, *others)
+    ctx.set_materialize_grads(False)
 
 
-def _kept(logits: Tensor, target: Tensor, wants: Wants, group: str | None, impl: str) -> Tensor:
-    n_kept = (
-        KEPT_ROWS
-        if group
-        else 0
-        if impl == "torch"
-        else (4 if target.is_floating_point() else 2) + wants.entropy
-    )
-    return new_loss(logits).new_empty(n_kept, len(logits))
+def _new_saved(logits: Tensor, target: Tensor, wants: Wants, args: OpArgs) -> Tensor:
+    """Allocate the numbers per row that the backend of ``args`` saves for a gradient."""
+    if args.group is not None:
+        n_saved = KEPT_ROWS
+    elif args.impl == "torch":
+        n_saved = 0
+    else:
+        n_saved = (4 if target.is_floating_point() else 2) + wants.entropy
+    return new_loss(logits).new_empty(n_saved, len(logits))
 
 
 def _row_stats(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    entropy: bool,
-    argmax: bool,
-    *options: Any,
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    spec = checked_spec(logits.shape[1], target, options)
-    made = backend_of(options).row_stats(
-        logits, target, class_weight, spec, Wants(entropy, argmax), None, None, None
-    )
-    return as_tensors(made)
+    wants, args = grouped(options, Wants, OpArgs)
+    spec = args.checked_spec(logits.shape[1], target)
+    stats = args.backend.row_stats(logits, target, class_weight, spec, wants, None, None, None)
+    return as_tensors(stats)
 
 
-def _row_stats_shapes(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    entropy: bool,
-    argmax: bool,
-    *options: Any,
+def _row_stats_fake(
+    logits: Tensor, target: Tensor, _: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    wants = Wants(entropy, argmax)
-    return *new_stats(logits, wants), _kept(logits, target, wants, *options[-2:])
+    wants, args = grouped(options, Wants, OpArgs)
+    return *new_stats(logits, wants), _new_saved(logits, target, wants, args)
 
 
 def _row_stats_grads(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, kept: Tensor, *rest: Any
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, saved: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    upstream, (need_dlogits, need_dtarget), options = Upstream(*rest[:4]), rest[4:6], rest[6:]
-    dlogits, dtarget = new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
-    backend_of(options).row_grads(
-        logits,
-        target,
-        class_weight,
-        kept,
-        upstream,
-        loss_spec(*options[:-1]),
-        dlogits if need_dlogits else None,
-        dtarget if need_dtarget else None,
+    upstream, needs, args = grouped(options, Upstream, RowNeeds, OpArgs)
+    grads = new_grads(logits, target, *needs)
+    args.backend.row_grads(
+        logits, target, class_weight, saved, upstream, args.spec, *only_needed(grads, *needs)
     )
-    return dlogits, dtarget
+    return grads
 
 
-def _row_stats_grads_shapes(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, kept: Tensor, *rest: Any
+def _row_stats_grads_fake(
+    logits: Tensor, target: Tensor, _weight: Tensor | None, _saved: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    need_dlogits, need_dtarget = rest[4:6]
-    return new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
+    _, needs, _ = grouped(options, Upstream, RowNeeds, OpArgs)
+    return new_grads(logits, target, *needs)
 
 
 def _row_stats_and_grads(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    dloss: Tensor,
-    need_dlogits: bool,
-    need_dtarget: bool,
-    entropy: bool,
-    argmax: bool,
-    *options: Any,
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, dloss: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    spec = checked_spec(logits.shape[1], target, options)
-    dlogits, dtarget = new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
-    wanted = dlogits if need_dlogits else None, dtarget if need_dtarget else None
-    made = backend_of(options).row_stats(
-        logits, target, class_weight, spec, Wants(entropy, argmax), Upstream(dloss), *wanted
+    needs, wants, args = grouped(options, RowNeeds, Wants, OpArgs)
+    spec = args.checked_spec(logits.shape[1], target)
+    grads = new_grads(logits, target, *needs)
+    stats = args.backend.row_stats(
+        logits,
+        target,
+        class_weight,
+        spec,
+        wants,
+        Upstream(dloss),
+        *only_needed(grads, *needs),
     )
-    return *as_tensors(made), dlogits, dtarget
+    return *as_tensors(stats), *grads
 
 
-def _row_stats_and_grads_shapes(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    dloss: Tensor,
-    need_dlogits: bool,
-    need_dtarget: bool,
-    entropy: bool,
-    argmax: bool,
-    *options: Any,
+def _row_stats_and_grads_fake(
+    logits: Tensor, target: Tensor, _weight: Tensor | None, _dloss: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    made = _row_stats_shapes(logits, target, class_weight, entropy, argmax, *options)
-    return *made, new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
+    needs, wants, args = grouped(options, RowNeeds, Wants, OpArgs)
+    saved = _new_saved(logits, target, wants, args)
+    return *new_stats(logits, wants), saved, *new_grads(logits, target, *needs)
 
 
-for _name, _impl, _shapes in (
-    ("row_stats", _row_stats, _row_stats_shapes),
-    ("row_stats_grads", _row_stats_grads, _row_stats_grads_shapes),
-    ("row_stats_and_grads", _row_stats_and_grads, _row_stats_and_grads_shapes),
-):
-    register(_name, _impl, _shapes)
+register("row_stats", _row_stats, _row_stats_fake)
+register("row_stats_grads", _row_stats_grads, _row_stats_grads_fake)
+register("row_stats_and_grads", _row_stats_and_grads, _row_stats_and_grads_fake)
 
 
 def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, class_weight, has_entropy, _, *ctx.options = inputs
-    *_, entropy, argmax, kept = output
-    ctx.save_for_backward(logits, target, class_weight, kept)
-    ctx.mark_non_differentiable(*without_gradient(has_entropy, entropy, argmax), kept)
-    ctx.set_materialize_grads(False)
+    logits, target, class_weight, *options = inputs
+    wants, ctx.options = grouped(options, Wants, OpArgs)
+    *_, entropy, argmax, saved = output
+    ctx.save_for_backward(logits, target, class_weight, saved)
+    mark_stats(ctx, wants, entropy, argmax, saved)
 
 
-def _row_stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: tuple[Tensor | None, ...] = (None, None)
-    needed = ctx.needs_input_grad[:2]
-    if any(t is not None for t in upstream[:4]):
-        made = row_stats_grads(*ctx.saved_tensors, *upstream[:4], *needed, *ctx.options)
-        grads = tuple(g if need else None for g, need in zip(made, needed, strict=True))
-    return *grads, None, None, None, *NO_OPTIONS_GRAD
+def _row_stats_backward(
+    ctx: Any,
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dlogprob: Tensor | None,
+    dentropy: Tensor | None,
+    *_: None,
+) -> tuple[Tensor | None, ...]:
+    upstream = Upstream(dloss, dlse, dlogprob, dentropy)
+    grads: tuple[Tensor | None, Tensor | None] = (None, None)
+    if any(t is not None for t in upstream):
+        grads = _row_stats_gradients(ctx, ctx.saved_tensors, upstream)
+    return *grads, None, *no_grads(Wants, OpArgs)
+
+
+def _row_stats_gradients(
+    ctx: Any, saved: Any, upstream: Upstream
+) -> tuple[Tensor | None, Tensor | None]:
+    needs = RowNeeds(*ctx.needs_input_grad[:2])
+    return only_needed(row_stats_grads(*saved, *upstream, *needs, *ctx.options), *needs)
 
 
 def _save_row_stats_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *inputs[4:8])
+    logits, target, class_weight, _, *options = inputs
+    upstream, _, args = grouped(options, Upstream, RowNeeds, OpArgs)
+    ctx.save_for_backward(logits, target, class_weight, *upstream)
     ctx.set_materialize_grads(False)
-    ctx.spec = LossSpec(*inputs[10:-1])
+    ctx.spec = args.spec
 
 
 def _row_stats_grads_backward(
@@ -216,17 +206,17 @@ def _row_stats_grads_backward(
     given = [i for i, t in enumerate(upstream) if t is not None]
 
     def values(x: Tensor, t: Tensor) -> list[Tensor]:
-        made = reference.row_stats(x, t, class_weight, ctx.spec)
-        return [t for i, t in enumerate(made[:4]) if i in given and t is not None]
+        stats = reference.row_stats(x, t, class_weight, ctx.spec)
+        outputs = (stats.loss, stats.lse, stats.target_logprob, stats.entropy)
+        return [t for i, t in enumerate(outputs) if i in given and t is not None]
 
-    made = second_derivative(
+    ddlogits, ddtarget, ddgiven = second_derivative(
         values, logits, target, [upstream[i] for i in given], (v_dlogits, v_dtarget)
     )
-    ddlogits, ddtarget, some = made
-    ddupstream: list[Tensor | None] = [None] * 4
-    for i, t in zip(given, some, strict=True):
+    ddupstream: list[Tensor | None] = [None] * len(upstream)
+    for i, t in zip(given, ddgiven, strict=True):
         ddupstream[i] = t
-    return ddlogits, ddtarget, None, None, *ddupstream, None, None, *NO_OPTIONS_GRAD
+    return ddlogits, ddtarget, None, None, *ddupstream, *no_grads(RowNeeds, OpArgs)
 
 
 torch.library.register_autograd(
@@ -241,11 +231,11 @@ torch.library.register_autograd(
 
 
 class ReducedStats(torch.autograd.Function):
-    """(N, V) logits -> the sum of the row losses over ``divisor``, and statistics of rows; the
-    gradient of the sum formed in the forward.
+    """(N, V) logits -> the sum of the row losses over ``divisor`` and the statistics of rows; the
+    gradient of the sum is formed in the forward.
 
-    The first backward hands that gradient over if it is asked for no other. Any other backward
-    makes its own."""
+    The first backward returns that gradient if the sum alone has an upstream gradient. Any other
+    backward computes its own."""
 
     @staticmethod
     def forward(
@@ -258,47 +248,44 @@ class ReducedStats(torch.autograd.Function):
         spec: LossSpec,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        needed = ctx.needs_input_grad[:2]
-        one = torch.ones((), dtype=new_loss(logits[:0]).dtype, device=logits.device)
-        dloss = (one if divisor is None else one / divisor).expand(len(logits))
-        ctx.options = options(spec, impl)
-        loss, *stats, kept, dlogits, dtarget = row_stats_and_grads(
-            logits, target, class_weight, dloss, *needed, *wants, *ctx.options
+        needs = RowNeeds(*ctx.needs_input_grad[:2])
+        dloss = row_gradient_of_total(logits, divisor)
+        ctx.options, ctx.impl = OpArgs.of(spec, impl), impl
+        loss, *stats, saved, dlogits, dtarget = row_stats_and_grads(
+            logits, target, class_weight, dloss, *needs, *wants, *ctx.options
         )
-        ctx.save_for_backward(logits, target, class_weight, kept, dloss)
-        ctx.formed = dlogits if needed[0] else None, dtarget if needed[1] else None
-        ctx.mark_non_differentiable(*without_gradient(wants.entropy, *stats[2:]))
-        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, class_weight, saved, dloss)
+        ctx.formed = only_needed((dlogits, dtarget), *needs)
+        _, _, entropy, argmax = stats
+        mark_stats(ctx, wants, entropy, argmax)
         total = loss.sum()
         return total if divisor is None else total / divisor, *stats
 
     @staticmethod
     def backward(
-        ctx: Any, dtotal: Tensor | None, *dstats: Tensor | None
+        ctx: Any,
+        dtotal: Tensor | None,
+        dlse: Tensor | None,
+        dlogprob: Tensor | None,
+        dentropy: Tensor | None,
+        _: None,
     ) -> tuple[Tensor | None, ...]:
-        grads, ctx.formed = ctx.formed, None
-        alone = dtotal is not None and all(t is None for t in dstats)
+        formed, ctx.formed = ctx.formed, None
+        total_alone = dtotal is not None and dlse is dlogprob is dentropy is None
         if (
-            grads is not None
+            formed is not None
             and dtotal is not None
-            and alone
+            and total_alone
             and not torch.is_grad_enabled()
             and is_plain(dtotal)
         ):
-            for g in grads:
+            for g in formed:
                 if g is not None:
-                    multiply(g, dtotal, ctx.options[-1])
-        else:
-            *saved, dloss = ctx.saved_tensors
-            needed = ctx.needs_input_grad[:2]
-            # the memory of what was formed serves what is made
-            grads = None
-            made = row_stats_grads(
-                *saved,
-                None if dtotal is None else dloss * dtotal,
-                *dstats[:3],
-                *needed,
-                *ctx.options,
-            )
-            grads = tuple(g if need else None for g, need in zip(made, needed, strict=True))
+                    multiply(g, dtotal, ctx.impl)
+            return *formed, None, None, None, None, None
+        *saved, dloss = ctx.saved_tensors
+        # free the formed gradient before another is allocated
+        formed = None
+        upstream = Upstream(None if dtotal is None else dloss * dtotal, dlse, dlogprob, dentropy)
+        grads = _row_stats_gradients(ctx, saved, upstream)
         return *grads, None, None, None, None, None

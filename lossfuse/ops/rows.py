@@ -1,11 +1,12 @@
-"""The operators of rows of logits and their derivatives.
+"""The operators of rows of logits, and their autograd.
 
-``row_loss`` and ``row_grads`` know their own derivatives, so compilers and double backward see
-operators; the derivative of the gradient comes from the reference. ``ReducedLoss`` is the one
-strategy that must know in the forward that a single number scales all rows.
+``row_loss`` and ``row_grads`` are operators with a registered derivative, so that compilers and
+double backward see them; the derivative of the gradient comes from the reference. ``RowLoss`` and
+``ReducedLoss`` are the same for eager calls: ``RowLoss`` computes the gradient in the backward,
+``ReducedLoss`` in the forward, where one number that is known there scales all rows.
 
-``stats`` is what a backend wants back in ``row_grads``. An operator whose name ends in ``_`` writes
-the gradient over the logits."""
+``stats`` are the numbers per row that ``row_grads`` of the same backend needs from ``row_loss``. An
+operator whose name ends in ``_`` writes the gradient over the logits."""
 
 from typing import Any
 
@@ -14,53 +15,43 @@ from torch import Tensor
 
 from .. import reference
 from ..row_types import Upstream
-from ..spec import LossSpec, loss_spec
+from ..spec import LossSpec
 from ..vocab_parallel.merge import KEPT_ROWS
 from .gradients import (
-    NO_OPTIONS_GRAD,
     formed_gradients,
+    only_needed,
     refuse_second_derivative,
     row_gradients,
     second_derivative,
-    wanted,
     writing,
 )
 from .inplace import Owner
-from .library import (
-    OPTIONS,
-    backend_of,
-    checked_spec,
-    entry,
-    library,
-    new_grad,
-    new_loss,
-    options,
-    register,
-)
+from .library import OPTIONS, OpArgs, entry, library, new_grad, new_loss, no_grads, register
 
-library.define(
-    f"row_loss(Tensor logits, Tensor target, Tensor? class_weight, {OPTIONS}) -> (Tensor loss, Tensor stats)"
-)
-library.define(
-    "row_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dlogits, bool need_dtarget,"
-    f" {OPTIONS}) -> (Tensor dlogits, Tensor dtarget)"
-)
-library.define(
-    "row_loss_and_grads(Tensor logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dlogits, bool need_dtarget,"
-    f" {OPTIONS}) -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
-)
+_ROWS = "Tensor logits, Tensor target, Tensor? class_weight"
+_CONSUMED_ROWS = "Tensor(a!) logits, Tensor target, Tensor? class_weight"
+_NEEDS = "bool need_dlogits, bool need_dtarget"
 
+library.define(f"row_loss({_ROWS}, {OPTIONS}) -> (Tensor loss, Tensor stats)")
 library.define(
-    f"row_loss_and_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor dloss, bool need_dtarget, {OPTIONS})"
+    f"row_grads({_ROWS}, Tensor stats, Tensor dloss, {_NEEDS}, {OPTIONS})"
+    " -> (Tensor dlogits, Tensor dtarget)"
+)
+library.define(
+    f"row_loss_and_grads({_ROWS}, Tensor dloss, {_NEEDS}, {OPTIONS})"
+    " -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
+)
+library.define(
+    f"row_loss_and_grads_({_CONSUMED_ROWS}, Tensor dloss, bool need_dtarget, {OPTIONS})"
     " -> (Tensor loss, Tensor dtarget)"
 )
 library.define(
-    "row_grads_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor stats, Tensor dloss, bool need_dtarget,"
-    f" {OPTIONS}) -> Tensor dtarget"
+    f"row_grads_({_CONSUMED_ROWS}, Tensor stats, Tensor dloss, bool need_dtarget, {OPTIONS})"
+    " -> Tensor dtarget"
 )
 
 
-def _new_grads(
+def new_grads(
     logits: Tensor, target: Tensor, need_dlogits: bool, need_dtarget: bool
 ) -> tuple[Tensor, Tensor]:
     return new_grad(logits, need_dlogits), new_grad(target, need_dtarget)
@@ -69,24 +60,22 @@ def _new_grads(
 def _row_loss(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    spec = checked_spec(logits.shape[1], target, options)
-    loss, stats = backend_of(options).row_loss(logits, target, class_weight, spec)
+    args = OpArgs(*options)
+    spec = args.checked_spec(logits.shape[1], target)
+    loss, stats = args.backend.row_loss(logits, target, class_weight, spec)
     return loss, stats
 
 
-def _row_loss_shapes(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
+def _row_loss_fake(
+    logits: Tensor, target: Tensor, _: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    loss = new_loss(logits)
-    n_stats = (
-        KEPT_ROWS
-        if options[-2]
-        else 0
-        if options[-1] == "torch"
-        else 3
-        if target.is_floating_point()
-        else 2
-    )
+    args, loss = OpArgs(*options), new_loss(logits)
+    if args.group is not None:
+        n_stats = KEPT_ROWS
+    elif args.impl == "torch":
+        n_stats = 0
+    else:
+        n_stats = 3 if target.is_floating_point() else 2
     return loss, loss.new_empty(n_stats, logits.shape[0])
 
 
@@ -100,31 +89,31 @@ def _row_grads(
     need_dtarget: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
-    backend_of(options).row_grads(
+    args = OpArgs(*options)
+    grads = new_grads(logits, target, need_dlogits, need_dtarget)
+    args.backend.row_grads(
         logits,
         target,
         class_weight,
         stats,
         Upstream(dloss),
-        loss_spec(*options[:-1]),
-        dlogits if need_dlogits else None,
-        dtarget if need_dtarget else None,
+        args.spec,
+        *only_needed(grads, need_dlogits, need_dtarget),
     )
-    return dlogits, dtarget
+    return grads
 
 
-def _row_grads_shapes(
+def _row_grads_fake(
     logits: Tensor,
     target: Tensor,
-    class_weight: Tensor | None,
-    stats: Tensor,
-    dloss: Tensor,
+    _class_weight: Tensor | None,
+    _stats: Tensor,
+    _dloss: Tensor,
     need_dlogits: bool,
     need_dtarget: bool,
-    *options: Any,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _new_grads(logits, target, need_dlogits, need_dtarget)
+    return new_grads(logits, target, need_dlogits, need_dtarget)
 
 
 def _row_loss_and_grads(
@@ -136,30 +125,30 @@ def _row_loss_and_grads(
     need_dtarget: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = checked_spec(logits.shape[1], target, options)
-    dlogits, dtarget = _new_grads(logits, target, need_dlogits, need_dtarget)
-    loss: Tensor = backend_of(options).row_loss_and_grads(
+    args = OpArgs(*options)
+    spec = args.checked_spec(logits.shape[1], target)
+    grads = new_grads(logits, target, need_dlogits, need_dtarget)
+    loss: Tensor = args.backend.row_loss_and_grads(
         logits,
         target,
         class_weight,
         dloss,
         spec,
-        dlogits if need_dlogits else None,
-        dtarget if need_dtarget else None,
+        *only_needed(grads, need_dlogits, need_dtarget),
     )
-    return loss, dlogits, dtarget
+    return loss, *grads
 
 
-def _row_loss_and_grads_shapes(
+def _row_loss_and_grads_fake(
     logits: Tensor,
     target: Tensor,
-    class_weight: Tensor | None,
-    dloss: Tensor,
+    _class_weight: Tensor | None,
+    _dloss: Tensor,
     need_dlogits: bool,
     need_dtarget: bool,
-    *options: Any,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return new_loss(logits), *_new_grads(logits, target, need_dlogits, need_dtarget)
+    return new_loss(logits), *new_grads(logits, target, need_dlogits, need_dtarget)
 
 
 def _row_loss_and_grads_(
@@ -170,21 +159,22 @@ def _row_loss_and_grads_(
     need_dtarget: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    spec = checked_spec(logits.shape[1], target, options)
+    args = OpArgs(*options)
+    spec = args.checked_spec(logits.shape[1], target)
     dtarget = new_grad(target, need_dtarget)
-    loss: Tensor = backend_of(options).row_loss_and_grads(
+    loss: Tensor = args.backend.row_loss_and_grads(
         logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
     )
     return loss, dtarget
 
 
-def _row_loss_and_grads_shapes_(
+def _row_loss_and_grads_fake_(
     logits: Tensor,
     target: Tensor,
-    class_weight: Tensor | None,
-    dloss: Tensor,
+    _class_weight: Tensor | None,
+    _dloss: Tensor,
     need_dtarget: bool,
-    *options: Any,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     return new_loss(logits), new_grad(target, need_dtarget)
 
@@ -198,31 +188,38 @@ def _row_grads_(
     need_dtarget: bool,
     *options: Any,
 ) -> Tensor:
+    args = OpArgs(*options)
     dtarget = new_grad(target, need_dtarget)
-    spec, wanted = loss_spec(*options[:-1]), dtarget if need_dtarget else None
-    backend_of(options).row_grads(
-        logits, target, class_weight, stats, Upstream(dloss), spec, logits, wanted
+    args.backend.row_grads(
+        logits,
+        target,
+        class_weight,
+        stats,
+        Upstream(dloss),
+        args.spec,
+        logits,
+        dtarget if need_dtarget else None,
     )
     return dtarget
 
 
-def _row_grads_shapes_(
-    logits: Tensor,
+def _row_grads_fake_(
+    _logits: Tensor,
     target: Tensor,
-    class_weight: Tensor | None,
-    stats: Tensor,
-    dloss: Tensor,
+    _class_weight: Tensor | None,
+    _stats: Tensor,
+    _dloss: Tensor,
     need_dtarget: bool,
-    *options: Any,
+    *_: Any,
 ) -> Tensor:
     return new_grad(target, need_dtarget)
 
 
-register("row_loss", _row_loss, _row_loss_shapes)
-register("row_grads", _row_grads, _row_grads_shapes)
-register("row_loss_and_grads", _row_loss_and_grads, _row_loss_and_grads_shapes)
-register("row_loss_and_grads_", _row_loss_and_grads_, _row_loss_and_grads_shapes_)
-register("row_grads_", _row_grads_, _row_grads_shapes_)
+register("row_loss", _row_loss, _row_loss_fake)
+register("row_grads", _row_grads, _row_grads_fake)
+register("row_loss_and_grads", _row_loss_and_grads, _row_loss_and_grads_fake)
+register("row_loss_and_grads_", _row_loss_and_grads_, _row_loss_and_grads_fake_)
+register("row_grads_", _row_grads_, _row_grads_fake_)
 
 row_loss = entry("row_loss", _row_loss, 3)
 row_grads = entry("row_grads", _row_grads, 5)
@@ -232,32 +229,30 @@ row_grads_ = entry("row_grads_", _row_grads_, 5)
 
 
 def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, class_weight, *options = inputs
-    ctx.save_for_backward(logits, target, class_weight, output[1])
-    ctx.mark_non_differentiable(output[1])
+    (logits, target, class_weight, *options), (_, stats) = inputs, output
+    ctx.save_for_backward(logits, target, class_weight, stats)
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.options = tuple(options)
+    ctx.options = OpArgs(*options)
 
 
 def _row_loss_backward(ctx: Any, dloss: Tensor | None, dstats: None) -> tuple[Tensor | None, ...]:
     grads = (None, None) if dloss is None else _row_loss_gradients(ctx, dloss)
-    return *grads, None, *NO_OPTIONS_GRAD
+    return *grads, None, *no_grads(OpArgs)
 
 
 def _row_loss_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     logits, target, class_weight, stats = ctx.saved_tensors
     needed = ctx.needs_input_grad[:2]
-    return wanted(
-        row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options), *needed
-    )
+    grads = row_grads(logits, target, class_weight, stats, dloss, *needed, *ctx.options)
+    return only_needed(grads, *needed)
 
 
 def _save_row_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, class_weight, _, dloss, need_dlogits, need_dtarget, *options = inputs
+    logits, target, class_weight, _, dloss, _, _, *options = inputs
     ctx.save_for_backward(logits, target, class_weight, dloss)
     ctx.set_materialize_grads(False)
-    ctx.needed = (need_dlogits, need_dtarget)
-    ctx.spec = LossSpec(*options[:-1])
+    ctx.spec = OpArgs(*options).spec
 
 
 def _row_grads_backward(
@@ -272,7 +267,7 @@ def _row_grads_backward(
     ddlogits, ddtarget, (ddloss,) = second_derivative(
         values, logits, target, [dloss], (v_dlogits, v_dtarget)
     )
-    return ddlogits, ddtarget, None, None, ddloss, None, None, *NO_OPTIONS_GRAD
+    return ddlogits, ddtarget, None, None, ddloss, None, None, *no_grads(OpArgs)
 
 
 torch.library.register_autograd(
@@ -284,12 +279,12 @@ torch.library.register_autograd(
 
 
 class ReducedLoss(torch.autograd.Function):
-    """(N, V) logits -> the sum of the row losses over ``divisor``; the gradient is formed in the
-    forward, while a row is at hand.
+    """(N, V) logits -> the sum of the row losses over ``divisor``, with the gradient formed in the
+    forward, from the same read of a row.
 
-    The first backward hands that gradient over, so that memory holds it once. A later one, or one
-    with a graph, makes its own; or raises where the gradient was written over the logits, which
-    have an ``owner`` then."""
+    With an ``owner`` the gradient is written over the logits. The first backward returns the
+    gradient that the forward formed; a later one, or one with a graph, computes it again, or raises
+    if the logits were consumed."""
 
     @staticmethod
     def forward(
@@ -303,21 +298,14 @@ class ReducedLoss(torch.autograd.Function):
         owner: Owner | None,
     ) -> Tensor:
         needed = ctx.needs_input_grad[:2]
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        if divisor is not None and divisor.device == logits.device:
-            scale = divisor.reciprocal()
-        else:
-            # a number of the host goes with the launch, where a copy of it would be waited for
-            scale = torch.ones((), dtype=dtype, device=logits.device) / (
-                1.0 if divisor is None else divisor
-            )
-        dloss = scale.expand(logits.shape[0])
-        ctx.options, ctx.impl, ctx.consumed = options(spec, impl), impl, owner is not None
+        dloss = row_gradient_of_total(logits, divisor)
+        ctx.options, ctx.impl, ctx.consumed = OpArgs.of(spec, impl), impl, owner is not None
         grads: tuple[Tensor, ...]
         if owner is not None:
+            _, need_dtarget = needed
             with writing(logits, owner) as dlogits:
                 loss, dtarget = row_loss_and_grads_(
-                    dlogits, target, class_weight, dloss, needed[1], *ctx.options
+                    dlogits, target, class_weight, dloss, need_dtarget, *ctx.options
                 )
             grads = dlogits, dtarget
         else:
@@ -325,21 +313,34 @@ class ReducedLoss(torch.autograd.Function):
                 logits, target, class_weight, dloss, *needed, *ctx.options
             )
             ctx.save_for_backward(logits, target, class_weight, dloss)
-        ctx.formed = wanted(grads, *needed)
+        ctx.formed = only_needed(grads, *needed)
         total: Tensor = loss.sum()
         return total if divisor is None else total / divisor
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        return *formed_gradients(ctx, dtotal, _gradients_again), None, None, None, None, None
+        grads = formed_gradients(ctx, dtotal, _recomputed_gradients)
+        return *grads, None, None, None, None, None
 
 
-def _gradients_again(ctx: Any) -> tuple[Tensor, Tensor]:
+def row_gradient_of_total(rows: Tensor, divisor: Tensor | None) -> Tensor:
+    """(N,): the gradient of ``loss.sum() / divisor`` with respect to each row's loss."""
+    if divisor is not None and divisor.device == rows.device:
+        scale = divisor.reciprocal()
+    else:
+        # a divisor on the CPU becomes an argument of the launch; a copy of it would have to be
+        # waited for
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        one = torch.ones((), dtype=dtype, device=rows.device)
+        scale = one / (1.0 if divisor is None else divisor)
+    return scale.expand(rows.shape[0])
+
+
+def _recomputed_gradients(ctx: Any) -> tuple[Tensor, Tensor]:
     logits, target, class_weight, dloss = ctx.saved_tensors
-    # a forward that forms a gradient keeps no statistics; the blocks of the torch backend make
-    # their own
+    # the forward that formed the gradient saved no statistics, and the torch backend needs none
     stats = dloss.new_empty(0, len(logits))
-    if ctx.impl == "triton" or ctx.options[-2] is not None:
+    if ctx.impl == "triton" or ctx.options.group is not None:
         with torch.no_grad():
             _, stats = row_loss(logits, target, class_weight, *ctx.options)
     grads: tuple[Tensor, Tensor] = row_grads(
@@ -349,11 +350,9 @@ def _gradients_again(ctx: Any) -> tuple[Tensor, Tensor]:
 
 
 class RowLoss(torch.autograd.Function):
-    """(N, V) logits -> (N,) losses: what autograd knows of the operator, without the operator's way
-    there, which takes longer.
+    """(N, V) logits -> (N,) losses: the autograd of ``row_loss`` without the dispatcher.
 
-    Where the logits have an ``owner``, the backward writes the gradient over them.
-    """
+    With an ``owner`` the backward writes the gradient over the logits."""
 
     @staticmethod
     def forward(
@@ -365,7 +364,7 @@ class RowLoss(torch.autograd.Function):
         impl: str,
         owner: Owner | None,
     ) -> Tensor:
-        ctx.options, ctx.owner, ctx.spent = options(spec, impl), owner, False
+        ctx.options, ctx.owner, ctx.spent = OpArgs.of(spec, impl), owner, False
         loss, stats = row_loss(logits, target, class_weight, *ctx.options)
         ctx.save_for_backward(logits, target, class_weight, stats)
         result: Tensor = loss
@@ -373,4 +372,5 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *row_gradients(ctx, dloss, _row_loss_gradients, row_grads_), None, None, None, None
+        grads = row_gradients(ctx, dloss, _row_loss_gradients, row_grads_)
+        return *grads, None, None, None, None

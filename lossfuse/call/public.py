@@ -1,15 +1,16 @@
-"""Hints at the end of an error: arguments by their names in other libraries, and what to use
-instead of TorchScript."""
+"""The decorator of public functions: overrides by ``__torch_function__``, and hints in errors."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# our argument -> names of it in torch, transformers, Liger-Kernel, flash-attn, cut-cross-entropy,
+# our argument -> its names in torch, transformers, Liger-Kernel, flash-attn, cut-cross-entropy,
 # Megatron and T5's z-loss
 _NAMES = {
     "input": ("logits", "hidden", "hidden_states", "_input", "e"),
@@ -64,43 +65,72 @@ _USES = {
 }
 
 
-def hints_at_names(function: Callable[P, R]) -> Callable[P, R]:
-    """Return ``function`` with a TypeError for another library's keyword argument that names the
-    argument to use.
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Make ``function`` a public function of torch's kind.
 
-    Python refuses the call before ``function`` runs, so it takes a frame around it: 0.1 to 0.2 us a
-    call."""
-    parameters = inspect.signature(function).parameters
-    hints = {
-        name: f"here it is {use}"
-        for name, (ours, use) in _USES.items()
-        if ours in parameters and name not in parameters
-    }
-    if function.__name__ == "__init__":
-        module = function.__qualname__.split(".")[0]
-        hints |= dict.fromkeys(
-            ("input", "target"), f"call the module: {module}(...)(input, target)"
-        )
+    Tensor subclasses and modes take the call by ``__torch_function__``. A keyword argument of
+    another library raises a TypeError that names the argument to use. ``torch.jit.script`` raises.
+    """
+    hints = _hints(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if has_torch_function_variadic(*args, *kwargs.values()):
+            taken: R = handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
+            return taken
         try:
             return function(*args, **kwargs)
         except TypeError:
-            for name in kwargs:
-                if name in hints:
-                    said = f"{function.__qualname__}() got an unexpected keyword argument {name!r}; {hints[name]}"
-                    raise TypeError(said) from None
+            _raise_hint(function, hints, kwargs)
             raise
 
     call.__prepare_scriptable__ = functools.partial(refuse_script, call)  # type: ignore[attr-defined]
     return call
 
 
+def public_init(init: Callable[P, R]) -> Callable[P, R]:
+    """Let ``__init__`` of a module raise the hints of ``public``."""
+    module, *_ = init.__qualname__.split(".")
+    called = f"call the module: {module}(...)(input, target)"
+    hints = _hints(init) | {"input": called, "target": called}
+
+    @functools.wraps(init)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return init(*args, **kwargs)
+        except TypeError:
+            _raise_hint(init, hints, kwargs)
+            raise
+
+    return call
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, str]:
+    """Keyword of another library -> the argument of ``function`` to use."""
+    parameters = inspect.signature(function).parameters
+    return {
+        name: f"here it is {use}"
+        for name, (ours, use) in _USES.items()
+        if ours in parameters and name not in parameters
+    }
+
+
+def _raise_hint(
+    function: Callable[..., Any], hints: Mapping[str, str], kwargs: Mapping[str, Any]
+) -> None:
+    for name in kwargs:
+        if name in hints:
+            raise TypeError(
+                f"{function.__qualname__}() got an unexpected keyword argument {name!r};"
+                f" {hints[name]}"
+            ) from None
+
+
 def refuse_script(of: Any) -> NoReturn:
-    """Raise instead of being compiled: ``torch.jit.script`` calls the method
-    ``__prepare_scriptable__`` of an object first."""
+    """Raise instead of being compiled: ``torch.jit.script`` first calls the method
+    ``__prepare_scriptable__`` of an object."""
     name = getattr(of, "__name__", type(of).__name__)
     raise RuntimeError(
-        f"torch.jit.script cannot compile {name}, which calls lossfuse; use torch.jit.trace or torch.export, or script torch's own loss"
+        f"torch.jit.script cannot compile {name}, which calls lossfuse; use torch.jit.trace or"
+        " torch.export, or script torch's own loss"
     )
