@@ -323,7 +323,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _layouts(options: argparse.Namespace) -> None:
-    from . import layouts
+    from . import layout_tables
 
     if options.device == "cpu":
         raise Mistake("--layout is for accelerators, but --device is cpu")
@@ -343,9 +343,9 @@ def _layouts(options: argparse.Namespace) -> None:
     links = (
         None
         if options.link_gbps is None
-        else layouts.Links.parse(options.link_gbps, options.latency_us)
+        else layout_tables.Links.parse(options.link_gbps, options.latency_us)
     )
-    layouts.main(options.cases, losses, options.dtypes, options.layout, options.fits, links)
+    layout_tables.main(options.cases, losses, options.dtypes, options.layout, options.fits, links)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def _read_one(path: Path, kind: Kind) -> "pd.DataFrame":
         raise BadRows(f"{path} is not a CSV file: {error}") from None
     for other in KINDS:
         if other is not kind and list(frame.columns) == list(other.columns):
-            raise BadRows(f"{path} holds {other.name} and was to hold {kind.name}")
+            raise BadRows(f"{path} holds {other.name}, expected {kind.name}")
     if "schema" in frame and len(frame) and (frame["schema"] != str(kind.version)).any():
         found = ", ".join(sorted(set(frame["schema"])))
         raise BadRows(

@@ -82,6 +82,14 @@ def row(**known: Any) -> dict[str, Any]:
     return plain | known
 
 
+def bounds_row(**known: Any) -> dict[str, Any]:
+    """One row of errors against bounds."""
+    about = {"case": "all equal", "op": "logits", "dtype": "fp32", "n": 4, "v": 2053, "d": None}
+    found = {"method": "torch", "output": "loss", "ratio": 0.3, "error": 3e-6, "bound": 1e-5}
+    where = {"torch": "2", "commit": "abc", "dirty": False, "date": "2026-01-01"}
+    return about | found | {"place": "2"} | where | known
+
+
 def many(
     cases: dict[str, tuple[int, int | None, int]] | None = None,
     runs: int = 6,
