@@ -58,7 +58,7 @@ def whole(least: int) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, at least {least}")
         return value
 
     return number
@@ -77,7 +77,7 @@ def real(
         except ValueError:
             value = math.nan
         if not (above < value and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number, {' and '.join(bounds)}")
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a number, {' and '.join(bounds)}")
         return value
 
     return number

@@ -128,7 +128,8 @@ def too_large(case: Case, dtype_name: str, device: torch.device) -> str | None:
     _, most = bytes_of(case, DTYPES[dtype_name])
     if room is None or most <= room:
         return None
-    return f"{case.name} in {dtype_name} is not run: its inputs and their check in float64 need {gib(most)} of {gib(room)} available"
+    need = f"its inputs and their check in float64 need {gib(most)}"
+    return f"{case.name} in {dtype_name} is not run: {need}, {gib(room)} are available"
 
 
 def _of(method: Method) -> Row:
@@ -214,7 +215,8 @@ def _beyond(need: int, device: torch.device) -> str | None:
     room = available_bytes(device)
     if room is None or need <= room:
         return None
-    return f"by formula it needs {gib(need)} beyond its inputs of {gib(room)} available, and it was not run"
+    need_text = f"by formula it needs {gib(need)} beyond its inputs"
+    return f"{need_text} and {gib(room)} are available; not run"
 
 
 def _check(problem: Logits | Head, step: Step, device: torch.device) -> Errors:

@@ -164,7 +164,7 @@ def named(name: str, device: torch.device) -> Case:
         if p is None or (d is None and p < v):
             return Case(name.lower(), n, v, d, "a shape of your own", p)
     shapes = "NxV (logits), NxDxV (head) or NxVpP (labels, at most P < V of a row 1)"
-    raise Mistake(f"case is {name!r} but must be one of {', '.join(CASES)}, or a shape {shapes}")
+    raise Mistake(f"case is {name!r}, expected one of {', '.join(CASES)}, or a shape {shapes}")
 
 
 def logits_like_a_model(

@@ -302,9 +302,7 @@ def require(ops: Iterable[str], named: str) -> None:
     there = {op: list(dict.fromkeys(m.name for m in METHODS if m.op == op)) for op in ops}
     if not any(named.lower() in m.name.lower() for m in METHODS + SWEEP if m.op in there):
         known = "; ".join(f"of {op}: {', '.join(names)}" for op, names in there.items())
-        raise Mistake(
-            f"--methods is {named!r}, which no method's name contains; there are, {known}"
-        )
+        raise Mistake(f"--methods is {named!r} but no method name contains it; there are, {known}")
 
 
 def of(op: str, device: torch.device, named: str | None = None) -> tuple[list[Method], list[str]]:
