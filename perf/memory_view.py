@@ -39,7 +39,9 @@ def _size(size: int) -> str:
     return f"{size / unit:,.{0 if unit == 1 else 1}f} {name}"
 
 
-def _held_by(profile: MemoryProfile, places: list[str], moments: int = 200) -> "pd.DataFrame":
+def _bytes_over_time(
+    profile: MemoryProfile, places: list[str], moments: int = 200
+) -> "pd.DataFrame":
     """Bytes held over time by each of ``places`` and by all others, thinned to what a picture can
     show; no spike is lost."""
     import pandas as pd
@@ -71,7 +73,7 @@ class _Held:
     colour: str | None  # None: all others
 
 
-def _held_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Held]:
+def _largest_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Held]:
     """The places that hold most at the peak, then all other allocations, of which some may be gone
     by then."""
     shown = [
@@ -114,7 +116,7 @@ def _timeline(
     names = [*places, OTHERS]
     colours: list[Any] = [*COLOURS[: len(places)], others]
 
-    areas = _held_by(profile, places)
+    areas = _bytes_over_time(profile, places)
     areas["held"], areas["rank"] = areas["bytes"] / divisor, areas["where"].map(names.index)
     ticks = alt.Axis(
         title="ms since the call began",
@@ -175,7 +177,7 @@ def timeline_chart(profile: MemoryProfile, top: int = 7) -> "alt.VConcatChart":
     import altair as alt
     import pandas as pd
 
-    width, held = 760, _held_at_peak(profile, top)
+    width, held = 760, _largest_at_peak(profile, top)
     charts: list[Any] = [_timeline(profile, held, width, GREY)]
     if held:
         names = [one.label if one.colour else OTHERS for one in held]
@@ -231,7 +233,7 @@ def timeline_page(profile: MemoryProfile) -> str:
     """The chart as a page that fits any width, light or dark, and asks nothing of a network."""
     import altair as alt
 
-    held = _held_at_peak(profile)
+    held = _largest_at_peak(profile)
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     spec = (
         _timeline(profile, held, "container", alt.ExprRef("others"))
