@@ -139,7 +139,7 @@ CASES: dict[str, _Named] = {
 
 
 def named(name: str, device: torch.device) -> Case:
-    """The case of that name with the rows for a kind of device, or a shape NxV, NxDxV or NxVpP."""
+    """The named case with rows for a kind of device, or a shape NxV, NxDxV or NxVpP."""
     if name in CASES:
         found = CASES[name]
         return Case(
@@ -171,8 +171,8 @@ def logits_like_a_model(
     A logit is the log of a Zipf-Mandelbrot frequency ``1 / (rank + 2.7)``, the same for all rows,
     plus N(0, 1.5**2) of its row, plus an offset N(0, 3**2) common to the row. The target is drawn
     by frequency, and its logit set so that its probability is a draw of Beta(0.4, 0.8): many rows
-    are confident, many are wrong, and the mean loss is digamma(1.2) - digamma(0.4) = 2.27 nats. Every
-    seventh row is ignored."""
+    are confident, many are wrong, and the mean loss is digamma(1.2) - digamma(0.4) = 2.27 nats.
+    Every seventh row is ignored."""
     generator = torch.Generator(device).manual_seed(seed)
     frequency = 1.0 / (torch.arange(v, device=device, dtype=torch.float32) + 2.7)
     # frequent classes have random ids

@@ -1,7 +1,6 @@
-"""Compile every kernel for GPUs that are not here, and print what it takes as JSON rows.
+"""Compile every kernel for GPUs that are not here, and print registers and spills as JSON rows.
 
-A process of its own, because the interpreter replaces kernels where they are defined: run without
-TRITON_INTERPRET."""
+Run it without TRITON_INTERPRET: the interpreter replaces kernels at their definition."""
 
 import json
 import os
@@ -34,16 +33,16 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# of logits, and of their gradient
+# dtypes of logits and of their gradient
 DTYPES = {
     "bf16": ("*bf16", "*bf16"),
     "fp16": ("*fp16", "*fp16"),
     "fp32": ("*fp32", "*fp32"),
     "fp32 to bf16": ("*fp32", "*bf16"),
 }
-# a vocabulary at which blocks have their full width
+# a vocabulary with blocks of full width
 V = 128256
-# fused kernels: every launch the tables know, aligned and not, by the vocabularies that choose it
+# vocabularies that select every launch of the fused kernels, aligned and not
 FUSED_V = (8192, 16384, 32768, 50257, 128256, 151643)
 
 SOFTMAX = ("scale", "softcap", "smoothing", "lse_square_scale")
@@ -51,7 +50,7 @@ OPTION_SETS = {
     "plain": (),
     "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX),
 }
-# what rows give beside their loss, and gradients of it
+# statistics of rows and their upstream gradients
 STATISTICS = (
     "lse_ptr",
     "logprob_ptr",
@@ -61,19 +60,18 @@ STATISTICS = (
     "dlogprob_ptr",
     "dentropy_ptr",
 )
-# what a shard's first pass takes and leaves in place of losses, and what its gradient takes
+# extra arguments of a shard, and arguments that its first pass does not have
 SHARD = ("first_class", "num_classes")
 SHARD_SETS = {"shard": (), "shard, every option": ("class_weight_ptr", *SOFTMAX, *STATISTICS)}
 SHARD_ABSENT = ("loss_ptr", "lse_ptr", "lse_square_scale")
-# a tile of the product is all of a program's registers, so each of its options counts
+# a tile of the product fills the registers of a program, so each option matters
 TILE_OPTION_SETS = {
     "plain": (),
     "bias": ("bias_ptr",),
     "softcap": ("softcap",),
     "every option": ("bias_ptr", "scale", "softcap"),
 }
-# and of its statistics: entropy and largest class, where they leave the fewest registers and where
-# all is computed
+# entropy and argmax, with the option that leaves the fewest registers and with all options
 TILE_STATISTICS = ("spreads_ptr", "firsts_ptr")
 TILE_OPTION_SETS |= {
     f"{name}, statistics": (*TILE_OPTION_SETS[name], *TILE_STATISTICS)
@@ -102,7 +100,7 @@ LOGITS = (
     "logp_ptr",
     "dlogp_ptr",
 )
-# what is a multiple of 16 where rows are wide
+# multiples of 16 if rows are aligned
 SIZES = (
     "V",
     "D",
@@ -134,12 +132,12 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and what its launcher sets."""
+    """A kernel with the constants and options of its launcher."""
 
     kernel: Any
     num_warps: int
     constants: dict[str, object]
-    # whether rows start on 16 elements
+    # True if rows start at multiples of 16 elements
     wide: bool = True
     options: dict[str, object] = field(default_factory=lambda: dict(UNFUSED))
 
@@ -149,7 +147,7 @@ class Launch:
 
 
 def sweeps(dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """(options, those given, launch); losses know no dtype of a gradient."""
+    """(name of options, their arguments, launch); losses have no dtype of a gradient."""
     blocks = row_blocks(V)
     narrower = "to" in dtype
     for options, given in (
@@ -213,12 +211,12 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
                 "PHASE": 0,
             }
             options = {"launch_cooperative_grid": True, **UNFUSED}
-            # nothing is known of the alignment of rows
+            # rows of any alignment
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)
 
 
 def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """(options, those given, launch) where ``linear_rows.runs_on`` finds nothing against it."""
+    """The same for targets and dtypes that ``linear_rows.runs_on`` accepts."""
     if target not in ("sm_90", "sm_100") or dtype.startswith("fp32"):
         return
     tile = linear_rows.TILE
@@ -238,13 +236,13 @@ def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, .
         yield options, given, merge
 
 
-# targets as numbers and as ids; weights of labels
+# dense targets and ids, with and without weights of labels
 SIGMOID_OPTION_SETS = {
     "numbers": ("target_ptr", "dtarget_ptr"),
     "numbers, weights": ("target_ptr", "dtarget_ptr", *SIGMOID_WEIGHTS),
     "ids": ("ids_ptr",),
     "ids, weights": ("ids_ptr", *SIGMOID_WEIGHTS),
-    # never both at once
+    # the loss and the gradient are separate launches
     "probabilities, loss": ("target_ptr", "weight_ptr", "stride_weight_v"),
     "probabilities, gradients": ("target_ptr", "dtarget_ptr", "weight_ptr", "stride_weight_v"),
 }
@@ -255,7 +253,7 @@ NOT_OF = {
 
 
 def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """Sums and gradients at once, the gradient's factor one number a row."""
+    """Sums and gradients in one launch, with one upstream gradient per row."""
     blocks = row_blocks(V)
     for options, given in SIGMOID_OPTION_SETS.items():
         absent = {
@@ -283,8 +281,7 @@ def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
 def log_softmax_launches(
     target: str, itemsize: int
 ) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """The rows of the tables that a program holds whole, a longer one, and what picks a number of
-    each row."""
+    """Every row width of the tables, a longer row in a loop, and the NLL kernels."""
     family = "amd" if target.startswith("gfx") else "nvidia"
     for kernel, two in (
         (log_softmax_rows.log_softmax_kernel, False),
@@ -330,7 +327,7 @@ def source(launch: Launch, logits: str, dlogits: str, given: tuple[str, ...]) ->
             types[name] = POINTERS.get(name, "*fp32")
         else:
             types[name] = "fp32" if name in SOFTMAX else "i32"
-        # what the launcher's specialisation finds
+        # divisibility that Triton's specialization finds at launch
         aligned = name.endswith("_ptr") if not rows else launch.wide
         if aligned or (launch.wide and name in SIZES):
             attributes[i,] = [["tt.divisibility", 16]]
@@ -370,7 +367,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
         "narrow": narrow,
         "fused": fused,
     }
-    # tiles copied by descriptor, and products of tiles
+    # TMA copies and products of tiles
     tma, mma = (
         len(re.findall(r"\bUTMALDG\b", sass)),
         len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass)),
@@ -397,7 +394,7 @@ def main(targets: list[str], dtypes: list[str]) -> None:
                 *log_softmax_launches(target, itemsize),
             ]
             if "to" in dtype:
-                # over the logits; capped ones of split rows go another way
+                # in place of the logits; split rows with a softcap use other kernels
                 narrowing = {"whole_row_kernel": set(), "split_row_kernel": {"softcap"}}
                 cases = [
                     (options, tuple(g for g in given if g not in narrowing[launch.name]), launch)

@@ -1,5 +1,6 @@
-"""Rows as a bench would write them, for a page about machines nobody here has."""
+"""Made-up rows of benchmarks, for machines that are not here."""
 
+import itertools
 import random
 from typing import Any
 
@@ -43,42 +44,18 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def row(**known: Any) -> dict[str, Any]:
-    """One ok row of the case llama2 with what is given instead."""
-    plain = {
-        "schema": rows.VERSION,
-        "case": "llama2",
-        "op": "logits",
-        "mode": "forward+backward",
-        "dtype": "bf16",
-        "n": 8192,
-        "v": 32000,
-        "d": None,
-        "method": "lossfuse",
-        "status": "ok",
-        "note": "",
-        "ms_p50": 1.0,
-        "ms_p20": 0.98,
-        "ms_p80": 1.05,
-        "repeats": 30.0,
-        "ideal_ms": 0.9,
-        "peak_extra_bytes": 8192.0 * 32000 * 2,
-        "loss_error": 3e-7,
-        "grad_error": 4e-3,
-        "copy_gbps": 2900.0,
-        "matmul_tflops": None,
-        "device": "NVIDIA H100 80GB HBM3",
-        "settings": "",
-        "python": "3.12.3",
-        "torch": "2.9.0+cu128",
-        "triton": "3.5.0",
-        "lossfuse": "0.1.0",
-        "package": "",
-        "commit": "a1b2c3d",
-        "dirty": False,
-        "tests": "passed",
-        "date": "2026-11-20T10:00:00+00:00",
-    }
-    assert set(known) <= set(plain), set(known) - set(plain)
+    """One ok row of the case llama2, with changes."""
+    about = {"schema": rows.VERSION, "case": "llama2", "op": "logits", "mode": "forward+backward"}
+    size = {"dtype": "bf16", "n": 8192, "v": 32000, "d": None, "method": "lossfuse"}
+    times = {"ms_p50": 1.0, "ms_p20": 0.98, "ms_p80": 1.05, "repeats": 30.0, "ideal_ms": 0.9}
+    found = {"status": "ok", "note": "", "peak_extra_bytes": 8192.0 * 32000 * 2}
+    errors = {"loss_error": 3e-7, "grad_error": 4e-3, "copy_gbps": 2900.0, "matmul_tflops": None}
+    where = {"device": "NVIDIA H100 80GB HBM3", "settings": "", "python": "3.12.3"}
+    versions = {"torch": "2.9.0+cu128", "triton": "3.5.0", "lossfuse": "0.1.0", "package": ""}
+    when = {"commit": "a1b2c3d", "dirty": False, "tests": "passed"}
+    plain = about | size | times | found | errors | where | versions | when
+    plain["date"] = "2026-11-20T10:00:00+00:00"
+    assert plain.keys() == set(rows.COLUMNS) >= known.keys(), known
     return plain | known
 
 
@@ -90,89 +67,70 @@ def bounds_row(**known: Any) -> dict[str, Any]:
     return about | found | {"place": "2"} | where | known
 
 
+MACHINES = [
+    ("NVIDIA H100 80GB HBM3", "", 2.9e9, 6e11),
+    ("Intel Xeon Platinum 8488C, 16 threads", "THP_MEM_ALLOC_ENABLE=1", 1.2e7, 9e8),
+]
+FAILURES = {
+    ("gemma3", "Liger"): ("wrong", "gradient differs: worst entry 0.31 of itself, at row 12"),
+    ("unaligned", "quack"): ("failed", "AssertionError: V must be a multiple of 8"),
+}
+# peak memory in units of the logits; 3 for the others
+LEAN = {"lossfuse": 1, "lossfuse linear": 0.12, "CCE": 0.05, "quack": 1, "Liger": 1}
+
+
 def many(
     cases: dict[str, tuple[int, int | None, int]] | None = None,
     runs: int = 6,
     devices: int = 2,
     methods: int = 7,
 ) -> list[dict[str, Any]]:
-    """Rows of several devices, runs, ops, dtypes and modes; some went wrong."""
+    """Rows of several devices, runs, ops, dtypes and modes, some of them failed."""
     from lossfuse.perf.cases import CASES
 
     rng = random.Random(0)
     cases = cases or {name: (case.rows["cuda"], case.d, case.v) for name, case in CASES.items()}
-    made = []
-    for place, run in [(place, run) for place in range(devices) for run in range(runs)]:
-        where = (
-            ("NVIDIA H100 80GB HBM3", ""),
-            ("Intel Xeon Platinum 8488C, 16 threads", "THP_MEM_ALLOC_ENABLE=1"),
-        )[place % 2]
-        for name, (n, d, v) in cases.items():
-            for dtype, mode in (
-                ("fp32", "forward+backward"),
-                ("bf16", "forward+backward"),
-                ("bf16", "forward"),
-                ("bf16", "no_grad"),
-            ):
-                size, passes = n * v * ITEMSIZE[dtype], 2 if mode == "forward+backward" else 1
-                ideal = (
-                    passes * size / (2.9e9, 1.2e7)[place % 2]
-                    if d is None
-                    else 2 * n * v * d * (2 * passes - 1) / (6e11, 9e8)[place % 2]
-                )
-                for method in (
-                    (LOGITS if d is None else HEAD) + tuple(f"peer {i}" for i in range(9))
-                )[:methods]:
-                    share = (
-                        SPEED.get(method, 0.4)
-                        * rng.uniform(0.93, 1.03)
-                        * (0.85 + 0.03 * run if "lossfuse" in method else 1)
-                    )
-                    ms = ideal / share
-                    lean = {
-                        "lossfuse": 1,
-                        "lossfuse linear": 0.12,
-                        "CCE": 0.05,
-                        "quack": 1,
-                        "Liger": 1 if d is None else 0.3,
-                    }.get(method, 3)
-                    broken: dict[str, Any] = {}
-                    if (name, method) == ("gemma3", "Liger"):
-                        broken = {
-                            "status": "wrong",
-                            "note": "gradient differs: worst entry 0.31 of itself, at row 12, class 4711",
-                        }
-                    if method.endswith("(x.float())") and n * v > 2e9:
-                        broken = {"status": "out of memory", "note": "tried to allocate 8.0 GiB"}
-                    if (name, method) == ("unaligned", "quack"):
-                        broken = {
-                            "status": "failed",
-                            "note": "AssertionError: V must be a multiple of 8",
-                        }
-                    numbers = {
-                        "ms_p50": ms,
-                        "ms_p20": ms * 0.97,
-                        "ms_p80": ms * rng.uniform(1.02, 1.1),
-                        "peak_extra_bytes": lean * size * passes / 2,
-                        "loss_error": rng.uniform(1, 9) * 1e-7,
-                        "grad_error": rng.uniform(1, 9) * (1e-6 if dtype == "fp32" else 1e-3),
-                    }
-                    made.append(
-                        row(
-                            case=name,
-                            op="logits" if d is None else "head",
-                            mode=mode,
-                            dtype=dtype,
-                            n=n,
-                            v=v,
-                            d=d,
-                            method=method,
-                            ideal_ms=ideal,
-                            device=where[0],
-                            settings=where[1],
-                            commit=f"{0xA1B2C30 + 4919 * run:07x}",
-                            date=f"2026-11-{10 + run:02d}T1{place}:00:00+00:00",
-                            **(dict.fromkeys(numbers) | broken if broken else numbers),
-                        )
-                    )
-    return made
+    settings = [("fp32", "forward+backward")]
+    settings += [("bf16", mode) for mode in ("forward+backward", "forward", "no_grad")]
+    return [
+        _measured(rng, place, run, (name, *cases[name]), dtype, mode, method)
+        for place, run in itertools.product(range(devices), range(runs))
+        for name, (dtype, mode) in itertools.product(cases, settings)
+        for method in _methods(cases[name][1] is None)[:methods]
+    ]
+
+
+def _methods(logits: bool) -> tuple[str, ...]:
+    return (LOGITS if logits else HEAD) + tuple(f"peer {i}" for i in range(9))
+
+
+def _measured(
+    rng: random.Random,
+    place: int,
+    run: int,
+    case: tuple[str, int, int | None, int],
+    dtype: str,
+    mode: str,
+    method: str,
+) -> dict[str, Any]:
+    name, n, d, v = case
+    device, settings, bandwidth, flops = MACHINES[place]
+    size, passes = n * v * ITEMSIZE[dtype], 2 if mode == "forward+backward" else 1
+    ideal = passes * size / bandwidth if d is None else 2 * n * v * d * (2 * passes - 1) / flops
+    growth = 0.85 + 0.03 * run if "lossfuse" in method else 1
+    ms = ideal / (SPEED.get(method, 0.4) * rng.uniform(0.93, 1.03) * growth)
+    lean = 0.3 if method == "Liger" and d is not None else LEAN.get(method, 3)
+    numbers = {"ms_p50": ms, "ms_p20": ms * 0.97, "ms_p80": ms * rng.uniform(1.02, 1.1)}
+    numbers["peak_extra_bytes"] = lean * size * passes / 2
+    numbers["loss_error"] = rng.uniform(1, 9) * 1e-7
+    numbers["grad_error"] = rng.uniform(1, 9) * (1e-6 if dtype == "fp32" else 1e-3)
+    failure = FAILURES.get((name, method))
+    if method.endswith("(x.float())") and n * v > 2e9:
+        failure = ("out of memory", "tried to allocate 8.0 GiB")
+    if failure is not None:
+        numbers = dict.fromkeys(numbers) | dict(zip(("status", "note"), failure, strict=True))
+    about = {"case": name, "op": "logits" if d is None else "head", "n": n, "v": v, "d": d}
+    about |= {"mode": mode, "dtype": dtype, "method": method, "ideal_ms": ideal}
+    when = {"commit": f"{0xA1B2C30 + 4919 * run:07x}"}
+    when["date"] = f"2026-11-{10 + run:02d}T1{place}:00:00+00:00"
+    return row(**about, device=device, settings=settings, **when, **numbers)

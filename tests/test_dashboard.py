@@ -247,7 +247,7 @@ def test_an_address_selects_rows_and_a_page_fits_a_phone(tmp_path):
     widths = [float(width) for width in re.findall(r'<svg[^>]* width="([\d.]+)"', dom)]
     # chromium's narrowest window has 485 pixels
     assert len(widths) == 5 and max(widths) <= 485
-    assert charts.THEMES["dark"]["ink"] in time and charts.THEMES["light"]["ink"] not in time
+    assert pages.THEMES["dark"]["ink"] in time and pages.THEMES["light"]["ink"] not in time
 
 
 HOVERS = """<script>window.alert = text => document.documentElement.dataset.harmed = text;
