@@ -226,7 +226,7 @@ def measure(
             if cases is not None and case not in cases:
                 continue
             problem = load(op, case, dtype, device)
-            about = {"case": case, "op": op, "dtype": dtype}
+            about: Row = {"case": case, "op": op, "dtype": dtype}
             about |= {"n": problem.n, "v": problem.v, "d": problem.d}
             for how in variants(device, op, dtype, problem.n):
                 for found in findings(problem, how):

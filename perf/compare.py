@@ -89,8 +89,8 @@ def main(a: str, b: str) -> None:
         cells += [f"{row[f'peak_extra_bytes_{side}'] / 2**20:,.0f} MiB" for side in "ab"]
         lines.append(tables.Line(cells, f"{row['case']} {row['dtype']} {row['mode']}"))
     tables.show(console, columns, lines, "A against B")
-    for name, side in (("A", left), ("B", right)):
-        first = side.iloc[0]
+    for name, rows in (("A", left), ("B", right)):
+        first = rows.iloc[0]
         commit, triton = first["commit"] or "an unknown commit", first["triton"] or "none"
         versions = f"torch {first['torch']}, triton {triton}"
         state = f"{first['date']}, tests {first['tests']}"

@@ -33,8 +33,8 @@ def worst(output: str, error: Tensor, bound: Tensor) -> Finding:
         return Finding(output, 0.0, 0.0, 0.0)
     at = int(ratio.argmax())
     place = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(at), ratio.shape))
-    numbers = (float(t.flatten()[at]) for t in (ratio, error, bound))
-    return Finding(output, *numbers, place)
+    largest, off, allowed = (float(t.flatten()[at]) for t in (ratio, error, bound))
+    return Finding(output, largest, off, allowed, place)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -209,8 +209,8 @@ def _called(out: Path, arguments: list[str], limit: float) -> str:
         )
         said, trouble = done.stdout, "" if done.returncode == 0 else f"exit {done.returncode}"
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or ""
-        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        output = error.stdout or ""
+        said = output.decode(errors="replace") if isinstance(output, bytes) else output
         trouble = f"stopped after {limit:.0f} s"
     _log(out, f"$ {' '.join(command[1:])}\n{said}\n")
     return trouble and f"{trouble}; {_last_line(said)}"

@@ -154,7 +154,6 @@ class Plan:
         return sum(c.sent for c in self.collectives if not contents or c.content in contents)
 
 
-Calls, Buffers = list[Collective], list[Buffer]
 GATHERED = "gathered whole"  # the name of the plan
 
 
@@ -203,7 +202,9 @@ def other_plans(step: LossStep, layout: Layout) -> list[Plan]:
     return plans
 
 
-def _plan(name: str, step: LossStep, layout: Layout, calls: Calls, buffers: Buffers) -> Plan:
+def _plan(
+    name: str, step: LossStep, layout: Layout, calls: list[Collective], buffers: list[Buffer]
+) -> Plan:
     """Add what any loss of a head needs: its operands and the reductions of their gradients."""
     if step.d is not None:
         caller = "transformers" if name == GATHERED else name

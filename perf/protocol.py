@@ -50,7 +50,6 @@ def time_interleaved(
     device: torch.device,
     repeats: int,
     seconds: float = float("inf"),
-    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Time one call of each step in turn; the first round does not count.
 
@@ -66,7 +65,6 @@ def time_interleaved(
             arguments = step.prepare()
             taken[name].append(clock(step.run, arguments))
             del arguments
-            tick()
         if done >= 3 and (time.perf_counter() - begin) * (done + 2) / (done + 1) > seconds:
             break
     return {name: Timing.of(ms[1:]) for name, ms in taken.items()}

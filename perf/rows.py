@@ -226,8 +226,9 @@ def _read_one(path: Path, kind: Kind) -> "pd.DataFrame":
     if list(frame.columns) != list(kind.columns):
         foreign = [name for name in frame.columns if name not in kind.columns]
         absent = [name for name in kind.columns if name not in frame.columns]
-        found = [f"has columns {foreign}" * bool(foreign), f"lacks columns {absent}" * bool(absent)]
-        problem = " and ".join(filter(None, found)) or "has its columns in another order"
+        faults = [f"has columns {foreign}" * bool(foreign)]
+        faults.append(f"lacks columns {absent}" * bool(absent))
+        problem = " and ".join(filter(None, faults)) or "has its columns in another order"
         raise BadRows(f"{path} is not a file of our rows: it {problem}")
     return _typed(frame, path, kind)
 

@@ -7,7 +7,7 @@ from lossfuse.perf.protocol import Step, peak_extra_bytes
 
 
 def least_peak(call, device):
-    """Peak memory of a call, the least of three because garbage of earlier tests counts; or None."""
+    """Peak of a call, the least of three because garbage of earlier tests counts, or None."""
     call()
     peaks = [peak_extra_bytes(Step(call), device) for _ in range(3)]
     return None if None in peaks else min(peaks)
