@@ -33,14 +33,14 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# of logits, and of their gradient
+# dtypes of logits and of their gradient
 DTYPES = {
     "bf16": ("*bf16", "*bf16"),
     "fp16": ("*fp16", "*fp16"),
     "fp32": ("*fp32", "*fp32"),
     "fp32 to bf16": ("*fp32", "*bf16"),
 }
-# a vocabulary at which blocks have their full width
+# a vocabulary with blocks of full width
 V = 128256
 # vocabularies that together choose every launch of the tables of the fused kernels, aligned or not
 FUSED_V = (8192, 16384, 32768, 50257, 128256, 151643)

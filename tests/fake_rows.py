@@ -83,6 +83,26 @@ def row(**fields: Any) -> dict[str, Any]:
     return default | fields
 
 
+def bounds_row(**known: Any) -> dict[str, Any]:
+    """One row of errors against bounds."""
+    about = {"case": "all equal", "op": "logits", "dtype": "fp32", "n": 4, "v": 2053, "d": None}
+    found = {"method": "torch", "output": "loss", "ratio": 0.3, "error": 3e-6, "bound": 1e-5}
+    where = {"torch": "2", "commit": "abc", "dirty": False, "date": "2026-01-01"}
+    return about | found | {"place": "2"} | where | known
+
+
+MACHINES = [
+    ("NVIDIA H100 80GB HBM3", "", 2.9e9, 6e11),
+    ("Intel Xeon Platinum 8488C, 16 threads", "THP_MEM_ALLOC_ENABLE=1", 1.2e7, 9e8),
+]
+FAILURES = {
+    ("gemma3", "Liger"): ("wrong", "gradient differs: worst entry 0.31 of itself, at row 12"),
+    ("unaligned", "quack"): ("failed", "AssertionError: V must be a multiple of 8"),
+}
+# peak memory in units of the logits; 3 for the others
+LEAN = {"lossfuse": 1, "lossfuse linear": 0.12, "CCE": 0.05, "quack": 1, "Liger": 1}
+
+
 def many(
     cases: dict[str, tuple[int, int | None, int]] | None = None,
     runs: int = 6,
