@@ -68,7 +68,7 @@ class LossSpec:
                 object.__setattr__(self, name, kind(value))
 
     @property
-    def shapes_logits(self) -> bool:
+    def transforms_logits(self) -> bool:
         """Whether the loss sees other numbers than the logits it is given."""
         return self.softcap is not None or self.logit_scale is not None
 

@@ -16,8 +16,8 @@ import torch
 from ..ops.head_chunks import chunk_rows, padded
 from ..row_types import Wants
 from ..spec import LinearOptions, LossSpec
-from ..vocab_parallel.backend import HEADER_INTS
-from ..vocab_parallel.merge import nothing
+from ..vocab_parallel.backend import FINGERPRINT_INTS
+from ..vocab_parallel.merge import empty_shard
 from . import tables
 from .cases import DTYPES, named
 from .mistakes import Mistake
@@ -173,7 +173,7 @@ class Loss:
         """Of what a rank says of a row: numbers in float32, and a class in int64."""
         spec = LossSpec(label_smoothing=0.1 if self.smoothing else 0.0)
         wants = Wants(statistics and self.entropy, statistics and self.argmax)
-        said = nothing(
+        said = empty_shard(
             0, torch.empty(0), self.probabilities, self.class_weights, spec, wants, statistics
         )
         return sum(numbers.element_size() for numbers in said if numbers is not None)
@@ -349,7 +349,7 @@ def _chunks(loss: Loss, layout: Layout) -> list[int]:
 
 def _rows_payload(loss: Loss, rows: int, statistics: bool) -> int:
     # and a header in int64, and a sum of class weights
-    return 8 * HEADER_INTS + NUMBER * loss.class_weights + loss.row_bytes(statistics) * rows
+    return 8 * FINGERPRINT_INTS + NUMBER * loss.class_weights + loss.row_bytes(statistics) * rows
 
 
 def _way(

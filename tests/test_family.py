@@ -331,7 +331,7 @@ def test_where_nobody_looks_a_bad_id_makes_its_row_nan(device, bad, monkeypatch)
 
 
 def test_what_is_no_probability_is_nan(device, monkeypatch):
-    monkeypatch.setattr("lossfuse.family.values_are_at_hand", lambda t: False)
+    monkeypatch.setattr("lossfuse.family.values_are_readable", lambda t: False)
     x = torch.tensor(
         [[0.5, 1.5, -1e-9], [float("nan"), 1.0, INF]], device=device, requires_grad=True
     )
@@ -343,7 +343,7 @@ def test_what_is_no_probability_is_nan(device, monkeypatch):
 
 @pytest.mark.skipif(GPU, reason="counts what the CPU allocates")
 def test_no_tensor_is_made_beside_the_result(monkeypatch):
-    monkeypatch.setattr("lossfuse.family.values_are_at_hand", lambda t: False)
+    monkeypatch.setattr("lossfuse.family.values_are_readable", lambda t: False)
     x, t, ids = (
         torch.rand(8, 3000).requires_grad_(),
         torch.rand(8, 3000),

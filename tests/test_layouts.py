@@ -137,11 +137,11 @@ def counting():
         setattr(dist, name, counted(name, call))
     # as on an accelerator: on a CPU the ranks of a head first compare all their rows, in a gather
     # of its own
-    look, head_ops.values_are_at_hand = head_ops.values_are_at_hand, lambda t: False
+    look, head_ops.values_are_readable = head_ops.values_are_readable, lambda t: False
     try:
         yield calls, elements
     finally:
-        head_ops.values_are_at_hand = look
+        head_ops.values_are_readable = look
         for name, call in plain.items():
             setattr(dist, name, call)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..inputs import Targets, torch_func_active
 from ..spec import LossSpec, VocabShard
-from ..vocab_parallel.backend import gather, look_together, process_group
+from ..vocab_parallel.backend import check_ranks_agree, gather, process_group
 
 
 def whole_logits(
@@ -20,7 +20,7 @@ def whole_logits(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors of all ranks, made on every rank."""
     _refuse_transforms()
-    look_together(rows.target, rows.classes_at_hand, spec)
+    check_ranks_agree(rows.target, rows.classes_at_hand, spec)
     class_dim = 0 if input.dim() == 1 else 1
     soft = target.is_floating_point()
     return (
@@ -42,7 +42,7 @@ def whole_head(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """As ``whole_logits``, of a head."""
     _refuse_transforms()
-    look_together(rows.target, rows.classes_at_hand, spec)
+    check_ranks_agree(rows.target, rows.classes_at_hand, spec)
     return (
         input if shard.hidden_grad == "reduced" else _Addend.apply(input, shard),
         _Whole.apply(linear_weight, 0, shard),

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..spec import LossSpec
-from .inplace import GONE, Owner, is_sole_owner
+from .inplace import ERR_LOGITS_CONSUMED, Owner, is_sole_owner
 from .library import multiply_, options
 
-SPENT = f"a second backward, and a backward with create_graph=True, need the logits again, but {GONE}; pass inplace=False"
+SPENT = f"a second backward, and a backward with create_graph=True, need the logits again, but {ERR_LOGITS_CONSUMED}; pass inplace=False"
 NO_OPTIONS_GRAD = (None,) * len(options(LossSpec(), "torch"))
 
 

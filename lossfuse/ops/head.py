@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..row_types import Upstream, Wants
 from ..spec import LinearOptions, LossSpec, loss_spec
-from ..targets import values_are_at_hand
-from ..vocab_parallel.backend import look_together
+from ..targets import values_are_readable
+from ..vocab_parallel.backend import check_ranks_agree
 from . import head_chunks
 from .gradients import is_plain, multiply
 from .head_chunks import Gradients, Head, Needs
@@ -73,8 +73,8 @@ def checked_head_spec(weight: Tensor, target: Tensor, loss_options: tuple[Any, .
     spec = checked_spec(len(weight), target, loss_options)
     # all rows at once, where that is free or asked for: a chunk knows neither which rows it is of
     # nor how many chunks other ranks make
-    if spec.group is not None and values_are_at_hand(target):
-        look_together(target, len(weight), spec)
+    if spec.group is not None and values_are_readable(target):
+        check_ranks_agree(target, len(weight), spec)
     return spec
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..inputs import Rows
 
-GONE = "these logits were consumed by a loss of lossfuse with inplace=True and their memory holds a gradient"
+ERR_LOGITS_CONSUMED = "these logits were consumed by a loss of lossfuse with inplace=True and their memory holds a gradient"
 
 # what may still be asked of a tensor that holds no logits any more: nothing that reads them
 _HARMLESS = {
@@ -58,19 +58,19 @@ class Consumed(Tensor):
             else None
         )
         if name in ("__repr__", "__format__"):
-            return f"<{GONE}>"
+            return f"<{ERR_LOGITS_CONSUMED}>"
         edge = args[0]._edge if args and isinstance(args[0], cls) else None
         if attribute == "grad_fn" and name == "__get__" and edge is not None:
             return edge.node
         if name in ("register_hook", "retain_grad") and edge is not None:
-            raise RuntimeError(f"{GONE}; on a view, {name} before the loss")
+            raise RuntimeError(f"{ERR_LOGITS_CONSUMED}; on a view, {name} before the loss")
         harmless = name in _HARMLESS or name in ("register_hook", "retain_grad")
         harmless |= (
             name == "__get__" and attribute not in _ATTRIBUTES_THAT_READ
         ) or attribute == "grad"
         if not harmless and name not in _ALIASES:
             raise RuntimeError(
-                f"{GONE}; use them before the loss, keep a copy, or pass inplace=False"
+                f"{ERR_LOGITS_CONSUMED}; use them before the loss, keep a copy, or pass inplace=False"
             )
         if name == "grad":
             args = tuple(_in_graph(a) for a in args)

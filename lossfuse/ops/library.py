@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..spec import LossSpec, loss_spec
 from ..targets import require_ids_in_range
-from ..vocab_parallel.backend import Sharded, all_sum_over, keep_order
+from ..vocab_parallel.backend import Sharded, all_sum_over, disable_inductor_reordering
 
 _BACKENDS = {"triton": "..backends.triton", "torch": "..backends.torch_rows"}
 # where rows are cut by classes
@@ -60,7 +60,7 @@ def register(name: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) 
     def traced(*args: Any) -> Any:
         # the group, where rows are cut
         if isinstance(args[-2], str):
-            keep_order()
+            disable_inductor_reordering()
         return shapes(*args)
 
     library.impl(name, kernel, "CompositeExplicitAutograd")

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..row_types import RowStats, Upstream, Wants
 from ..spec import LossSpec, loss_spec
-from ..vocab_parallel.merge import KEPT_ROWS
+from ..vocab_parallel.merge import SAVED_ROWS
 from .gradients import (
     NO_OPTIONS_GRAD,
     is_plain,
@@ -56,7 +56,7 @@ def as_tensors(made: RowStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     loss = made.loss
     entropy = loss.new_empty(0) if made.entropy is None else made.entropy
     argmax = loss.new_empty(0, dtype=torch.int64) if made.argmax is None else made.argmax
-    return loss, made.lse, made.target_logprob, entropy, argmax, made.kept
+    return loss, made.lse, made.target_logprob, entropy, argmax, made.saved
 
 
 def new_stats(like: Tensor, wants: Wants) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ def without_gradient(has_entropy: bool, entropy: Tensor, argmax: Tensor) -> tupl
 
 def _kept(logits: Tensor, target: Tensor, wants: Wants, group: str | None, impl: str) -> Tensor:
     n_kept = (
-        KEPT_ROWS
+        SAVED_ROWS
         if group
         else 0
         if impl == "torch"

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..row_types import Upstream
 from ..spec import LossSpec, loss_spec
-from ..vocab_parallel.merge import KEPT_ROWS
+from ..vocab_parallel.merge import SAVED_ROWS
 from .gradients import (
     NO_OPTIONS_GRAD,
     formed_gradients,
@@ -79,7 +79,7 @@ def _row_loss_shapes(
 ) -> tuple[Tensor, Tensor]:
     loss = new_loss(logits)
     n_stats = (
-        KEPT_ROWS
+        SAVED_ROWS
         if options[-2]
         else 0
         if options[-1] == "torch"
