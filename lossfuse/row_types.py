@@ -1,4 +1,4 @@
-"""Groups of row-wise tensors: statistics, their upstream gradients, and the statistics of a shard."""
+"""Groups of row-wise tensors: statistics, their upstream gradients, statistics of a shard."""
 
 from typing import NamedTuple
 

@@ -1,8 +1,8 @@
-"""Blocks of rows shared out among threads that each compute alone.
+"""Blocks of rows in threads that each run their operators single-threaded.
 
-An operator's own threads meet at its end, and where one core is taken by somebody else (a data
-loader, another process) every operator of every block waits for it: six times slower than torch,
-which has few long operators, was seen on two cores. Threads that meet once do not."""
+torch's own threads synchronize at the end of every operator. If another process (a data loader)
+takes a core, every operator of every block waits for that core: up to six times the time of torch's
+loss, which has few long operators, on two cores. These threads synchronize once."""
 
 import os
 import threading
@@ -21,15 +21,15 @@ _making = threading.Lock()
 
 
 def workers() -> int:
-    """As many as an operator would use here; 1 where whoever watches this thread's operators must
-    see them all."""
+    """Number of threads an operator would use; 1 under a dispatch mode or the profiler, which see
+    the operators of their own thread only."""
     watched = _get_current_dispatch_mode() is not None or torch._C._autograd._profiler_enabled()
     return 1 if watched else torch.get_num_threads()
 
 
 def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
-    """The results of all tasks, by ``count`` threads, or by the caller where no thread is to be
-    had.
+    """The results of all tasks, computed by ``count`` threads, or by the caller if no thread can be
+    started.
 
     An exception is raised after every thread has stopped.
     """
@@ -38,17 +38,17 @@ def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
     results: dict[int, T] = {}
     errors: list[BaseException] = []
     changed = threading.Condition()
-    busy, over = 0, False
+    busy, stopping = 0, False
 
     def work() -> None:
-        nonlocal busy, over
-        # modes belong to threads
+        nonlocal busy, stopping
+        # these modes are thread-local
         with torch.inference_mode(inference), torch.no_grad():
             while True:
                 with changed:
-                    i, task = (-1, None) if over else next(todo, (-1, None))
+                    i, task = (-1, None) if stopping else next(todo, (-1, None))
                     if task is None:
-                        over = True
+                        stopping = True
                         changed.notify_all()
                         return
                     busy += 1
@@ -56,7 +56,7 @@ def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
                     results[i] = task()
                 except BaseException as error:
                     errors.append(error)
-                    over = True
+                    stopping = True
                 finally:
                     with changed:
                         busy -= 1
@@ -64,24 +64,24 @@ def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
 
     def wait() -> None:
         with changed:
-            changed.wait_for(lambda: over and busy == 0)
+            changed.wait_for(lambda: stopping and busy == 0)
 
     asked = 0
     try:
         try:
-            pool = _pool_of(count)
+            pool = _get_pool(count)
             for _ in range(min(count, len(tasks))):
                 pool.submit(work)
                 asked += 1
         except RuntimeError:
-            # no more threads: the process ends, or has as many as it may have
+            # no thread can be started: the interpreter shuts down, or a limit is reached
             if asked == 0:
                 return [task() for task in tasks]
         wait()
     except BaseException:
-        # an interrupt: nobody may go on writing into the caller's memory, nor may another one let
-        # them
-        over = True
+        # an interrupt: wait until no thread writes into the caller's memory, also through further
+        # interrupts
+        stopping = True
         while True:
             try:
                 wait()
@@ -94,34 +94,33 @@ def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
     return [results[i] for i in range(len(tasks))]
 
 
-def _pool_of(count: int) -> ThreadPoolExecutor:
+def _get_pool(count: int) -> ThreadPoolExecutor:
     global _pool, _size
     with _making:
         if _pool is None or _size < count:
-            mine = torch.get_num_threads()
-            together = threading.Barrier(count + 1)
+            num_threads = torch.get_num_threads()
+            started = threading.Barrier(count + 1)
             pool = ThreadPoolExecutor(count, thread_name_prefix="lossfuse")
             try:
                 for _ in range(count):
-                    pool.submit(_alone, together)
-                together.wait()
+                    pool.submit(_use_one_thread, started)
+                started.wait()
             except BaseException:
-                # those that are there would wait for the others until the process ends, which waits
-                # for them
-                together.abort()
+                # threads that have started would wait for the others forever
+                started.abort()
                 pool.shutdown()
                 raise
             finally:
-                # the number is of the thread, but a thread that never set one starts with what was
-                # set last anywhere
-                torch.set_num_threads(mine)
+                # the setting is thread-local, but a thread that never set it inherits the last one
+                # of any thread
+                torch.set_num_threads(num_threads)
             _pool, _size = pool, count
         return _pool
 
 
-def _alone(together: threading.Barrier) -> None:
+def _use_one_thread(started: threading.Barrier) -> None:
     torch.set_num_threads(1)
-    together.wait()
+    started.wait()
 
 
 def _forget() -> None:
@@ -129,6 +128,6 @@ def _forget() -> None:
     _pool, _making = None, threading.Lock()
 
 
-# a forked process has the pool and none of its threads
+# a forked process has the pool, but not its threads
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)

@@ -1,5 +1,5 @@
-"""The chunk loop of ``linear_cross_entropy``: hidden states and a head -> losses and gradients, with
-the logits of a chunk of rows in memory at a time.
+"""The chunk loop of ``linear_cross_entropy``: hidden states and a head -> losses and gradients,
+with the logits of one chunk of rows in memory at a time.
 
 For each chunk: a matrix product computes its logits, a backend the row losses and writes their
 gradient over the logits, and matrix products the gradients of the head from it. The matrix products
@@ -388,8 +388,8 @@ def _logits(
 
 
 def _gradient_over(z: Tensor, operand_dtype: torch.dtype) -> Tensor:
-    """(C, V) memory for the gradient of (C, V) logits: their own. A row of a narrower gradient takes
-    the first bytes of the row of logits."""
+    """(C, V) memory for the gradient: that of the logits. A row of a narrower gradient takes the
+    first bytes of the row of logits."""
     dtype = min(z.dtype, operand_dtype, key=lambda dtype: dtype.itemsize)
     # a shard without classes has no memory
     if z.dtype == dtype or z.shape[1] == 0:

@@ -169,9 +169,9 @@ def check_ranks_agree(target: Tensor, v: int, spec: LossSpec) -> None:
 def disable_inductor_reordering() -> None:
     """Turn off Inductor's ``reorder_for_peak_memory`` for this process.
 
-    It orders operators by the memory they take (torch 2.8 to 2.13). Ranks whose shards have unequal
-    sizes then issue their collectives in unequal orders and wait for each other forever. This can
-    go when that pass leaves the order of collectives alone.
+    That pass, on by default in torch 2.13, orders operators by the memory they take, so ranks with
+    shards of unequal sizes would issue their collectives in unequal orders. Remove this when the
+    pass keeps the order of collectives.
     """
     config: Any = sys.modules.get("torch._inductor.config")
     if getattr(config, "reorder_for_peak_memory", False):
@@ -220,12 +220,14 @@ def _require_same_rows(n: int, like: Tensor, group: str) -> None:
     counts = gather(torch.tensor([n], device=like.device), group)[:, 0].tolist()
     if len(set(counts)) > 1:
         raise ValueError(
-            f"the ranks of shard.group have {counts} rows; expected the same rows on all ranks, each with its own classes"
+            f"the ranks of shard.group have {counts} rows; expected the same rows on all ranks,"
+            " each with its own classes"
         )
 
 
 def _fingerprint(target: Tensor, v: int, spec: LossSpec, finds_bad: bool) -> Tensor:
-    """(FINGERPRINT_INTS,) int64; ``finds_bad`` looks for the first bad target, which synchronizes."""
+    """(FINGERPRINT_INTS,) int64; with ``finds_bad`` also the first bad target, which
+    synchronizes."""
     position = torch.full((1,), (spec.first_class or 0) * 2**31 + v, device=target.device)
     options = torch.full((1,), _hash_of_options(spec), device=target.device)
     none = torch.full((2,), -1, device=target.device)
@@ -285,19 +287,21 @@ def _all_equal(fingerprints: Tensor, spec: LossSpec, raises: bool) -> Tensor:
     if raises:
         if not bool(same_options.all()):
             raise ValueError(
-                "the ranks of shard.group differ in num_classes, ignore_index, label_smoothing, softcap, logit_scale or lse_square_scale;"
-                " expected the same on all ranks"
+                "the ranks of shard.group differ in num_classes, ignore_index, label_smoothing,"
+                " softcap, logit_scale or lse_square_scale; expected the same on all ranks"
             )
         if not bool(covers.all()):
             slices = zip(starts.tolist(), sizes.tolist(), strict=True)
             held = ", ".join(f"[{start}, {start + size})" for start, size in slices)
             raise ValueError(
-                f"shard: the ranks hold the classes {held}; expected each of [0, {spec.num_classes}) once"
+                f"shard: the ranks hold the classes {held}; expected each of"
+                f" [0, {spec.num_classes}) once"
             )
         _require_good_targets(bad_rows, bad_targets, spec)
         if not bool(same_targets.all()):
             raise ValueError(
-                "target differs between the ranks of shard.group; expected the same rows on all ranks, each with its own classes"
+                "target differs between the ranks of shard.group; expected the same rows on all"
+                " ranks, each with its own classes"
             )
     return covers.all() & same_options.all() & same_targets.all()
 
@@ -307,6 +311,7 @@ def _require_good_targets(bad_rows: Tensor, bad_targets: Tensor, spec: LossSpec)
     for rank, (row, bad) in enumerate(pairs):
         if row >= 0:
             raise IndexError(
-                f"target of row {row} is {bad} on rank {rank} of the group but there are {spec.num_classes} classes;"
-                f" expected an id in [0, {spec.num_classes}) or ignore_index={spec.ignore_index}"
+                f"target of row {row} is {bad} on rank {rank} of the group but there are"
+                f" {spec.num_classes} classes; expected an id in [0, {spec.num_classes}) or"
+                f" ignore_index={spec.ignore_index}"
             )
