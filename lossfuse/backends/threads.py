@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -33,65 +33,72 @@ def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
 
     An exception is raised after every thread has stopped.
     """
-    inference = torch.is_inference_mode_enabled()
-    todo = iter(enumerate(tasks))
-    results: dict[int, T] = {}
-    errors: list[BaseException] = []
-    changed = threading.Condition()
-    busy, stopping = 0, False
-
-    def work() -> None:
-        nonlocal busy, stopping
-        # these modes are thread-local
-        with torch.inference_mode(inference), torch.no_grad():
-            while True:
-                with changed:
-                    i, task = (-1, None) if stopping else next(todo, (-1, None))
-                    if task is None:
-                        stopping = True
-                        changed.notify_all()
-                        return
-                    busy += 1
-                try:
-                    results[i] = task()
-                except BaseException as error:
-                    errors.append(error)
-                    stopping = True
-                finally:
-                    with changed:
-                        busy -= 1
-                        changed.notify_all()
-
-    def wait() -> None:
-        with changed:
-            changed.wait_for(lambda: stopping and busy == 0)
-
-    asked = 0
+    queue = _Queue(tasks)
+    submitted = 0
     try:
         try:
             pool = _get_pool(count)
             for _ in range(min(count, len(tasks))):
-                pool.submit(work)
-                asked += 1
+                pool.submit(queue.work)
+                submitted += 1
         except RuntimeError:
             # no thread can be started: the interpreter shuts down, or a limit is reached
-            if asked == 0:
+            if submitted == 0:
                 return [task() for task in tasks]
-        wait()
+        queue.wait()
     except BaseException:
         # an interrupt: wait until no thread writes into the caller's memory, also through further
         # interrupts
-        stopping = True
+        queue.stopping = True
         while True:
             try:
-                wait()
+                queue.wait()
                 break
             except KeyboardInterrupt:
                 pass
         raise
-    if errors:
-        raise errors[0]
-    return [results[i] for i in range(len(tasks))]
+    if queue.errors:
+        raise queue.errors[0]
+    return [queue.results[i] for i in range(len(tasks))]
+
+
+class _Queue(Generic[T]):
+    """Tasks that threads take one by one, until none is left or one has failed."""
+
+    def __init__(self, tasks: Sequence[Callable[[], T]]) -> None:
+        self._inference = torch.is_inference_mode_enabled()
+        self._todo = iter(enumerate(tasks))
+        self._changed = threading.Condition()
+        self._busy = 0
+        self.stopping = False
+        self.results: dict[int, T] = {}
+        self.errors: list[BaseException] = []
+
+    def work(self) -> None:
+        # these modes are thread-local
+        with torch.inference_mode(self._inference), torch.no_grad():
+            while True:
+                with self._changed:
+                    i, task = (-1, None) if self.stopping else next(self._todo, (-1, None))
+                    if task is None:
+                        self.stopping = True
+                        self._changed.notify_all()
+                        return
+                    self._busy += 1
+                try:
+                    self.results[i] = task()
+                except BaseException as error:
+                    self.errors.append(error)
+                    self.stopping = True
+                finally:
+                    with self._changed:
+                        self._busy -= 1
+                        self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Until no thread works on a task and none will start one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.stopping and self._busy == 0)
 
 
 def _get_pool(count: int) -> ThreadPoolExecutor:

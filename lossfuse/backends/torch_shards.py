@@ -204,6 +204,24 @@ def shard_grads(
     map_row_ranges(logits, dtype, temporaries, part)
 
 
+def _id_coefs(
+    target: Tensor, columns: Tensor, up: Upstream, spec: LossSpec, smoothing_coef: float
+) -> tuple[Tensor, Tensor]:
+    """(target_coef, softmax_coef) with their upstream gradients; NaN for bad targets."""
+    row_max, log_sum, _, w_y, w_sum = columns
+    assert spec.num_classes is not None
+    out_of_range = (target < 0) | (target >= spec.num_classes)
+    bad = (target != spec.ignore_index) & out_of_range
+    dloss = torch.zeros_like(row_max) if up.loss is None else up.loss
+    target_coef = dloss * (1.0 - spec.label_smoothing) * w_y
+    if up.target_logprob is not None:
+        target_coef = target_coef - up.target_logprob
+    # only with smoothing: a NaN weight of a class that is no target must not reach the gradient
+    smoothing_sum = smoothing_coef * w_sum if smoothing_coef else 0.0
+    softmax_coef = softmax_coef_of(dloss, row_max + log_sum, spec, up.lse, smoothing_sum)
+    return torch.where(bad, torch.nan, target_coef), softmax_coef
+
+
 def _id_grads(
     logits: Tensor,
     target: Tensor,
@@ -214,22 +232,13 @@ def _id_grads(
     *,
     dlogits: Tensor,
 ) -> None:
-    row_max, log_sum, mean_shortfall, w_y, w_sum = columns
+    row_max, log_sum, mean_shortfall, w_y, _ = columns
     target = target[:, None]
     assert spec.num_classes is not None
-    ignored = target == spec.ignore_index
-    bad = ~ignored & ((target < 0) | (target >= spec.num_classes))
+    smoothing_coef = spec.label_smoothing / spec.num_classes
+    target_coef, softmax_coef = _id_coefs(target, columns, up, spec, smoothing_coef)
     y, local = _local_classes(target, logits.shape[1], spec)
     dloss = torch.zeros_like(row_max) if up.loss is None else up.loss
-    smoothing_coef = spec.label_smoothing / spec.num_classes
-    target_coef = dloss * (1.0 - spec.label_smoothing) * w_y
-    if up.target_logprob is not None:
-        target_coef = target_coef - up.target_logprob
-    target_coef = torch.where(bad, torch.nan, target_coef)
-    # only with smoothing: a NaN weight of a class that is no target must not reach the gradient
-    smoothing_sum = smoothing_coef * w_sum if smoothing_coef else 0.0
-    softmax_coef = softmax_coef_of(dloss, row_max + log_sum, spec, up.lse, smoothing_sum)
-
     work = dlogits
     if dlogits.dtype != row_max.dtype:
         work = torch.empty(logits.shape, dtype=row_max.dtype, device=logits.device)
@@ -263,7 +272,7 @@ def _id_grads(
         e.mul_(derivative)
     if e is not dlogits:
         dlogits.copy_(e)
-    zero_rows(dlogits, ignored)
+    zero_rows(dlogits, target == spec.ignore_index)
 
 
 def _soft_grads(

@@ -1,6 +1,6 @@
 """Rows and a spec -> launches of Triton kernels. The only importer of ``lossfuse.kernels``."""
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ class _RowOptions(TypedDict):
 
 
 class _Options(_RowOptions):
+    lse_square_scale: float | None
+
+
+class _HeadOptions(TypedDict):
+    ignore_index: int
+    scale: float | None
+    softcap: float | None
     lse_square_scale: float | None
 
 
@@ -175,12 +182,12 @@ def row_stats(
         )
     if upstream is None or (dlogits is None and dtarget is None):
         return stats
-    rows, grads = (logits, target, class_weight), {"dlogits": dlogits, "dtarget": dtarget}
+    rows = logits, target, class_weight
     if upstream.only_loss and upstream.loss is not None:
         # the kernel of the loss alone reads the logits once, not twice
-        row_loss_and_grads(*rows, upstream.loss, spec, **grads)
+        row_loss_and_grads(*rows, upstream.loss, spec, dlogits=dlogits, dtarget=dtarget)
     else:
-        row_grads(*rows, stats.saved, upstream, spec, **grads)
+        row_grads(*rows, stats.saved, upstream, spec, dlogits=dlogits, dtarget=dtarget)
     return stats
 
 
@@ -259,7 +266,7 @@ def _head_operands(
     return hidden, weight, bias, target.contiguous(), _fp32(class_weight)
 
 
-def _head_options(spec: LossSpec) -> dict[str, Any]:
+def _head_options(spec: LossSpec) -> _HeadOptions:
     return {
         "ignore_index": spec.ignore_index,
         "scale": spec.logit_scale,
