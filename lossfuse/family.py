@@ -22,7 +22,7 @@ from .ops import labels
 from .ops import log_softmax as log_softmax_ops
 from .ops.inplace import Owner, may_consume
 from .spec import loss_spec, require_bool, resolve_reduction
-from .targets import require_ids_in_range, values_are_at_hand
+from .targets import require_ids_in_range, values_are_readable
 
 
 @public
@@ -170,7 +170,7 @@ def binary_cross_entropy(
             f" expected the same{same_elements(target, input)}"
         )
     weight = check_broadcast("weight", weight, input)
-    if values_are_at_hand(input):
+    if values_are_readable(input):
         outside = ~((input >= 0) & (input <= 1))
         if bool(outside.any()):
             at = tuple(int(i) for i in outside.nonzero()[0])

@@ -13,8 +13,8 @@ import torch
 from ..ops.head_chunks import chunk_rows, padded
 from ..row_types import Wants
 from ..spec import LinearOptions, LossSpec
-from ..vocab_parallel.backend import HEADER_INTS
-from ..vocab_parallel.merge import nothing
+from ..vocab_parallel.backend import FINGERPRINT_INTS
+from ..vocab_parallel.merge import empty_shard
 from .cases import DTYPES
 from .mistakes import Mistake
 
@@ -83,8 +83,8 @@ class LossStep:
         spec = LossSpec(label_smoothing=0.1 if self.smoothing else 0.0)
         wants = Wants(statistics and self.entropy, statistics and self.argmax)
         given = (self.probabilities, self.class_weights, spec, wants, statistics)
-        row = sum(t.element_size() for t in nothing(0, torch.empty(0), *given) if t is not None)
-        return 8 * HEADER_INTS + FP32_BYTES * self.class_weights + row * rows
+        row = sum(t.element_size() for t in empty_shard(0, torch.empty(0), *given) if t is not None)
+        return 8 * FINGERPRINT_INTS + FP32_BYTES * self.class_weights + row * rows
 
 
 # contents of collectives

@@ -617,7 +617,7 @@ def where_nobody_looks():
     local = mine(x, classes)
     with pytest.MonkeyPatch.context() as patch:
         for module in (shard_backend, targets):
-            patch.setattr(module, "values_are_at_hand", lambda t: False)
+            patch.setattr(module, "values_are_readable", lambda t: False)
         for form in FORMS:
             check(form, TWO, False, EVERYTHING)
             check(form, TWO, True, EVERYTHING)
@@ -793,7 +793,7 @@ def weights_of_other_ranks_in_float16():
         program.linear_cross_entropy(*wide, ids, None, weight.double()), wide
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_chunks, "mixes", lambda device: True)
+        patch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
         for cuts in (TWO, ((37, 37), (0, 37))):
             classes = my_slice(cuts)
             leaves = [hidden, mine(head, classes, 0)]

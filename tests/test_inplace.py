@@ -17,7 +17,7 @@ from options import COMPILERS
 from rows import logits_and_ids, probabilities
 
 N, V = 6, 50
-GONE = "consumed by a loss of lossfuse"
+ERR_LOGITS_CONSUMED = "consumed by a loss of lossfuse"
 
 
 def produced(x):
@@ -138,7 +138,7 @@ def test_a_use_of_consumed_logits_raises(fast_place, reader):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     _, logits = produced(x)
     call(logits, target, fast_place)
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         reader(logits, target)
 
 
@@ -159,7 +159,7 @@ def test_consumed_logits_still_know_their_shape(fast_place):
         and logits.grad_fn is not None
         and logits.numel() == N * V
     )
-    assert GONE in repr(logits) and GONE in f"{logits}"
+    assert ERR_LOGITS_CONSUMED in repr(logits) and ERR_LOGITS_CONSUMED in f"{logits}"
     seen = []
     logits.register_hook(seen.append)
     loss.backward()
@@ -190,7 +190,7 @@ def test_until_the_backward_of_none_the_logits_are_whole(fast_place):
     assert torch.equal(guess, x.argmax(-1))
     want = truth(x, target, reduction="sum")[1] + 2 * x.detach().double()
     torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-6)
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         logits.argmax(-1)
 
 
@@ -215,7 +215,7 @@ def test_a_second_backward_raises(fast_place, reduction, factor):
     loss = call(logits, target, fast_place, reduction).sum() * factor
     loss.backward(retain_graph=True)
     first = leaf.grad.clone()
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         loss.backward()
     assert torch.equal(leaf.grad, first)
     torch.testing.assert_close(
@@ -231,7 +231,7 @@ def test_a_double_backward_raises_before_anything_is_returned(fast_place, reduct
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf, logits = produced(x)
     loss = call(logits, target, fast_place, reduction).sum()
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         torch.autograd.grad(loss, leaf, create_graph=True)
     if reduction == "none":
         # nothing was written by the attempt
@@ -242,7 +242,7 @@ def test_a_batch_of_factors_raises(fast_place):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf, logits = produced(x)
     loss = call(logits, target, fast_place)
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         torch.autograd.grad(loss, leaf, torch.ones(3, device=x.device), is_grads_batched=True)
 
 
@@ -376,7 +376,7 @@ def test_the_only_part_is_the_whole(fast_place, only, reduction):
     (part,) = only(logits)
     call(part, target, fast_place, reduction).sum().backward()
     for t in (part, logits):
-        with pytest.raises(RuntimeError, match=GONE):
+        with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
             t.argmax(-1)
     want = truth(x, target, reduction="mean" if reduction == "mean" else "sum")[1]
     torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-8)
@@ -458,7 +458,7 @@ def test_a_whole_view_takes_its_base_with_it(fast_place, view, reduction):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     leaf, logits = produced(x.detach().view(2, 3, V))
     call(view(logits), target, fast_place, reduction).sum().backward()
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         logits.argmax(-1)
     torch.testing.assert_close(
         leaf.grad.view(N, V).double(),
@@ -473,7 +473,7 @@ def test_a_transpose_handed_over_is_marked_in_the_backward(fast_place):
     x, target = logits_and_ids(N, V, torch.float32, fast_place.device)
     _, logits = produced(x.detach().view(2, 3, V))
     call(logits.transpose(1, 2), target.view(2, 3), fast_place, "none").sum().backward()
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         logits.argmax(-1)
 
 
@@ -497,7 +497,7 @@ def test_outputs_may_be_passed_around_and_detached(fast_place):
     kept = logits.detach()
     assert isinstance(kept, Consumed) and kept.shape == (N, V) and dir(logits)
     logits.grad = None
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         kept.argmax()
 
 
@@ -518,7 +518,7 @@ def test_a_write_that_stops_half_way_is_told(fast_place, monkeypatch):
             lambda impl, cut: types.SimpleNamespace(row_loss_and_grads=full),
         )
         call(logits, target, fast_place)
-    with pytest.raises(RuntimeError, match=GONE):
+    with pytest.raises(RuntimeError, match=ERR_LOGITS_CONSUMED):
         lossfuse.cross_entropy(logits, target)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saver.backward()

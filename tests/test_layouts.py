@@ -88,11 +88,11 @@ def counting():
     for name, call in real.items():
         setattr(dist, name, counted(name, call))
     # on a CPU the ranks of a head compare all their rows first, in a gather of its own
-    compares, head_ops.values_are_at_hand = head_ops.values_are_at_hand, lambda t: False
+    compares, head_ops.values_are_readable = head_ops.values_are_readable, lambda t: False
     try:
         yield calls, elements
     finally:
-        head_ops.values_are_at_hand = compares
+        head_ops.values_are_readable = compares
         for name, call in real.items():
             setattr(dist, name, call)
 

@@ -69,7 +69,7 @@ def narrow(request, monkeypatch):
     """As on CUDA: products take half precision to fp32, and the gradient of a chunk is narrower
     than the logits whose place it takes."""
     if request.param:
-        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
     return request.param
 
 
@@ -362,7 +362,7 @@ class TestChunksAndDtypes:
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_a_narrow_gradient_over_logits_by_kernels(self, monkeypatch, device, dtype, soft):
         """A row of it in the first bytes of the row it takes the place of."""
-        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
         *operands, target = head_and_ids(5, 8, 301, dtype, device)
         target = probabilities(5, 301, dtype, device).detach() if soft else target
         want = program.head_value_and_grads(operands, target)
@@ -409,7 +409,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_narrow_products_are_as_good_as_products_of_logits_made_float(self, monkeypatch, dtype):
-        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
         hidden, weight, bias, target = head_and_ids(256, 16, 64, dtype, ignored=0.1)
         operands = hidden, weight, bias
         want = program.head_value_and_grads(operands, target)
@@ -458,7 +458,7 @@ class TestPrecision:
     def test_fp16_products_neither_overflow_nor_underflow(self, monkeypatch, n, value, retain):
         """Where products take fp16, the gradient of the logits is brought into its range: 1 / 4096
         of a probability would be lost."""
-        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
         *operands, target = head_and_ids(4, 8, 37, torch.float16)
         options = chunks_of(3, 37, allow_retain_graph=retain)
         want = program.head_value_and_grads(operands, target, normalizer=n)
@@ -484,7 +484,7 @@ class TestPrecision:
         "names", [("weights of 1000",), ("weights of 1e-6",), ("a scale of 400",)], ids="".join
     )
     def test_fp16_products_with_large_and_small_factors(self, monkeypatch, names):
-        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
         hidden, weight, bias, target = head_and_ids(6, 8, 37, torch.float16)
         classes = {"weights of 1000": 2000.0, "weights of 1e-6": 2e-6}.get(names[0])
         options = {"logit_scale": 400.0} if classes is None else {}
@@ -703,7 +703,7 @@ class TestTheComparisonRejects:
     def test_a_row_gradient_in_place_of_another(self, monkeypatch):
         monkeypatch.setattr(
             head_chunks,
-            "_put_back",
+            "_scatter",
             lambda some, kept, target: (
                 some
                 if kept is None

@@ -25,7 +25,7 @@ def narrow(request, monkeypatch):
     """As on CUDA, where products take half precision to fp32 and nothing is dropped unless asked
     for."""
     if request.param:
-        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
 
 
 @pytest.mark.parametrize("drop", DROP, ids=str)
@@ -79,7 +79,7 @@ class TestNothingCounts:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_an_ignored_row_with_an_infinite_grad_output(monkeypatch, dtype):
     """0 times it is nobody's gradient, and its size no unit of the others'."""
-    monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+    monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
     *operands, _ = head_and_ids(4, 4, 9, dtype)
     target = torch.tensor([3, -100, 8, 3])
     options = chunks_of(3, 9, drop_ignored=False)
@@ -156,7 +156,7 @@ class TestNumbers:
             last_x, last_y, last_z = (size - 1 for size in builder.grid_dim)
             set_grid_idx(last_x - x, last_y - y, last_z - z)
 
-        monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+        monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
         monkeypatch.setattr(builder, "set_grid_idx", reversed_grid_idx)
         v = 40000
         *operands, _ = head_and_ids(2, 3, v, torch.bfloat16)

@@ -117,7 +117,7 @@ def oracle_stats(hidden, weight, target, bias=None, **options):
     """(lse, log-probability of the target, entropy) in float64, largest class; of rows without a
     target what ``row_stats`` says."""
     spec = LossSpec(**options)
-    z = reference.shaped(logits_of(hidden, weight, bias), spec)
+    z = reference.transform_logits(logits_of(hidden, weight, bias), spec)
     ignored, bad = (
         target == spec.ignore_index,
         ((target < 0) | (target >= len(weight))) & (target != spec.ignore_index),

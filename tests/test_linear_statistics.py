@@ -86,7 +86,7 @@ def check(
 def narrow(monkeypatch):
     """As on CUDA: products take half precision to fp32, and the gradient of the logits is rounded
     before them."""
-    monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+    monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
 
 
 class TestFormula:

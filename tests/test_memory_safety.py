@@ -92,9 +92,9 @@ def statistics(b, c, soft=False, spec=PLAIN, weight=False):
     target, weight = c.soft if soft else c.ids, c.weight if weight else None
     stats = b.row_stats(c.logits, target, weight, spec, ALL, None, None, None)
     dlogits, dtarget = c.empty_rows(), c.empty_rows() if soft else None
-    b.row_grads(c.logits, target, weight, stats.kept, c.upstream, spec, dlogits, dtarget)
+    b.row_grads(c.logits, target, weight, stats.saved, c.upstream, spec, dlogits, dtarget)
     loss = b.row_loss(c.logits, target, weight, spec)[0]
-    b.row_grads(c.logits, target, weight, stats.kept, c.upstream, spec, c.logits, None)
+    b.row_grads(c.logits, target, weight, stats.saved, c.upstream, spec, c.logits, None)
     return [*stats[:5], loss, dlogits, dtarget, c.logits]
 
 

@@ -28,7 +28,7 @@ def mixed(monkeypatch):
     monkeypatch.setattr(torch, "mm", wide(torch.mm))
     monkeypatch.setattr(torch, "addmm", wide(torch.addmm))
     for module in (head_chunks, matmul):
-        monkeypatch.setattr(module, "mixes", lambda device: True)
+        monkeypatch.setattr(module, "mm_returns_fp32", lambda device: True)
     return calls
 
 

@@ -316,7 +316,7 @@ def test_the_weight_of_a_class_that_is_no_target_may_be_anything(subject, poison
 def test_nor_is_it_in_the_unit_of_fp16_products(head_subject, poison, monkeypatch):
     """As on a GPU, where products take float16 and the gradient of the logits is brought into its
     range."""
-    monkeypatch.setattr(head_chunks, "mixes", lambda device: True)
+    monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
     x, target = given(head_subject, dtype=torch.float16, ignored=0.0)
     weight = class_weight(V, head_subject.place.device)
     nobody = torch.tensor([c for c in range(V) if c not in target.tolist()][:1], device=x.device)
@@ -544,7 +544,7 @@ def test_ids_of_any_width(subject, dtype):
 def test_where_nobody_looks_a_bad_target_makes_its_row_nan(any_subject, bad, monkeypatch):
     """As on a GPU: nothing beside the row is read or written, and no class past the end is a
     target."""
-    monkeypatch.setattr(targets, "values_are_at_hand", lambda t: False)
+    monkeypatch.setattr(targets, "values_are_readable", lambda t: False)
     x, target = given(any_subject, ignored=0.0)
     clean = any_subject.results(x, target)
     target[1], target[3] = bad, -100

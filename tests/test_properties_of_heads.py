@@ -172,7 +172,7 @@ def check(place, head, ups_of, statistics):
         )
         grads = torch.autograd.grad(got, leaves, ups_of(want)["loss"].to(got))
     # where products take half precision, the gradient of the logits is rounded to it first
-    narrow = place.impl != "reference" and head_chunks.mixes(torch.device(place.device))
+    narrow = place.impl != "reference" and head_chunks.mm_returns_fp32(torch.device(place.device))
     for name, g, leaf, w, s in zip(given, grads, leaves, want_grads, sizes, strict=True):
         assert g.dtype == leaf.dtype and g.shape == leaf.shape
         assert_sums_close(name, g, w, s, narrow=narrow and name != "target")
