@@ -60,7 +60,7 @@ SUITES: dict[str, list[str]] = {
                 "functional",
                 "errors",
                 "autograd",
-                "ops",
+                "compile",
                 "imports",
                 "inplace",
                 "lm_head",
@@ -73,7 +73,7 @@ SUITES: dict[str, list[str]] = {
     ],
     "kernels": [
         "tests/test_values.py",
-        "tests/test_products.py",
+        "tests/test_half_precision_products.py",
         "tests/test_cross_compile.py",
         "-k",
         "triton or compile",

@@ -32,7 +32,7 @@ from options import (
 )
 from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
-from test_promises import kept_over_ranks, promises_over_ranks
+from test_promises import holds_over_ranks, promises_over_ranks
 
 SINGLE = [
     (),
@@ -919,7 +919,7 @@ def one_of_these(case):
     if isinstance(case, str):
         globals()[case]()
     elif case in PROMISES:
-        kept_over_ranks(case)
+        holds_over_ranks(case)
     else:
         every_option(case)
 
