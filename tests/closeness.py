@@ -134,3 +134,9 @@ def assert_product_close(got: Tensor, want: Tensor) -> None:
         raise AssertionError(
             f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}: got {got[at].item():.6e}, want {want[at].item():.6e}"
         )
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """In the root mean square of all entries."""
+    want = want.double()
+    return float((got.double() - want).norm() / want.norm())

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+from lossfuse import LinearOptions
+from lossfuse.ops import head_chunks
 from rows import class_weight
 
 OPTIONS: dict[str, dict] = {
@@ -90,3 +92,8 @@ def differentiated(stats, leaves, ups, **options):
     return torch.autograd.grad(
         outputs, leaves, given, allow_unused=True, materialize_grads=True, **options
     )
+
+
+def chunks_of(rows, v, itemsize=4, **options):
+    """Options of a head for chunks of so many rows."""
+    return LinearOptions(chunk_bytes=rows * head_chunks.padded(v) * itemsize, **options)
