@@ -13,10 +13,8 @@ if not torch.cuda.is_available():
 # capability would run this one's (torch 2.13)
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
-    os.path.join(
-        tempfile.gettempdir(),
-        f"lossfuse-inductor-{os.getuid() if hasattr(os, 'getuid') else ''}-{torch.backends.cpu.get_cpu_capability()}",
-    ),
+    f"{tempfile.gettempdir()}/lossfuse-inductor-{os.getuid() if hasattr(os, 'getuid') else ''}"
+    f"-{torch.backends.cpu.get_cpu_capability()}",
 )
 # read when CUDA starts; without it torch before 2.11 has no products where algorithms must be
 # deterministic
@@ -106,7 +104,7 @@ def places(reference: bool = True, thrifty: bool = False) -> list[Any]:
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
-        "not_reference: the fixture `place` leaves out the reference, which has no kernels or blocks",
+        "not_reference: the fixture `place` leaves out the reference",
         "slow_interpreted: Triton's interpreter takes seconds here, so it runs with slow tests",
     ):
         config.addinivalue_line("markers", line)
@@ -184,6 +182,5 @@ def time_is_up_when(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not GPU:
-        terminalreporter.write_line(
-            "no GPU: Triton kernels ran in the interpreter and were cross-compiled, none ran on a device"
-        )
+        said = "no GPU: Triton kernels ran in the interpreter and were cross-compiled, none ran"
+        terminalreporter.write_line(f"{said} on a device")

@@ -17,7 +17,8 @@ def tensors(device="cpu", dtype=torch.float32, *, seed=0, n=12, d=16, v=40):
     soft = probabilities(n, v, dtype, device, seed=seed + 1)
     factor, classes = torch.tensor(3.0 + seed, device=device), class_weight(v, device, seed=seed)
     return SimpleNamespace(
-        hidden=hidden, weight=weight, bias=bias, logits=logits, ids=ids, soft=soft, factor=factor, classes=classes
+        hidden=hidden, weight=weight, bias=bias, logits=logits, ids=ids, soft=soft, factor=factor,
+            classes=classes
     )  # fmt: skip
 
 
@@ -31,20 +32,33 @@ def into(there, fresh):
 binary_logits = lossfuse.binary_cross_entropy_with_logits
 # name -> (a call, the leaves that get gradients)
 LOSSES = {
-    "cross_entropy": (lambda t, **how: lossfuse.cross_entropy(t.logits, t.ids, t.classes, **how), "logits"),
-    "cross_entropy in place": (lambda t, **how: lossfuse.cross_entropy(t.logits * 1.0, t.ids, inplace=True, label_smoothing=0.1, **how), "logits"),
-    "cross_entropy none": (lambda t, **how: lossfuse.cross_entropy(t.logits * 1.0, t.ids, inplace=True, reduction="none", softcap=9.0, **how), "logits"),
-    "cross_entropy of probabilities": (lambda t, **how: lossfuse.cross_entropy(t.logits, t.soft, **how), "logits soft"),
-    "cross_entropy_stats": (lambda t, **how: lossfuse.cross_entropy_stats(t.logits, t.ids, **how), "logits"),
-    "linear_cross_entropy": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight, t.ids, linear_bias=t.bias, **how), "hidden weight bias"),
-    "linear_cross_entropy none": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight, t.ids, reduction="none", **how), "hidden weight"),
-    "linear_cross_entropy of probabilities": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight, t.soft, label_smoothing=0.1, **how), "hidden weight soft"),
-    "linear_cross_entropy_stats": (lambda t, **how: lossfuse.linear_cross_entropy_stats(t.hidden, t.weight, t.ids, **how), "hidden weight"),
+    "cross_entropy": (lambda t, **how: lossfuse.cross_entropy(t.logits, t.ids, t.classes, **how),
+        "logits"),
+    "cross_entropy in place": (lambda t, **how: lossfuse.cross_entropy(t.logits * 1.0, t.ids,
+        inplace=True, label_smoothing=0.1, **how), "logits"),
+    "cross_entropy none": (lambda t, **how: lossfuse.cross_entropy(t.logits * 1.0, t.ids,
+        inplace=True, reduction="none", softcap=9.0, **how), "logits"),
+    "cross_entropy of probabilities": (lambda t, **how: lossfuse.cross_entropy(t.logits, t.soft,
+        **how), "logits soft"),
+    "cross_entropy_stats": (lambda t, **how: lossfuse.cross_entropy_stats(t.logits, t.ids, **how),
+        "logits"),
+    "linear_cross_entropy": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight,
+        t.ids, linear_bias=t.bias, **how), "hidden weight bias"),
+    "linear_cross_entropy none": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight,
+        t.ids, reduction="none", **how), "hidden weight"),
+    "linear_cross_entropy of probabilities": (lambda t,
+        **how: lossfuse.linear_cross_entropy(t.hidden, t.weight, t.soft, label_smoothing=0.1,
+        **how), "hidden weight soft"),
+    "linear_cross_entropy_stats": (lambda t, **how: lossfuse.linear_cross_entropy_stats(t.hidden,
+        t.weight, t.ids, **how), "hidden weight"),
     "log_softmax": (lambda t, **how: lossfuse.log_softmax(t.logits, 1, **how), "logits"),
     "nll_loss": (lambda t, **how: lossfuse.nll_loss(t.logits, t.ids, t.classes, **how), "logits"),
-    "binary_cross_entropy": (lambda t, **how: lossfuse.binary_cross_entropy(t.soft, t.soft.detach(), **how), "soft"),
-    "binary_cross_entropy_with_logits": (lambda t, **how: binary_logits(t.logits, t.soft, **how), "logits soft"),
-    "binary_cross_entropy_with_logits of ids": (lambda t, **how: binary_logits(t.logits * 1.0, t.ids[:, None], inplace=True, **how), "logits"),
+    "binary_cross_entropy": (lambda t, **how: lossfuse.binary_cross_entropy(t.soft, t.soft.detach(),
+        **how), "soft"),
+    "binary_cross_entropy_with_logits": (lambda t, **how: binary_logits(t.logits, t.soft, **how),
+        "logits soft"),
+    "binary_cross_entropy_with_logits of ids": (lambda t, **how: binary_logits(t.logits * 1.0,
+        t.ids[:, None], inplace=True, **how), "logits"),
 }  # fmt: skip
 
 

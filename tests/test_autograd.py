@@ -1,5 +1,5 @@
-"""Autograd and autocast, of losses of logits and of heads: once, twice, batched, recomputed; right or
-an error."""
+"""Autograd and autocast, of losses of logits and of heads: once, twice, batched, recomputed; right
+or an error."""
 
 import copy
 import io
@@ -67,7 +67,9 @@ def head():
 def test_probabilities_get_the_upstream_gradient_once(place, value, reduction):
     x, _ = logits_and_ids(6, 40, device=place.device)
     leaves = [x, probabilities(6, 40, device=place.device)]
-    once, loss = (lossfuse.cross_entropy(*leaves, reduction=reduction, impl=place.impl) for _ in range(2))  # fmt: skip
+    once, loss = (
+        lossfuse.cross_entropy(*leaves, reduction=reduction, impl=place.impl) for _ in range(2)
+    )
     got = torch.autograd.grad(loss, leaves, torch.full_like(loss, value))
     want = [g * value for g in torch.autograd.grad(once, leaves)]
     # entries of 1e-8 times 1e-30 are subnormal
@@ -380,7 +382,9 @@ def test_gradients_of_a_weight_per_sample(head):
 def test_jvp_of_probabilities():
     x, q = torch.randn(3, 5), torch.softmax(torch.randn(3, 5), 1)
     tangents = (torch.randn(3, 5), torch.randn(3, 5))
-    got, want = (torch.func.jvp(f, (x, q), tangents) for f in (lossfuse.cross_entropy, F.cross_entropy))  # fmt: skip
+    got, want = (
+        torch.func.jvp(f, (x, q), tangents) for f in (lossfuse.cross_entropy, F.cross_entropy)
+    )
     torch.testing.assert_close(got, want)
 
 

@@ -29,7 +29,10 @@ HOW = pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 V = 40
 X, IDS = logits_and_ids(6, V)
 WEIGHT, LABELS = class_weight(V), torch.rand(6, V, generator=torch.Generator().manual_seed(0))
-OPTIONS = [LossSpec(softcap=3.0, ignore_index=7), lossfuse.LinearOptions(chunk_bytes=77, drop_ignored=True)]  # fmt: skip
+OPTIONS = [
+    LossSpec(softcap=3.0, ignore_index=7),
+    lossfuse.LinearOptions(chunk_bytes=77, drop_ignored=True),
+]
 # a module and its arguments; the head's, with parameters of its own, is in test_autograd
 MODULES = {
     "CrossEntropyLoss": (lossfuse.CrossEntropyLoss(WEIGHT, reduction="sum", softcap=5.0), X, IDS),

@@ -34,7 +34,13 @@ from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
 from test_promises import holds_over_ranks, promises_over_ranks
 
-SINGLE = [(), *((name,) for name in OPTIONS), EVERYTHING, (*EVERYTHING, "none"), (*EVERYTHING, "normalizer")]  # fmt: skip
+SINGLE = [
+    (),
+    *((name,) for name in OPTIONS),
+    EVERYTHING,
+    (*EVERYTHING, "none"),
+    (*EVERYTHING, "normalizer"),
+]
 FORMS = ("logits", "inplace", "statistics", "head", "head statistics")
 # three chunks of rows
 CHUNKS = LinearOptions(chunk_bytes=2 * 32 * 4)
@@ -84,7 +90,19 @@ def close(got, want):
     torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-6)
 
 
-def check(form, cuts, soft, names, *, whole_weight=True, impl="torch", dtype=torch.float32, n=6, hidden_grad="reduced", compare=None):  # fmt: skip
+def check(
+    form,
+    cuts,
+    soft,
+    names,
+    *,
+    whole_weight=True,
+    impl="torch",
+    dtype=torch.float32,
+    n=6,
+    hidden_grad="reduced",
+    compare=None,
+):
     """A loss or statistics and all gradients; the oracle sees all classes, and its gradients are
     cut."""
     v, classes, is_head = max(stop for _, stop in cuts), my_slice(cuts), form.startswith("head")
@@ -122,7 +140,10 @@ def check(form, cuts, soft, names, *, whole_weight=True, impl="torch", dtype=tor
     else:
         close(got, want)
         up = upstream(operands[0], options)
-        ours, theirs = torch.autograd.grad(got, own, up), torch.autograd.grad(want, leaves, up.double())  # fmt: skip
+        ours, theirs = (
+            torch.autograd.grad(got, own, up),
+            torch.autograd.grad(want, leaves, up.double()),
+        )
     if hidden_grad == "partial":
         dist.all_reduce(ours[0])
     compare = compare or (assert_product_close if is_head else assert_formula_close)
@@ -290,13 +311,29 @@ def arguments_that_do_not_fit_a_shard():
     hidden, head, head_ids, _ = head_of_two()
     expected = rf"expected \({classes.stop - classes.start},\) or, of all classes, \(37,\)"
     for error, words, call in (
-        (TypeError, "must be a lossfuse.VocabShard", lambda: linear_cross_entropy(hidden, head, head_ids, shard=(0, V))),
-        (ValueError, r"with shard it must be \(C, D\)", lambda: linear_cross_entropy(hidden, head[:, None], head_ids[:, None], shard=shard)),
+        (
+            TypeError,
+            "must be a lossfuse.VocabShard",
+            lambda: linear_cross_entropy(hidden, head, head_ids, shard=(0, V)),
+        ),
+        (
+            ValueError,
+            r"with shard it must be \(C, D\)",
+            lambda: linear_cross_entropy(hidden, head[:, None], head_ids[:, None], shard=shard),
+        ),
         (ValueError, expected, lambda: cross_entropy(local, ids, torch.ones(5), shard=shard)),
-        (RuntimeError, "no second derivative", lambda: second_derivative_of(cross_entropy(local, ids, shard=shard), local)),
-        (ValueError, "know no ranks", lambda: torch.func.grad(lambda t: cross_entropy(t, ids, shard=shard))(local.detach())),
+        (
+            RuntimeError,
+            "no second derivative",
+            lambda: second_derivative_of(cross_entropy(local, ids, shard=shard), local),
+        ),
+        (
+            ValueError,
+            "know no ranks",
+            lambda: torch.func.grad(lambda t: cross_entropy(t, ids, shard=shard))(local.detach()),
+        ),
         (ValueError, "leaf", lambda: cross_entropy(local, ids, inplace=True, shard=shard)),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=words):
             call()
 
@@ -383,7 +420,9 @@ def shapes():
             got = cross_entropy(local, local_target, reduction=reduction, shard=shard)
             want = F.cross_entropy(x.double(), wide_target, reduction=reduction)
             close(got, want)
-            grad, whole = (torch.autograd.grad(t.sum(), leaf)[0] for t, leaf in ((got, local), (want, x)))  # fmt: skip
+            grad, whole = (
+                torch.autograd.grad(t.sum(), leaf)[0] for t, leaf in ((got, local), (want, x))
+            )
             assert_formula_close(grad, cut(whole, classes, dim))
 
 
@@ -422,7 +461,9 @@ def in_place_contract():
 
 
 def partial_hidden():
-    grid = itertools.product(((), ("none",), EVERYTHING), ("head", "head statistics"), ("torch", "reference"))  # fmt: skip
+    grid = itertools.product(
+        ((), ("none",), EVERYTHING), ("head", "head statistics"), ("torch", "reference")
+    )
     for names, form, impl in grid:
         check(form, TWO, False, names, hidden_grad="partial", impl=impl)
 
@@ -437,7 +478,10 @@ def the_reference():
     x, local, ids, shard = logits_of_two()
     loss = cross_entropy(local, ids, shard=shard, impl="reference")
     wide = x.detach().double().requires_grad_()
-    (ours,), (theirs,) = second_derivative_of(loss, local), second_derivative_of(F.cross_entropy(wide, ids), wide)  # fmt: skip
+    (ours,), (theirs,) = (
+        second_derivative_of(loss, local),
+        second_derivative_of(F.cross_entropy(wide, ids), wide),
+    )
     assert_formula_close(ours, theirs[:, classes])
     none = cross_entropy(local[:0], ids[:0], reduction="sum", shard=shard, impl="reference")
     assert none == 0.0 and not torch.autograd.grad(none, local)[0].any()
@@ -455,7 +499,9 @@ def class_weights_with_a_gradient():
         logp = x.detach().double().log_softmax(1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
         of_rows = wide[ids.clamp(min=0)] * (ids >= 0)
         (theirs,) = torch.autograd.grad(-(of_rows * logp).sum() / of_rows.sum(), wide)
-        assert_formula_close(torch.autograd.grad(loss, given)[0], theirs if whole else theirs[classes])  # fmt: skip
+        assert_formula_close(
+            torch.autograd.grad(loss, given)[0], theirs if whole else theirs[classes]
+        )
 
 
 def values_that_cannot_be_checked():
@@ -506,7 +552,9 @@ def other_dtypes_of_heads():
         close(got, want)
         worst = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12
         dh, dw, db = torch.autograd.grad(want, wide)
-        for g, t in zip(torch.autograd.grad(got, leaves), (dh, dw[classes], db[classes]), strict=True):  # fmt: skip
+        for g, t in zip(
+            torch.autograd.grad(got, leaves), (dh, dw[classes], db[classes]), strict=True
+        ):
             assert g.dtype == dtype and float((g.double() - t).norm() / t.norm()) < worst
     # autocast, which rounds operands first
     hidden, head, bias, ids = head_and_ids(64, 24, V)
@@ -605,7 +653,7 @@ def dtensor_heads():
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    spread = lambda t, placement: distribute_tensor(t.detach(), mesh, [placement]).requires_grad_()  # noqa: E731  # fmt: skip
+    spread = lambda t, placement: distribute_tensor(t.detach(), mesh, [placement]).requires_grad_()  # noqa: E731
     hidden, head, bias, ids = head_and_ids(6, 5, V)
     wide = [t.detach().double().requires_grad_() for t in (hidden, head, bias)]
     # a class weight with a gradient goes through the reference
@@ -619,7 +667,9 @@ def dtensor_heads():
         got = linear_cross_entropy(h, w, ids, linear_bias=b, **given)
         want = program.linear_cross_entropy(wide[0], wide[1], ids, wide[2], **oracle)
         close(got, want)
-        pairs = zip(torch.autograd.grad(got, [h, w, b]), torch.autograd.grad(want, wide), strict=True)  # fmt: skip
+        pairs = zip(
+            torch.autograd.grad(got, [h, w, b]), torch.autograd.grad(want, wide), strict=True
+        )
         for g, t in pairs:
             assert_product_close(g.full_tensor(), t)
     with pytest.raises(ValueError, match="unshard the weight first"):

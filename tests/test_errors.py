@@ -29,20 +29,24 @@ SEQUENCE = torch.randn(2, 4, 5)
 # error, words, arguments
 OF_LOGITS = [
     (TypeError, "input is a list but must be a Tensor", ([[1.0]], IDS)),
-    (TypeError, "input has dtype torch.int64 but logits must be float64, float32, bfloat16 or", (IDS, IDS)),
+    (TypeError, "input has dtype torch.int64 but logits must be float64, float32, bfloat16 or",
+        (IDS, IDS)),
     (TypeError, "input has dtype torch.complex64", (X.to(torch.complex64), IDS)),
     (ValueError, r"input has shape \(\) but logits must be", (torch.tensor(1.0), torch.tensor(0))),
     (ValueError, r"input has shape \(4, 0\): dimension 1 holds the classes", (X[:, :0], IDS)),
     (TypeError, "target is a list but must be a Tensor", (X, [0, 1, 2, 3])),
-    (ValueError, r"target has shape \(3,\) but the logits have shape \(4, 7\); expected class ids of shape \(4,\)", (X, IDS[:3])),
+    (ValueError, r"target has shape \(3,\) but the logits have shape \(4, 7\); expected class ids "
+        r"of shape \(4,\)", (X, IDS[:3])),
     (ValueError, r"target has shape \(\) but the logits have shape \(4, 7\)", (X, IDS[0])),
-    (ValueError, r"expected class ids of shape \(2, 3\)", (torch.randn(2, 5, 3), torch.zeros(3, 2).long())),
+    (ValueError, r"expected class ids of shape \(2, 3\)",
+        (torch.randn(2, 5, 3), torch.zeros(3, 2).long())),
     (TypeError, "target has dtype torch.float32 but class ids must be int64", (X, IDS.float())),
     (TypeError, "target has dtype torch.bool but class ids must be int64", (X, IDS > 1)),
     (TypeError, "so it holds class probabilities and must be floating point", (X, X.long())),
     (ValueError, r"target has shape \(4, 6\) but the logits have shape \(4, 7\)", (X, Q[:, :6])),
     (TypeError, "weight is a list but must be a Tensor", (X, IDS, [1.0] * 7)),
-    (ValueError, r"weight has shape \(6,\) but input has 7 classes; expected \(7,\)", (X, IDS, ONES[:6])),
+    (ValueError, r"weight has shape \(6,\) but input has 7 classes; expected \(7,\)",
+        (X, IDS, ONES[:6])),
     (TypeError, "weight has dtype torch.int64", (X, IDS, ONES.long())),
     (ValueError, "weight is on meta but input is on cpu", (X, IDS, ONES.to("meta"))),
     (ValueError, "target is on meta but input is on cpu", (X, IDS.to("meta"))),
@@ -50,24 +54,31 @@ OF_LOGITS = [
 OF_HEADS = [
     (TypeError, "input is a list but must be a Tensor", ([[1.0]], W, IDS)),
     (TypeError, "input has dtype torch.int64 but must be float64", (H.long(), W, IDS)),
-    (ValueError, r"input has shape \(\) but hidden states must be \(D\), \(N, D\)", (torch.tensor(1.0), W, IDS[0])),
+    (ValueError, r"input has shape \(\) but hidden states must be \(D\), \(N, D\)",
+        (torch.tensor(1.0), W, IDS[0])),
     (TypeError, "linear_weight is a list but must be a Tensor", (H, [1.0], IDS)),
     (TypeError, "linear_weight is a NoneType but must be a Tensor", (H, None, IDS)),
     (ValueError, r"linear_weight has shape \(5,\) but must be \(C, D\)", (H, W[0], IDS)),
-    (ValueError, r"linear_weight has shape \(5, 7\) but input has shape \(4, 5\); the last sizes must agree", (H, W.t(), IDS)),
-    (TypeError, "linear_weight has dtype torch.float32 but input has dtype torch.bfloat16; cast one of the two, or use autocast", (H.bfloat16(), W, IDS)),
+    (ValueError, r"linear_weight has shape \(5, 7\) but input has shape \(4, 5\); the last sizes "
+        r"must agree", (H, W.t(), IDS)),
+    (TypeError, "linear_weight has dtype torch.float32 but input has dtype torch.bfloat16; cast "
+        "one of the two, or use autocast", (H.bfloat16(), W, IDS)),
     (ValueError, "linear_weight is on meta but input is on cpu", (H, W.to("meta"), IDS)),
     (ValueError, r"linear_weight has shape \(0, 5\): there must be a class", (H, W[:0], IDS)),
-    (ValueError, r"linear_bias has shape \(5,\) but linear_weight has shape \(7, 5\); expected \(7,\)", (H, W, IDS, B[:5])),
+    (ValueError, r"linear_bias has shape \(5,\) but linear_weight has shape \(7, 5\); expected "
+        r"\(7,\)", (H, W, IDS, B[:5])),
     (TypeError, "linear_bias has dtype torch.float64 but input", (H, W, IDS, B.double())),
     (TypeError, "linear_bias is a float but must be a Tensor", (H, W, IDS, 1.0)),
     (TypeError, "target is a list but must be a Tensor", (H, W, [0, 1])),
-    (ValueError, r"target has shape \(3,\) but the logits have shape \(4, 7\); expected class ids of shape \(4,\)", (H, W, IDS[:3])),
+    (ValueError, r"target has shape \(3,\) but the logits have shape \(4, 7\); expected class ids "
+        r"of shape \(4,\)", (H, W, IDS[:3])),
     (ValueError, r"target has shape \(4, 1\)", (H, W, IDS[:, None])),
-    (ValueError, r"target has shape \(2, 3\) but the logits have shape \(2, 4, 7\)", (SEQUENCE, W, torch.zeros(2, 3).long())),
+    (ValueError, r"target has shape \(2, 3\) but the logits have shape \(2, 4, 7\)",
+        (SEQUENCE, W, torch.zeros(2, 3).long())),
     (ValueError, r"target has shape \(2, 7, 4\)", (SEQUENCE, W, torch.rand(2, 7, 4))),
     (TypeError, "target has dtype torch.float32 but class ids must be int64", (H, W, IDS.float())),
-    (ValueError, r"linear_weight has shape \(7, 2, 5\), so input must be \(N, D\), but input has shape \(2, 4, 5\)", (SEQUENCE, KD[1], IDS)),
+    (ValueError, r"linear_weight has shape \(7, 2, 5\), so input must be \(N, D\), but input has "
+        r"shape \(2, 4, 5\)", (SEQUENCE, KD[1], IDS)),
     (ValueError, r"linear_bias has shape \(7,\) .* expected \(7, 2\)", (*KD, B)),
 ]  # fmt: skip
 # error, words, option; of both
@@ -83,18 +94,24 @@ OPTIONS = [
     (TypeError, "logit_scale is a Tensor but must be a Python number", {"logit_scale": ONES[0]}),
     (ValueError, "lse_square_scale is inf but must be finite", {"lse_square_scale": INF}),
     (TypeError, "ignore_index is 1.5 but must be an int", {"ignore_index": 1.5}),
-    (ValueError, "reduction is 'avg' but must be one of 'none', 'mean', 'sum'", {"reduction": "avg"}),
-    (ValueError, "normalizer divides reduction='mean' but reduction is 'sum'", {"reduction": "sum", "normalizer": 2}),
+    (ValueError, "reduction is 'avg' but must be one of 'none', 'mean', 'sum'",
+        {"reduction": "avg"}),
+    (ValueError, "normalizer divides reduction='mean' but reduction is 'sum'",
+        {"reduction": "sum", "normalizer": 2}),
     (ValueError, "normalizer is 0 but must be positive", {"normalizer": 0}),
-    (ValueError, r"normalizer has shape \(7,\) but must be a number or a 0-d tensor", {"normalizer": ONES}),
+    (ValueError, r"normalizer has shape \(7,\) but must be a number or a 0-d tensor",
+        {"normalizer": ONES}),
     (TypeError, "normalizer is a str", {"normalizer": "4"}),
     (ValueError, r"weight has shape \(6,\) but input has 7 classes", {"weight": ONES[:6]}),
-    (ValueError, "impl is 'cuda' but must be one of 'auto', 'triton', 'torch', 'reference'", {"impl": "cuda"}),
+    (ValueError, "impl is 'cuda' but must be one of 'auto', 'triton', 'torch', 'reference'",
+        {"impl": "cuda"}),
 ]  # fmt: skip
 OF_THE_HEAD_ALONE = [
     (TypeError, "options is a dict but must be a lossfuse.LinearOptions", H, {"options": {}}),
-    (ValueError, "logits_dtype is torch.bfloat16 but input has dtype torch.float32; expected torch.float32 or None", H, {"options": LinearOptions(logits_dtype=torch.bfloat16)}),
-    (ValueError, "acc_dtype is torch.bfloat16 but input has dtype torch.float16", H.half(), {"options": LinearOptions(acc_dtype=torch.bfloat16)}),
+    (ValueError, "logits_dtype is torch.bfloat16 but input has dtype torch.float32; expected "
+        "torch.float32 or None", H, {"options": LinearOptions(logits_dtype=torch.bfloat16)}),
+    (ValueError, "acc_dtype is torch.bfloat16 but input has dtype torch.float16", H.half(),
+        {"options": LinearOptions(acc_dtype=torch.bfloat16)}),
     (ValueError, "impl='triton' cannot run here: .*float64", H.double(), {"impl": "triton"}),
 ]  # fmt: skip
 ce, linear = lossfuse.cross_entropy, lossfuse.linear_cross_entropy
@@ -103,11 +120,15 @@ REFUSED = [
     *((linear, *case, {}) for case in OF_HEADS),
     *((ce, error, words, (X, IDS), given) for error, words, given in OPTIONS),
     *((linear, error, words, (H, W, IDS), given) for error, words, given in OPTIONS),
-    *((linear, error, words, (h, W.to(h.dtype), IDS), given) for error, words, h, given in OF_THE_HEAD_ALONE),
-    (ce, ValueError, "ignore_index is 3 but class probabilities have no", (X, Q), {"ignore_index": 3}),
-    (linear, ValueError, "ignore_index is 3 but class probabilities", (H, W, Q), {"ignore_index": 3}),
+    *((linear, error, words, (h, W.to(h.dtype), IDS), given) for error, words, h,
+        given in OF_THE_HEAD_ALONE),
+    (ce, ValueError, "ignore_index is 3 but class probabilities have no", (X, Q),
+        {"ignore_index": 3}),
+    (linear, ValueError, "ignore_index is 3 but class probabilities", (H, W, Q),
+        {"ignore_index": 3}),
     (ce, TypeError, "inplace is 'no' but must be True or False", (X, IDS), {"inplace": "no"}),
-    (linear, ValueError, "impl='torch' cannot run here: linear_weight has 3 dimensions", KD, {"impl": "torch"}),
+    (linear, ValueError, "impl='torch' cannot run here: linear_weight has 3 dimensions", KD,
+        {"impl": "torch"}),
 ]  # fmt: skip
 
 
@@ -121,7 +142,11 @@ def nothing_computed(monkeypatch):
 
 
 @pytest.mark.usefixtures("nothing_computed")
-@pytest.mark.parametrize(("function", "error", "words", "args", "options"), REFUSED, ids=lambda a: a if isinstance(a, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("function", "error", "words", "args", "options"),
+    REFUSED,
+    ids=lambda a: a if isinstance(a, str) else "",
+)
 def test_refused_before_anything_is_computed(function, error, words, args, options):
     if function is linear and len(args) == 4:
         args, options = args[:3], {**options, "linear_bias": args[3]}
@@ -135,10 +160,12 @@ def test_refused_before_anything_is_computed(function, error, words, args, optio
         (TypeError, "chunk_bytes is 1.5 but must be an int", {"chunk_bytes": 1.5}),
         (TypeError, "chunk_bytes is True but must be an int", {"chunk_bytes": True}),
         (ValueError, "chunk_bytes is 0 but must be positive", {"chunk_bytes": 0}),
-        (ValueError, "logits_dtype is torch.float16 but must be torch.float32, torch.bfloat16 or None", {"logits_dtype": torch.float16}),
+        (ValueError, "logits_dtype is torch.float16 but must be torch.float32, torch.bfloat16 or "
+            "None", {"logits_dtype": torch.float16}),
         (ValueError, "acc_dtype is float32 but must be", {"acc_dtype": "float32"}),
         (TypeError, "drop_ignored is 1 but must be True or False", {"drop_ignored": 1}),
-        (TypeError, "allow_retain_graph is None but must be True or False", {"allow_retain_graph": None}),
+        (TypeError, "allow_retain_graph is None but must be True or False",
+            {"allow_retain_graph": None}),
         (TypeError, "main_grad is 'yes' but must be", {"main_grad": "yes"}),
     ],
     ids=str,
@@ -173,10 +200,14 @@ class Output:
 SHIFTED = "; if row i predicts target i + 1, pass "
 # arguments that do not fit, and the end of the sentence; of every function that takes them
 REMEDIES = {
-    "classes last": (LAST + "input.flatten(0, -2) and target.flatten(), or input.transpose(1, -1)", (SEQUENCES, TOKENS)),
+    "classes last": (LAST + "input.flatten(0, -2) and target.flatten(), or input.transpose(1, -1)",
+        (SEQUENCES, TOKENS)),
     "classes last, flat ids": (LAST + "input.flatten(0, -2)", (SEQUENCES, FLAT_IDS)),
-    "classes last, target short": ("; if classes are the last dimension and row i predicts target i + 1, pass input[:, :-1].flatten(0, -2) and target.flatten()", (SEQUENCES, TOKENS[:, 1:])),
-    "classes last, target long": ("; if classes are the last dimension and row i predicts target i + 1, pass input.flatten(0, -2) and target[:, 1:].flatten()", (SEQUENCES[:, 1:], TOKENS)),
+    "classes last, target short": ("; if classes are the last dimension and row i predicts target "
+        "i + 1, pass input[:, :-1].flatten(0, -2) and target.flatten()", (SEQUENCES, TOKENS[:,
+        1:])),
+    "classes last, target long": ("; if classes are the last dimension and row i predicts target i "
+        "+ 1, pass input.flatten(0, -2) and target[:, 1:].flatten()", (SEQUENCES[:, 1:], TOKENS)),
     "flat logits": ("; pass target.flatten()", (SEQUENCES.flatten(0, 1), TOKENS)),
     "a column of ids": ("; pass target.flatten()", (X, IDS[:, None])),
     "rows short": (SHIFTED + "target[1:]", (X[1:], IDS)),
@@ -192,7 +223,8 @@ HEAD_REMEDIES = [
     (ORDER, (HEAD, HIDDEN.view(N, T, 5), TOKENS)),
     (ORDER, (HEAD, HIDDEN, torch.rand(N * T, V))),
     ("; pass linear_weight.T", (HIDDEN, HEAD.T, FLAT_IDS)),
-    ("; pass linear_weight=head.weight and linear_bias=head.bias", (HIDDEN, torch.nn.Linear(5, V), FLAT_IDS)),
+    ("; pass linear_weight=head.weight and linear_bias=head.bias", (HIDDEN, torch.nn.Linear(5, V),
+        FLAT_IDS)),
     ("; pass input.flatten(0, -2)", (HIDDEN.view(N, T, 5), HEAD, FLAT_IDS)),
     ("; pass target.flatten()", (HIDDEN, HEAD, TOKENS)),
     (SHIFTED + "input[:, :-1]", (HIDDEN.view(N, T, 5), HEAD, TOKENS[:, 1:])),
@@ -314,7 +346,8 @@ def test_tensors_given_to_a_constructor_are_answered_by_the_call(module):
     args = (X,) if module == "LogSoftmax" else (X, IDS)
     with pytest.raises(
         TypeError,
-        match=rf"{module}\(\.\.\.\) takes options and is then called with tensors: {module}\(\)\(input",
+        match=rf"{module}\(\.\.\.\) takes options and is then called with tensors: "
+        rf"{module}\(\)\(input",
     ):
         getattr(lossfuse, module)(*args)
     with pytest.raises(
@@ -327,7 +360,8 @@ def test_logits_are_no_class_weights():
     for module in (lossfuse.CrossEntropyLoss, lossfuse.NLLLoss):
         with pytest.raises(
             ValueError,
-            match=rf"weight has shape \(4, 7\) but must be \(C\).*call {module.__name__}\(\)\(input, target\)",
+            match=rf"weight has shape \(4, 7\) but must be \(C\).*call "
+            rf"{module.__name__}\(\)\(input, target\)",
         ):
             module(X)
     with pytest.raises(TypeError, match="makes a head and is then called with tensors"):

@@ -1,5 +1,5 @@
-"""Is it the right formula? Small sizes in fp32, every option alone and every pair, of logits, logits
-in place and heads, against the torch program in fp64."""
+"""Is it the right formula? Small sizes in fp32, every option alone and every pair, of logits,
+logits in place and heads, against the torch program in fp64."""
 
 from decimal import Decimal
 from fractions import Fraction
@@ -20,7 +20,11 @@ FORM = pytest.mark.parametrize("form", ["logits", "in place", "head"])
 
 def leaves_of(form, n, v, soft, device, d=6):
     """([logits] or [hidden, weight, bias], target)."""
-    made = head_and_ids(n, d, v, device=device) if form == "head" else logits_and_ids(n, v, device=device)  # fmt: skip
+    made = (
+        head_and_ids(n, d, v, device=device)
+        if form == "head"
+        else logits_and_ids(n, v, device=device)
+    )
     return [*made[:-1]], probabilities(n, v, device=device) if soft else made[-1]
 
 
@@ -71,7 +75,10 @@ def test_small_sizes(place, n, v, soft, form):
 
 @pytest.mark.parametrize("only", [0, 1], ids=["input", "target"])
 def test_one_gradient_alone(place, only):
-    leaves = [logits_and_ids(4, 9, device=place.device)[0], probabilities(4, 9, device=place.device)]  # fmt: skip
+    leaves = [
+        logits_and_ids(4, 9, device=place.device)[0],
+        probabilities(4, 9, device=place.device),
+    ]
     both = torch.autograd.grad(lossfuse.cross_entropy(*leaves, impl=place.impl), leaves)
     leaves[1 - only].requires_grad_(False)
     loss = lossfuse.cross_entropy(*leaves, impl=place.impl)
@@ -96,21 +103,33 @@ def test_float64_is_float64(place):
 def test_numbers_of_other_kinds_are_their_values(place, kind):
     """Numpy's would be computed with in their own precision: 1 - label_smoothing in half."""
     x, target = logits_and_ids(5, 17, device=place.device, ignored=0.0)
-    values = {"label_smoothing": 0.0625, "softcap": 12.5, "logit_scale": 0.375, "lse_square_scale": 0.015625}  # fmt: skip
+    values = {
+        "label_smoothing": 0.0625,
+        "softcap": 12.5,
+        "logit_scale": 0.375,
+        "lse_square_scale": 0.015625,
+    }
     want = lossfuse.cross_entropy(x, target, impl=place.impl, ignore_index=16, **values)
     given = {name: kind(value) for name, value in values.items()}
     got = lossfuse.cross_entropy(x, target, impl=place.impl, ignore_index=np.int64(16), **given)
     assert torch.equal(got, want)
 
 
-NORMALIZERS = [2.5, *(torch.tensor(4.0).to(d) for d in (torch.int64, torch.float32, torch.float64, torch.bfloat16))]  # fmt: skip
+NORMALIZERS = [
+    2.5,
+    *(torch.tensor(4.0).to(d) for d in (torch.int64, torch.float32, torch.float64, torch.bfloat16)),
+]
 
 
 @FORM
 @pytest.mark.parametrize("normalizer", NORMALIZERS, ids=str)
 def test_normalizers_of_any_kind(place, form, normalizer):
     leaves, target = leaves_of(form, 5, 17, False, place.device)
-    given = {"normalizer": normalizer.to(place.device)} if torch.is_tensor(normalizer) else {"normalizer": normalizer}  # fmt: skip
+    given = (
+        {"normalizer": normalizer.to(place.device)}
+        if torch.is_tensor(normalizer)
+        else {"normalizer": normalizer}
+    )
     check(place, form, leaves, target, **given)
 
 
@@ -128,7 +147,8 @@ def test_a_normalizer_that_requires_grad_gets_one(place, form):
 
 @pytest.mark.parametrize(
     ("size_average", "reduce", "means"),
-    [(None, True, "mean"), (True, None, "mean"), (False, None, "sum"), (False, True, "sum"), (True, False, "none"), (None, False, "none")],
+    [(None, True, "mean"), (True, None, "mean"), (False, None, "sum"), (False, True, "sum"),
+        (True, False, "none"), (None, False, "none")],
 )  # fmt: skip
 def test_deprecated_arguments_warn_and_win(size_average, reduce, means):
     x, target = logits_and_ids(5, 17)
@@ -177,7 +197,15 @@ def test_autocast_changes_nothing_of_logits(place, soft):
 def test_the_module_is_the_function_and_a_torch_module(place):
     x, target = logits_and_ids(6, 9, device=place.device)
     weight, target = class_weight(9, place.device), target.where(target >= 0, 3)
-    options = {"ignore_index": 3, "label_smoothing": 0.2, "reduction": "sum", "softcap": 9.0, "logit_scale": 2.0, "lse_square_scale": 0.1, "impl": place.impl}  # fmt: skip
+    options = {
+        "ignore_index": 3,
+        "label_smoothing": 0.2,
+        "reduction": "sum",
+        "softcap": 9.0,
+        "logit_scale": 2.0,
+        "lse_square_scale": 0.1,
+        "impl": place.impl,
+    }
     module = lossfuse.CrossEntropyLoss(weight, **options)
     assert isinstance(module, torch.nn.CrossEntropyLoss)
     assert list(module.state_dict()) == ["weight"]

@@ -61,7 +61,9 @@ def assert_gradients_close(got, want, most):
 @HALF
 @pytest.mark.not_reference
 @pytest.mark.slow_interpreted
-def test_as_near_as_the_dtype_of_the_operands(mixed, place, dtype, rows, reduction, normalizer, factor):  # fmt: skip
+def test_as_near_as_the_dtype_of_the_operands(
+    mixed, place, dtype, rows, reduction, normalizer, factor
+):
     """Gradients of logits must fit fp16 for the products, under loss scalers and in long batches;
     the sums need not."""
     operands, target = inputs(dtype, place.device)

@@ -217,7 +217,10 @@ def warned():
 
 def aliases(x):
     """(logits, another tensor of their memory) by name."""
-    linear, produced = torch.nn.Linear(4, V, device=x.device), lambda t: t.clone().requires_grad_() * 1.0  # fmt: skip
+    linear, produced = (
+        torch.nn.Linear(4, V, device=x.device),
+        lambda t: t.clone().requires_grad_() * 1.0,
+    )
     whole, longer, square = produced(x), produced(torch.cat([x, x])), produced(x[:, :N])
     # as F.linear of three dimensions is, in many releases of torch
     biased = linear(torch.randn(6, 4, device=x.device)).view(2, 3, V)
@@ -438,7 +441,9 @@ def test_checkpointing_and_saved_tensor_hooks(place, name):
     close(leaf.grad, want if reentrant else want + 0.2 * x.double())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")  # fmt: skip
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 @REDUCTION
 def test_a_traced_call_is_right_and_not_in_place(reduction):
     """TorchScript's tracer keeps the operator that writes, and differentiates the graph without

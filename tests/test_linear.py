@@ -137,7 +137,11 @@ def test_the_arguments_of_torch(k, soft):
 # --- chunks and dtypes
 
 
-CASES = [(torch.float64, False), (torch.float32, False), *((d, m) for d in HALF for m in (False, True))]  # fmt: skip
+CASES = [
+    (torch.float64, False),
+    (torch.float32, False),
+    *((d, m) for d in HALF for m in (False, True)),
+]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10**6, None])
@@ -386,9 +390,13 @@ def test_no_storage_of_all_logits(mixed, dtype, soft):
     head = head_chunks.Head(hidden, weight, bias)
     needs, ones = head_chunks.Needs(True, True, True, False), torch.ones(()).expand(n)
     for call in (
-        lambda: head_chunks.row_loss_and_grads(head, target, None, ones, needs, LossSpec(), options, torch_rows),
-        lambda: head_chunks.row_loss(head, target, None, LossSpec(label_smoothing=0.1), options, torch_rows),
-    ):  # fmt: skip
+        lambda: head_chunks.row_loss_and_grads(
+            head, target, None, ones, needs, LossSpec(), options, torch_rows
+        ),
+        lambda: head_chunks.row_loss(
+            head, target, None, LossSpec(label_smoothing=0.1), options, torch_rows
+        ),
+    ):
         with Largest() as largest:
             call()
         assert 0 < largest.bytes <= most < n * v
@@ -435,10 +443,14 @@ def rows_exchanged(some, kept, target):
     return some.new_zeros(len(target), *some.shape[1:]).index_copy_(0, kept.flip(0), some)
 
 
+def all_rows(rows, *rest):
+    return torch.tensor(float(len(rows.target)))
+
+
 MISTAKES = {
     "no last chunk": (head_chunks, "product", without_the_last_chunk),
     "hidden gradients scaled twice": (head_chunks, "product", hidden_gradients_scaled_twice),
-    "ignored rows count": (functional, "denominator", lambda rows, *rest: torch.tensor(float(len(rows.target)))),
+    "ignored rows count": (functional, "denominator", all_rows),
     "rows exchanged": (head_chunks, "_put_back", rows_exchanged),
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""The promises of docs/promises.md, one by one: cases in which losses of other libraries are silently
-wrong, for every function that can be given those logits, and every place."""
+"""The promises of docs/promises.md, one by one: cases in which losses of other libraries are
+silently wrong, for every function that can be given those logits, and every place."""
 
 import inspect
 import itertools
@@ -37,7 +37,11 @@ def subjects(names):
         if name in ("fused head", "head, every row") and place.impl != "torch":
             continue
         subject = Subject(name, place)
-        slow = name not in INTERPRETED if subject.interpreted else place.impl == "reference" and "statistics" in name  # fmt: skip
+        slow = (
+            name not in INTERPRETED
+            if subject.interpreted
+            else place.impl == "reference" and "statistics" in name
+        )
         marks = [pytest.mark.gpu] if place.device != "cpu" else [pytest.mark.slow] if slow else []
         made.append(pytest.param(subject, marks=marks, id=str(subject)))
     return made
@@ -308,7 +312,9 @@ def test_the_weight_of_a_class_that_is_no_target_may_be_anything(subject, poison
 
 @pytest.mark.parametrize("poison", [NAN, INF])
 @HEADS
-def test_fp16_products_ignore_the_weight_of_a_class_that_is_no_target(head_subject, poison, monkeypatch):  # fmt: skip
+def test_fp16_products_ignore_the_weight_of_a_class_that_is_no_target(
+    head_subject, poison, monkeypatch
+):
     """As on a GPU, where products take float16 and the gradient of the logits is scaled into its
     range."""
     monkeypatch.setattr(head_chunks, "mixes", lambda device: True)

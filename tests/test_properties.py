@@ -161,7 +161,9 @@ def test_mixtures_of_statistics_equal_the_torch_program(place, call, names):
         *(without_ties(got, want) if "softcap" in call.options else (got, want))
     )
     # a z-loss of scale 0 is no part of a graph
-    ups = upstreams(want, sorted(names - (set() if "lse_square_scale" in call.options else {"z_loss"})))  # fmt: skip
+    ups = upstreams(
+        want, sorted(names - (set() if "lse_square_scale" in call.options else {"z_loss"}))
+    )
     there = {name: u.to(got.lse.device) for name, u in ups.items()}
     grads = differentiated(got, case.leaves, there)
     want_grads = differentiated(want, case.wide_leaves, ups)
@@ -255,7 +257,11 @@ def check_head(place, head, ups_of, *, statistics):
         return
     want, want_grads, sizes = wanted(operands, target, class_weight, ups_of, options)
     hidden, weight, bias, t, classes = moved(place, *operands, target, class_weight)
-    leaves = [a.requires_grad_() for a in (hidden, weight, bias, t) if a is not None and a.is_floating_point()]  # fmt: skip
+    leaves = [
+        a.requires_grad_()
+        for a in (hidden, weight, bias, t)
+        if a is not None and a.is_floating_point()
+    ]
     function = lossfuse.linear_cross_entropy_stats if statistics else lossfuse.linear_cross_entropy
     given = {"linear_bias": bias, "weight": classes, "options": how, "impl": place.impl}
     got = function(hidden, weight, t, **given, **options)
@@ -335,7 +341,11 @@ def test_an_offset_common_to_a_row_cancels(place, n, v, offset, seed):
     given = {"reduction": "none", "impl": place.impl}
     here, there = (lossfuse.cross_entropy_stats(z, target, **given) for z in (x, x + offset))
     names = ("loss", "target_logprob", "entropy")
-    alike({name: (getattr(here, name), getattr(there, name)) for name in names}, x, {"rtol": 1e-6, "atol": 1e-6})  # fmt: skip
+    alike(
+        {name: (getattr(here, name), getattr(there, name)) for name in names},
+        x,
+        {"rtol": 1e-6, "atol": 1e-6},
+    )
     torch.testing.assert_close(there.lse, here.lse + offset)
     assert torch.equal(there.argmax, here.argmax)
 
@@ -354,7 +364,9 @@ def test_permuting_classes_permutes_gradients(place, n, v, options, soft, seed):
     for name in ("loss", "lse", "target_logprob", "entropy"):
         a, b = getattr(here, name), getattr(there, name)
         torch.testing.assert_close(b, a, rtol=2e-5, atol=1e-5)
-        torch.testing.assert_close(grad(b.sum(), *leaves), grad(a.sum(), *leaves), rtol=1e-4, atol=2e-5)  # fmt: skip
+        torch.testing.assert_close(
+            grad(b.sum(), *leaves), grad(a.sum(), *leaves), rtol=1e-4, atol=2e-5
+        )
 
 
 @interpreted
@@ -386,7 +398,9 @@ def test_class_weights_have_no_unit_under_mean(place, n, v, options, c, seed):
     options.pop("lse_square_scale", None)
     x, target = logits(n, v, seed, place.device, ignored=0.3)
     w = class_weight(v, x.device)
-    pair = tuple(lossfuse.cross_entropy(x, target, u, impl=place.impl, **options) for u in (w, c * w))  # fmt: skip
+    pair = tuple(
+        lossfuse.cross_entropy(x, target, u, impl=place.impl, **options) for u in (w, c * w)
+    )
     alike({"scaled": pair}, x)
 
 
@@ -406,7 +420,9 @@ def test_an_id_is_all_of_the_probability(place, n, v, options, weighted, seed):
 
 @interpreted
 @holds_for(rows, classes, st.sampled_from([0.25, 0.5, 2.0, -1.0]), row_options, seeds)
-def test_a_scale_is_of_the_logits_and_a_distant_cap_changes_nothing(place, n, v, scale, options, seed):  # fmt: skip
+def test_a_scale_is_of_the_logits_and_a_distant_cap_changes_nothing(
+    place, n, v, scale, options, seed
+):
     # a power of two is exact
     options.pop("logit_scale", None)
     x, target = logits(n, v, seed, place.device)
@@ -477,7 +493,12 @@ def head_calls(draw):
     _, target = logits(n, v, draw(seeds), ignored=draw(st.sampled_from([0.0, 0.4])))
     operands = torch.randn(n, d), torch.randn(v, d), torch.randn(v)
     sizes = draw(st.lists(st.integers(1, n), min_size=1, max_size=2))
-    return operands, target, draw(loss_options()), [4 * row * head_chunks.padded(v) for row in sizes]  # fmt: skip
+    return (
+        operands,
+        target,
+        draw(loss_options()),
+        [4 * row * head_chunks.padded(v) for row in sizes],
+    )
 
 
 def head_results(place, operands, target, options, how=None):
@@ -602,7 +623,9 @@ some_names = st.sets(st.sampled_from(test_shard_rows.NAMES), min_size=1)
 
 @interpreted
 @not_reference
-@holds_for(st.integers(1, 4), shard_sizes, row_options, st.booleans(), st.booleans(), seeds, some_names)  # fmt: skip
+@holds_for(
+    st.integers(1, 4), shard_sizes, row_options, st.booleans(), st.booleans(), seeds, some_names
+)
 def test_merged_shards_are_the_whole_row(place, n, sizes, options, soft, weighted, seed, names):
     v, device = sum(sizes), place.device
     x, ids = (t.detach() for t in logits_and_ids(n, v, device=device, seed=seed))

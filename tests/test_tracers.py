@@ -90,7 +90,9 @@ def assert_same_for_any_number_of_rows(recorded, model, names):
 
 
 @CASE
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")  # fmt: skip
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 def test_a_trace_consists_of_operators_of_torch(case):
     """And passes the checks of the tracer, which traces again and compares."""
     loss, names = CASES[case]
@@ -160,7 +162,14 @@ def test_a_recorded_loss_loads_without_this_package(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-MODULES = ("CrossEntropyLoss", "NLLLoss", "BCELoss", "BCEWithLogitsLoss", "LogSoftmax", "LinearCrossEntropyLoss")  # fmt: skip
+MODULES = (
+    "CrossEntropyLoss",
+    "NLLLoss",
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "LogSoftmax",
+    "LinearCrossEntropyLoss",
+)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
