@@ -1,6 +1,7 @@
 """Is it the right formula? Small sizes in fp32, every option alone and every pair, of logits,
 logits in place and heads, against the torch program in fp64."""
 
+import itertools
 from decimal import Decimal
 from fractions import Fraction
 
@@ -52,12 +53,17 @@ def check(place, form, leaves, target, weight=None, **options):
         (assert_product_close if form == "head" else assert_formula_close)(got, wanted)
 
 
-@FORM
+def options_and_forms():
+    """Every option with every form; pairs meet in the kernels of logits, and elsewhere in slow
+    runs."""
+    for names, form in itertools.product(COMBINATIONS, ("logits", "in place", "head")):
+        slow = [pytest.mark.slow] * (names in PAIRS and form != "logits")
+        yield pytest.param(names, form, marks=slow, id=f"{'+'.join(names) or 'plain'}-{form}")
+
+
 @SOFT
-@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
-def test_every_option_and_every_pair(request, place, names, soft, form):
-    if form != "logits" and names in PAIRS and place.impl == "triton":
-        pytest.skip("pairs of options meet in the kernels of logits")
+@pytest.mark.parametrize(("names", "form"), options_and_forms())
+def test_every_option_and_every_pair(place, names, form, soft):
     # less than a block, ragged; chunks of 2, 2 and 1 rows
     leaves, target = leaves_of(form, 5, 17, soft, place.device)
     weight, options = options_of(names, 17, place.device)
