@@ -62,7 +62,7 @@ def options_and_forms():
 
 
 @SOFT
-@pytest.mark.parametrize(("names", "form"), options_and_forms())
+@pytest.mark.parametrize(("names", "form"), [*options_and_forms()])
 def test_every_option_and_every_pair(place, names, form, soft):
     # less than a block, ragged; chunks of 2, 2 and 1 rows
     leaves, target = leaves_of(form, 5, 17, soft, place.device)
