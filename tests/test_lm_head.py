@@ -112,6 +112,7 @@ z[None].squeeze();  z.expand(B, -1, V);  z[:1].repeat(B, 1, 1);  z[:, :3].repeat
 z - 1.0;  z - ROW;  1.0 - z;  z * torch.full((), 1.3, requires_grad=True)
 z / torch.linspace(0.5, 2.0, T)[:, None];  z.clamp(-0.5, 0.5);  torch.where(ROW > 0, z, z * 0.5)
 z.masked_fill(ROW > 1.0, -5.0);  z.masked_fill(PROBABILITIES > 0.035, -5.0);  z.double()
+(z * 0.7).double()
 z.mul_(2.0);  z.__itruediv__(2.0);  (z.__setitem__((..., slice(30, None)), -7.0), z)[1]
 z.clone().add_(ROW);  z.to(torch.float32, copy=True).sub_(1.0)
 """)  # fmt: skip
@@ -313,26 +314,14 @@ def test_joined_rows_are_what_they_were_when_a_call_is_written_to():
 
 
 # of a tensor, for which values are not needed
-QUESTIONS = {
-    **{
-        name: (lambda z, name=name: getattr(z, name)())
-        for name in ("_is_view", "is_conj", "is_neg", "is_inference", "is_shared")
-    },
-    **{
-        name: (lambda z, name=name: getattr(z, name)())
-        for name in ("is_pinned", "is_signed", "dim_order", "stride", "get_device")
-    },
-    **{
-        name: (lambda z, name=name: getattr(z, name))
-        for name in ("is_mkldnn", "is_xla", "is_mtia", "output_nr", "retains_grad", "itemsize")
-    },
-    "result_type": lambda z: torch.result_type(torch.zeros(3, dtype=torch.float16), z),
-    "is_same_size": lambda z: z.is_same_size(torch.zeros(z.shape)),
-    "zeros_like": lambda z: torch.zeros_like(z),
-    "full_like": lambda z: torch.full_like(z, 2, dtype=torch.int64),
-    "empty_like": lambda z: torch.empty_like(z).stride(),
-    "new_ones": lambda z: z.new_ones(2, 3),
-}
+QUESTIONS = idioms("z", globals(), """
+z._is_view();  z.is_conj();  z.is_neg();  z.is_inference();  z.is_shared();  z.is_pinned()
+z.is_signed();  z.dim_order();  z.stride();  z.get_device();  z.is_mkldnn;  z.is_xla;  z.is_mtia
+z.output_nr;  z.retains_grad;  z.itemsize
+torch.result_type(torch.zeros(3, dtype=torch.float16), z)
+z.is_same_size(torch.zeros(z.shape));  torch.zeros_like(z);  z.new_ones(2, 3)
+torch.full_like(z, 2, dtype=torch.int64);  torch.empty_like(z).stride()
+""")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -840,52 +829,32 @@ def with_another_forward(at):
     return head
 
 
-# heads -> why they are called by the model alone
+# heads that are not fused -> the reason that the warning gives
 NOT_DEFERRED = {
     "a class of the caller": (Flagged, "its Flagged is not known to compute each row alone"),
     "a subclass that mixes rows": (lambda: Shift(D, V), "its Shift is not known"),
-    "one of its modules": (
-        lambda: nn.Sequential(Shift(D, D), nn.Linear(D, V)),
-        r"Shift \(0\) is not known",
-    ),
+    "one of its modules": (lambda: before(Shift(D, D)), r"Shift \(0\) is not known"),
     "a weight with functions of its own": (
-        with_a_weight_of_its_own,
-        "has a parameter of class Doubled",
-    ),
-    "dropout": (
-        lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(D, V)),
-        r"Dropout \(0\) draws one mask for all rows",
-    ),
+        with_a_weight_of_its_own, "has a parameter of class Doubled"),
+    "dropout": (lambda: before(nn.Dropout(0.5)), r"Dropout \(0\) draws one mask for all rows"),
     "a hook inside": (with_a_hook, r"Linear \(0\) has hooks"),
     "another forward": (
-        lambda: with_another_forward(""),
-        "the forward of its Sequential has been replaced",
-    ),
+        lambda: with_another_forward(""), "the forward of its Sequential has been replaced"),
     "another forward inside": (
-        lambda: with_another_forward("1"),
-        r"Linear \(1\) has a forward that has been replaced",
-    ),
-    "power iteration": (
-        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, V)),
-        "_SpectralNorm .* is not known",
-    ),
+        lambda: with_another_forward("1"), r"Linear \(1\) has a forward that has been replaced"),
+    "power iteration": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, V)),
+        "_SpectralNorm .* is not known"),
     "hidden states written over": (
-        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(D, V)),
-        r"ReLU \(0\) writes over the hidden",
-    ),
+        lambda: before(nn.ReLU(inplace=True)), r"ReLU \(0\) writes over the hidden"),
     "a norm over rows": (
-        lambda: nn.Sequential(nn.LayerNorm((T, D)), nn.Linear(D, V)),
-        r"LayerNorm \(0\) normalizes over several",
-    ),
-    "a softmax over rows": (
-        lambda: nn.Sequential(nn.Softmax(1), nn.Linear(D, V)),
-        r"Softmax \(0\) works along",
-    ),
-    "batch norm": (
-        lambda: nn.Sequential(nn.BatchNorm1d(T), nn.Linear(D, V)),
-        r"BatchNorm1d \(0\) is not known",
-    ),
-}
+        lambda: before(nn.LayerNorm((T, D))), r"LayerNorm \(0\) normalizes over several"),
+    "a softmax over rows": (lambda: before(nn.Softmax(1)), r"Softmax \(0\) works along"),
+    "batch norm": (lambda: before(nn.BatchNorm1d(T)), r"BatchNorm1d \(0\) is not known"),
+}  # fmt: skip
+
+
+def before(module):
+    return nn.Sequential(module, nn.Linear(D, V))
 
 
 def with_head(head):
@@ -927,21 +896,15 @@ def test_a_head_that_cannot_be_repeated_is_the_models_own(name):
 
 DEFERRED = {
     "layers": lambda: nn.Sequential(
-        nn.LayerNorm(D),
-        nn.Dropout(0.0),
-        nn.Linear(D, D),
-        nn.ReLU(inplace=True),
-        nn.RMSNorm(D),
-        nn.Linear(D, V),
-    ),
-    "dropout that is off": lambda: nn.Sequential(nn.Dropout(0.5).eval(), nn.Linear(D, V)),
+        nn.LayerNorm(D), nn.Dropout(0.0), nn.Linear(D, D), nn.ReLU(inplace=True), nn.RMSNorm(D),
+        nn.Linear(D, V)),
+    "dropout that is off": lambda: before(nn.Dropout(0.5).eval()),
     "weight norm": parametrized,
     "weight norm inside": lambda: nn.Sequential(nn.Identity(), parametrized()),
     "an older weight norm": lambda: older_weight_norm(nn.Linear(D, V)),
     "an older weight norm inside": lambda: nn.Sequential(
-        nn.GELU(), older_weight_norm(nn.Linear(D, V))
-    ),
-}
+        nn.GELU(), older_weight_norm(nn.Linear(D, V))),
+}  # fmt: skip
 
 
 def older_weight_norm(head):
@@ -1395,63 +1358,30 @@ def fused_as(said):
     return lossfuse.fuse_lm_head(model)
 
 
+fuse = lossfuse.fuse_lm_head
 ERRORS = {
-    "no module": (
-        lambda: lossfuse.fuse_lm_head("model"),
-        TypeError,
-        "model is a str but must be a torch.nn.Module",
-    ),
-    "no head": (
-        lambda: lossfuse.fuse_lm_head(nn.Linear(2, 3)),
-        ValueError,
-        "model is a Linear in which no output head .*pass head=",
-    ),
-    "no such name": (
-        lambda: lossfuse.fuse_lm_head(Tiny(), head="lm_haed"),
-        ValueError,
-        "no module 'lm_haed'",
-    ),
-    "head of another kind": (
-        lambda: lossfuse.fuse_lm_head(Tiny(), head=3),
-        TypeError,
-        "head is a int but must be a module, or the name",
-    ),
+    "no module": (lambda: fuse("model"), TypeError, "model is a str but must be a torch.nn.Module"),
+    "no head": (lambda: fuse(nn.Linear(2, 3)), ValueError,
+        "model is a Linear in which no output head .*pass head="),
+    "no such name": (lambda: fuse(Tiny(), head="lm_haed"), ValueError, "no module 'lm_haed'"),
+    "head of another kind": (lambda: fuse(Tiny(), head=3), TypeError,
+        "head is a int but must be a module, or the name"),
     "it has none": (
         lambda: fused_as(lambda m: setattr(m, "head", m.__dict__["_modules"].pop("lm_head"))),
-        ValueError,
-        r"no output head was found \(get_output_embeddings\(\) returned None\)",
-    ),
-    "several": (
-        lambda: fused_as(lambda m: m.heads),
-        TypeError,
-        "get_output_embeddings.* of Says is a ModuleList of 2 modules, each a head .* head='heads.0'",
-    ),
-    "an embedding": (
-        lambda: fused_as(lambda m: m.embedding),
-        TypeError,
-        "of Says is an Embedding, whose forward takes ids",
-    ),
-    "an embedding by name": (
-        lambda: lossfuse.fuse_lm_head(Tiny(), head="embedding"),
-        TypeError,
-        "head='embedding' of Tiny is an Embedding",
-    ),
-    "row_wise": (
-        lambda: lossfuse.fuse_lm_head(Tiny(), row_wise=1),
-        TypeError,
-        "row_wise is 1 but must be True or False",
-    ),
-    "evaluation": (
-        lambda: lossfuse.fuse_lm_head(Tiny(), evaluation=None),
-        TypeError,
-        "evaluation is None but must be",
-    ),
-    "options": (
-        lambda: lossfuse.fuse_lm_head(Tiny(), options={}),
-        TypeError,
-        "options is a dict but must be a lossfuse.LinearOptions",
-    ),
-}
+        ValueError, r"no output head was found \(get_output_embeddings\(\) returned None\)"),
+    "several": (lambda: fused_as(lambda m: m.heads), TypeError,
+        "get_output_embeddings.* of Says is a ModuleList of 2 modules, each a head .*"
+        " head='heads.0'"),
+    "an embedding": (lambda: fused_as(lambda m: m.embedding), TypeError,
+        "of Says is an Embedding, whose forward takes ids"),
+    "an embedding by name": (lambda: fuse(Tiny(), head="embedding"), TypeError,
+        "head='embedding' of Tiny is an Embedding"),
+    "row_wise": (lambda: fuse(Tiny(), row_wise=1), TypeError, "row_wise is 1 but must be True or"),
+    "evaluation": (lambda: fuse(Tiny(), evaluation=None), TypeError,
+        "evaluation is None but must be"),
+    "options": (lambda: fuse(Tiny(), options={}), TypeError,
+        "options is a dict but must be a lossfuse.LinearOptions"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ERRORS)

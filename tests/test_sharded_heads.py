@@ -703,7 +703,8 @@ CLASS_STEPS = {
     "no bias": (to_replicas, "inside", Tiny, ONE, {}),
     "two reads": (to_replicas, two_reads, biased, TWO, {}),
     "options": (
-        to_replicas, options_and_probabilities, biased, {"cross_entropy": 2, "logsumexp": 1}, {}, ANY
+        to_replicas, options_and_probabilities, biased,
+        {"cross_entropy": 2, "logsumexp": 1}, {}, ANY,
     ),
     "gradients of what is whole": (
         in_calibrated(to_replicas), lambda run, b: run(b[0]), Calibrated, ONE, {}, ANY
