@@ -238,19 +238,19 @@ def same(model, read, *, rtol=2e-5, atol=2e-6, vouched=True):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_reads_logits_is_fused_and_the_same(name):
+def test_reading_logits_is_fused_and_equals_torch(name):
     report = same(Tiny(), READERS[name])
     assert report.fused and not report.made
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_what_is_recorded_is_the_same(name):
+def test_operations_before_a_loss_are_recorded_and_equal_torch(name):
     report = same(Tiny(), lambda z: ce(RECORDED[name](z)))
     assert report.fused == {"cross_entropy": 1} and not report.made
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_what_is_recorded_is_made_bit_for_bit(name):
+def test_recorded_operations_are_materialized_bit_for_bit(name):
     model = Tiny()
     want = RECORDED[name](model(IDS))
     report = lossfuse.fuse_lm_head(model)
@@ -351,13 +351,13 @@ z.log_softmax(-1).gather(-1, VALID.unsqueeze(-1)).squeeze(-1).sum()
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ON_ALL_HEADS)
-def test_heads(head, name):
+def test_losses_are_fused_with_every_kind_of_head(head, name):
     """Those that are not linear make a chunk of logits at a time, and again in the backward."""
     report = same(Tiny(head, cap=3.0), ON_ALL_HEADS[name])
     assert report.fused and not report.made
 
 
-def test_classes_are_cut():
+def test_a_loss_of_the_first_classes_equals_torch():
     model = Tiny()
     target = TARGET.clamp(max=V - 4)
     for head in ("linear with a bias", "LoRA"):
@@ -401,7 +401,7 @@ def test_no_tensor_of_all_logits(name, head):
 # --- autograd
 
 
-def test_detached():
+def test_detached_logits_have_no_gradient():
     """No gradient, in whichever way it is cut."""
     model = Tiny()
     lossfuse.fuse_lm_head(model)
@@ -518,14 +518,14 @@ torch.vmap(lambda row: (row**2).sum())(z).sum()
 @pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
 @pytest.mark.parametrize("name", UNKNOWN)
 @pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
-def test_what_is_unknown_makes_them_and_is_right(name, head):
+def test_unknown_operations_materialize_logits_and_equal_torch(name, head):
     report = same(Tiny(head), UNKNOWN[name])
     # older torch.autograd.backward does not ask whose tensors it is given, so that nothing is
     # counted
     assert report.made or ("autograd.backward" in name and torch.__version__ < "2.11")
 
 
-def test_operators_called_from_below():
+def test_operators_below_torch_function_materialize_logits():
     """TorchScript and extensions of C++ do not ask ``__torch_function__`` either."""
     model = Tiny()
     want, want_grads = gradients(model, lambda z: torch.ops.aten.mul.Tensor(z, z).sum())
@@ -632,7 +632,7 @@ class WithLoss(nn.Module):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_step_between_loss_and_backward(head, reduction):
+def test_a_changed_parameter_between_loss_and_backward_is_noticed(head, reduction):
     """Torch raises; a head that is called again in the backward must not be another by then."""
     model = Tiny(head)
     fuse_any(model)
@@ -1028,7 +1028,7 @@ class Says(Tiny):
 @pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("upcast", [False, True], ids=["", "upcast"])
-def test_dtypes(dtype, head, upcast):
+def test_results_have_torchs_dtypes_and_at_least_its_precision(dtype, head, upcast):
     """Of logits and of losses as torch's; half precision nearer the truth than torch's."""
     read = (lambda z: ce(z.float())) if upcast and dtype != torch.float64 else ce
     exact = dtype == torch.float64
@@ -1054,7 +1054,7 @@ def test_dtypes(dtype, head, upcast):
 
 @pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
-def test_autocast(head, double):
+def test_autocast_has_torchs_dtypes_and_precision(head, double):
 
     def run(fuse, enabled):
         model = Tiny(head).double() if double else Tiny(head)
@@ -1102,7 +1102,7 @@ def test_under_autocast_the_head_learns_from_logits_that_are_made(head):
     torch.testing.assert_close(grads, want_grads)
 
 
-def test_a_wide_bias_keeps_its_digits():
+def test_a_float32_bias_is_not_rounded_to_bfloat16():
     """Added to float32 logits of a bfloat16 head: as a bias of the head it would be rounded."""
     prior = torch.randn(V) * 10
     model = Tiny().bfloat16()
@@ -1129,7 +1129,7 @@ def snapshot(model):
     ]
 
 
-def test_undone_completely():
+def test_unfuse_restores_the_model():
     model = Tiny()
     mine = model.lm_head.forward  # bound, not on the instance
     before, keys = repr(snapshot(model)), list(model.state_dict())
@@ -1155,7 +1155,7 @@ def test_a_forward_of_the_instance_is_put_back():
     assert model.lm_head.forward is patched
 
 
-def test_undone_under_a_wrapper():
+def test_unfuse_works_under_a_wrapper_of_the_forward():
     """As accelerate's hooks, which keep the forward they found."""
     model = Tiny()
     lossfuse.fuse_lm_head(model)
@@ -1166,7 +1166,7 @@ def test_undone_under_a_wrapper():
     assert type(model(IDS)) is torch.Tensor
 
 
-def test_undone_from_inside_and_outside():
+def test_unfuse_works_on_the_model_and_on_one_around_it():
     for undo in (0, 1):
         model = Tiny()
         outer = nn.Sequential(model)
@@ -1178,7 +1178,7 @@ def test_undone_from_inside_and_outside():
         assert type(model.lm_head(torch.zeros(1, D))) is torch.Tensor
 
 
-def test_eval_no_grad_and_inference_are_the_models_own():
+def test_a_head_without_gradients_is_not_deferred():
     model = Tiny()
     report = lossfuse.fuse_lm_head(model)
     with torch.no_grad():
@@ -1229,7 +1229,7 @@ def test_evaluation_takes_no_memory_for_logits(mode, head):
     assert torch.equal(made, logits.sin()) and made.requires_grad == logits.requires_grad
 
 
-def test_generate_has_the_models_own_head():
+def test_generate_never_defers_the_head():
     class Generates(Tiny):
         def generate(self, ids):
             for _ in range(3):
@@ -1269,7 +1269,7 @@ def test_copies_are_fused_and_their_own(how):
     assert type(other(IDS)) is torch.Tensor and type(model(IDS)) is not torch.Tensor
 
 
-def test_a_copy_of_the_head_alone():
+def test_a_copy_of_the_head_alone_is_not_fused():
     """It is not fused and brings no model along; and may be fused as another's."""
     model = Tiny()
     lossfuse.fuse_lm_head(model)
@@ -1291,7 +1291,7 @@ def test_state_dict_goes_in_and_out():
     torch.testing.assert_close(ce(model(IDS)), ce(other(IDS)))
 
 
-def test_a_head_that_is_replaced():
+def test_a_replaced_head_is_fused_at_the_next_forward():
     """A larger vocabulary, a wrapper: the head is asked for at every forward."""
     model = Tiny()
     report = fuse_any(model)
@@ -1306,7 +1306,7 @@ def test_a_head_that_is_replaced():
     assert model(IDS).shape == (B, T, V + 3) and not report.made
 
 
-def test_head_by_name_and_by_module():
+def test_a_head_is_given_by_name_or_module():
     class Two(Tiny):
         def __init__(self):
             super().__init__()
@@ -1337,7 +1337,7 @@ def test_two_heads_one_after_the_other():
     assert len(warned) == 2 and [r.made["cat"] for r in reports] == [1, 1]
 
 
-def test_hooks_of_the_head():
+def test_forward_hooks_see_lazy_logits_and_backward_hooks_materialize_them():
     """Forward hooks see lazy logits and may change them; a hook of the backward needs their
     gradient, so they are made."""
     model, seen = Tiny(), []
@@ -1385,7 +1385,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors(name):
+def test_wrong_arguments_are_named(name):
     call, kind, message = ERRORS[name]
     with pytest.raises(kind, match=message):
         call()
@@ -1410,7 +1410,7 @@ def test_gradient_checkpointing(head, reentrant):
 
 
 @pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
-def test_compiled(head):
+def test_a_compiled_model_is_fused_and_equals_eager(head):
     """A cap between head and loss, where half a patch is silently wrong."""
     torch.compiler.reset()
     model = Tiny(head, cap=2.0)
@@ -1435,7 +1435,7 @@ def test_compiled(head):
 
 
 @pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
-def test_what_trainers_do_with_an_output():
+def test_trainers_may_inspect_and_copy_lazy_logits():
     model = Tiny()
     want = model(IDS).detach()
     lossfuse.fuse_lm_head(model)
@@ -1485,14 +1485,14 @@ def saved(z):
     return file
 
 
-def test_no_rows():
+def test_a_loss_of_no_rows_equals_torch():
     model = Tiny()
     lossfuse.fuse_lm_head(model)
     for head in ("linear with a bias", "LoRA"):
         assert same(Tiny(head), lambda z: ce(z[:0], TARGET[:0], reduction="sum")) is not None
 
 
-def test_a_parameter_put_aside():
+def test_logits_use_the_weight_of_their_call():
     """As FSDP2 does after a head's forward: loss and logits are of the weight that the call was
     given."""
     model, stock = Tiny("linear"), Tiny("linear")(IDS)

@@ -245,7 +245,7 @@ def fused():
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_loss_and_gradients_in_float32(family, fused):
+def test_loss_and_gradients_equal_the_stock_model_in_float32(family, fused):
     """Tight, for every parameter, without a tensor of logits; and made on demand they are the
     model's own, bit for bit."""
     model = built(family)
@@ -281,7 +281,7 @@ def test_loss_and_gradients_in_float32(family, fused):
 @pytest.mark.parametrize(
     "family", [f for f in ALL if not f.values[0].seq2seq or f.values[0].model.startswith("Bart")]
 )
-def test_generation(family, fused):
+def test_generate_equals_the_stock_model(family, fused):
     model = built(family)
     ids = batch(family)["input_ids"][:1, :4]
     told = {
@@ -303,7 +303,7 @@ def test_generation(family, fused):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
-def test_as_near_the_truth_in_bfloat16(family, fused):
+def test_bfloat16_is_as_precise_as_the_stock_model(family, fused):
     """The truth is the float32 model of the same rounded parameters; stock bfloat16 is off by its
     rounding, and we by no more."""
     built(family)

@@ -848,7 +848,7 @@ def under_deepspeed(stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed(stage):
+def test_deepspeed_stages_equal_one_process(stage):
     pytest.importorskip("deepspeed")
     on_ranks(2, under_deepspeed, stage)
 
@@ -871,17 +871,17 @@ def a_case(case):
 EVERY_OTHER = [("use", name) for name in OTHERS] + [("classes cut", name) for name in PARALLEL]
 
 
-def test_two_ranks():
+def test_layouts_equal_one_process_on_two_ranks():
     cases_on_ranks(2, a_case, [("layout", *case) for case in SHORT] + EVERY_OTHER[::2])
 
 
 @pytest.mark.slow
-def test_two_ranks_everything():
+def test_every_layout_equals_one_process_on_two_ranks():
     cases_on_ranks(2, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER)
 
 
 @pytest.mark.slow
-def test_four_ranks():
+def test_every_layout_equals_one_process_on_four_ranks():
     more = [("square", name) for name in SQUARE] + [("compiled", name) for name in COMPILED]
     cases_on_ranks(
         4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER + more, timeout=5000.0
