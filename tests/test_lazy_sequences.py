@@ -235,11 +235,13 @@ def compare(seeds):
     return same
 
 
-def test_a_few_random_sequences_equal_torch():
-    # most of the others are errors of torch's, such as of a shape
-    assert compare(range(120)) > 60
-
-
-@pytest.mark.slow
-def test_many_random_sequences_equal_torch():
-    assert compare(range(1000, 9000)) > 4500
+@pytest.mark.parametrize(
+    ("seeds", "least"),
+    [
+        # most of the others are errors of torch's, such as of a shape
+        pytest.param(range(120), 60, id="few"),
+        pytest.param(range(1000, 9000), 4500, id="many", marks=pytest.mark.slow),
+    ],
+)
+def test_random_sequences_equal_torch(seeds, least):
+    assert compare(seeds) > least
