@@ -951,12 +951,16 @@ def test_a_deferred_head_has_the_state_of_its_call(name, read, when):
     assert {k: v for k, v in model.lm_head.__dict__.items() if k != "calls"} == now
 
 
-def test_a_buffer_of_a_deferred_head_that_has_changed_is_named():
+@pytest.mark.parametrize("how", ["written to", "replaced"])
+def test_a_buffer_of_a_deferred_head_that_has_changed_is_named(how):
     model = with_head(Flagged())
     fuse_any(model)
     z = model(IDS)
     loss = ce(z)
-    model.lm_head.mask[:10] = -5.0
+    if how == "written to":
+        model.lm_head.mask[:10] = -5.0
+    else:
+        model.lm_head.mask = torch.zeros(V)
     for stale in (loss.backward, lambda: ce(z), lambda: z.sin()):
         with pytest.raises(RuntimeError, match="the buffer mask of the head has been changed"):
             stale()
