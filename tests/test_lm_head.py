@@ -159,6 +159,7 @@ z.max(-1).values.square().sum() + z.amax(-1, keepdim=True).sum() + z.min(-1)[0].
 z.max() + z.view(-1, V).min()
 z.mean(-1).square().sum() + z.std(-1).sum() + z.mean() + z.norm(dim=-1).sum()
 (z**2).sum() + z.sum((0, 2)).square().sum()
+z.gather(1, torch.arange(T).flip(0)[None, :, None].expand(B, T, V)).logsumexp(-1).prod(-1).sum()
 z.topk(3, -1).values.square().sum() + (z.topk(3, -1).indices == TARGET[..., None]).any(-1).sum()
 ce(z) + torch.isnan(z).any() + z.isinf().any() + torch.isfinite(z).all()
 of_categorical(z)
