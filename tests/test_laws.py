@@ -12,7 +12,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import strategies as st
 
 import lossfuse
-import test_shard_rows
+import sharded_rows
 from draws import cuts, holds_for, loss_options, seeds
 from rows import class_weight, logits_and_ids, probabilities
 
@@ -489,7 +489,7 @@ def random_cuts(draw):
     )
 
 
-@holds_for(random_cuts(), st.sets(st.sampled_from(test_shard_rows.NAMES), min_size=1))
+@holds_for(random_cuts(), st.sets(st.sampled_from(sharded_rows.NAMES), min_size=1))
 def test_rows_that_are_cut_are_what_they_were(thrifty_fast_place, call, names):
     """Merged, and then their gradients."""
     soft, n, sizes, options, weighted, seed = call
@@ -497,7 +497,7 @@ def test_rows_that_are_cut_are_what_they_were(thrifty_fast_place, call, names):
     x, ids = (t.detach() for t in logits_and_ids(n, sum(sizes), device=device, seed=seed))
     target = probabilities(n, sum(sizes), device=device, seed=seed).detach() if soft else ids
     w = class_weight(sum(sizes), device) if weighted else None
-    test_shard_rows.check(
+    sharded_rows.check(
         thrifty_fast_place, x, target, w, options, tuple(sizes), tuple(sorted(names)), over=True
     )
 
