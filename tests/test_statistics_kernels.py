@@ -341,3 +341,14 @@ def test_one_upstream_for_all_rows(device, soft):
     got, _ = grads(x, target, None, stats, {"loss": one.expand(4)}, {})
     want, _ = grads(x, target, None, stats, {"loss": one.repeat(4)}, {})
     assert torch.equal(got, want)
+
+
+def test_rows_beyond_two_to_the_31_elements(device):
+    # pages that are never touched cost nothing
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory = torch.empty(2 * 1200_000_000 + 64, dtype=torch.float16, device=device)
+    x, target = case(False, 3, 40, device, torch.float16, ignored=0.0)
+    rows = memory.as_strided((3, 40), (1200_000_000, 1))
+    rows.copy_(x)
+    far, near = ours(rows, target), ours(x, target)
+    assert all(torch.equal(far[name], near[name]) for name in NAMES)
