@@ -64,7 +64,7 @@ OF_HEADS = [
     (TypeError, "linear_weight has dtype torch.float32 but input has dtype torch.bfloat16; cast "
         "one of the two, or use autocast", (H.bfloat16(), W, IDS)),
     (ValueError, "linear_weight is on meta but input is on cpu", (H, W.to("meta"), IDS)),
-    (ValueError, r"linear_weight has shape \(0, 5\): there must be a class", (H, W[:0], IDS)),
+    (ValueError, r"linear_weight has shape \(0, 5\): expected at least one class", (H, W[:0], IDS)),
     (ValueError, r"linear_bias has shape \(5,\) but linear_weight has shape \(7, 5\); expected "
         r"\(7,\)", (H, W, IDS, B[:5])),
     (TypeError, "linear_bias has dtype torch.float64 but input", (H, W, IDS, B.double())),

@@ -14,8 +14,9 @@ from closeness import (
     assert_product_close,
     relative_error,
 )
-from lossfuse import LinearOptions, functional
+from lossfuse import LinearOptions
 from lossfuse.backends import torch_rows
+from lossfuse.call import head_call
 from lossfuse.ops import head_chunks, matmul
 from lossfuse.spec import LossSpec
 from options import chunks_of, upstream
@@ -450,7 +451,7 @@ def all_rows(rows, *rest):
 MISTAKES = {
     "no last chunk": (head_chunks, "product", without_the_last_chunk),
     "hidden gradients scaled twice": (head_chunks, "product", hidden_gradients_scaled_twice),
-    "ignored rows count": (functional, "denominator", all_rows),
+    "ignored rows count": (head_call, "denominator", all_rows),
     "rows exchanged": (head_chunks, "_scatter", rows_exchanged),
 }  # fmt: skip
 

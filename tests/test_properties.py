@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import lossfuse
 import program
-import test_shard_rows
+import sharded_rows
 from closeness import (
     GRADIENT_RTOL,
     assert_gradient_close,
@@ -618,7 +618,7 @@ def test_losses_are_made_of_one_another(place, n, v, reduction, weighted, seed):
 
 
 shard_sizes = st.integers(1, 90).flatmap(lambda v: cuts(v, most=6))
-some_names = st.sets(st.sampled_from(test_shard_rows.NAMES), min_size=1)
+some_names = st.sets(st.sampled_from(sharded_rows.NAMES), min_size=1)
 
 
 @interpreted
@@ -632,7 +632,7 @@ def test_merged_shards_are_the_whole_row(place, n, sizes, options, soft, weighte
     target = probability_rows(n, v, device=device, seed=seed).detach() if soft else ids
     w = class_weight(v, device) if weighted else None
     given = (options, tuple(sizes), tuple(sorted(names)))
-    test_shard_rows.check(place, x, target, w, *given, over=True)
+    sharded_rows.check(place, x, target, w, *given, over=True)
 
 
 @holds_for(st.integers(2, 60).flatmap(lambda v: cuts(v, most=6)), st.integers(1, 5), seeds)
