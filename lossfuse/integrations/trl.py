@@ -117,7 +117,7 @@ def fused_log_probs(
         )
     ours = _Function(models, LinearOptions() if options is None else options)
     heads = {id(head): head for head in map(find_lm_head, models) if head is not None}
-    handles = [head.register_forward_hook(ours.is_called) for head in heads.values()]
+    handles = [head.register_forward_hook(ours.count_own_head) for head in heads.values()]
     utils._ChunkedLogProbFunction = ours
     try:
         yield ours.report
@@ -189,7 +189,7 @@ class _Function:
         log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = columns
         return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
 
-    def is_called(self, head: nn.Module, args: Any, logits: Any) -> None:
+    def count_own_head(self, head: nn.Module, args: Any, logits: Any) -> None:
         """After a call of a model's head: one in training that is not deferred materializes logits
         that this function does not see."""
         plain = isinstance(logits, Tensor) and not isinstance(logits, LazyLogits)

@@ -241,7 +241,7 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
     def part(hidden: Tensor, start: int) -> Any:
         # in the backward again
         call.require_unchanged()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and of_head), call.as_called():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and of_head), call.call_context():
             logits = call.run(hidden)
         stop, memo = start + len(hidden), dict[int, Tensor]()
         here = {key: t(start, stop) for key, t in carried.items()}

@@ -1,7 +1,7 @@
-"""The call of a head that is put off: what it takes, as it was then, and what its logits would be.
+"""The deferred call of a head: its inputs with their versions, and the shape of its logits.
 
-Whoever wants them later gets them from the head's own forward, or is told that what it takes has
-changed since."""
+The logits are materialized later by the head's own forward, or an error names the input that has
+changed since the call."""
 
 import types
 import weakref
@@ -24,8 +24,9 @@ from .tensor_parallel import HeadShard
 from .transform import LogitTransform
 
 ERR_STALE = (
-    "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them,"
-    " as argmax for an accuracy, before that (before optimizer.step()), or lossfuse.unfuse_lm_head(model)"
+    "these logits were never materialized, and {what} has been changed since the forward; use the"
+    " logits, such as argmax for an accuracy, before the change (before optimizer.step()), or call"
+    " lossfuse.unfuse_lm_head(model)"
 )
 
 
@@ -34,12 +35,11 @@ READS = "reads of fused logits"
 
 @dataclass
 class LogitsReport:
-    """Operations on the logits of a fused head, by name and how often: ``fused`` without logits,
-    ``made`` materialized them.
+    """Counts of operations on the logits of a fused head, by name.
 
-    ``fused``, losses and statistics that ran without logits; ``made``, operations that materialized
-    them, "forward" where the call of the head was not deferred; ``calls``, how often the model has
-    called the head, in any mode."""
+    ``fused`` counts losses and statistics that ran without logits. ``made`` counts operations that
+    materialized them, and "forward" for calls of the head that were not deferred. ``calls`` is the
+    number of calls of the head, in any mode."""
 
     fused: Counter[str] = field(default_factory=Counter)
     made: Counter[str] = field(default_factory=Counter)
@@ -47,7 +47,7 @@ class LogitsReport:
 
 
 class Fuser(Protocol):
-    """The hook that knows which head a model has."""
+    """The hook that finds the head of a model before each forward."""
 
     report: LogitsReport
     options: LinearOptions
@@ -57,10 +57,10 @@ class Fuser(Protocol):
 
     @property
     def outermost(self) -> nn.Module:
-        """The model whose wrappers may hold the head's parameters."""
+        """The outermost model, whose wrappers may own the head's parameters."""
 
     def close(self) -> None:
-        """Undo it."""
+        """Restore the head's forward and remove all hooks."""
 
     def is_current_head(self, head: nn.Module) -> bool:
         """Return True if ``head`` is still the model's output head."""
@@ -68,12 +68,12 @@ class Fuser(Protocol):
     def fuse_current_head(self) -> None:
         """Fuse the head that the model has now."""
 
-    def not_deferred(self, why: str) -> None:
-        """Count a call of the head that was wanted deferred, and say why it is not, once."""
+    def report_not_deferred(self, why: str) -> None:
+        """Count a call of the head that was not deferred, and warn once with the reason."""
 
 
 class HeadForward:
-    """A fused head, and the forward that it had."""
+    """Base of the ``forward`` of a fused head; stores the original forward."""
 
     def __init__(
         self, head: nn.Module, instance_forward: Callable[..., Tensor] | None, fuser: Fuser
@@ -81,17 +81,17 @@ class HeadForward:
         self.head = head
         self.instance_forward = instance_forward
         self.fuser = fuser
-        # classes and dtype of the logits of a head that must be asked, by what decides them, in the
-        # state it was in
-        self.known: dict[Any, tuple[int, torch.dtype]] = {}
-        self.known_in: Any = None
+        # number of classes and dtype of the logits of a head that is not linear, by dtype, autocast,
+        # device and parameter shapes; valid while the flags of the head are shapes_flags
+        self.shapes: dict[Any, tuple[int, torch.dtype]] = {}
+        self.shapes_flags: Any = None
         self.sharded_params = ShardedParams()
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.instance_forward is not None:
             return self.instance_forward(*args, **kwargs)
-        made: Tensor = type(self.head).forward(self.head, *args, **kwargs)
-        return made
+        logits: Tensor = type(self.head).forward(self.head, *args, **kwargs)
+        return logits
 
     @property
     def is_linear(self) -> bool:
@@ -107,8 +107,8 @@ class HeadForward:
         )
 
     def restore(self, head: nn.Module) -> None:
-        """Give a head back the forward it had."""
-        # at no time has it neither
+        """Give ``head`` its original forward back."""
+        # in one assignment: the head has a forward at any time
         for slot in SLOTS:
             if head.__dict__.get(slot) is not self:
                 continue
@@ -120,14 +120,14 @@ class HeadForward:
                 head.__dict__[slot] = types.MethodType(type(head).forward, head)
 
 
-# where the forward of a module's instance is; accelerate's hooks keep the one they found in the
+# attributes of a module with a forward of its own; accelerate's hooks store the original in the
 # second
 SLOTS = ("forward", "_old_forward")
 PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 def fused_forward(head: nn.Module) -> HeadForward | None:
-    """The fused ``forward`` of a head, or None if the head is not fused."""
+    """Return the fused ``forward`` of a head, or None if the head is not fused."""
     return next(
         (f for slot in SLOTS if isinstance(f := head.__dict__.get(slot), HeadForward)), None
     )
@@ -139,7 +139,7 @@ def version_of(t: Tensor) -> int:
 
 
 class DeferredCall:
-    """One call of a head that has not been made: what it takes, as it was then."""
+    """A postponed call of a head, with the versions of all tensors that it reads."""
 
     def __init__(
         self, forward: HeadForward, hidden: Tensor, shard: HeadShard | None = None
@@ -151,7 +151,7 @@ class DeferredCall:
         self.linear = forward.is_linear or shard is not None
         self.weight: Tensor | None = cast(nn.Linear, head).weight if self.linear else None
         self.bias: Tensor | None = cast(nn.Linear, head).bias if self.linear else None
-        # float64 is none of autocast's business
+        # autocast leaves float64 unchanged
         casts = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
         self.autocast = torch.get_autocast_dtype(kind) if casts else None
         self.grad = torch.is_grad_enabled()
@@ -161,7 +161,7 @@ class DeferredCall:
             ("a parameter of the head", p, version_of(p)) for p in self.parameters
         ]
         self.watch("the hidden states", hidden)
-        # a linear head is its weight and bias; of any other, whatever its forward may look at
+        # a linear head depends only on weight and bias; any other on all attributes and buffers
         self.state = None if self.linear else HeadState(head, draws=forward.fuser.row_wise)
         if self.state is not None:
             for what, t in self.state.tensors():
@@ -169,44 +169,43 @@ class DeferredCall:
         # FSDP1 puts views in place of parameters
         operands = [t for t in (*self.parameters, self.weight, self.bias) if t is not None]
         self.needed = [(t, t.shape) for t in operands]
-        self.find_sharded_params: list[ShardedParam] = []
+        self.sharded_params: list[ShardedParam] = []
         self.watch_sharded(forward.sharded_params(self.parameters, forward.fuser.outermost))
-        # who waits for a backward to begin, and what has been read, whose backward that is
+        # hooks that run when the backward of a result begins, and the results
         self.backward_hooks: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
         self.results: list[weakref.ref[Tensor]] = []
-        # in the metadata of nodes of the graph that are reads of these logits
+        # marks autograd nodes of results that were computed from these logits
         self.mark = object()
-        # the logits themselves, once somebody has needed them, and when that was
+        # the materialized logits and their version
         self.logits: Tensor | None = None
         self.logits_version = 0
-        # whether a gradient goes past the logits
+        # True if the gradient of a result bypasses the logits
         self.read = False
         self.lazies: list[weakref.ref[Any]] = []
-        # values of views of few classes, computed alone, with how many tensors view their memory;
-        # the most classes of any of these logits
+        # values of views of a few classes, with the number of tensors that share their storage;
+        # the largest number of classes of these lazy logits
         self.views: list[tuple[Tensor, int]] = []
         self.widest = 0
-        # what has been read as their logsumexp, to be known again when it is subtracted: its
-        # version, rows and transform
+        # results of logsumexp with version, rows and transform: subtracting one from the logits
+        # gives log_softmax
         self.lses: list[tuple[weakref.ref[Tensor], int, Tensor, LogitTransform]] = []
 
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, version_of(t)))
 
     def watch_sharded(self, found: list[ShardedParam]) -> None:
-        """The parameters that an optimizer updates where the parameters of the head are copies of
-        them."""
-        self.find_sharded_params += found
+        """Also watch the sharded parameters, which the optimizer updates in place of the head's."""
+        self.sharded_params += found
         for one in found:
             self.watch("a parameter of the head", one.sharded)
 
     def unsharded(self) -> AbstractContextManager[None]:
-        return unsharded(self.find_sharded_params, self.needed)
+        return unsharded(self.sharded_params, self.needed)
 
     def add_backward_hook(
         self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()
     ) -> RemovableHandle:
-        """``hook`` is called when a backward of anything made or read of these logits backward_hooks."""
+        """Call ``hook`` when the backward of a tensor computed from these logits begins."""
         handle = RemovableHandle(self.backward_hooks)
         self.backward_hooks[handle.id] = hook
         self.watch_sharded(
@@ -214,7 +213,7 @@ class DeferredCall:
                 tuple(
                     p
                     for p in self.parameters
-                    if all(p is not one.parameter for one in self.find_sharded_params)
+                    if all(p is not one.parameter for one in self.sharded_params)
                 ),
                 modules,
             )
@@ -226,8 +225,8 @@ class DeferredCall:
         return handle
 
     def mark_read(self, result: Any, *, past_logits: bool = True) -> None:
-        """Tell those who wait for the backward of ``result``, whose gradient goes past the logits,
-        or through them."""
+        """Register the backward hooks on ``result``; ``past_logits``: its gradient bypasses the
+        logits."""
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.requires_grad:
                 # a view that is written to, as by masked_fill_, gets another node above that of its
@@ -261,12 +260,12 @@ class DeferredCall:
         return False
 
     def require_unchanged(self, *, calls_head: bool | None = None) -> None:
-        """Raise if what the logits are made of has changed; with ``calls_head``, also if the head
-        has other parameters by now."""
+        """Raise if an input of the logits has changed; with ``calls_head``, also if the head has
+        other parameters."""
         require_unchanged(self.watched)
         if not (self.shard is not None or not self.linear if calls_head is None else calls_head):
             return
-        # torch.func.functional_call puts others in their place for the time of a call
+        # torch.func.functional_call replaces parameters during a call
         if any(
             mine is not now
             for mine, now in zip_longest(self.parameters, self.forward.head.parameters())
@@ -277,35 +276,34 @@ class DeferredCall:
             raise RuntimeError(ERR_STALE.format(what=what))
 
     def run(self, hidden: Tensor) -> Tensor:
-        """The head as it was at the call, of these hidden states."""
+        """Run the head on ``hidden`` in the state of the call."""
         if self.linear and self.shard is None:
             assert self.weight is not None
             return nn.functional.linear(hidden, self.weight, self.bias)
-        # the classes of its parameters may have functions of their own, which are off while a
-        # function of lazy logits runs
+        # parameters may be subclasses with __torch_function__, which is disabled while a handler
+        # of lazy logits runs
         state = nullcontext() if self.state is None else self.state.restored()
-        with torch._C._EnableTorchFunction(), self.trained_as_called(), state:
+        with torch._C._EnableTorchFunction(), self.requires_grad_restored(), state:
             return self.forward.original(hidden)
 
     def random(self) -> AbstractContextManager[None]:
         return nullcontext() if self.state is None else self.state.random(self.hidden.device)
 
     @contextmanager
-    def as_called(self) -> Iterator[None]:
+    def call_context(self) -> Iterator[None]:
         kind = self.hidden.device.type
-        # torch 2.8 hands a parameter that was cast under no_grad, without its gradient, to whoever
-        # casts it next
+        # torch 2.8 caches a parameter that was cast under no_grad, and later casts get no gradient
         with (
-            self.trained_as_called(),
+            self.requires_grad_restored(),
             torch.autocast(
                 kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
             ),
         ):
             yield
 
-    def trained_as_called(self) -> AbstractContextManager[None]:
-        """With the parameters requiring grad that did at the call, as before PEFT switched to
-        another adapter."""
+    def requires_grad_restored(self) -> AbstractContextManager[None]:
+        """Restore ``requires_grad`` of the parameters as at the call: PEFT changes it when it
+        switches adapters."""
         other: list[tuple[Tensor, bool]] = [
             (p, was)
             for p, was in zip(self.parameters, self.trained, strict=True)
@@ -314,7 +312,7 @@ class DeferredCall:
         return _requiring_grad(other) if other else nullcontext()
 
     def shape_of_logits(self) -> tuple[int, torch.dtype] | None:
-        """(classes, dtype); None where the head had better be asked for its logits."""
+        """Return (number of classes, dtype), or None if the head must run to determine them."""
         if self.weight is not None:
             fits = self.weight.dtype == self.hidden.dtype or self.autocast is not None
             return (
@@ -326,26 +324,26 @@ class DeferredCall:
         device = self.hidden.device
         key = self.hidden.dtype, self.autocast, device, tuple(p.shape for p in self.parameters)
         flags = self.state.flags()
-        if self.forward.known_in != flags:
-            self.forward.known, self.forward.known_in = {}, flags
-        if key not in self.forward.known:
+        if self.forward.shapes_flags != flags:
+            self.forward.shapes, self.forward.shapes_flags = {}, flags
+        if key not in self.forward.shapes:
             if self.hidden.numel() == 0:
                 return None
             devices = [] if device.type == "cpu" else [device]
             with (
                 torch.no_grad(),
-                self.as_called(),
+                self.call_context(),
                 torch.random.fork_rng(devices, device_type=device.type),
             ):
                 row = self.forward.original(self.hidden.reshape(-1, self.hidden.shape[-1])[:1])
             if not (isinstance(row, Tensor) and row.dim() == 2 and len(row) == 1):
                 return None
-            self.forward.known[key] = row.shape[1], row.dtype
-        return self.forward.known[key]
+            self.forward.shapes[key] = row.shape[1], row.dtype
+        return self.forward.shapes[key]
 
     def original(self, hidden: Tensor | None = None) -> Tensor:
         self.require_unchanged()
-        with torch.set_grad_enabled(self.grad), self.as_called(), self.random():
+        with torch.set_grad_enabled(self.grad), self.call_context(), self.random():
             return self.run(self.hidden if hidden is None else hidden)
 
     def materialize(self) -> Tensor:
@@ -354,7 +352,7 @@ class DeferredCall:
             self.logits_version = version_of(self.logits)
             self.mark_read(self.logits, past_logits=False)
         elif version_of(self.logits) != self.logits_version:
-            raise RuntimeError(ERR_STALE.format(what="what was made of others like them"))
+            raise RuntimeError(ERR_STALE.format(what="a tensor computed from them"))
         return self.logits
 
 
@@ -377,8 +375,8 @@ def is_same_head(a: DeferredCall, b: DeferredCall) -> bool:
 class JoinedCalls(DeferredCall):
     """Several calls of one linear head, whose rows have been joined.
 
-    What is read of the joined rows is read of every call; the calls are run, where logits are
-    materialized, each by itself."""
+    A result of the joined rows is a result of every call. Materializing runs each call on its
+    own."""
 
     def __init__(self, calls: list[DeferredCall]) -> None:
         self.calls = calls
@@ -396,11 +394,11 @@ class JoinedCalls(DeferredCall):
             first.bias,
             None,
         )
-        self.autocast, self.grad, self.needed, self.find_sharded_params = (
+        self.autocast, self.grad, self.needed, self.sharded_params = (
             first.autocast,
             first.grad,
             first.needed,
-            first.find_sharded_params,
+            first.sharded_params,
         )
         self.watched = [one for call in calls for one in call.watched]
         self.lazies = _OfAll(calls)
@@ -439,7 +437,8 @@ class JoinedCalls(DeferredCall):
 
 
 class _OfAll(list["weakref.ref[Any]"]):
-    """The lazy logits of joined calls, which a write to those of any of the calls has to know."""
+    """List of lazy logits that appends to the lists of all joined calls, so that a write to the
+    logits of one call finds them."""
 
     def __init__(self, calls: list[DeferredCall]) -> None:
         super().__init__()

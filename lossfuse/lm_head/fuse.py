@@ -126,8 +126,8 @@ def fuse_lm_head(
     if fuser is None:
         fuser = HeadFuser(model)
         model.register_forward_pre_hook(fuser)
-    if fuser.is_over not in model._forward_hooks.values():
-        model.register_forward_hook(fuser.is_over)
+    if fuser.check_head_called not in model._forward_hooks.values():
+        model.register_forward_hook(fuser.check_head_called)
     fuser.name, fuser.options, fuser.row_wise, fuser.evaluation = (
         head,
         options,
@@ -179,7 +179,7 @@ def _fuser_of(model: nn.Module) -> "HeadFuser | None":
     )
 
 
-def _asked(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str]:
+def _find_head(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str]:
     """The output head of a model by ``head``, its own word or one of the usual names, of whatever
     class, and who named it."""
     if isinstance(head, nn.Module):
@@ -206,7 +206,7 @@ def _asked(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str]:
 
 
 def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
-    found, by = _asked(model, head)
+    found, by = _find_head(model, head)
     kind = type(model).__name__
     if isinstance(found, nn.ModuleList | nn.ModuleDict):
         name = next((name for name, m in model.named_modules() if m is found), "lm_heads")
@@ -229,7 +229,7 @@ def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
 
 def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module | None:
     """The output head of a model, by ``head``, its own word or one of the usual names."""
-    found, _ = _asked(model, head)
+    found, _ = _find_head(model, head)
     return (
         found
         if isinstance(found, nn.Module)
@@ -270,7 +270,7 @@ class FusedForward(HeadForward):
             and hidden.is_floating_point()
             and hidden.dim() > 0
         )
-        if not plain or torch_func_active() or tangents_possible() or not self._is_wanted(hidden):
+        if not plain or torch_func_active() or tangents_possible() or not self._may_defer(hidden):
             return self.original(*args, **kwargs)
         if not fuser.is_current_head(self.head):
             fuser.fuse_current_head()
@@ -289,7 +289,7 @@ class FusedForward(HeadForward):
         elif why is None and not self.is_linear:
             why = obstacle(self.head, self.instance_forward, row_wise=fuser.row_wise)
         if why is not None:
-            fuser.not_deferred(why)
+            fuser.report_not_deferred(why)
             return self.original(*args, **kwargs)
         call = DeferredCall(self, hidden, shard)
         made = call.shape_of_logits()
@@ -299,7 +299,7 @@ class FusedForward(HeadForward):
         transform = LogitTransform(*made, placements=placements)
         return lazy_logits.lazy_logits(call, transform, rows, leaves=(hidden, *call.parameters))
 
-    def _is_wanted(self, hidden: Tensor) -> bool:
+    def _may_defer(self, hidden: Tensor) -> bool:
         """Return True if a loss may be read from this call: training with gradients, or evaluation
         if that is deferred too."""
         if (
@@ -375,7 +375,7 @@ class HeadFuser:
             head.__dict__[slot] = FusedForward(head, head.__dict__.get(slot), self)
         self.fused = head
 
-    def is_over(self, model: nn.Module, args: Any, output: Any) -> None:
+    def check_head_called(self, model: nn.Module, args: Any, output: Any) -> None:
         """After a forward of the model: one that has not called the head cannot be fused."""
         if (
             torch.compiler.is_compiling()
@@ -393,7 +393,7 @@ class HeadFuser:
             )
         self.calls = None
 
-    def not_deferred(self, why: str) -> None:
+    def report_not_deferred(self, why: str) -> None:
         self.report.made["forward"] += 1
         self._warn(
             f"lossfuse.fuse_lm_head leaves the head of {type(self.model).__name__} as it is, and its logits are made: {why}"
@@ -412,7 +412,7 @@ class HeadFuser:
         self.uncompiled = []
         for hooks, mine in (
             (self.model._forward_pre_hooks, self),
-            (self.model._forward_hooks, self.is_over),
+            (self.model._forward_hooks, self.check_head_called),
         ):
             for key in [key for key, hook in hooks.items() if hook == mine]:
                 del hooks[key]

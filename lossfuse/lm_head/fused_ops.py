@@ -408,7 +408,7 @@ def _read(
     """The linear form of these rows, or of chunks of a head that is not linear."""
     call, transform = x._call, x._transform
     options = {**options, **transform.options}
-    with call.unsharded(), call.as_called():
+    with call.unsharded(), call.call_context():
         call.require_unchanged(calls_head=call.weight is None)
         call.read = call.read or (x._of_head and torch.is_grad_enabled())
         if call.weight is None:

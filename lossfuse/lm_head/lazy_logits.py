@@ -1,10 +1,10 @@
-"""Logits that are not made until somebody needs them.
+"""Lazy logits: tensors with the shape, dtype and device of logits and no storage.
 
-In training a fused head returns ``LazyLogits``: shape, dtype and device of logits, no storage. What
-models and trainers do between head and loss (scale, cap, cast, slice, reshape, add a bias) is
-recorded by ``recorded_ops``; what reads them as a loss or a statistic (``fused_ops``) runs the
-linear form on the hidden states; anything else makes the logits, by the head's own forward and the
-recorded operations, bit for bit what they would have been. No model's code is known here."""
+In training a fused head returns ``LazyLogits``. Operations between head and loss (scale, cap, cast,
+slice, reshape, bias) are recorded (``recorded_ops``, ``row_ops``). Losses and statistics
+(``fused_ops``) run the linear form on the hidden states. Any other function materializes the
+logits with the head's own forward and the recorded operations, bitwise equal to those of the model
+without fusing. Nothing here depends on the code of a model."""
 
 import sys
 import warnings
@@ -26,7 +26,7 @@ from .tensor_parallel import (
     HeadShard,
     as_replicas,
     local_arguments,
-    localised,
+    as_local,
     redistributed,
     replicas,
 )
@@ -47,34 +47,36 @@ from .torch_functions import (
 from .transform import LogitTransform
 
 ERR_NO_GRADIENT = (
-    "{name} asks for the gradient of logits that a loss has been read off without making them, so there is none; ask for it before that"
-    " (logits.retain_grad()), or lossfuse.unfuse_lm_head(model)"
+    "{name} needs the gradient of logits, but a loss was computed from them without materializing"
+    " them, so they have no gradient; call logits.retain_grad() before the loss, or"
+    " lossfuse.unfuse_lm_head(model)"
 )
 WARN_MATERIALIZED = (
-    "{name} makes the logits of a fused head, shape {rows} times {num_classes} classes, for it needs all of them at once or is not known;"
-    " docs/trainers.md lists what runs without logits"
+    "{name} materializes the logits of a fused head, shape {rows} times {num_classes} classes,"
+    " because it is not an operation that lossfuse fuses; docs/trainers.md lists those"
 )
 ERR_WRITTEN_AFTER_VIEW = (
-    "these logits were never made, and {name} writes to them after some of their classes have been read as a view, which would not see it;"
-    " read those afterwards, clone() them, or lossfuse.unfuse_lm_head(model)"
+    "{name} writes to logits that were never materialized, after a view of some of their classes was"
+    " read, and the view would not change with them; read the view after the write, clone() it, or"
+    " call lossfuse.unfuse_lm_head(model)"
 )
 
 
 class LazyLogits(Tensor):
-    """Logits, or something elementwise of them, that are not made; see ``fuse_lm_head``."""
+    """Logits, or an elementwise function of them, without storage; see ``fuse_lm_head``."""
 
     _call: DeferredCall
     _transform: LogitTransform
     _rows: Tensor
     _class_dim: int
     _leaves: tuple[Tensor, ...]
-    # what is done to each row of the head's logits, for reads that need their values, and what its
-    # rows carry beside the hidden states
+    # the steps from a row of the head's logits to a row of these, for results that need values,
+    # and tensors with one value, or V, per row that the steps read
     _program: Any
     _carried: dict[int, Tensor]
-    # shared by those that torch would have view the same memory
+    # the same object for lazy logits that would be views of one memory
     _memory: object
-    # of a view of few classes, which has no dimension of classes: what computes it alone
+    # set for a view of a few classes, which has no dimension of classes: computes only these
     _compute_view: Callable[[], Tensor] | None
     _view_value: Tensor | None
     _expression: "Expression"
@@ -130,7 +132,7 @@ class LazyLogits(Tensor):
         copied: bool = False,
         call: DeferredCall | None = None,
     ) -> "LazyLogits":
-        """The same but for what is given; a view of the same memory unless ``copied``."""
+        """Return lazy logits with some fields replaced; a view of the same memory unless ``copied``."""
         if class_dim is None and not self._classes_last:
             class_dim = self._class_dim
         made = lazy_logits(
@@ -158,15 +160,18 @@ class LazyLogits(Tensor):
 
     @property
     def _intercepted(self) -> bool:
-        """Return True if an autograd function that bypasses ``__torch_function__`` stands between
-        these and their logits."""
+        """Return True if an autograd function that bypasses ``__torch_function__`` returned this
+        tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.grad_fn is not self._node
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self._value is not None:
             return repr(self._value)
-        return f"LazyLogits({self._transform.kind} of shape {tuple(self.size())}, dtype={self._transform.dtype}, not made)"
+        return (
+            f"LazyLogits({self._transform.kind} of shape {tuple(self.size())},"
+            f" dtype={self._transform.dtype}, not materialized)"
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -191,7 +196,7 @@ class LazyLogits(Tensor):
 
 
 class DTensorLogits(LazyLogits):
-    """Lazy logits in place of a DTensor; of what a DTensor can, what tensor parallelism does to the
+    """Lazy logits in place of a DTensor, with the methods that tensor parallelism calls on the
     output of a head."""
 
     @property
@@ -248,7 +253,7 @@ class DTensorLogits(LazyLogits):
             and all(p.is_replicate() for p in self.placements)
         ):
             made = self._with(transform=replace(self._transform, placements=None))
-            made._expression.record(localised, (self,), {})
+            made._expression.record(as_local, (self,), {})
             return made
         value: Any = materialize(self, type(self).to_local)
         return value.to_local(grad_placements=grad_placements)
@@ -272,12 +277,11 @@ def lazy_logits(
     loses_gradient: bool = False,
     shape: Any = None,
 ) -> LazyLogits:
-    """Lazy logits of ``rows`` (..., D), hidden states; classes are last, or in ``class_dim``. Their
-    gradients go to ``leaves``.
+    """Return lazy logits of ``rows``, hidden states (..., D), whose gradients go to ``leaves``.
 
-    ``loses_gradient``, the program has a gradient that these do not have if they have no leaves.
-    """
-    with torch._C.DisableTorchFunctionSubclass(), call.trained_as_called():
+    Classes are the last dimension, or ``class_dim``. ``loses_gradient``: without leaves, detach the
+    result of the program."""
+    with torch._C.DisableTorchFunctionSubclass(), call.requires_grad_restored():
         kind = LazyLogits if transform.placements is None else DTensorLogits
         made = _LazyNode.apply(
             lambda: kind(
@@ -295,7 +299,7 @@ def lazy_logits(
 
 @contextmanager
 def _above_autograd() -> Iterator[None]:
-    """Inside ``__torch_dispatch__``, where autograd is over, for what has a graph of its own."""
+    """Enable autograd inside ``__torch_dispatch__``, which runs below it."""
     with ExitStack() as guards:
         for key in (
             torch._C.DispatchKey.AutogradFunctionality,
@@ -306,14 +310,14 @@ def _above_autograd() -> Iterator[None]:
 
 
 class _LazyNode(torch.autograd.Function):
-    """The autograd node of deferred logits, for readers that bypass ``__torch_function__``, such as
-    a custom ``autograd.Function``."""
+    """The autograd node of lazy logits, for functions that bypass ``__torch_function__``, such as a
+    custom ``autograd.Function``."""
 
     @staticmethod
     def forward(ctx: Any, build: Callable[[], LazyLogits], *leaves: Tensor) -> LazyLogits:
         made = build()
         ctx.expression, ctx.leaves = made._expression, leaves
-        # a wrapper that passes on what an unused output has not got
+        # an unused output has gradient None, and wrappers such as DDP pass it on
         ctx.set_materialize_grads(False)
         return made
 
@@ -327,20 +331,21 @@ class _LazyNode(torch.autograd.Function):
         for hook in call.backward_hooks.values():
             hook(dlogits)
         with call.unsharded():
-            # a tied weight is behind the hidden states too, whose own backward comes later
+            # stop at the hidden states: a tied weight is in their graph too, whose backward runs
+            # later
             stops = {
                 id(t): t.detach().requires_grad_() for t in ctx.leaves if t.grad_fn is not None
             }
             value = ctx.expression.recompute(stops)
-            wanted = [
+            inputs = [
                 stops.get(id(t), t) for t, needed in zip(ctx.leaves, needs, strict=True) if needed
             ]
-            grads = iter(torch.autograd.grad(value, wanted, dlogits, allow_unused=True))
+            grads = iter(torch.autograd.grad(value, inputs, dlogits, allow_unused=True))
         return None, *(next(grads) if needed else None for needed in needs)
 
 
 class _Materialized(torch.autograd.Function):
-    """Lazy logits -> theirs, where autograd's way back must be the lazy ones'."""
+    """Materialize lazy logits and keep their autograd graph: the gradient goes to the lazy tensor."""
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
@@ -400,8 +405,7 @@ def _move_fsdp_hook(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _are_lazy(lazies: list[LazyLogits]) -> bool:
-    """Return True if none of their calls has been materialized, and autograd nodes of others have
-    not been put on them."""
+    """Return True if no call has been materialized and no tensor has a foreign autograd node."""
     return all(x._call.logits is None and not x._intercepted for x in lazies)
 
 
@@ -486,17 +490,17 @@ def _materialize_arguments(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _before_ddp(lazy: LazyLogits) -> LazyLogits:
-    """The same logits before DDP put its function around them, which is told of their backward
-    instead."""
+    """Return the logits that DDP wrapped in its autograd function, and call that function's backward
+    from a hook instead."""
     with torch._C.DisableTorchFunctionSubclass():
         node: Any = lazy.grad_fn if lazy._value is None and lazy._node is None else None
-    tell = ddp_backward_hook(node)
-    if tell is None:
+    hook = ddp_backward_hook(node)
+    if hook is None:
         return lazy
     if lazy._unwrapped is None:
         if lazy._expression.func is not T.clone:
             return lazy
-        # of what it was given
+        # the argument of the clone
         inner = lazy._expression.arguments[0][0]
         leaves = next(
             (n.leaves for n, _ in node.next_functions if getattr(n, "expression", None) is inner),
@@ -507,12 +511,12 @@ def _before_ddp(lazy: LazyLogits) -> LazyLogits:
         with torch.enable_grad():
             lazy._unwrapped = lazy._with(leaves=leaves)
         lazy._unwrapped._expression.record(T.clone, (inner,), {})
-        lazy._call.add_backward_hook(tell)
+        lazy._call.add_backward_hook(hook)
     return lazy._unwrapped
 
 
 def _require_on_path(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise if a gradient is asked for with respect to logits that it goes past."""
+    """Raise if the graph of the outputs bypasses logits among the inputs of ``autograd.grad``."""
     at = 1 if func is torch.autograd.grad else 5
     inputs = args[at] if len(args) > at else kwargs.get("inputs")
     outputs = args[0] if args else kwargs["outputs" if at == 1 else "tensors"]
@@ -522,8 +526,8 @@ def _require_on_path(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
-    """The loss goes past logits that have been read; DeepSpeed has a hook on every output of a
-    model all the same."""
+    """Register a hook on logits that the loss bypasses, with a warning: DeepSpeed registers one on
+    every output of a model. Other functions raise."""
     if func is not T.register_hook:
         raise RuntimeError(ERR_NO_GRADIENT.format(name=name_of(func)))
     report = args[0]._call.forward.fuser.report
@@ -533,15 +537,14 @@ def _watch_gradient(func: Any, args: Any, kwargs: Any) -> Any:
             UserWarning,
             stacklevel=frames_to_the_user(),
         )
-    # from now on whoever reads these passes the hook
+    # later losses are computed from materialized logits, whose gradient calls the hook
     args[0]._node = None
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
 def _of_layout(func: Any, args: Any, kwargs: Any) -> Any:
-    """A function for which shapes, dtypes and layouts will do, or that makes a tensor of the
-    same."""
+    """Run a function that needs only shape, dtype and layout."""
     device = next(x._rows.device for x in _lazies_of((args, kwargs)))
 
     def like(x: Any) -> Any:
@@ -561,14 +564,14 @@ def _of_layout(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class Written(NamedTuple):
-    """The result of a function that has written to lazy logits, by what was recorded."""
+    """The result of a function that wrote to lazy logits and was recorded."""
 
     value: Any
 
 
 def written(x: LazyLogits, made: Any, func: Any, args: Any, kwargs: Any, *, value: Any) -> Any:
-    """Lazy logits become ``made``, the result of ``func``, which writes nothing; NotImplemented
-    where others view the memory."""
+    """Replace lazy logits by ``made``, the result of the out-of-place ``func``; NotImplemented if
+    other tensors view the memory."""
     if (
         not isinstance(made, LazyLogits)
         or made._transform.dtype != x._transform.dtype
@@ -602,7 +605,8 @@ def written(x: LazyLogits, made: Any, func: Any, args: Any, kwargs: Any, *, valu
 
 
 def _value_of_view(x: LazyLogits, func: Any) -> Tensor:
-    """The values of a view of few classes, computed alone; who writes to them is found out."""
+    """Return the values of a view of a few classes, computed without the others. A later write to
+    the logits is detected."""
     if x._view_value is None:
         assert x._compute_view is not None
         with torch._C.DisableTorchFunctionSubclass():
@@ -631,12 +635,12 @@ def materialize_all(lazies: list[LazyLogits], why: Any) -> None:
 
 
 def _uses(t: Tensor) -> int:
-    """How many tensors view the memory of one."""
+    """Return the number of tensors that share the storage of ``t``."""
     return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
 
 
 def materialize(lazy: LazyLogits, why: Any) -> Tensor:
-    """Materialize the logits that the model would have here."""
+    """Return the logits that the model computes without fusing; the first call warns."""
     if lazy._value is None:
         call, name = lazy._call, name_of(why)
         with call.unsharded():
@@ -664,8 +668,7 @@ def materialize(lazy: LazyLogits, why: Any) -> Tensor:
 
 
 def frames_to_the_user() -> int:
-    """The ``stacklevel`` at which a function that warns names the nearest line that is neither of
-    this package nor of torch."""
+    """Return the ``stacklevel`` of the nearest caller outside lossfuse and torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
         "lossfuse",

@@ -627,7 +627,7 @@ def classes_of(x: LazyLogits, item: int | slice | Tensor) -> Tensor:
     if call.weight is None or transform.kind != "logits":
         made: Tensor = read_chunks(x, lambda z: z[:, item])
         return made
-    with call.unsharded(), call.as_called():
+    with call.unsharded(), call.call_context():
         call.require_unchanged()
         call.read = call.read or (x._of_head and torch.is_grad_enabled())
         rows, weight, bias = x._rows, call.weight, call.bias

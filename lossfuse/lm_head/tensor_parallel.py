@@ -57,10 +57,10 @@ def head_shard(
         return None
     placement = _tensor()
     replicate, mesh = placement.Replicate(), weight.device_mesh
-    cuts = [i for i, p in enumerate(weight.placements) if type(p) is placement.Shard and p.dim == 0]
-    whole = all(p == replicate for i, p in enumerate(weight.placements) if i not in cuts)
+    shard_dims = [i for i, p in enumerate(weight.placements) if type(p) is placement.Shard and p.dim == 0]
+    whole = all(p == replicate for i, p in enumerate(weight.placements) if i not in shard_dims)
     if (
-        len(cuts) != 1
+        len(shard_dims) != 1
         or not whole
         or (bias is not None and (not is_dtensor(bias) or bias.placements != weight.placements))
     ):
@@ -68,7 +68,7 @@ def head_shard(
     placements = None
     if instance_forward is None:
         shard_of_last = placement.Shard(hidden.dim() - 1)
-        placements = tuple(shard_of_last if i in cuts else replicate for i in range(mesh.ndim))
+        placements = tuple(shard_of_last if i in shard_dims else replicate for i in range(mesh.ndim))
     else:
         hidden = _as_transformers(head, hidden, instance_forward, replicate)
     if (
@@ -77,8 +77,8 @@ def head_shard(
         or any(p != replicate for p in hidden.placements)
     ):
         return None
-    parts = [placement.Partial() if i in cuts else replicate for i in range(mesh.ndim)]
-    return HeadShard(hidden.to_local(grad_placements=parts), mesh, cuts[0], placements)
+    parts = [placement.Partial() if i in shard_dims else replicate for i in range(mesh.ndim)]
+    return HeadShard(hidden.to_local(grad_placements=parts), mesh, shard_dims[0], placements)
 
 
 def _as_transformers(head: nn.Module, hidden: Any, forward: Any, replicate: Any) -> Any:
@@ -118,16 +118,16 @@ def redistributed(logits: Any, placements: Any) -> Any:
     return logits.redistribute(placements=placements) if is_dtensor(logits) else logits
 
 
-def localised(logits: Any) -> Any:
+def as_local(logits: Any) -> Any:
     return logits.to_local() if is_dtensor(logits) else logits
 
 
-def local_arguments(cut_mesh: Any, arguments: list[Any]) -> list[Any] | None:
+def local_arguments(mesh: Any, arguments: list[Any]) -> list[Any] | None:
     """Targets and weights beside them that are whole on every rank, as plain tensors; None if one
     is not."""
     if any(
         is_dtensor(t)
-        and (t.device_mesh != cut_mesh or not all(p.is_replicate() for p in t.placements))
+        and (t.device_mesh != mesh or not all(p.is_replicate() for p in t.placements))
         for t in arguments
     ):
         return None
