@@ -216,7 +216,7 @@ def compare(seeds):
             try:
                 got = done(fused, seed)
             except RuntimeError as error:
-                assert "these logits were never made" in str(error), f"seed {seed}: {error}"
+                assert "these logits were never materialized" in str(error), f"seed {seed}: {error}"
                 continue
         try:
             for mine, stock in zip(

@@ -264,7 +264,7 @@ def test_recorded_operations_are_materialized_bit_for_bit(name):
             assert getattr(lazy, ask)() == getattr(want, ask)()
     assert not report.made
     with pytest.warns(
-        UserWarning, match=r"sin makes the logits of a fused head, shape \(2, 6\) times 37 classes"
+        UserWarning, match=r"sin materializes the logits of a fused head, shape \(2, 6\) times 37 classes"
     ) as warned:
         made = torch.sin(lazy)
     assert (
@@ -305,10 +305,10 @@ def test_joined_rows_are_what_they_were_when_a_call_is_written_to():
     report = lossfuse.fuse_lm_head(model)
     z, y = model(IDS), model(IDS.flip(0))
     both = torch.cat([z, y])
-    with pytest.warns(UserWarning, match="abs_ makes"):
+    with pytest.warns(UserWarning, match="abs_ materializes"):
         y.abs_()
     assert torch.equal(both.detach(), want) and report.made == {"abs_": 1}
-    with pytest.raises(RuntimeError, match="retain_grad asks for the gradient"):
+    with pytest.raises(RuntimeError, match="retain_grad needs the gradient"):
         z, y = model(IDS), model(IDS.flip(0))
         ce(torch.cat([z, y]), torch.cat([TARGET, TARGET]))
         y.retain_grad()
@@ -534,7 +534,7 @@ def test_operators_below_torch_function_materialize_logits():
         with torch._C.DisableTorchFunctionSubclass():
             return torch.ops.aten.mul.Tensor(z, z).sum()
 
-    with pytest.warns(UserWarning, match="makes the logits"):
+    with pytest.warns(UserWarning, match="materializes the logits"):
         got, grads = gradients(model, below)
     torch.testing.assert_close((got, grads), (want, want_grads))
     with torch._C.DisableTorchFunctionSubclass(), warnings.catch_warnings():
@@ -550,9 +550,9 @@ def test_a_write_that_is_not_seen_raises():
     lossfuse.fuse_lm_head(model)
     z = model(IDS)
     other = z * 2
-    with pytest.warns(UserWarning, match="flatten makes"):
+    with pytest.warns(UserWarning, match="flatten materializes"):
         z.flatten().detach().mul_(3)
-    with pytest.raises(RuntimeError, match="what was made of others like them has been changed"):
+    with pytest.raises(RuntimeError, match="a tensor computed from them has been changed"):
         other + 1
 
 
@@ -563,15 +563,15 @@ def test_gradients_of_logits_that_a_loss_went_past():
     loss = ce(z)
     with pytest.raises(
         RuntimeError,
-        match="retain_grad asks for the gradient of logits that a loss has been read off",
+        match="retain_grad needs the gradient of logits, but a loss was computed",
     ):
         z.retain_grad()
     seen = []
-    with pytest.warns(UserWarning, match="register_hook asks"):
+    with pytest.warns(UserWarning, match="register_hook needs"):
         z.register_hook(seen.append)
     loss.backward(retain_graph=True)
     assert seen == []
-    with pytest.warns(UserWarning, match="sum makes"):
+    with pytest.warns(UserWarning, match="sum materializes"):
         z.sum().backward()
     assert len(seen) == 1
 
@@ -591,11 +591,11 @@ def test_gradients_with_respect_to_logits_that_a_loss_went_past(name):
     picked.masked_fill_(VALID.unsqueeze(-1) == 0, 0.0)
     for loss in (ce(z), picked.sum()):
         with pytest.raises(
-            RuntimeError, match="asks for the gradient of logits that a loss has been read off"
+            RuntimeError, match="needs the gradient of logits, but a loss was computed"
         ):
             GRADIENTS_OF_LOGITS[name](loss, z)
     # of what has not gone past them there is one
-    with pytest.warns(UserWarning, match="makes the logits"):
+    with pytest.warns(UserWarning, match="materializes the logits"):
         torch.testing.assert_close(torch.autograd.grad(z.cpu().sum(), z)[0], torch.ones(B, T, V))
 
 
@@ -763,7 +763,7 @@ def test_functional_call_is_the_parameters_it_was_given():
     want = torch.func.functional_call(model, others, (IDS,))
     fuse_any(model)
     z = torch.func.functional_call(model, others, (IDS,))
-    with pytest.warns(UserWarning, match="sin makes"):
+    with pytest.warns(UserWarning, match="sin materializes"):
         assert torch.equal(torch.sin(z), torch.sin(want))
     # a head that makes its logits again would make them of its own
     lora = Tiny("LoRA")
@@ -879,7 +879,7 @@ def test_a_head_that_cannot_be_repeated_is_the_models_own(name):
     report = lossfuse.fuse_lm_head(model, options=SMALL)
     want = drawn(stock, ce)
     with pytest.warns(
-        UserWarning, match=f"leaves the head of Tiny as it is.*{why}.*row_wise=True"
+        UserWarning, match=f"did not defer the head of Tiny.*{why}.*row_wise=True"
     ) as warned:
         got = drawn(model, ce)
     assert warned[0].filename == __file__
@@ -1231,7 +1231,7 @@ def test_evaluation_takes_no_memory_for_logits(mode, head):
         and report.fused == {"cross_entropy": 1}
         and not report.made
     )
-    with MODES[mode](model), pytest.warns(UserWarning, match="sin makes"):
+    with MODES[mode](model), pytest.warns(UserWarning, match="sin materializes"):
         made = model(IDS).sin()
     assert torch.equal(made, logits.sin()) and made.requires_grad == logits.requires_grad
 
@@ -1339,7 +1339,7 @@ def test_two_heads_one_after_the_other():
     reports = [fuse_any(m) for m in (policy, value)]
     z, y = policy(IDS), value(IDS)
     (ce(z) + ce(y)).backward()
-    with pytest.warns(UserWarning, match="cat makes") as warned:
+    with pytest.warns(UserWarning, match="cat materializes") as warned:
         torch.cat([z, y])
     assert len(warned) == 2 and [r.made["cat"] for r in reports] == [1, 1]
 
@@ -1351,7 +1351,7 @@ def test_forward_hooks_see_lazy_logits_and_backward_hooks_materialize_them():
     model.lm_head.register_forward_hook(lambda m, args, out: out * 0.5)
     assert same(model, ce).fused == {"cross_entropy": 1}
     model.lm_head.register_full_backward_hook(lambda m, din, dout: seen.append(dout[0].shape))
-    with pytest.warns(UserWarning, match="makes the logits"):
+    with pytest.warns(UserWarning, match="materializes the logits"):
         same(model, ce)
     assert seen == [(B, T, V)] * 2
 
@@ -1507,7 +1507,7 @@ def test_logits_use_the_weight_of_their_call():
     model.lm_head.weight = nn.Parameter(torch.zeros(V, D))
     torch.testing.assert_close(ce(z), ce(stock))
     assert z._base is None
-    with pytest.warns(UserWarning, match="sin makes"):
+    with pytest.warns(UserWarning, match="sin materializes"):
         assert torch.equal(torch.sin(z), torch.sin(stock))
 
 

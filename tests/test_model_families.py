@@ -273,7 +273,7 @@ def test_loss_and_gradients_equal_the_stock_model_in_float32(family, fused):
         )
 
     assert got.logits.shape == want.logits.shape and got.logits.dtype == want.logits.dtype
-    with pytest.warns(UserWarning, match="cpu makes the logits"):
+    with pytest.warns(UserWarning, match="cpu materializes the logits"):
         made = got.logits.cpu()
     assert torch.equal(made, want.logits)
 

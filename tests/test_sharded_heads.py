@@ -412,7 +412,7 @@ def an_older_fsdp():
         loss = ce(z, mine(batch)[1])
         loss.backward()
         if whole_head:
-            with pytest.raises(RuntimeError, match="holds no values any more"):
+            with pytest.raises(RuntimeError, match="was freed after"):
                 z.argmax(-1)
         run.clip_grad_norm_(1e9)
         with FullyShardedDataParallel.summon_full_params(run, with_grads=True):
@@ -436,7 +436,7 @@ def a_parameter_that_is_gone():
     model.lm_head.weight.data = torch.empty(0)
     with pytest.raises(
         RuntimeError,
-        match=r"a parameter of the head of shape \(151, 16\), holds no values any more",
+        match=r"a parameter of the head of shape \(151, 16\), was freed after",
     ):
         ce(z, batch[1])
 

@@ -37,11 +37,15 @@ class _Shared(torch.autograd.Function):
         return all_sum(grad, ctx.group), None
 
 
+def dtensor_module() -> Any:
+    """Return ``torch.distributed.tensor``, or None if it is not imported (no DTensors)."""
+    return sys.modules.get("torch.distributed.tensor")
+
+
 def is_dtensor(t: object) -> bool:
     if type(t) in (Tensor, torch.nn.Parameter) or t is None:
         return False
-    # a DTensor exists only if its module is imported
-    module = sys.modules.get("torch.distributed.tensor")
+    module = dtensor_module()
     return module is not None and isinstance(t, module.DTensor)
 
 
@@ -93,7 +97,7 @@ def local_head(
     shard, mesh_dim = _shard_of("linear_weight", linear_weight, 0, shard)
     head: Any = linear_weight
     given: Any = input
-    placement = _placements()
+    placement = dtensor_module()
     if given.device_mesh != head.device_mesh or any(
         p != placement.Replicate() for p in given.placements
     ):
@@ -119,10 +123,6 @@ def local_head(
     )
 
 
-def _placements() -> Any:
-    return sys.modules["torch.distributed.tensor"]
-
-
 def _refuse_dtensors(why: str, **others: Tensor | None) -> None:
     for name, t in others.items():
         if is_dtensor(t):
@@ -142,7 +142,7 @@ def _shard_of(
             f"shard is given but {name} is a DTensor, which knows its shard; pass"
             f" {name}.to_local(), or no shard"
         )
-    placement, mesh_dims = _placements(), []
+    placement, mesh_dims = dtensor_module(), []
     for i, p in enumerate(t.placements):
         # type(p), not isinstance: a strided shard, from data and tensor parallelism together, is a
         # subclass of Shard
@@ -168,7 +168,7 @@ def _local(name: str, t: Any, like: Any, class_dim: int | None, mesh_dim: int | 
     DTensor on the same mesh that is replicated or sharded as the classes are."""
     if not is_dtensor(t):
         return t
-    placement = _placements()
+    placement = dtensor_module()
     placed_alike = t.device_mesh == like.device_mesh and all(
         p.is_replicate()
         or (

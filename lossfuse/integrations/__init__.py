@@ -1,5 +1,5 @@
-"""Thin adapters for trainers that make no logits themselves; each imports its library, none is
-imported by lossfuse.
+"""Adapters for trainers with a chunked loss of their own. Each imports its library; lossfuse imports
+none of them.
 
-For trainers that do (transformers, accelerate, Lightning, torchtune, loops of your own)
-``lossfuse.fuse_lm_head`` is all there is."""
+For other trainers (transformers, accelerate, Lightning, torchtune, custom loops) use
+``lossfuse.fuse_lm_head``."""

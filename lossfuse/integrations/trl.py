@@ -1,4 +1,4 @@
-"""TRL 1.16 or newer: what its trainers read of a head, from
+"""TRL 1.16 or newer: the per-token statistics of its trainers, from
 ``lossfuse.linear_cross_entropy_stats``."""
 
 import warnings
@@ -20,8 +20,9 @@ from ..statistics import LossStats, cross_entropy_stats, linear_cross_entropy_st
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 OWN_HEAD = (
-    "the model calls its own head, a {head}, in training, which materializes its logits: fused_log_probs replaces the function of TRL's"
-    " fused head, which is not used here (SFT with compute_loss_func or label smoothing). Call lossfuse.fuse_lm_head(model) too"
+    "the model calls its own head, a {head}, in training, which materializes its logits:"
+    " fused_log_probs replaces the function of TRL's fused head, which is not used here (SFT with"
+    " compute_loss_func or label smoothing). Call lossfuse.fuse_lm_head(model) too"
 )
 LogProbs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -42,23 +43,23 @@ def chunked_log_probs(
     """Per-token statistics of ``hidden @ weight.T`` as TRL's ``ChunkedLogProbFunction.apply``
     returns them.
 
-    Equal to, with ``c`` the cap::
+    Results that ``outputs`` does not name are None. Equal to, with ``c`` the cap::
 
         z = logit_scale * F.linear(hidden, weight, bias).float()
         z = (z if c is None else c * torch.tanh(z / c)) / temperature
         logp = z.log_softmax(-1)
         log_probs = logp.gather(-1, targets[:, None])[:, 0]
-        entropy = -(logp.exp() * logp).sum(-1)                 # these two have gradients, the others none;
-        log_sum_sq_probs = (2 * logp).logsumexp(-1)            # for WPO, at the price of a second pass,
+        entropy = -(logp.exp() * logp).sum(-1)   # log_probs and entropy have gradients
+        log_sum_sq_probs = (2 * logp).logsumexp(-1)  # for WPO, by a second pass
         mean_logits = z.mean(-1)
-        is_top1 = z.argmax(-1) == targets                      # what outputs does not name is None
+        is_top1 = z.argmax(-1) == targets
         return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
 
     Args:
         hidden: ``(N, D)``; weight ``(V, D)`` and bias ``(V)`` are cast to its dtype, or to that of
             autocast.
         targets: ``(N)``, int64, each in ``[0, V)``.
-        chunk_size: not read. Chunks are of rows here, ``options`` says how many.
+        chunk_size: ignored; the number of rows of a chunk is in ``options``.
         outputs: of "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
         options: of the linear form.
 
@@ -82,20 +83,18 @@ def chunked_log_probs(
 def fused_log_probs(
     *models: nn.Module, options: LinearOptions | None = None
 ) -> Iterator[LogitsReport]:
-    """TRL's fused head runs ``chunked_log_probs`` instead of its own function, within this
-    context::
+    """Replace the function of TRL's fused head by ``chunked_log_probs`` within the context::
 
         with fused_log_probs(trainer.model):
             trainer.train()
 
-    Equal to TRL without it, up to rounding, but for heads that are more than a weight: TRL
-    multiplies by ``lm_head.weight``, whatever is wrapped around it. Such a head of one of
-    ``models`` (LoRA, DoRA, any adapter of PEFT) is called here, a chunk of rows at a time and again
-    in the backward, so that the adapter counts and learns. Everybody else's heads, a reference
-    model's, are what TRL takes them for.
+    Equal to TRL without it, up to rounding, except for heads with adapters: TRL multiplies by
+    ``lm_head.weight`` and ignores the adapter. Such a head of one of ``models`` (LoRA, DoRA, any
+    adapter of PEFT) is called for a chunk of rows at a time and again in the backward, so that the
+    adapter is trained. The weights of other heads, such as a reference model's, are used as in TRL.
 
     Args:
-        models: those whose heads may be adapters, as TRL has them or wrapped by PEFT.
+        models: models whose heads may have adapters, with or without their ``PeftModel``.
         options: of the linear form.
 
     Returns:
@@ -110,29 +109,29 @@ def fused_log_probs(
     """
     from trl.trainer import utils
 
-    theirs = getattr(utils, "_ChunkedLogProbFunction", None)
-    if theirs is None:
+    original = getattr(utils, "_ChunkedLogProbFunction", None)
+    if original is None:
         raise ImportError(
-            "trl.trainer.utils has no _ChunkedLogProbFunction; this adapter is for TRL 1.16 and its like"
+            "trl.trainer.utils has no _ChunkedLogProbFunction; expected TRL 1.16 or newer"
         )
-    ours = _Function(models, LinearOptions() if options is None else options)
+    replacement = _FusedFunction(models, LinearOptions() if options is None else options)
     heads = {id(head): head for head in map(find_lm_head, models) if head is not None}
-    handles = [head.register_forward_hook(ours.count_own_head) for head in heads.values()]
-    utils._ChunkedLogProbFunction = ours
+    handles = [head.register_forward_hook(replacement.count_own_head) for head in heads.values()]
+    utils._ChunkedLogProbFunction = replacement
     try:
-        yield ours.report
+        yield replacement.report
     finally:
-        utils._ChunkedLogProbFunction = theirs
+        utils._ChunkedLogProbFunction = original
         for handle in handles:
             handle.remove()
 
 
-class _Function:
-    """In the place of a class whose ``apply`` is called."""
+class _FusedFunction:
+    """Replaces TRL's autograd function, of which only ``apply`` is called."""
 
     def __init__(self, models: Sequence[nn.Module], options: LinearOptions) -> None:
         self.models, self.options, self.report = models, options, LogitsReport()
-        # while a head is called here
+        # True while apply calls a head
         self.calls_head = False
 
     def apply(
@@ -147,7 +146,7 @@ class _Function:
         logit_scale: float = 1.0,
         outputs: Sequence[str] = OUTPUTS,
     ) -> LogProbs:
-        head = self.adapted(weight)
+        head = self.head_with_adapter(weight)
         if head is None:
             self.report.fused["log_probs"] += 1
             return chunked_log_probs(
@@ -190,8 +189,7 @@ class _Function:
         return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
 
     def count_own_head(self, head: nn.Module, args: Any, logits: Any) -> None:
-        """After a call of a model's head: one in training that is not deferred materializes logits
-        that this function does not see."""
+        """Count a call of a model's own head in training that materializes logits, and warn once."""
         plain = isinstance(logits, Tensor) and not isinstance(logits, LazyLogits)
         if self.calls_head or not (plain and head.training and torch.is_grad_enabled()):
             return
@@ -203,8 +201,8 @@ class _Function:
             )
         self.report.made["forward"] += 1
 
-    def adapted(self, weight: Tensor) -> nn.Module | None:
-        """The head that has this weight, if it is more than that."""
+    def head_with_adapter(self, weight: Tensor) -> nn.Module | None:
+        """Return the head of this weight if it has an adapter, or None."""
         heads = (find_lm_head(model) for model in self.models)
         return next(
             (
@@ -233,8 +231,8 @@ def _log_probs(
         )
 
     def times(factor: float) -> dict[str, Any]:
-        """Of the logits: the temperature, which comes after the cap, is part of the cap and of the
-        scale."""
+        """Options of the loss of ``factor`` times the logits. The temperature divides after the
+        cap, so it divides both cap and scale."""
         factor = factor / temperature
         return {
             "logit_scale": factor * logit_scale,
@@ -242,18 +240,20 @@ def _log_probs(
             "reduction": "none",
         }
 
-    # the loss of a target that is spread evenly over all classes is lse - mean(z)
-    spread = 1.0 if "mean_logits" in outputs else 0.0
-    read = stats(
-        label_smoothing=spread,
+    # with label_smoothing=1 the loss is lse - mean(z)
+    smoothing = 1.0 if "mean_logits" in outputs else 0.0
+    result = stats(
+        label_smoothing=smoothing,
         entropy="entropy" in outputs,
         argmax="is_top1" in outputs,
         **times(1.0),
     )
-    mean_logits = (read.lse - read.loss).detach() if spread else None
+    mean_logits = (result.lse - result.loss).detach() if smoothing else None
     log_sum_sq_probs = None
     if "log_sum_sq_probs" in outputs:
         with torch.no_grad():
-            log_sum_sq_probs = stats(entropy=False, argmax=False, **times(2.0)).lse - 2.0 * read.lse
-    is_top1 = None if read.argmax is None else read.argmax == targets
-    return read.target_logprob, read.entropy, log_sum_sq_probs, mean_logits, is_top1
+            log_sum_sq_probs = (
+                stats(entropy=False, argmax=False, **times(2.0)).lse - 2.0 * result.lse
+            )
+    is_top1 = None if result.argmax is None else result.argmax == targets
+    return result.target_logprob, result.entropy, log_sum_sq_probs, mean_logits, is_top1

@@ -1,14 +1,12 @@
-"""Which heads may be deferred, why that is safe, and the state of a head at the call that is
-deferred.
+"""Heads that may be deferred, and their state at the deferred call.
 
 The forward of a deferred head runs later than the model called it: when its logits are read, and
 again in the backward; on chunks of flattened rows; any number of times. The result is the model's
-own only if each row is computed alone, if running the forward leaves no trace, and if everything
-its output depends on is what it was at the call. So a head is deferred if it consists of modules
-listed here, for which that holds, or if the caller of ``fuse_lm_head`` vouches for it
-(``row_wise=True``). Every other head runs as the model calls it."""
+own only if each row is computed alone, if the forward has no side effects, and if its inputs and
+state are those of the call. So a head is deferred if it consists of modules
+listed here, for which that holds, or if the caller of ``fuse_lm_head`` passes
+``row_wise=True``. Every other head runs as the model calls it."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..call.dtensor import is_dtensor
 from .fsdp import is_fsdp2, is_plain_linear
 
-# --- modules whose forward computes each row alone, keeps no state and draws no numbers
+# --- modules whose forward computes each row alone, without state or random numbers
 
 _ACTIVATIONS = {
     nn.CELU,
@@ -97,8 +96,8 @@ _TUNERS = {
     "waveft",
     "_buffer_dict",
 }
-# of peft.tuners.lora; aLoRA, Arrow, MonteCLoRA and VeLoRA look at other rows, draw numbers or keep
-# state
+# of peft.tuners.lora; aLoRA, Arrow, MonteCLoRA and VeLoRA read other rows, draw random numbers
+# or have state
 _LORA_VARIANTS = {
     "DoraLinearVariant",
     "QALoraLinearVariant",
@@ -119,24 +118,30 @@ _AO_WEIGHTS = {
 # granularities at which an activation is quantized row by row
 _ROW_GRANULARITIES = {"PerRow", "PerToken"}
 
-HINT_ROW_WISE = "; if it computes every row alone, keeps no state and has no side effects, say so with fuse_lm_head(model, row_wise=True)"
+HINT_ROW_WISE = (
+    "; if it computes every row alone and has no state and no side effects, call"
+    " fuse_lm_head(model, row_wise=True)"
+)
 
 
 def obstacle(head: nn.Module, forward: Callable[..., Any] | None, *, row_wise: bool) -> str | None:
-    """Why a call of ``head`` may not be deferred, or None. ``forward``, the one of the instance if
-    it has its own."""
+    """Return the reason why a call of ``head`` may not be deferred, or None. ``forward``: the
+    instance's own, or None."""
     for name, m in head.named_modules():
-        if _is_fetched(m) and not (m is head and is_plain_linear(head)):
-            return f"accelerate fetches the weights of {_named(m, name)} for each call"
+        if _is_offloaded(m) and not (m is head and is_plain_linear(head)):
+            return f"accelerate loads the weights of {_named(m, name)} for each call"
     if row_wise:
         return None
     if forward is not None and not is_own_forward(head, forward):
-        return f"the forward of its {type(head).__name__} has been replaced by {getattr(forward, '__qualname__', forward)}{HINT_ROW_WISE}"
+        name = getattr(forward, "__qualname__", forward)
+        return (
+            f"the forward of its {type(head).__name__} has been replaced by {name}{HINT_ROW_WISE}"
+        )
     if isinstance(head, nn.ParameterList | nn.ParameterDict | nn.ModuleList | nn.ModuleDict):
         return f"a {type(head).__name__} has no forward"
     first = True
     for name, m in head.named_modules():
-        why = _obstacle_of(m, first) or (None if m is head else _outside_changes(m))
+        why = _obstacle_of(m, first) or (None if m is head else _obstacle_of_hooks(m))
         if why is not None:
             return f"{_named(m, name)} {why}{HINT_ROW_WISE}"
         first = first and not isinstance(m, nn.Linear | nn.LayerNorm | nn.RMSNorm)
@@ -152,8 +157,8 @@ def is_own_forward(head: nn.Module, forward: Any) -> bool:
     return getattr(forward, "__func__", None) is type(head).forward and forward.__self__ is head
 
 
-def _outside_changes(m: nn.Module) -> str | None:
-    """Hooks and replaced forwards of a module in a head would run again with it."""
+def _obstacle_of_hooks(m: nn.Module) -> str | None:
+    """Return a reason if a module has hooks or a replaced forward, which would run again."""
     hooks = (
         *m._forward_pre_hooks.values(),
         *m._forward_hooks.values(),
@@ -168,7 +173,7 @@ def _outside_changes(m: nn.Module) -> str | None:
     return None
 
 
-def _is_fetched(m: nn.Module) -> bool:
+def _is_offloaded(m: nn.Module) -> bool:
     """Return True if accelerate loads the weights of a module before each call and drops them after
     it."""
     hook = m.__dict__.get("_hf_hook")
@@ -176,7 +181,7 @@ def _is_fetched(m: nn.Module) -> bool:
 
 
 def class_of(m: nn.Module) -> type:
-    """The class of a module before FSDP2 or a parametrization gave it one of its own."""
+    """Return the class of a module before FSDP2 or a parametrization replaced it."""
     kind = type(m)
     if parametrize.is_parametrized(m):
         kind = kind.__bases__[0]
@@ -193,7 +198,7 @@ def _obstacle_of(m: Any, first: bool) -> str | None:
     if kind in _CONTAINERS:
         return None
     if kind in _ACTIVATIONS:
-        return "writes over the hidden states" if first and getattr(m, "inplace", False) else None
+        return "overwrites the hidden states" if first and getattr(m, "inplace", False) else None
     if kind is nn.PReLU:
         return (
             None if m.num_parameters == 1 else "has a slope for each entry of the second dimension"
@@ -220,11 +225,14 @@ def _obstacle_of_weight(m: Any) -> str | None:
     weights = [p for p in m._parameters.values() if p is not None]
     for w in weights:
         kind = type(w)
-        if kind in (Tensor, nn.Parameter) or _is_dtensor(w):
+        if kind in (Tensor, nn.Parameter) or is_dtensor(w):
             continue
         if not (kind.__module__.startswith("torchao.") and kind.__name__ in _AO_WEIGHTS):
-            return f"has a parameter of class {kind.__name__}, whose functions are not known to compute each row alone"
-        # int8_asym_per_token is one
+            return (
+                f"has a parameter of class {kind.__name__}, whose functions are not known to"
+                " compute each row alone"
+            )
+        # such as int8_asym_per_token
         named = getattr(w, "activation_quantization", None)
         if not _by_rows(getattr(w, "act_quant_kwargs", None)) or (
             named is not None and not str(named).lower().endswith("per_token")
@@ -237,11 +245,6 @@ def _by_rows(quantized: Any) -> bool:
     """Return True if activations are not quantized, or each row by its own scale."""
     granularity = getattr(quantized, "granularity", quantized)
     return quantized is None or type(granularity).__name__ in _ROW_GRANULARITIES
-
-
-def _is_dtensor(t: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
 
 
 def _obstacle_of_peft(m: Any, place: str, name: str) -> str | None:
@@ -278,7 +281,9 @@ def _obstacle_of_bitsandbytes(m: Any, place: str, name: str) -> str | None:
     if name == "Linear8bitLt":
         # which columns are outliers depends on every row
         return (
-            None if not m.state.threshold else "looks for outliers in all rows together (threshold)"
+            None
+            if not m.state.threshold
+            else "determines outliers from all rows together (threshold)"
         )
     return "is not known to compute each row alone"
 
@@ -301,15 +306,15 @@ def _obstacle_of_torchao(m: Any, place: str, name: str) -> str | None:
     return (
         None
         if fixed and getattr(m.config, "is_dynamic", True)
-        else "keeps the range of what it has seen"
+        else "stores the range of its inputs"
     )
 
 
 # --- the state of a head at a call
 
-# what torch keeps in a module beside its mode; and the hooks of accelerate
-_TORCHS = {*nn.Module().__dict__, "forward", "_hf_hook", "_old_forward"} - {"training"}
-# state whose change goes along with a change of weights, so that it cannot be put back alone
+# attributes that torch stores in every module, but for its mode, and accelerate's hooks
+_MODULE_ATTRIBUTES = {*nn.Module().__dict__, "forward", "_hf_hook", "_old_forward"} - {"training"}
+# changes together with the weights, so it cannot be restored alone
 _WITH_WEIGHTS = {"merged_adapters"}
 _ABSENT = object()
 
@@ -321,10 +326,11 @@ class HeadState:
     def __init__(self, head: nn.Module, *, draws: bool) -> None:
         self.modules = list(head.modules())
         self.attributes = [
-            _copied({k: v for k, v in m.__dict__.items() if k not in _TORCHS}) for m in self.modules
+            _copied({k: v for k, v in m.__dict__.items() if k not in _MODULE_ATTRIBUTES})
+            for m in self.modules
         ]
         self.buffers = [(f"the buffer {name} of the head", b) for name, b in head.named_buffers()]
-        # drawn from the numbers of the model, so that each call has its own
+        # from the generator of the model, so that each call has another seed
         self.seed = (
             int(torch.empty((), dtype=torch.int64, device="cpu").random_())
             if draws and head.training
@@ -364,14 +370,15 @@ class HeadState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """With the modes and plain attributes of every module as they were, and afterwards as they
-        are now."""
+        """Restore the modes and attributes of every module as at the call within the context."""
         changed: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for m, attributes in zip(self.modules, self.attributes, strict=True):
                 now = m.__dict__
                 for name in [
-                    name for name in now if name not in attributes and name not in _TORCHS
+                    name
+                    for name in now
+                    if name not in attributes and name not in _MODULE_ATTRIBUTES
                 ]:
                     changed.append((now, name, now[name]))
                     del now[name]
@@ -389,7 +396,7 @@ class HeadState:
 
     @contextmanager
     def random(self, device: torch.device) -> Iterator[None]:
-        """With the random numbers of this call, which leaves those of the model where they are."""
+        """Seed the generators for this call within the context, and restore the model's after it."""
         if self.seed is None:
             yield
             return
@@ -403,7 +410,7 @@ class HeadState:
 
 
 def _copied(value: Any) -> Any:
-    """Plain containers copied, so that what they hold is what it was; anything else by identity."""
+    """Return a copy of nested plain containers; other objects are not copied."""
     if type(value) is dict:
         return {k: _copied(v) for k, v in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (list, tuple, set) else value

@@ -15,8 +15,9 @@ from .torch_functions import name_of
 
 
 class Expression:
-    """How a tensor is made of the logits of a call: a call among whose arguments are expressions;
-    none for the logits themselves."""
+    """A call of torch that computes a tensor from logits; its arguments may be expressions.
+
+    ``func`` is None for the logits of the head."""
 
     def __init__(self, call: DeferredCall, lazy: Any) -> None:
         self.call = call
@@ -37,24 +38,26 @@ class Expression:
         self.watched = [(f"an argument of {name_of(func)}", t, version_of(t)) for t in tensors]
 
     def value(self, *, inner: bool = False) -> Tensor:
-        """``inner``, as an argument of a call that was recorded, it must be what it was then."""
+        """Return the tensor. ``inner``: it is an argument of a recorded call and must not have changed
+        since."""
         lazy = self.lazy()
         if lazy is not None and lazy._value is not None:
             if inner and version_of(lazy._value) != lazy._value_version:
-                raise RuntimeError(ERR_STALE.format(what="what was made of others like them"))
+                raise RuntimeError(ERR_STALE.format(what="a tensor computed from them"))
             return lazy._value
-        made = (
+        value = (
             self.call.materialize()
             if self.func is None
-            else self._called(lambda x: x.value(inner=True) if isinstance(x, Expression) else x)
+            else self._evaluate(lambda x: x.value(inner=True) if isinstance(x, Expression) else x)
         )
         if lazy is not None:
-            lazy._value, lazy._value_version = made, version_of(made)
-        return made
+            lazy._value, lazy._value_version = value, version_of(value)
+        return value
 
     def recompute(self, stops: dict[int, Tensor]) -> Tensor:
-        """With a graph of its own: who has used what was made may have freed its. It ends at
-        ``stops``, by the tensors they stand for."""
+        """Compute the tensor again with a new autograd graph; a backward may have freed the first.
+
+        ``stops`` maps ids of tensors to leaves that replace them."""
         lazy = self.lazy()
         if (
             lazy is not None
@@ -64,11 +67,11 @@ class Expression:
             return lazy._value
         if self.func is None:
             return self.call.original(stops.get(id(self.call.hidden)))
-        return self._called(
+        return self._evaluate(
             lambda x: x.recompute(stops) if isinstance(x, Expression) else stops.get(id(x), x)
         )
 
-    def _called(self, value_of: Callable[[Any], Any]) -> Tensor:
+    def _evaluate(self, value_of: Callable[[Any], Any]) -> Tensor:
         require_unchanged(self.watched)
         args, kwargs = tree_map(value_of, self.arguments)
         kind = self.call.hidden.device.type
@@ -76,22 +79,22 @@ class Expression:
             torch.set_grad_enabled(self.grad),
             torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None),
         ):
-            made: Tensor = self.func(*args, **kwargs)
-        return made
+            value: Tensor = self.func(*args, **kwargs)
+        return value
 
     def like(self) -> Tensor | None:
-        """Its layout, without memory; None where that takes values."""
+        """Return a meta tensor of the same layout, or None if the layout depends on values."""
         if self.func is None:
             return torch.empty(
                 *self.call.hidden.shape[:-1], self.num_classes, dtype=self.dtype, device="meta"
             )
         try:
             args, kwargs = tree_map(self._like_of, self.arguments)
-            made: Tensor = self.func(*args, **kwargs)
+            result: Tensor = self.func(*args, **kwargs)
         except RuntimeError:
-            # NotImplementedError is one
+            # includes NotImplementedError
             return None
-        return made if made.device.type == "meta" else None
+        return result if result.device.type == "meta" else None
 
     @staticmethod
     def _like_of(x: Any) -> Any:
@@ -105,16 +108,14 @@ class Expression:
 
 @dataclass(frozen=True)
 class Carried:
-    """An argument of a step that has a value, or V, for each row: which of the tensors that the
-    rows carry."""
+    """An argument of a step with one value, or V, per row: the key of a tensor in ``_carried``."""
 
     key: int
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A call that keeps each row to itself; among its arguments are programs and what rows
-    carry."""
+    """A row-wise call; its arguments may be ``Program`` and ``Carried``."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
@@ -126,7 +127,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """In the place of lazy logits among the arguments of a step: what makes their values, or None
-    for the logits of the head."""
+    """Stands for lazy logits in the arguments of a step: the step that computes them, or None for
+    the logits of the head."""
 
     step: Step | None

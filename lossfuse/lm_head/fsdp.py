@@ -1,10 +1,10 @@
-"""Heads whose parameters others move: FSDP2 frees them when the head's forward is over, and
-wrappers wait for a backward to begin.
+"""Heads under FSDP2 and DDP: unshard parameters again, and call backward hooks.
 
-FSDP2 and DDP learn that a backward backward_hooks from hooks and functions they put on what a forward
-returns. No gradient comes by way of logits that are not made, so what is read off them has to tell.
-What is known of FSDP2 here beyond its ``unshard()`` and ``reshard()`` is which group holds a
-parameter, and the sharded parameter an optimizer writes to; of DDP, the name of its function."""
+FSDP2 frees the head's parameters after its forward. FSDP2 and DDP detect the beginning of a
+backward by hooks and autograd functions on the output of a forward. No gradient passes through lazy
+logits, so the losses computed from them call these hooks. Besides ``unshard()`` and ``reshard()``,
+this file reads FSDP2's parameter groups and their sharded parameters, and the name of DDP's
+autograd function."""
 
 import sys
 import weakref
@@ -16,22 +16,22 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 ERR_PARAM_FREED = (
-    "these logits were never made, and what they are made of, a parameter of the head of shape {shape}, holds no values any more; whoever"
-    " partitions parameters has let go of it after the head's forward. FSDP2 (fully_shard) is asked for it again; for others call"
-    " lossfuse.unfuse_lm_head(model)"
+    "these logits were never materialized, and a parameter of the head of shape {shape} was freed"
+    " after the head's forward; expected a parameter in memory, or one that FSDP2 (fully_shard) can"
+    " gather again. With other wrappers call lossfuse.unfuse_lm_head(model)"
 )
 
 
 class ShardedParam(NamedTuple):
-    """A parameter that one of FSDP2's groups lends to a head."""
+    """A parameter of a head that FSDP2 shards."""
 
-    parameter: Tensor  # as the head's forward sees it
-    sharded: Tensor  # as the optimizer does
-    module: Any  # that unshards the group
+    parameter: Tensor  # unsharded, in the head's forward
+    sharded: Tensor  # updated by the optimizer
+    module: Any  # its unshard() gathers the parameter
 
 
 def _fsdp(name: str) -> Any:
-    """A class of it, if anybody has imported it; an empty tuple is nobody's class."""
+    """Return a class of ``torch.distributed.fsdp``, or an empty tuple if it is not imported."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), name, ())
 
 
@@ -40,19 +40,21 @@ def is_fsdp2(module: Any) -> bool:
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Also under another name, as FSDP2 gives it."""
+    """Return True for ``nn.Linear``, also with the class that FSDP2 gives it."""
     return type(head) is nn.Linear or (
         is_fsdp2(head) and isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     )
 
 
 def fsdp_obstacle(head: nn.Module) -> str | None:
-    """Why a call of the head for the loss alone would go wrong: hooks of FSDP's groups in it,
-    parameters that ZeRO-3 has put aside."""
+    """Return the reason why FSDP or ZeRO-3 prevents deferring the head, or None."""
     if any(isinstance(m, _fsdp("FullyShardedDataParallel")) for m in head.modules()):
-        return "it is a unit of FullyShardedDataParallel (FSDP1); wrap the model and not its head, or use fully_shard"
+        return (
+            "it is a unit of FullyShardedDataParallel (FSDP1); wrap the model and not its head, or"
+            " use fully_shard"
+        )
     if any(m is not head and is_fsdp2(m) for m in head.modules()):
-        return "a part of it is a unit of fully_shard; call fully_shard on the whole head"
+        return "a submodule of it is a unit of fully_shard; call fully_shard on the whole head"
     return (
         "its parameters are partitioned by ZeRO-3"
         if any(hasattr(p, "ds_id") for p in head.parameters())
@@ -61,7 +63,7 @@ def fsdp_obstacle(head: nn.Module) -> str | None:
 
 
 class ShardedParams:
-    """Finds who lends a head its parameters, and remembers."""
+    """Caches the sharded parameters of a head."""
 
     def __init__(self) -> None:
         self.found: list[ShardedParam] = []
@@ -102,11 +104,11 @@ def find_sharded_params(
 
 @contextmanager
 def unsharded(found: list[ShardedParam], needed: Iterable[tuple[Tensor, Any]]) -> Iterator[None]:
-    """With the values of what a head needs, of these shapes, wherever they have gone since the
-    forward; as it was before, afterwards."""
+    """Unshard freed parameters within the context. Raise if an operand of the head (tensor, shape)
+    is still absent."""
     with ExitStack() as after:
         for one in found:
-            # one call may have brought the next ones back too
+            # one call unshards all parameters of its group
             if _is_absent(one.parameter):
                 one.module.unshard()
                 after.callback(one.module.reshard)
@@ -117,7 +119,7 @@ def unsharded(found: list[ShardedParam], needed: Iterable[tuple[Tensor, Any]]) -
 
 
 def _is_absent(p: Tensor) -> bool:
-    # of a DTensor, what this rank has of it
+    # of a DTensor, its local tensor
     t: Tensor = getattr(p, "_local_tensor", p)
     return (
         type(t) in (Tensor, nn.Parameter)
@@ -128,24 +130,22 @@ def _is_absent(p: Tensor) -> bool:
 
 
 def fsdp_hook_modules(hook: Any) -> tuple[nn.Module, ...] | None:
-    """Of a hook for a tensor's gradient that only asks when the backward of these backward_hooks; None for
-    any other."""
+    """Return the modules of a hook by which FSDP detects the beginning of a backward, or None for
+    any other hook."""
     if isinstance(hook, partial):
-        # FSDP1's
-        told = getattr(
-            hook.func, "__name__", ""
-        ) == "_pre_backward_hook" and hook.func.__module__.startswith("torch.distributed.fsdp.")
-        return () if told else None
+        name, module = getattr(hook.func, "__name__", ""), hook.func.__module__
+        is_fsdp1 = name == "_pre_backward_hook" and module.startswith("torch.distributed.fsdp.")
+        return () if is_fsdp1 else None
     owner = getattr(hook, "__self__", None)
-    told = getattr(hook, "__name__", "") == "_pre_backward" and type(owner).__module__.startswith(
-        "torch.distributed."
-    )
-    return tuple(getattr(owner, "_modules", ())) if told else None
+    is_fsdp2_hook = getattr(hook, "__name__", "") == "_pre_backward" and type(
+        owner
+    ).__module__.startswith("torch.distributed.")
+    return tuple(getattr(owner, "_modules", ())) if is_fsdp2_hook else None
 
 
 def ddp_backward_hook(node: Any) -> Callable[[Any], None] | None:
-    """Of DDP's function around outputs, which passes gradients on and asks when the backward
-    backward_hooks; None for any other."""
+    """Return a hook that runs the backward of DDP's autograd function around outputs, or None for
+    any other node."""
     if type(node).__name__ != "_DDPSinkBackward":
         return None
 

@@ -1,4 +1,4 @@
-"""Fusing the output head of a model, any model, and undoing it."""
+"""``fuse_lm_head`` and ``unfuse_lm_head``."""
 
 import copy
 import sys
@@ -16,7 +16,7 @@ from ..call.dtensor import is_dtensor
 from ..inputs import torch_func_active
 from ..spec import LinearOptions, require_bool
 
-# what is recorded and what is read registers itself
+# imported because they register handlers
 from . import fused_ops, lazy_logits, recorded_ops, row_ops, value_ops  # noqa: F401
 from .deferrable import obstacle
 from .deferred_call import SLOTS, DeferredCall, HeadForward, LogitsReport, fused_forward
@@ -35,16 +35,15 @@ def fuse_lm_head(
     row_wise: bool = False,
     evaluation: bool = False,
 ) -> LogitsReport:
-    """Fuse the output head of a model with whatever loss reads its logits, until
-    ``unfuse_lm_head``.
+    """Fuse the output head of a model with the loss of its logits, until ``unfuse_lm_head``.
 
-    In training mode, with gradients enabled, the call of the head is then deferred: it returns
-    logits that are not made. They have the shape, dtype and device of logits. Scaling by a number,
+    In training mode, with gradients enabled, the call of the head is then deferred: it returns lazy
+    logits, a tensor with the shape, dtype and device of logits and no storage. Scaling by a number,
     ``tanh``, casts, a bias, slices of classes and any indexing or reshaping of rows are recorded;
     ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with any arguments, ``lossfuse.cross_entropy``,
     ``log_softmax`` followed by ``gather``, ``nll_loss`` or a sum over classes, ``logsumexp``,
-    ``argmax`` and entropies run ``linear_cross_entropy`` or its statistics instead. Any other use
-    makes the logits as the model would have, bit for bit, and warns once, naming the operation. In
+    ``argmax`` and entropies run ``linear_cross_entropy`` or its statistics instead. Any other
+    operation materializes the logits, bitwise equal to those without fusing, and warns once. In
     eval mode and under ``no_grad`` the head is the model's own, unless ``evaluation=True``; in
     ``generate()`` always.
 
@@ -52,58 +51,57 @@ def fuse_lm_head(
         are float32 here).
 
     Args:
-        model: any module. Transformers models are asked for ``get_output_embeddings()``, at every
-            forward, so that the head may be wrapped or replaced (LoRA, a resized vocabulary) before
-            or after. Models without that method are searched for a module called ``lm_head``,
-            ``output``, ``embed_out``, ``head`` or ``unembed``; those that answer None, for all but
-            ``output`` and ``head``.
-        head: the head itself, or its name in ``model``, where that finds none or another. Of
-            several heads (MusicGen) name one, ``head="lm_heads.0"``.
-        options: of the linear form; see ``LinearOptions``. ``main_grad`` and heads other than
-            ``nn.Linear`` do not go together.
-        row_wise: defer a head of an unknown class too. You promise that its forward computes every
-            row alone (no convolution, shift, normalization or quantization over rows), keeps no
+        model: any module. ``get_output_embeddings()`` of transformers models is called at every
+            forward, so the head may be wrapped or replaced (LoRA, a resized vocabulary) before or
+            after. In models without that method the head is a module called ``lm_head``,
+            ``output``, ``embed_out``, ``head`` or ``unembed``; if the method returns None, one of
+            these other than ``output`` and ``head``.
+        head: the head itself, or its name in ``model``, if the search finds no head or another
+            one. With several heads (MusicGen) pass one, ``head="lm_heads.0"``.
+        options: of the linear form; see ``LinearOptions``. ``main_grad`` requires an
+            ``nn.Linear`` head.
+        row_wise: also defer a head of an unknown class. Its forward must compute every row alone
+            (no convolution, shift, normalization or quantization over rows), have no
             state (no counters, running averages or observers), has no side effects (no auxiliary
-            loss, no hooks that count), and gives the same result when it runs again with the same
+            loss, no hooks that count), and return the same result when it runs again with the same
             attributes and random state. It is called for one row to learn the number of classes,
             for a chunk of rows at a time, and again in the backward. Its dropout draws a mask for
             each chunk, from a seed that is drawn at the call. Unknown heads without this are called
             once, by the model, with a warning.
         evaluation: defer the head in eval mode, under ``no_grad`` and in ``inference_mode`` too, so
-            that the loss of an evaluation takes no memory for logits. Calls within ``generate()``
+            that the loss of an evaluation needs no memory for logits. Calls within ``generate()``
             are never deferred. Tensors of ``inference_mode`` have no version, so hidden states that
             are written to between head and loss are noticed everywhere but there.
 
     Returns:
-        What becomes of the logits from now on, as counters of operations: ``fused`` and ``made``. A
-        second call for the same model changes its options and returns the same report.
+        Counters of operations on the logits: ``fused`` without logits, ``made`` those that
+        materialized them. A second call for the same model changes its options and returns the same
+        report.
 
     Raises:
-        TypeError, ValueError: if no head can be found, naming what was looked for, or if what was
-            found has no logits (an ``nn.Embedding``, an ``nn.ModuleList``).
-        RuntimeError, later: where logits are wanted after their hidden states or the head's
-            parameters have been changed in place, as by an optimizer's step; a model of torch has
-            made them before. In a second backward (``retain_graph=True``) of a mean or a sum, but
-            with ``options=LinearOptions(allow_retain_graph=True)``, and in a second derivative
-            (``create_graph=True``). For a gradient with respect to logits that a loss has been read
-            off (``torch.autograd.grad(loss, logits)``).
+        TypeError, ValueError: if no head is found, or if it returns no logits (an
+            ``nn.Embedding``, an ``nn.ModuleList``).
+        RuntimeError, later: if logits are materialized after their hidden states or the head's
+            parameters have been changed in place, as by an optimizer's step. In a second backward (``retain_graph=True``) of a mean or a sum,
+            without ``options=LinearOptions(allow_retain_graph=True)``, and in a second derivative
+            (``create_graph=True``). For a gradient with respect to logits after a loss was computed
+            from them (``torch.autograd.grad(loss, logits)``).
 
     A head that is a plain ``nn.Linear`` runs ``linear_cross_entropy``. Others that are deferred
     (adapters of PEFT, quantized linears of bitsandbytes and torchao, ``nn.Sequential`` of row-wise
     modules; ``lossfuse/lm_head/deferrable.py`` has the list) are called for a chunk of rows at a
     time, and again in the backward, with the flags and modes they had when the model called them.
 
-    A forward of the model in training mode that has not called its head, so that nothing can be
-    fused, warns once.
+    A forward in training mode that does not call the head warns once.
 
-    Nothing of the model changes but its head's ``forward`` and two forward hooks of the model:
+    Only the ``forward`` of the head and two forward hooks of the model change:
     state dict, tied weights, hooks, pickling and ``copy.deepcopy`` (whose copy is fused too) are
     unaffected. Under ``torch.compile`` the head and the loss run outside the graphs.
 
     Under DDP, FSDP2 and tensor parallelism the head is fused too, called before or after them
     (docs/sharded_models.md). Parameters that FSDP2 has freed by the time logits are read are
-    gathered again, so that reading is a collective: do it on every rank. Heads that are a unit of
-    FSDP1, parameters of ZeRO-3, or sharded in parts are not fused, nor are the replicas of
+    gathered again, which is a collective: compute the loss on every rank. Heads that are a unit of
+    FSDP1, parameters of ZeRO-3, or sharded in submodules are not fused, nor are the replicas of
     ``nn.DataParallel``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__} but must be a torch.nn.Module")
@@ -136,18 +134,17 @@ def fuse_lm_head(
     )
     fuser.given = weakref.ref(given)
     fuser(model, ())
-    _compile_the_layers_alone(fuser)
+    _skip_outer_forwards(fuser)
     return fuser.report
 
 
 def unfuse_lm_head(model: nn.Module) -> None:
-    """Undo ``fuse_lm_head``, of this model, one in it or one around it; nothing of it is left.
-    Others stay as they are."""
+    """Undo ``fuse_lm_head`` of this model, of its submodules and of a model that contains it."""
     for module in list(model.modules()):
         finders = [
             hook for hook in module._forward_pre_hooks.values() if isinstance(hook, HeadFuser)
         ]
-        # one that was interrupted while it left
+        # a fuser whose close() was interrupted
         finders += [
             f
             for hook in module._forward_hooks.values()
@@ -159,7 +156,7 @@ def unfuse_lm_head(model: nn.Module) -> None:
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:
-    """The model in a ``PeftModel``, which outlives it (``merge_and_unload``)."""
+    """Return the model in a ``PeftModel``: after ``merge_and_unload`` only this one remains."""
     peft = sys.modules.get("peft")
     while isinstance(model, getattr(peft, "PeftModel", ())):
         ask: Any = model.get_base_model
@@ -168,7 +165,7 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 
 
 def _fuser_of(model: nn.Module) -> "HeadFuser | None":
-    # one that is closed was interrupted before it had left
+    # a closed one is left if its close() was interrupted
     return next(
         (
             hook
@@ -180,8 +177,7 @@ def _fuser_of(model: nn.Module) -> "HeadFuser | None":
 
 
 def _find_head(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str]:
-    """The output head of a model by ``head``, its own word or one of the usual names, of whatever
-    class, and who named it."""
+    """Return the output head of a model, of any class, and the description of its source."""
     if isinstance(head, nn.Module):
         return head, "head"
     if head is not None:
@@ -189,18 +185,18 @@ def _find_head(model: nn.Module, head: str | nn.Module | None) -> tuple[Any, str
             return model.get_submodule(head), f"head={head!r}"
         except AttributeError:
             return None, f"no module {head!r}"
-    ask: Any = getattr(model, "get_output_embeddings", None)
-    asked = callable(ask)
-    if asked and (found := ask()) is not None:
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    has_getter = callable(get_head)
+    if has_getter and (found := get_head()) is not None:
         return found, "get_output_embeddings()"
-    # what a model that says it has none calls `head` or `output` is a classifier's
-    for name in [name for name in HEAD_NAMES if not asked or name not in ("head", "output")]:
+    # if the getter returns None, `head` or `output` is a classifier
+    for name in [name for name in HEAD_NAMES if not has_getter or name not in ("head", "output")]:
         if isinstance(found := getattr(model, name, None), nn.Module):
             return found, name
     return (
         None,
         "get_output_embeddings() returned None"
-        if asked
+        if has_getter
         else "neither get_output_embeddings() nor " + ", ".join(HEAD_NAMES),
     )
 
@@ -212,23 +208,25 @@ def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
         name = next((name for name, m in model.named_modules() if m is found), "lm_heads")
         names = [f"{name}.{key}" for key in found._modules]
         raise TypeError(
-            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules, each a head of its own;"
+            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules; expected one head;"
             f" pass one of them, head={names[0] if names else name!r}"
         )
     if isinstance(found, nn.Embedding):
         raise TypeError(
-            f"{by} of {kind} is an {type(found).__name__}, whose forward takes ids: the model multiplies by its weight itself, and there is"
-            " no call to defer; pass head=, the module that returns the logits, or call lossfuse.linear_cross_entropy(hidden, weight,"
-            " target) in the model's forward"
+            f"{by} of {kind} is an {type(found).__name__}, whose forward takes ids: the model multiplies"
+            " by its weight itself, and there is no call to defer; pass head=, the module that returns"
+            " the logits, or call lossfuse.linear_cross_entropy(hidden, weight, target) in the model's"
+            " forward"
         )
     if not isinstance(found, nn.Module):
         raise ValueError(
-            f"model is a {kind} in which no output head was found ({by}); pass head=, a module or its name"
+            f"model is a {kind} in which no output head was found ({by}); pass head=, a module or its"
+            " name"
         )
 
 
 def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module | None:
-    """The output head of a model, by ``head``, its own word or one of the usual names."""
+    """Return the output head of a model, given by ``head`` or found, or None."""
     found, _ = _find_head(model, head)
     return (
         found
@@ -239,7 +237,7 @@ def find_lm_head(model: nn.Module, head: str | nn.Module | None = None) -> nn.Mo
 
 
 def is_generating() -> bool:
-    """Return True if the call comes from a ``generate()``, of transformers or of a model's own."""
+    """Return True within a ``generate()`` of transformers or of a model."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate" or frame.f_globals.get("__name__", "").startswith(
@@ -251,10 +249,10 @@ def is_generating() -> bool:
 
 
 class FusedForward(HeadForward):
-    """The ``forward`` of a fused head: returns deferred logits, or calls the original."""
+    """The ``forward`` of a fused head: returns lazy logits, or calls the original."""
 
     def __new__(cls, *args: Any) -> "FusedForward":
-        # copies and unpickled ones come this way too
+        # in __new__, which copies and unpickled objects call too
         _keep_outside_graphs(lazy_logits.LazyLogits, "__torch_function__")
         _keep_outside_graphs(cls, "__call__")
         return super().__new__(cls)
@@ -274,7 +272,7 @@ class FusedForward(HeadForward):
             return self.original(*args, **kwargs)
         if not fuser.is_current_head(self.head):
             fuser.fuse_current_head()
-            # wrapped since, by an adapter
+            # an adapter has wrapped the head since
             return self.original(*args, **kwargs)
         why = fsdp_obstacle(self.head)
         shard = None
@@ -285,7 +283,7 @@ class FusedForward(HeadForward):
                 self.instance_forward,
                 self.head.__dict__.get("forward") is not self,
             )
-            why = "its parameters are sharded in a way that is not known" if shard is None else None
+            why = "its parameters are sharded in an unsupported layout" if shard is None else None
         elif why is None and not self.is_linear:
             why = obstacle(self.head, self.instance_forward, row_wise=fuser.row_wise)
         if why is not None:
@@ -300,8 +298,7 @@ class FusedForward(HeadForward):
         return lazy_logits.lazy_logits(call, transform, rows, leaves=(hidden, *call.parameters))
 
     def _may_defer(self, hidden: Tensor) -> bool:
-        """Return True if a loss may be read from this call: training with gradients, or evaluation
-        if that is deferred too."""
+        """Return True in training with gradients, and in evaluation if the options defer it."""
         if (
             self.head.training
             and torch.is_grad_enabled()
@@ -313,7 +310,7 @@ class FusedForward(HeadForward):
 
 
 class HeadFuser:
-    """A forward hook of a model: sees to it that the head it has now is the one that is fused."""
+    """A forward pre-hook that finds the current head of a model and fuses it."""
 
     def __new__(cls, *args: Any) -> "HeadFuser":
         _keep_outside_graphs(cls, "__call__")
@@ -325,14 +322,14 @@ class HeadFuser:
         self.name: str | nn.Module | None = None
         self.options = LinearOptions()
         self.row_wise, self.evaluation = False, False
-        # the PeftModel around it, if that was given: FSDP2 may hold its parameters
+        # the PeftModel that was passed, if any: FSDP2 may own its parameters
         self.given: weakref.ref[nn.Module] | None = None
         self.fused: nn.Module | None = None
         self.closed = False
-        # how often the head had been called when a forward in training mode began
+        # report.calls at the beginning of a forward in training mode
         self.calls: int | None = None
         self.warned: set[str] = set()
-        # code objects of forwards that Dynamo leaves to Python
+        # code objects of forwards that Dynamo skips
         self.uncompiled: list[CodeType] = []
 
     def is_current_head(self, head: nn.Module) -> bool:
@@ -347,8 +344,7 @@ class HeadFuser:
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if model is not self.model:
-            # DataParallel's replica, whose head has this one's forward, and parameters on another
-            # device
+            # a replica of DataParallel: its head has this forward but parameters of its own
             for module in model.modules():
                 forward = fused_forward(module)
                 if forward is not None and forward.head is not module:
@@ -365,18 +361,18 @@ class HeadFuser:
             copied = fused_forward(module)
             if copied is not None and copied.fuser.closed:
                 copied.restore(module)
-        # within accelerate's hooks the weights are there
+        # the innermost forward: accelerate's hooks load the weights before it
         slot = next((slot for slot in reversed(SLOTS) if slot in head.__dict__), "forward")
         known = fused_forward(head)
         if known is not None:
-            # fused by way of another model that has it
+            # already fused as the head of another model
             self.report = known.fuser.report
         else:
             head.__dict__[slot] = FusedForward(head, head.__dict__.get(slot), self)
         self.fused = head
 
     def check_head_called(self, model: nn.Module, args: Any, output: Any) -> None:
-        """After a forward of the model: one that has not called the head cannot be fused."""
+        """Warn if a forward of the model has not called the head."""
         if (
             torch.compiler.is_compiling()
             or self.calls is None
@@ -387,16 +383,18 @@ class HeadFuser:
         if self.calls == self.report.calls:
             head = "" if self.fused is None else f", a {type(self.fused).__name__}"
             self._warn(
-                f"the forward of {type(model).__name__} has not called its head{head}, so that lossfuse.fuse_lm_head has fused nothing: the"
-                " model multiplies by the weight itself, or its head is another module. Pass head=, the module that returns the logits, or"
-                " call lossfuse.linear_cross_entropy in the forward"
+                f"the forward of {type(model).__name__} has not called its head{head}, so that"
+                " lossfuse.fuse_lm_head has fused nothing: the model multiplies by the weight itself, or"
+                " its head is another module. Pass head=, the module that returns the logits, or call"
+                " lossfuse.linear_cross_entropy in the forward"
             )
         self.calls = None
 
     def report_not_deferred(self, why: str) -> None:
         self.report.made["forward"] += 1
         self._warn(
-            f"lossfuse.fuse_lm_head leaves the head of {type(self.model).__name__} as it is, and its logits are made: {why}"
+            f"lossfuse.fuse_lm_head did not defer the head of {type(self.model).__name__}, so its logits"
+            f" are materialized: {why}"
         )
 
     def _warn(self, message: str) -> None:
@@ -426,8 +424,8 @@ class HeadFuser:
         return {**self.__dict__, "given": None, "uncompiled": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HeadFuser":
-        """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes,
-        is not, and copies no model."""
+        """Fuse the copy of a model. A copy of the head alone, as for PEFT's ``modules_to_save``, is
+        not fused and does not copy the model."""
         other = HeadFuser(self.model)
         memo[id(self)] = other
         if id(self.model) in memo:
@@ -446,25 +444,24 @@ class HeadFuser:
 
 
 OUTSIDE = (
-    "lossfuse.fuse_lm_head runs the head and the loss outside the graphs; compile the layers (model.model.compile()) instead of the whole"
-    " model, or call lossfuse.unfuse_lm_head(model)"
+    "lossfuse.fuse_lm_head runs the head and the loss outside the graphs; compile the layers"
+    " (model.model.compile()) instead of the whole model, or call lossfuse.unfuse_lm_head(model)"
 )
 _disabled: set[Any] = set()
-# how many fused models keep a code object from Dynamo
+# number of fused models for which Dynamo skips a code object
 _uncompiled: Counter[CodeType] = Counter()
 
 
-def _compile_the_layers_alone(fuser: HeadFuser) -> None:
-    """Leave the forwards of a transformers model around its head to Python under ``torch.compile``.
+def _skip_outer_forwards(fuser: HeadFuser) -> None:
+    """Make Dynamo skip the forwards of a transformers model around its head.
 
-    Dynamo would break them at the head and at every operation on its logits. The model without its
-    head is a module of its own there, which is compiled as it is without fusing, in as many graphs.
-    """
+    It would break the graph at the head and at every operation on its logits. The layers are a
+    submodule, which is compiled as without fusing."""
     model = fuser.outermost
     if not hasattr(fuser.model, "loss_function") or fuser.fused is None:
         return
     try:
-        # not public; without it there are more graphs
+        # not public; without it there are more graph breaks
         from torch._dynamo.eval_frame import skip_code
     except ImportError:
         return
@@ -508,8 +505,8 @@ def _compile_again(code: CodeType) -> None:
 
 
 def _keep_outside_graphs(owner: type, name: str) -> None:
-    """``torch.compiler.disable`` a method, once a head is fused and not before: it imports Dynamo,
-    and Triton with it."""
+    """Apply ``torch.compiler.disable`` to a method when the first head is fused: it imports Dynamo
+    and Triton."""
     if (owner, name) not in _disabled:
         method = vars(owner)[name]
         if isinstance(method, classmethod):

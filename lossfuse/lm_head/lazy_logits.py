@@ -24,9 +24,9 @@ from .expression import Expression, Program, Step
 from .fsdp import ddp_backward_hook, fsdp_hook_modules
 from .tensor_parallel import (
     HeadShard,
+    as_local,
     as_replicas,
     local_arguments,
-    as_local,
     redistributed,
     replicas,
 )

@@ -1,4 +1,4 @@
-"""torch's functions by what they need of lazy logits: metadata, a layout, a gradient, a write.
+"""Sets of torch functions that need no values of lazy logits, or that write to them.
 
 Handlers of functions that are recorded or fused register in ``HANDLERS``."""
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 T = Tensor
-# answered by the wrapper, which has no storage
+# attributes of the wrapper, which has no storage
 _ATTRIBUTES = """
     shape dtype device ndim layout itemsize nbytes requires_grad is_leaf grad_fn grad retains_grad
     _version _base output_nr name names is_cuda is_cpu is_mps is_xpu is_xla is_mtia is_ipu is_maia
@@ -20,15 +20,15 @@ _METHODS = """
     size dim numel nelement ndimension element_size get_device __len__ is_floating_point is_complex
     is_inference has_names
 """
-# also of logits that were materialized
+# on the wrapper even after the logits were materialized
 IDENTITY = {T.__hash__}
 METADATA = {
-    # which attributes there are depends on the version of torch
+    # the attributes depend on the version of torch
     *(getattr(T, name).__get__ for name in _ATTRIBUTES.split() if hasattr(T, name)),
     *(getattr(o, name) for name in _METHODS.split() for o in (T, torch) if hasattr(o, name)),
     *IDENTITY,
 }
-# need the strides that the logits would have
+# need the strides of the materialized logits
 LAYOUT = {T.stride, T.is_contiguous, T.storage_offset, T._is_view, T.dim_order}
 # need only dtype and device of their first argument
 DTYPE_AND_DEVICE = {
@@ -39,7 +39,7 @@ DTYPE_AND_DEVICE = {
     *(T.is_conj, T.is_neg, T.is_signed, T.is_shared, T.is_pinned),
     *(torch.is_conj, torch.is_neg, torch.is_signed),
 }
-# need everything but values
+# need shape, dtype and layout
 SHAPE_AND_LAYOUT = {
     *(
         getattr(torch, f"{name}_like")

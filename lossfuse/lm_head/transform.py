@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What becomes of a row of the head's output ``x``: ``z = scale * x + bias``, or ``cap *
-    tanh(z)``, of the first classes.
+    """The function of a row of the head's output ``x``: ``z = scale * x + bias``, or ``cap *
+    tanh(z)``, of the first ``num_classes`` classes.
 
-    ``kind`` says what of it a lazy tensor holds: "logits" z, or ``factor`` times one of "logp",
-    "p", "p logp", "p z"; or "other", what only the program of the lazy tensor says."""
+    ``kind`` is the value of the lazy tensor: "logits" z, or ``factor`` times "logp", "p",
+    "p logp" or "p z"; "other" if only its program describes it."""
 
     num_classes: int
     dtype: torch.dtype
@@ -24,7 +24,7 @@ class LogitTransform:
     cap: float | None = None
     kind: str = "logits"
     factor: float = 1.0
-    # where the model would have a DTensor
+    # of the DTensor that the model returns without fusing
     placements: tuple[Any, ...] | None = None
 
     def times(self, c: float) -> "LogitTransform | None":
@@ -55,7 +55,7 @@ class LogitTransform:
 
     @property
     def options(self) -> dict[str, float | None]:
-        """As the losses take them."""
+        """Keyword arguments of the losses."""
         scale = self.scale if self.cap is None else self.scale * self.cap
         return {
             "logit_scale": None if scale == 1.0 else scale,
