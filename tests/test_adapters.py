@@ -79,7 +79,7 @@ def fused(name, when):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+@pytest.mark.filterwarnings("ignore:.* materializes the logits of a fused head")
 def test_steps(name, when):
     want = step(adapted(base(), name))
     model, report = fused(name, when)
@@ -92,7 +92,7 @@ def test_steps(name, when):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", ["head", "head trained whole"])
-@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+@pytest.mark.filterwarnings("ignore:.* materializes the logits of a fused head")
 def test_adapters_off_and_on(name, when):
     stock = adapted(base(), name)
     with stock.disable_adapter():
@@ -108,7 +108,7 @@ def test_adapters_off_and_on(name, when):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+@pytest.mark.filterwarnings("ignore:.* materializes the logits of a fused head")
 def test_merged_and_unloaded(when):
     stock = adapted(base(), "head").merge_and_unload().train()
     want = step(stock)
@@ -281,7 +281,7 @@ def test_undone(when, outer):
     assert type(model(input_ids=ids).logits) is torch.Tensor
 
 
-@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+@pytest.mark.filterwarnings("ignore:.* materializes the logits of a fused head")
 def test_a_copy_has_its_own_adapter():
     model, report = fused("head", "after")
     other = copy.deepcopy(model)

@@ -264,7 +264,8 @@ def test_recorded_operations_are_materialized_bit_for_bit(name):
             assert getattr(lazy, ask)() == getattr(want, ask)()
     assert not report.made
     with pytest.warns(
-        UserWarning, match=r"sin materializes the logits of a fused head, shape \(2, 6\) times 37 classes"
+        UserWarning,
+        match=r"sin materializes the logits of a fused head, shape \(2, 6\) times 37 classes",
     ) as warned:
         made = torch.sin(lazy)
     assert (
@@ -516,7 +517,7 @@ torch.vmap(lambda row: (row**2).sum())(z).sum()
 
 @pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
 @pytest.mark.parametrize("name", UNKNOWN)
-@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+@pytest.mark.filterwarnings("ignore:.* materializes the logits of a fused head")
 def test_unknown_operations_materialize_logits_and_equal_torch(name, head):
     report = same(Tiny(head), UNKNOWN[name])
     # older torch.autograd.backward does not ask whose tensors it is given, so that nothing is
@@ -741,7 +742,7 @@ STALE = {
 
 @pytest.mark.parametrize("head", ["linear", "LoRA"])
 @pytest.mark.parametrize("name", STALE)
-@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+@pytest.mark.filterwarnings("ignore:.* materializes the logits of a fused head")
 def test_stale_logits_raise(name, head):
     model = Tiny(head)
     change, message = STALE[name]
@@ -844,7 +845,7 @@ NOT_DEFERRED = {
     "power iteration": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, V)),
         "_SpectralNorm .* is not known"),
     "hidden states written over": (
-        lambda: before(nn.ReLU(inplace=True)), r"ReLU \(0\) writes over the hidden"),
+        lambda: before(nn.ReLU(inplace=True)), r"ReLU \(0\) overwrites the hidden"),
     "a norm over rows": (
         lambda: before(nn.LayerNorm((T, D))), r"LayerNorm \(0\) normalizes over several"),
     "a softmax over rows": (lambda: before(nn.Softmax(1)), r"Softmax \(0\) works along"),
@@ -934,7 +935,7 @@ class Vouched(Flagged):
 @pytest.mark.parametrize("when", ["before the loss", "before the backward"])
 @pytest.mark.parametrize("read", [ce, lambda z: z.sin().sum()], ids=["read", "made"])
 @pytest.mark.parametrize("name", STATES)
-@pytest.mark.filterwarnings("ignore:sin makes the logits")
+@pytest.mark.filterwarnings("ignore:sin materializes the logits")
 def test_a_deferred_head_has_the_state_of_its_call(name, read, when):
     model = with_head(Vouched())
     want, want_grads = gradients(copy.deepcopy(model), read)
@@ -1090,7 +1091,7 @@ def test_autocast_has_torchs_dtypes_and_precision(head, double):
 
 
 @pytest.mark.parametrize("head", ["linear with a bias", "LoRA"])
-@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+@pytest.mark.filterwarnings("ignore:.* materializes the logits of a fused head")
 def test_under_autocast_the_head_learns_from_logits_that_are_made(head):
     """torch 2.8 remembers what was cast without a gradient, as for a look at the shape of
     logits."""
@@ -1441,7 +1442,7 @@ def test_a_compiled_model_is_fused_and_equals_eager(head):
         torch.compile(model, backend="aot_eager", fullgraph=True)(IDS)
 
 
-@pytest.mark.filterwarnings("ignore:.* makes the logits of a fused head")
+@pytest.mark.filterwarnings("ignore:.* materializes the logits of a fused head")
 def test_trainers_may_inspect_and_copy_lazy_logits():
     model = Tiny()
     want = model(IDS).detach()

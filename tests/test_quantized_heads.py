@@ -70,7 +70,7 @@ HEADS = {
     "bitsandbytes, 8 bits": (lambda: of_bitsandbytes(8), None),
     "bitsandbytes, 8 bits and outliers": (
         lambda: of_bitsandbytes(8, threshold=6.0),
-        "looks for outliers in all rows together",
+        "determines outliers from all rows together",
     ),
 }
 

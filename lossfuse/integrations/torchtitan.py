@@ -12,8 +12,8 @@ from ..functional import linear_cross_entropy
 
 
 class FusedCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc]
-    """torchtitan's ``CrossEntropyLoss`` without materialized logits: the trainer passes hidden states
-    and head.
+    """torchtitan's ``CrossEntropyLoss`` without materialized logits: the trainer passes hidden
+    states and head.
 
     Equal, in loss and gradients, to ``ChunkedLossWrapper`` around ``CrossEntropyLoss``; sequences
     of any length, ``num_chunks`` and ``loss_fn`` are not read. ValueError if the head is sharded
@@ -33,8 +33,8 @@ class FusedCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc]
         weight, bias = self.lm_head.weight, getattr(self.lm_head, "bias", None)
         if isinstance(weight, DTensor) or isinstance(pred, DTensor):
             raise ValueError(
-                "lm_head is sharded, but FusedCrossEntropyLoss expects a weight with all classes; use"
-                " ChunkedLossWrapper"
+                "lm_head is sharded, but FusedCrossEntropyLoss expects a weight with all classes;"
+                " use ChunkedLossWrapper"
             )
         loss = linear_cross_entropy(
             pred, weight, labels, linear_bias=bias, reduction="sum", ignore_index=IGNORE_INDEX

@@ -189,7 +189,7 @@ class _FusedFunction:
         return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
 
     def count_own_head(self, head: nn.Module, args: Any, logits: Any) -> None:
-        """Count a call of a model's own head in training that materializes logits, and warn once."""
+        """Count a call of a model's own head in training that materializes logits; warn once."""
         plain = isinstance(logits, Tensor) and not isinstance(logits, LazyLogits)
         if self.calls_head or not (plain and head.training and torch.is_grad_enabled()):
             return

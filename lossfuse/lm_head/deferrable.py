@@ -396,7 +396,7 @@ class HeadState:
 
     @contextmanager
     def random(self, device: torch.device) -> Iterator[None]:
-        """Seed the generators for this call within the context, and restore the model's after it."""
+        """Seed the generators for this call within the context, then restore the model's."""
         if self.seed is None:
             yield
             return

@@ -81,8 +81,8 @@ class HeadForward:
         self.head = head
         self.instance_forward = instance_forward
         self.fuser = fuser
-        # number of classes and dtype of the logits of a head that is not linear, by dtype, autocast,
-        # device and parameter shapes; valid while the flags of the head are shapes_flags
+        # number of classes and dtype of the logits of a head that is not linear, by dtype,
+        # autocast, device and parameter shapes; valid while the flags of the head are shapes_flags
         self.shapes: dict[Any, tuple[int, torch.dtype]] = {}
         self.shapes_flags: Any = None
         self.sharded_params = ShardedParams()

@@ -38,8 +38,8 @@ class Expression:
         self.watched = [(f"an argument of {name_of(func)}", t, version_of(t)) for t in tensors]
 
     def value(self, *, inner: bool = False) -> Tensor:
-        """Return the tensor. ``inner``: it is an argument of a recorded call and must not have changed
-        since."""
+        """Return the tensor. ``inner``: it is an argument of a recorded call and must not have
+        changed since."""
         lazy = self.lazy()
         if lazy is not None and lazy._value is not None:
             if inner and version_of(lazy._value) != lazy._value_version:

@@ -82,8 +82,9 @@ def fuse_lm_head(
         TypeError, ValueError: if no head is found, or if it returns no logits (an
             ``nn.Embedding``, an ``nn.ModuleList``).
         RuntimeError, later: if logits are materialized after their hidden states or the head's
-            parameters have been changed in place, as by an optimizer's step. In a second backward (``retain_graph=True``) of a mean or a sum,
-            without ``options=LinearOptions(allow_retain_graph=True)``, and in a second derivative
+            parameters have been changed in place, as by an optimizer's step. In a second
+            backward (``retain_graph=True``) of a mean or a sum, without
+            ``options=LinearOptions(allow_retain_graph=True)``, and in a second derivative
             (``create_graph=True``). For a gradient with respect to logits after a loss was computed
             from them (``torch.autograd.grad(loss, logits)``).
 
@@ -208,20 +209,20 @@ def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
         name = next((name for name, m in model.named_modules() if m is found), "lm_heads")
         names = [f"{name}.{key}" for key in found._modules]
         raise TypeError(
-            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules; expected one head;"
+            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules; expected one;"
             f" pass one of them, head={names[0] if names else name!r}"
         )
     if isinstance(found, nn.Embedding):
         raise TypeError(
-            f"{by} of {kind} is an {type(found).__name__}, whose forward takes ids: the model multiplies"
-            " by its weight itself, and there is no call to defer; pass head=, the module that returns"
-            " the logits, or call lossfuse.linear_cross_entropy(hidden, weight, target) in the model's"
-            " forward"
+            f"{by} of {kind} is an {type(found).__name__}, whose forward takes ids: the model"
+            " multiplies by its weight itself, and there is no call to defer; pass head=, the module"
+            " that returns the logits, or call lossfuse.linear_cross_entropy(hidden, weight, target)"
+            " in the model's forward"
         )
     if not isinstance(found, nn.Module):
         raise ValueError(
-            f"model is a {kind} in which no output head was found ({by}); pass head=, a module or its"
-            " name"
+            f"model is a {kind} in which no output head was found ({by}); pass head=, a module"
+            " or its name"
         )
 
 
@@ -384,17 +385,17 @@ class HeadFuser:
             head = "" if self.fused is None else f", a {type(self.fused).__name__}"
             self._warn(
                 f"the forward of {type(model).__name__} has not called its head{head}, so that"
-                " lossfuse.fuse_lm_head has fused nothing: the model multiplies by the weight itself, or"
-                " its head is another module. Pass head=, the module that returns the logits, or call"
-                " lossfuse.linear_cross_entropy in the forward"
+                " lossfuse.fuse_lm_head has fused nothing: the model multiplies by the weight itself,"
+                " or its head is another module. Pass head=, the module that returns the logits, or"
+                " call lossfuse.linear_cross_entropy in the forward"
             )
         self.calls = None
 
     def report_not_deferred(self, why: str) -> None:
         self.report.made["forward"] += 1
         self._warn(
-            f"lossfuse.fuse_lm_head did not defer the head of {type(self.model).__name__}, so its logits"
-            f" are materialized: {why}"
+            f"lossfuse.fuse_lm_head did not defer the head of {type(self.model).__name__}, so its"
+            f" logits are materialized: {why}"
         )
 
     def _warn(self, message: str) -> None:

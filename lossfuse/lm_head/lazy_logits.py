@@ -56,8 +56,8 @@ WARN_MATERIALIZED = (
     " because it is not an operation that lossfuse fuses; docs/trainers.md lists those"
 )
 ERR_WRITTEN_AFTER_VIEW = (
-    "{name} writes to logits that were never materialized, after a view of some of their classes was"
-    " read, and the view would not change with them; read the view after the write, clone() it, or"
+    "{name} writes to logits that were never materialized, after a view of some of their classes"
+    " was read, and the view would not change with them; read the view after the write, clone() it, or"
     " call lossfuse.unfuse_lm_head(model)"
 )
 
@@ -132,7 +132,7 @@ class LazyLogits(Tensor):
         copied: bool = False,
         call: DeferredCall | None = None,
     ) -> "LazyLogits":
-        """Return lazy logits with some fields replaced; a view of the same memory unless ``copied``."""
+        """Return lazy logits with some fields replaced; a view of its memory unless ``copied``."""
         if class_dim is None and not self._classes_last:
             class_dim = self._class_dim
         made = lazy_logits(
@@ -345,7 +345,7 @@ class _LazyNode(torch.autograd.Function):
 
 
 class _Materialized(torch.autograd.Function):
-    """Materialize lazy logits and keep their autograd graph: the gradient goes to the lazy tensor."""
+    """Materialize lazy logits and keep their autograd node, which gets the gradient."""
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
@@ -490,7 +490,7 @@ def _materialize_arguments(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _before_ddp(lazy: LazyLogits) -> LazyLogits:
-    """Return the logits that DDP wrapped in its autograd function, and call that function's backward
+    """Return the logits that DDP wrapped in its autograd function, and call its backward
     from a hook instead."""
     with torch._C.DisableTorchFunctionSubclass():
         node: Any = lazy.grad_fn if lazy._value is None and lazy._node is None else None
