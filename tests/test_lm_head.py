@@ -1455,7 +1455,7 @@ def test_trainers_may_inspect_and_copy_lazy_logits():
         and z.size() == want.size()
     )
     assert (
-        repr(z) == "LazyLogits(logits of shape (2, 6, 37), dtype=torch.float32, not made)"
+        repr(z) == "LazyLogits(logits of shape (2, 6, 37), dtype=torch.float32, not materialized)"
         and z.type() == "torch.FloatTensor"
     )
     assert hash(z) == id(z) and z in {z: 1}

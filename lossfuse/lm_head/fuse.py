@@ -209,15 +209,15 @@ def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
         name = next((name for name, m in model.named_modules() if m is found), "lm_heads")
         names = [f"{name}.{key}" for key in found._modules]
         raise TypeError(
-            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules; expected one;"
+            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules, but a head is one module;"
             f" pass one of them, head={names[0] if names else name!r}"
         )
     if isinstance(found, nn.Embedding):
         raise TypeError(
             f"{by} of {kind} is an {type(found).__name__}, whose forward takes ids: the model"
-            " multiplies by its weight itself, and there is no call to defer; pass head=, the module"
-            " that returns the logits, or call lossfuse.linear_cross_entropy(hidden, weight, target)"
-            " in the model's forward"
+            " multiplies by its weight itself, and there is no call to defer; pass head=, the"
+            " module that returns the logits, or call lossfuse.linear_cross_entropy(hidden, weight,"
+            " target) in the model's forward"
         )
     if not isinstance(found, nn.Module):
         raise ValueError(
@@ -385,9 +385,9 @@ class HeadFuser:
             head = "" if self.fused is None else f", a {type(self.fused).__name__}"
             self._warn(
                 f"the forward of {type(model).__name__} has not called its head{head}, so that"
-                " lossfuse.fuse_lm_head has fused nothing: the model multiplies by the weight itself,"
-                " or its head is another module. Pass head=, the module that returns the logits, or"
-                " call lossfuse.linear_cross_entropy in the forward"
+                " lossfuse.fuse_lm_head has fused nothing: the model multiplies by the weight,"
+                " or its head is another module. Pass head=, the module that returns the logits,"
+                " or call lossfuse.linear_cross_entropy in the forward"
             )
         self.calls = None
 

@@ -53,11 +53,11 @@ ERR_NO_GRADIENT = (
 )
 WARN_MATERIALIZED = (
     "{name} materializes the logits of a fused head, shape {rows} times {num_classes} classes,"
-    " because it is not an operation that lossfuse fuses; docs/trainers.md lists those"
+    " because it needs all of them or is unknown to lossfuse; docs/trainers.md lists fused ones"
 )
 ERR_WRITTEN_AFTER_VIEW = (
     "{name} writes to logits that were never materialized, after a view of some of their classes"
-    " was read, and the view would not change with them; read the view after the write, clone() it, or"
+    " was read, and the view would not change; read it after the write, clone() it, or"
     " call lossfuse.unfuse_lm_head(model)"
 )
 
