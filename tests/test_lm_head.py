@@ -1378,7 +1378,7 @@ ERRORS = {
         lambda: fused_as(lambda m: setattr(m, "head", m.__dict__["_modules"].pop("lm_head"))),
         ValueError, r"no output head was found \(get_output_embeddings\(\) returned None\)"),
     "several": (lambda: fused_as(lambda m: m.heads), TypeError,
-        "get_output_embeddings.* of Says is a ModuleList of 2 modules, each a head .*"
+        "get_output_embeddings.* of Says is a ModuleList of 2 modules; expected one; .*"
         " head='heads.0'"),
     "an embedding": (lambda: fused_as(lambda m: m.embedding), TypeError,
         "of Says is an Embedding, whose forward takes ids"),

@@ -209,7 +209,7 @@ def _require_head(model: nn.Module, head: str | nn.Module | None) -> None:
         name = next((name for name, m in model.named_modules() if m is found), "lm_heads")
         names = [f"{name}.{key}" for key in found._modules]
         raise TypeError(
-            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules, but a head is one module;"
+            f"{by} of {kind} is a {type(found).__name__} of {len(names)} modules; expected one;"
             f" pass one of them, head={names[0] if names else name!r}"
         )
     if isinstance(found, nn.Embedding):
