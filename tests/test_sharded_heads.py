@@ -436,7 +436,7 @@ def a_parameter_that_is_gone():
     model.lm_head.weight.data = torch.empty(0)
     with pytest.raises(
         RuntimeError,
-        match=r"a parameter of the head of shape \(151, 16\), was freed after",
+        match=r"a parameter of the head of shape \(151, 16\) was freed after",
     ):
         ce(z, batch[1])
 
