@@ -30,8 +30,14 @@ from .launch import (
 )
 from .row_access import (
     IGNORED,
+    aligned_row_ptr,
+    alignment,
     class_of,
     class_weights,
+    edge_elements,
+    in_whole_groups,
+    lead_of,
+    load_slice,
     mask_row,
     narrower_over,
     padding,
@@ -258,79 +264,9 @@ def wait_for_words(word_ptr, ks, K, PHASE: tl.constexpr):
 
 
 @triton.jit
-def lead_of(row, stride, lead, GROUP: tl.constexpr):
-    """Elements from the 16-byte boundary at or before a row to the row."""
-    return tl.cast(((row % GROUP) * (stride % GROUP) + lead) % GROUP, tl.int32)
-
-
-@triton.jit
-def aligned_row_ptr(ptr, row, stride, row_lead):
-    """The 16-byte boundary at or before a row. Positions in a row are counted from there."""
-    return tl.multiple_of(ptr + (tl.cast(row, tl.int64) * stride - row_lead), 16)
-
-
-@triton.jit
-def in_whole_groups(pos, base, lead, V, GROUP: tl.constexpr):
-    """Mask of the positions of a slice whose group of 16 bytes is wholly the row's.
-
-    It is the same for all positions of a group, so that accesses stay vectorized.
-    """
-    group = pos // GROUP
-    first_group = (lead + GROUP - 1) // GROUP - base // GROUP
-    return (group >= first_group) & (group < (lead + V) // GROUP - base // GROUP)
-
-
-@triton.jit
-def edge_elements(base, lead, V, SLICE: tl.constexpr, GROUP: tl.constexpr):
-    """(positions, mask) of the row's elements in groups that it shares with its neighbors.
-
-    These are at most its first and its last group; the mask holds for those in this slice.
-    """
-    q = tl.arange(0, 2 * GROUP)
-    pos = tl.where(q < GROUP, q, (lead + V) // GROUP * GROUP + q - GROUP)
-    shared = tl.where(q < GROUP, only_if(lead > 0, pos >= lead), pos < lead + V)
-    return pos, shared & (pos >= base) & (pos < base + SLICE)
-
-
-@triton.jit
 def load_class(target_ptr, row, N, V, ignore_index):
     """``class_of`` the target of a row; not valid beyond the last row."""
     return class_of(tl.load(target_ptr + row, mask=row < N, other=-1), V, ignore_index)
-
-
-@triton.jit
-def load_slice(
-    logits_ptr,
-    row,
-    y,
-    stride,
-    lead,
-    V,
-    scale,
-    softcap,
-    base,
-    SLICE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """(logits of whole groups, of edge elements, of the target or 0 if it is not in the slice)."""
-    row_lead = lead_of(row, stride, lead, GROUP)
-    row_ptr = aligned_row_ptr(logits_ptr, row, stride, row_lead)
-    valid = y >= 0
-    pos = tl.arange(0, SLICE)
-    x = tl.load(
-        row_ptr + base + pos,
-        mask=only_if(valid, in_whole_groups(pos, base, row_lead, V, GROUP)),
-        other=padding(scale, softcap),
-    )
-    edge_pos, is_edge = edge_elements(base, row_lead, V, SLICE, GROUP)
-    edge_x = tl.load(
-        row_ptr + edge_pos,
-        mask=only_if(valid, is_edge),
-        other=padding(scale, softcap),
-    )
-    y_pos = tl.where(valid, y + row_lead, -1)
-    x_y = target_logit(row_ptr, y_pos, (y_pos >= base) & (y_pos < base + SLICE))
-    return x, edge_x, x_y
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -374,7 +310,7 @@ def split_row_kernel(
     y = load_class(target_ptr, first_row, N, V, ignore_index)
     y_next = load_class(target_ptr, first_row + rows_in_flight, N, V, ignore_index)
     x, edge_x, x_y = load_slice(
-        logits_ptr, first_row, y, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP
+        logits_ptr, first_row, y >= 0, y, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP
     )  # fmt: skip
     for row in range(first_row, N, rows_in_flight):
         row_64 = tl.cast(row, tl.int64)
@@ -413,7 +349,7 @@ def split_row_kernel(
 
         next_row = row + rows_in_flight
         x_next, edge_x_next, x_y_next = load_slice(
-            logits_ptr, next_row, y_next, stride_logits_n, lead, V, scale, softcap,
+            logits_ptr, next_row, y_next >= 0, y_next, stride_logits_n, lead, V, scale, softcap,
             base, SLICE, GROUP,
         )  # fmt: skip
         y_after = load_class(target_ptr, row + 2 * rows_in_flight, N, V, ignore_index)
@@ -529,7 +465,7 @@ def row_loss_and_grads(
         "smoothing": smoothing,
         "lse_square_scale": lse_square_scale,
     }
-    wide, lead, most_lead = _alignment(logits, dlogits)
+    wide, lead, most_lead = alignment(logits, dlogits)
     if softcap is not None and narrower_over(logits, dlogits):
         # split_row_kernel would load logits again that other programs have overwritten
         most_lead = None
@@ -568,31 +504,6 @@ def row_loss_and_grads(
             *rows, stats, dloss, dlogits=dlogits, ignore_index=ignore_index, **options
         )  # fmt: skip
     return loss
-
-
-def _alignment(logits: Tensor, dlogits: Tensor) -> tuple[bool, int, int | None]:
-    """(wide, lead, most_lead).
-
-    ``wide`` and ``most_lead`` are as in ``fused_plan``; ``lead`` is that of the first row.
-    """
-    n, v = logits.shape
-    size = logits.element_size()
-    group = 16 // size
-    strides = (logits.stride(0), dlogits.stride(0)) if n > 1 else (0, 0)
-    leads = (
-        logits.data_ptr() % 16 // size,
-        dlogits.data_ptr() % 16 // dlogits.element_size(),
-    )
-    aligned = leads == (0, 0)
-    wide = aligned and v % 16 == 0 and strides[0] % 16 == 0 and strides[1] % 16 == 0
-    if dlogits.element_size() != size:
-        # groups of 16 bytes hold other classes in the gradient: rows must start at a boundary
-        aligned = aligned and strides[0] % group == 0
-        aligned = aligned and strides[1] * dlogits.element_size() % 16 == 0
-        return wide, leads[0], 0 if aligned else None
-    if leads[0] != leads[1] or (strides[0] - strides[1]) % group:
-        return wide, leads[0], None
-    return wide, leads[0], group - 1 if strides[0] % group else leads[0]
 
 
 def words_block(k: int) -> int:

@@ -49,6 +49,38 @@ def row_blocks(v: int) -> LaunchConfig:
     return LaunchConfig(block_v, max(1, block_v // 256))
 
 
+@functools.cache
+def stats_blocks(v: int) -> LaunchConfig:
+    """Blocks of the statistics of rows against class ids: 16 classes a thread."""
+    config = row_blocks(v)
+    block_v = min(max(128, 1 << max(v - 1, 0).bit_length()), 4096)
+    return LaunchConfig(block_v, max(1, block_v // 512)) if v > 2048 else config
+
+
+@functools.cache
+def grad_blocks(v: int, *, shaping: bool) -> LaunchConfig:
+    """Blocks of the gradient from statistics: 32 classes a thread, or 8 where a softcap, smoothing
+    or an entropy needs registers for each."""
+    row_blocks(v)
+    most, a_thread = (2048, 8) if shaping else (8192, 32)
+    block_v = min(max(128, 1 << max(v - 1, 0).bit_length()), most)
+    return LaunchConfig(block_v, max(1, block_v // (32 * a_thread)))
+
+
+# programs an SM that hide the latency of memory, for rows that are split because they are few
+PROGRAMS_AN_SM = 4
+MOST_PARTS = 64
+
+
+def row_parts(n: int, v: int, config: LaunchConfig, device: torch.device) -> int:
+    """Parts of a row, each of a program of its own, so that few rows fill the device; a power of
+    two."""
+    parts, room = 1, PROGRAMS_AN_SM * multiprocessors(device)
+    while 2 * parts * n <= room and 2 * parts * config.block_v <= v and parts < MOST_PARTS:
+        parts *= 2
+    return parts
+
+
 @dataclass(frozen=True)
 class FusedTable:
     """Blocks of the fused kernels, for one family of devices and one size of logit.

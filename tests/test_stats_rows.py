@@ -240,12 +240,13 @@ def test_rows_apart(device, v, soft):
     memory[:, 3 : v + 3] = x
     apart = memory[:, 3 : v + 3]
     close, far = ours(x, target), ours(apart, target)
-    assert all(torch.equal(close[name], far[name]) for name in close)
+    for name in close:
+        torch.testing.assert_close(far[name], close[name], rtol=1e-6, atol=1e-6)
     upstream = upstreams(2, NAMES, device)
     want, _ = grads(x, target, None, close["stats"], upstream, {})
     # in place, and nothing beside it is written
     got, _ = grads(apart, target, None, far["stats"], upstream, {}, dlogits=apart)
-    assert torch.equal(got, want)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     assert memory[:, :3].isnan().all() and memory[:, v + 3 :].isnan().all()
 
 
