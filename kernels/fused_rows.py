@@ -27,6 +27,7 @@ from .launch import (
     multiprocessors,
     on_device_of,
     resident_programs,
+    warp_size,
 )
 from .row_access import (
     IGNORED,
@@ -264,9 +265,15 @@ def wait_for_words(word_ptr, ks, K, PHASE: tl.constexpr):
 
 
 @triton.jit
-def load_class(target_ptr, row, N, V, ignore_index):
-    """``class_of`` the target of a row; not valid beyond the last row."""
-    return class_of(tl.load(target_ptr + row, mask=row < N, other=-1), V, ignore_index)
+def load_target(target_ptr, row, N):
+    """The target of a row; not a class beyond the last row."""
+    return tl.load(target_ptr + row, mask=row < N, other=-1)
+
+
+@triton.jit
+def load_dloss(dloss_ptr, row, stride_dloss, N):
+    """The upstream gradient of a row, in its own dtype."""
+    return tl.load(dloss_ptr + tl.cast(row, tl.int64) * stride_dloss, mask=row < N, other=0.0)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -307,13 +314,18 @@ def split_row_kernel(
     weighted: tl.constexpr = smoothing is not None and class_weight_ptr is not None
     w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
 
-    y = load_class(target_ptr, first_row, N, V, ignore_index)
-    y_next = load_class(target_ptr, first_row + rows_in_flight, N, V, ignore_index)
+    y = class_of(load_target(target_ptr, first_row, N), V, ignore_index)
+    target_next = load_target(target_ptr, first_row + rows_in_flight, N)
+    dloss_next = load_dloss(dloss_ptr, first_row, stride_dloss, N)
     x, edge_x, x_y = load_slice(
         logits_ptr, first_row, y >= 0, y, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP
     )  # fmt: skip
     for row in range(first_row, N, rows_in_flight):
         row_64 = tl.cast(row, tl.int64)
+        # loaded a row ago, converted here: a conversion next to the load would wait for it, and
+        # with it for the loads of the next row's slice, which are issued together
+        y_next = class_of(target_next, V, ignore_index)
+        dloss = dloss_next.to(tl.float32)
         valid = y >= 0
         row_lead = lead_of(row, stride_dlogits_n, lead, GROUP)
         in_groups = in_whole_groups(pos, base, row_lead, V, GROUP)
@@ -352,10 +364,10 @@ def split_row_kernel(
             logits_ptr, next_row, y_next >= 0, y_next, stride_logits_n, lead, V, scale, softcap,
             base, SLICE, GROUP,
         )  # fmt: skip
-        y_after = load_class(target_ptr, row + 2 * rows_in_flight, N, V, ignore_index)
+        target_next = load_target(target_ptr, next_row + rows_in_flight, N)
+        dloss_next = load_dloss(dloss_ptr, next_row, stride_dloss, N)
 
         if PHASE != 1:
-            dloss = tl.load(dloss_ptr + row_64 * stride_dloss).to(tl.float32)
             w_y = None
             if class_weight_ptr is not None:
                 w_y = target_weight(class_weight_ptr, y, valid)
@@ -431,7 +443,7 @@ def split_row_kernel(
                 mask=mine,
             )
         x, edge_x, x_y = x_next, edge_x_next, x_y_next
-        y, y_next = y_next, y_after
+        y = y_next
 
 
 # plans by all that Triton specializes a kernel by, and all that ``fused_plan`` depends on
@@ -489,14 +501,16 @@ def row_loss_and_grads(
         operands = (logits, target, class_weight, class_weight_sum, dloss, loss, dlogits)
         with on_device_of(logits):
             if plan.kind == "split":
-                plan = _split_rows(plan, operands, lead, ignore_index, options)
+                launched = _split_rows(plan, operands, lead, ignore_index, options)
+                _plans[key] = launched or plan
+                plan = launched or SWEEPS
             else:
                 whole_row_kernel[(n,)](
                     *operands, logits.stride(0), dlogits.stride(0), dloss.stride(0), v,
                     ignore_index, **options, BLOCK_V=plan.block_v, num_warps=plan.num_warps,
                     **UNFUSED,
                 )  # fmt: skip
-    _plans[key] = plan
+    _plans.setdefault(key, plan)
     if plan.kind == "sweeps":
         rows = (logits, target, class_weight)
         loss, stats = softmax_rows.row_loss(*rows, ignore_index=ignore_index, **options)
@@ -506,14 +520,14 @@ def row_loss_and_grads(
     return loss
 
 
-def words_block(k: int) -> int:
-    """K_BLOCK for ``k`` slices: at least one lane of a warp for each word, and a full warp.
+def words_block(k: int, lanes: int) -> int:
+    """K_BLOCK for ``k`` slices and warps of ``lanes``: at least one lane of a warp for each word, and a full warp.
 
     With fewer words than lanes, two lanes load the same word and may see different values. Lanes
     of a warp could then leave the loop of ``wait_for_words`` at different times, and the warp would
     wait for itself: Triton reduces the condition over as many lanes as there are words (3.6, 3.7).
     """
-    return max(32, triton.next_power_of_2(k))
+    return max(lanes, triton.next_power_of_2(k))
 
 
 def programs_run_together(device: torch.device) -> bool:
@@ -527,12 +541,13 @@ def _split_rows(
     lead: int,
     ignore_index: int,
     options: LossOptions,
-) -> FusedPlan:
-    """Launch ``split_row_kernel`` and return the plan with what is known of its occupancy.
+) -> FusedPlan | None:
+    """Launch ``split_row_kernel`` and return the plan with its occupancy.
 
-    If the programs of one row cannot all be resident, launch nothing and return ``SWEEPS``.
+    If the device cannot hold all programs of a row, launch nothing and return ``SWEEPS``; None if
+    it could, but does not now, because others use it too.
     """
-    logits, dloss, dlogits = operands[0], operands[4], operands[6]
+    logits, _, _, _, dloss, _, dlogits = operands
     n, v = logits.shape
     k = plan.slices
     words = torch.zeros(n, k, dtype=torch.int64, device=logits.device)
@@ -542,8 +557,9 @@ def _split_rows(
         return split_row_kernel[(programs,)](
             *operands, words, smooth_words,
             logits.stride(0), dlogits.stride(0), dloss.stride(0), lead, rows, v, k, rows_in_flight,
-            ignore_index, **options, SLICE=plan.block_v, K_BLOCK=words_block(k),
-            GROUP=16 // logits.element_size(), PHASE=phase, num_warps=plan.num_warps,
+            ignore_index, **options, SLICE=plan.block_v,
+            K_BLOCK=words_block(k, warp_size(logits.device)), GROUP=16 // logits.element_size(),
+            PHASE=phase, num_warps=plan.num_warps, maxnreg=plan.most_registers,
             launch_cooperative_grid=phase == 0, **UNFUSED,
         )  # fmt: skip
 
@@ -558,17 +574,20 @@ def _split_rows(
         if resident is None:
             # a launch of one program over no rows compiles and loads the kernel
             resident = resident_programs(launch(0, 1, 1, 0), logits.device)
+        if resident < k:
+            return SWEEPS
         while resident >= k:
             rows_in_flight = min(n, resident // k)
             try:
                 launch(n, rows_in_flight, rows_in_flight * k, 0)
                 return replace(plan, resident=resident)
             except RuntimeError as error:
-                # too large for what the driver has left, because others use the device too
+                # too large for what others have left of the device
                 if "cooperative" not in str(error):
                     raise
                 resident -= multiprocessors(logits.device)
     except RuntimeError as error:
         if "not supported" not in str(error):
             raise
-    return SWEEPS
+        return SWEEPS
+    return None

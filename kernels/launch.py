@@ -14,10 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Classes per block and warps per program."""
+    """Classes per block, warps per program, and registers per thread if they are limited."""
 
     block_v: int
     num_warps: int
+    most_registers: int | None = None
 
 
 class LossOptions(TypedDict):
@@ -99,16 +100,17 @@ class FusedTable:
 FUSED_TABLES: dict[tuple[str, int, bool], FusedTable] = {
     # bf16. Rows of 8192 with 8 warps 0.983, of 16000 with 16 warps 0.982. Slices of 16384 with 4
     # warps 0.961 at 128256, 0.943 at 32001, 0.918 at 262147; of 8192 0.946 at 151643; of 4096 with
-    # 4 warps 0.940 at 50304, 0.900 at 50257
+    # 4 warps 0.940 at 50304, 0.900 at 50257. These were measured with 4 programs an SM of 8192 and
+    # 6 of 4096, which need the limits: a dozen registers are spilled, once a row (triton 3.7.1)
     ("nvidia", 2, False): FusedTable(
         rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16)),
-        slices=(LaunchConfig(16384, 4), LaunchConfig(8192, 4), LaunchConfig(4096, 4)),
+        slices=(LaunchConfig(16384, 4), LaunchConfig(8192, 4, 128), LaunchConfig(4096, 4, 80)),
     ),
-    # rows of 8192 with 32 warps 0.988, of 32000 with 32 warps 0.975; between them 32 warps spill
-    # (triton 3.6). Slices of 8192 with 4 warps 0.973 at 65536, 0.961 at 128256; of 4096 or 8192
+    # rows of 32000 with 32 warps 0.975, of 8192 with 32 warps 0.988 in a prototype; here 8 warps
+    # issue 17 instructions an element and 32 warps 46. Between them 32 warps spill (triton 3.6). Slices of 8192 with 4 warps 0.973 at 65536, 0.961 at 128256; of 4096 or 8192
     # with 4 or 8 warps 0.961 at 32001, 0.952 at 50257, 0.917 at 262147
     ("nvidia", 4, False): FusedTable(
-        rows=(LaunchConfig(8192, 32), LaunchConfig(16384, 16), LaunchConfig(32768, 32)),
+        rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16), LaunchConfig(32768, 32)),
         slices=(LaunchConfig(8192, 4), LaunchConfig(4096, 4)),
     ),
     # not measured: no spills on sm_80 to sm_100, two programs an SM; rows of 16384 spill with 16
@@ -144,6 +146,7 @@ class FusedPlan:
     block_v: int = 0
     num_warps: int = 0
     slices: int = 0
+    most_registers: int | None = None
     # programs that the device holds at once; known once the kernel is compiled
     resident: int | None = None
 
@@ -181,7 +184,7 @@ def fused_plan(
     fills = [v / (k * c.block_v) for k, c in counts]
     best = next((i for i, fill in enumerate(fills) if fill >= LEAST_FILL), fills.index(max(fills)))
     k, config = counts[best]
-    return FusedPlan("split", config.block_v, config.num_warps, k)
+    return FusedPlan("split", config.block_v, config.num_warps, k, config.most_registers)
 
 
 @functools.cache
@@ -201,6 +204,15 @@ def multiprocessors(device: torch.device) -> int:
         return 1
     properties: Any = torch.get_device_module(device).get_device_properties(device)
     return int(getattr(properties, "multi_processor_count", 64))
+
+
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Lanes of a warp (a wavefront on AMD)."""
+    if device.type == "cpu":
+        return 32
+    properties: Any = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "warp_size", 32))
 
 
 def resident_programs(compiled: Any, device: torch.device) -> int:

@@ -208,7 +208,7 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
         else:
             constants = {
                 "SLICE": plan.block_v,
-                "K_BLOCK": fused_rows.words_block(plan.slices),
+                "K_BLOCK": fused_rows.words_block(plan.slices, 32),
                 "GROUP": group,
                 "PHASE": 0,
             }

@@ -579,7 +579,7 @@ def test_what_was_measured_to_win_is_chosen(v, itemsize, wide, expected):
 
 @pytest.mark.parametrize("k", [1, 2, 8, 13, 32, 33, 128])
 def test_no_two_lanes_of_a_warp_wait_for_one_word(k):
-    assert fused_rows.words_block(k) >= max(32, k)
+    assert fused_rows.words_block(k, 32) >= max(32, k)
 
 
 def test_a_plan_is_of_what_was_compiled(monkeypatch, force):
