@@ -98,8 +98,8 @@ def excess_of(top, e, edge_e):
 def row_factors(y, row_max, excess, dloss):
     """(row_max, log_sum, 1 / sum of exponentials, dloss) of a row, from which its gradient follows.
 
-    No logit of a row that is not valid was read, so its exponentials are 0. Finite factors keep
-    them 0, and then dloss, 0 or NaN, decides.
+    No logit of a row that is not valid was read, so its exponentials are 0. Its factors are finite,
+    so that the gradient is 0 times dloss, which is 0 or NaN.
     """
     valid = y >= 0
     log_sum = log1p_from_minus_one(excess)
@@ -201,14 +201,14 @@ def whole_row_kernel(
 #      program 0 of the row does if the row is not valid.
 #
 # Publishing. A word is published when it is not 0: the launcher passes zeros, and ``pack_word``
-# never returns 0. A word is written once, by one atomic, and read by one load. It contains all that
-# it announces, so relaxed order is enough.
+# never returns 0. A word is written once, by one atomic, and read by one load. Its reader needs no
+# other memory of the writer, so relaxed order is enough.
 #
 # Waiting. A program publishes the word of a row before it waits for that row, and the programs of a
 # row take the same rows in the same order: they cannot wait for one another in a circle. But they
 # spin without leaving their SM. All programs of a row must be resident, or those that are wait
 # forever for the one that never starts. So the grid is cooperative: the launch starts all programs
-# or fails, and the launcher asks for no more than the device holds.
+# or fails, and the launcher starts no more than can be resident.
 #
 # Memory that two programs touch, apart from the words:
 #
@@ -378,8 +378,9 @@ def split_row_kernel(
             if smoothing is not None:
                 shortfalls, masses = wait_for_words(smooth_words_ptr + row_64 * K, ks, K, PHASE)
                 has_mass = (ks < K) & (masses != 0.0)
-                moved = tl.where(has_mass, masses * (row_max - tops), 0.0)
-                row_shortfall = tl.sum(tl.where(ks < K, shortfalls, 0.0) + moved, 0)
+                # from the top of the slice to that of the row, as in shortfall_finish
+                shift = tl.where(has_mass, masses * (row_max - tops), 0.0)
+                row_shortfall = tl.sum(tl.where(ks < K, shortfalls, 0.0) + shift, 0)
 
             to_row_max = exp_flushed(top - row_max)
             row_max, log_sum, inv_sum, dloss = row_factors(y, row_max, excess, dloss)

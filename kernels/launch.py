@@ -1,4 +1,4 @@
-"""How kernels are launched: tables of block widths, occupancy, the device guard. Plain Python."""
+"""Tables of block widths, occupancy and the device guard for launches. Plain Python."""
 
 import ctypes
 import functools
@@ -86,9 +86,9 @@ def row_parts(n: int, v: int, config: LaunchConfig, device: torch.device) -> int
 class FusedTable:
     """Blocks of the fused kernels, for one family of devices and one size of logit.
 
-    A row that fits one of ``rows`` is held by one program; narrower blocks take as many classes a
-    thread as the first. A longer row is split into slices, one of ``slices``, widest first; where
-    there are none it is read twice.
+    A row that fits one of ``rows`` is computed by one program; narrower blocks have as many classes
+    per thread as the first of ``rows``. A longer row is split into slices of one of ``slices``,
+    which are sorted widest first; without slices it is read twice.
     """
 
     rows: tuple[LaunchConfig, ...]
@@ -140,14 +140,14 @@ LEAST_UNALIGNED_SPLIT = 2048
 
 @dataclass(frozen=True)
 class FusedPlan:
-    """How a fused launch computes rows: whole, split into slices of ``block_v``, or two sweeps."""
+    """Rows of a fused launch are whole, split into slices of ``block_v``, or read in two sweeps."""
 
     kind: Literal["whole", "split", "sweeps"]
     block_v: int = 0
     num_warps: int = 0
     slices: int = 0
     most_registers: int | None = None
-    # programs that the device holds at once; known once the kernel is compiled
+    # programs resident on the device at once; known once the kernel is compiled
     resident: int | None = None
 
 
@@ -216,7 +216,7 @@ def warp_size(device: torch.device) -> int:
 
 
 def resident_programs(compiled: Any, device: torch.device) -> int:
-    """How many programs of a compiled and loaded kernel an NVIDIA GPU holds at once."""
+    """Programs of a compiled and loaded kernel that are resident on an NVIDIA GPU at once."""
     threads = 32 * int(compiled.metadata.num_warps)
     per_multiprocessor = _occupancy(compiled, threads)
     if per_multiprocessor is None:

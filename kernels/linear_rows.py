@@ -477,7 +477,7 @@ def _fill(
 
 
 def _with_descriptors(device: torch.device, launch: Callable[[], None]) -> None:
-    """Call ``launch`` with an allocator for tensor descriptors, which Triton keeps in memory."""
+    """Call ``launch`` with an allocator for tensor descriptors, which lie in global memory."""
 
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)

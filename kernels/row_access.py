@@ -1,4 +1,4 @@
-"""How kernels address a row: its class, that class's logit and weight, tiles of logits, its status.
+"""Addressing of a row in kernels: its class, that class's logit and weight, tiles, its status.
 
 A row is valid if its target is a class, ignored if its target is ``ignore_index``, and invalid
 otherwise. The results of an ignored row are 0 and those of an invalid row NaN. Only the target of a
@@ -99,7 +99,7 @@ def logits_tile(row_ptr, offs_v, mask_v, scale, softcap):
 
 @triton.jit
 def padding(scale, softcap):
-    """What a masked load returns for logits that ``shaped_tile`` takes."""
+    """The padding of masked loads of logits for ``shaped_tile``."""
     # -inf saves a select per logit, but a scale or softcap would turn it into another number or NaN
     return -float("inf") if scale is None and softcap is None else 0.0
 

@@ -1,7 +1,7 @@
 """Statistics of rows of logits against class probabilities, and the gradients from them.
 
 The counterpart of ``softmax_rows`` for dense (N, V) targets: its kernels read a row of the target
-beside the row of logits. ``stats`` also holds the mass of each row, the sum over classes of class
+beside the row of logits. ``stats`` also stores the mass of each row, the sum over classes of class
 weight times smoothed target probability, which the gradient needs.
 
 N rows, V classes. Every row is valid. Shards are as in ``softmax_rows``.

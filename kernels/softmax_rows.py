@@ -2,8 +2,8 @@
 
 The forward takes one program per row; it loops over blocks of classes and never stores
 probabilities. The backward reads the logits again and takes one program per block of a row. Between
-them, ``stats`` holds row_max and log_sum of each row; they are kept apart, because lse alone would
-be rounded to the magnitude of an offset common to the row. On request the same pass computes lse,
+them, ``stats`` stores row_max and log_sum of each row: lse alone would be rounded to the magnitude
+of an offset common to the row. On request the same pass computes lse,
 the log-probability of the target, the entropy and the argmax.
 
 The rows may be sharded by classes: a shard has V classes, from ``first_class`` on, of

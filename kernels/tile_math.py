@@ -11,8 +11,8 @@ Words that the kernels share:
 ``rest``       sum of exp(z - top) over the z below ``top``
 ``excess``     sum of exp(z - top) over all z, minus 1; log_sum = log1p(excess) and
                lse = row_max + log_sum
-``shortfall``  sum of q * (top - z), q the target's mass: class weight times target probability.
-               ``mean_shortfall`` is row_max - z averaged over the softmax
+``mass``       sum of q, where q is class weight times target probability
+``shortfall``  sum of q * (top - z). ``mean_shortfall`` is row_max - z averaged over the softmax
 ``spread``     sum of exp(z - top) * (top - z), from which the entropy is computed
 ``first``      the lowest class whose z is ``top``
 =============  ===================================================================================
@@ -43,7 +43,7 @@ import triton.language as tl
 
 # in place of "no logit seen yet": finite, so that -inf logits subtract from it without NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# the distance of a +inf logit from it is +inf, where that from +inf would be NaN
+# in place of a +inf maximum: +inf - HIGHEST is +inf, where +inf - +inf is NaN
 HIGHEST = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 # a distance from the top at which exp is 0
@@ -313,15 +313,15 @@ def first_join(top, first, other_top, other_first):
 def shortfall_update(mass, shortfall, q, z, top_before, top):
     """Fold a tile into (sum of q, sum of q * (top - z)), first moving the sum to the new top."""
     # a class of zero mass adds 0 even if its logit is -inf
-    moved = tl.where(mass == 0.0, 0.0, mass * (top - top_before))
-    return mass + q, shortfall + moved + tl.where(q == 0.0, 0.0, q * (top - z))
+    shift = tl.where(mass == 0.0, 0.0, mass * (top - top_before))
+    return mass + q, shortfall + shift + tl.where(q == 0.0, 0.0, q * (top - z))
 
 
 @triton.jit
 def shortfall_finish(mass, shortfall, top, row_max):
     """Lanes to (sum of q, sum of q * (row_max - z)) of the row."""
-    moved = tl.where(mass == 0.0, 0.0, mass * (row_max - top))
-    return tl.sum(mass, 0), tl.sum(shortfall + moved, 0)
+    shift = tl.where(mass == 0.0, 0.0, mass * (row_max - top))
+    return tl.sum(mass, 0), tl.sum(shortfall + shift, 0)
 
 
 @triton.jit
@@ -341,9 +341,10 @@ def spread_update(spread, top, ties, rest, z):
     far = tl.abs(d)
     e = tl.exp(-far)
     higher = d > 0
-    moved = tl.where(higher, spread + far * (rest + ties), far)
+    # below the top, z adds e * far; above it, z is the new top, to which the sum is rescaled
+    factor = tl.where(higher, spread + far * (rest + ties), far)
     # a class of zero probability adds 0 even if its logit is -inf
-    return tl.where(higher, 0.0, spread) + tl.where(e == 0.0, 0.0, e * moved)
+    return tl.where(higher, 0.0, spread) + tl.where(e == 0.0, 0.0, e * factor)
 
 
 @triton.jit
@@ -351,13 +352,13 @@ def spread_finish(spread, top, ties, rest, row_max, log_sum):
     """Lanes to ``mean_shortfall``; entropy = log_sum + mean_shortfall, and both are >= 0."""
     far = row_max - top
     e = tl.exp(-far)
-    moved = tl.where(e == 0.0, 0.0, e * (spread + far * (rest + ties)))
-    return tl.sum(moved, 0) * tl.exp(-log_sum)
+    about_row_max = tl.where(e == 0.0, 0.0, e * (spread + far * (rest + ties)))
+    return tl.sum(about_row_max, 0) * tl.exp(-log_sum)
 
 
 @triton.jit
 def spread_about(row_max, top, excess, spread):
-    """The spread of a slice, moved from its own ``top`` to a ``row_max`` that is not lower."""
+    """The spread of a slice about ``row_max`` instead of its own ``top``, which is not higher."""
     distance = row_max - top
     factor = exp_flushed(-distance)
     # the distance from LOWEST, the top of a slice without a finite logit, may be inf
@@ -512,41 +513,3 @@ def label_target_grad(x, pos_weight, tail):
         return -x
     else:
         return pos_weight * (tl.maximum(-x, 0.0) + tail) - (tl.maximum(x, 0.0) + tail)
-
-
-# as in torch.nn.functional.binary_cross_entropy: the lower bound of the logarithms, and of the
-# divisor x * (1 - x) of the gradient
-MIN_LOG = tl.constexpr(-100.0)
-MIN_VARIANCE = tl.constexpr(1e-12)
-
-
-@triton.jit
-def clamped_logs(x):
-    """(log(x), log(1 - x)), not below -100; each with full relative accuracy near 0 too."""
-    return tl.maximum(tl.log(x), MIN_LOG), tl.maximum(log1p_from_minus_one(-x), MIN_LOG)
-
-
-@triton.jit
-def nan_unless_probability(x, value):
-    """``value`` where 0 <= x <= 1, else NaN: torch raises there, a kernel cannot."""
-    return tl.where((x >= 0.0) & (x <= 1.0), value, float("nan"))
-
-
-@triton.jit
-def probability_loss(x, t):
-    """-t * log(x) - (1 - t) * log(1 - x), with clamped logarithms."""
-    log_yes, log_no = clamped_logs(x)
-    return nan_unless_probability(x, -(t * log_yes + (1.0 - t) * log_no))
-
-
-@triton.jit
-def probability_grad(x, t):
-    """d(probability_loss)/dx, bounded as in torch."""
-    return nan_unless_probability(x, (x - t) / tl.maximum(x * (1.0 - x), MIN_VARIANCE))
-
-
-@triton.jit
-def probability_target_grad(x):
-    """d(probability_loss)/dt."""
-    log_yes, log_no = clamped_logs(x)
-    return nan_unless_probability(x, log_no - log_yes)

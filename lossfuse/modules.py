@@ -1,7 +1,8 @@
-"""nn.Module shells over the functions.
+"""Modules of the losses, which store options and call the functions.
 
 ``torch.jit.trace``, ``torch.export`` and ``torch.onnx.export`` record operators of torch;
-``torch.jit.script`` raises RuntimeError."""
+``torch.jit.script`` raises RuntimeError.
+"""
 
 import math
 
@@ -14,8 +15,10 @@ from .spec import LinearOptions, LossSpec, VocabShard, resolve_reduction
 
 
 def _require_options(module: torch.nn.Module, *given: object) -> None:
-    """TypeError for the tensors of a call, given to the constructor; before anything looks at their
-    values."""
+    """Raise TypeError if the constructor gets the tensors of a call.
+
+    Call it before code that reads the values of options.
+    """
     if any(isinstance(value, Tensor) for value in given):
         name = type(module).__name__
         takes = "input" if isinstance(module, torch.nn.LogSoftmax) else "input, target"
@@ -28,14 +31,17 @@ def _require_class_weight(module: torch.nn.Module, weight: Tensor | None) -> Non
     if isinstance(weight, Tensor) and weight.dim() != 1:
         name = type(module).__name__
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)} but must be (C), the weight of each class; to compute a loss of logits, call"
-            f" {name}()(input, target)"
+            f"weight has shape {tuple(weight.shape)} but must be (C), the weight of each class; to"
+            f" compute a loss of logits, call {name}()(input, target)"
         )
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """``torch.nn.CrossEntropyLoss`` computed by ``lossfuse.cross_entropy``, with its keywords;
-    isinstance and checkpoints agree."""
+    """``torch.nn.CrossEntropyLoss``, computed by ``lossfuse.cross_entropy`` and with its keywords.
+
+    It is a subclass with the same ``state_dict``, so ``isinstance`` and checkpoints work.
+    ``normalizer`` is an argument of the call.
+    """
 
     __prepare_scriptable__ = refuse_script
 
@@ -91,12 +97,14 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
-    """A head and its loss: ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13) computed by
+    """A head and its loss: ``torch.nn.LinearCrossEntropyLoss`` of torch 2.13, computed by
     ``lossfuse.linear_cross_entropy``.
 
-    The parameters are ``linear.weight`` of ``(num_classes * prod(out_features), in_features)`` and,
-    with ``bias``, ``linear.bias``, named and drawn as torch's are, so that checkpoints agree. To
-    tie the head to an embedding, set ``loss.linear.weight``."""
+    The parameters are ``linear.weight`` of shape ``(num_classes * prod(out_features),
+    in_features)`` and, with ``bias``, ``linear.bias``. Their names and initialization are torch's,
+    so checkpoints are interchangeable. To tie the head to an embedding, assign
+    ``loss.linear.weight``. ``normalizer`` is an argument of the call.
+    """
 
     __prepare_scriptable__ = refuse_script
 
@@ -122,8 +130,9 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     ) -> None:
         if isinstance(in_features, Tensor) or isinstance(num_classes, Tensor):
             raise TypeError(
-                "LinearCrossEntropyLoss(in_features, num_classes, ...) makes a head and is then called with tensors:"
-                " LinearCrossEntropyLoss(in_features, num_classes)(input, target); for a head of your own, call linear_cross_entropy"
+                "LinearCrossEntropyLoss(in_features, num_classes, ...) makes a head and is then"
+                " called with tensors: LinearCrossEntropyLoss(in_features, num_classes)(input,"
+                " target); for a head of your own, call linear_cross_entropy"
             )
         reduction = resolve_reduction(reduction, None, None)
         LossSpec(
@@ -135,7 +144,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         )
         if weight is not None and tuple(weight.shape) != (num_classes,):
             raise ValueError(
-                f"weight has shape {tuple(weight.shape)} but there are {num_classes} classes; expected ({num_classes},)"
+                f"weight has shape {tuple(weight.shape)} but there are {num_classes} classes;"
+                f" expected ({num_classes},)"
             )
         super().__init__(weight, reduction=reduction)
         self.num_classes = num_classes
@@ -184,11 +194,14 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         )
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, out_features={self.out_features}, reduction={self.reduction!r}, options={self.options}"
+        return (
+            f"num_classes={self.num_classes}, out_features={self.out_features},"
+            f" reduction={self.reduction!r}, options={self.options}"
+        )
 
 
 class LogSoftmax(torch.nn.LogSoftmax):
-    """``torch.nn.LogSoftmax`` computed by ``lossfuse.log_softmax``."""
+    """``torch.nn.LogSoftmax``, computed by ``lossfuse.log_softmax``."""
 
     __prepare_scriptable__ = refuse_script
 
@@ -203,7 +216,10 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
 
 class NLLLoss(torch.nn.NLLLoss):
-    """``torch.nn.NLLLoss`` computed by ``lossfuse.nll_loss``; isinstance and checkpoints agree."""
+    """``torch.nn.NLLLoss``, computed by ``lossfuse.nll_loss``.
+
+    It is a subclass with the same ``state_dict``.
+    """
 
     __prepare_scriptable__ = refuse_script
 
@@ -215,14 +231,11 @@ class NLLLoss(torch.nn.NLLLoss):
         ignore_index: int = -100,
         reduce: bool | None = None,
         reduction: str = "mean",
-        *,
-        impl: str = "auto",
     ) -> None:
         _require_options(self, size_average, ignore_index, reduce, reduction)
         _require_class_weight(self, weight)
         reduction = resolve_reduction(reduction, size_average, reduce)
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
-        self.impl = impl
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return family.nll_loss(
@@ -231,13 +244,14 @@ class NLLLoss(torch.nn.NLLLoss):
             self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
-            impl=self.impl,
         )
 
 
 class BCELoss(torch.nn.BCELoss):
-    """``torch.nn.BCELoss`` computed by ``lossfuse.binary_cross_entropy``; isinstance and
-    checkpoints agree."""
+    """``torch.nn.BCELoss``, computed by ``lossfuse.binary_cross_entropy``.
+
+    It is a subclass with the same ``state_dict``.
+    """
 
     __prepare_scriptable__ = refuse_script
 
@@ -248,22 +262,19 @@ class BCELoss(torch.nn.BCELoss):
         size_average: bool | None = None,
         reduce: bool | None = None,
         reduction: str = "mean",
-        *,
-        impl: str = "auto",
     ) -> None:
         _require_options(self, size_average, reduce, reduction)
         super().__init__(weight, reduction=resolve_reduction(reduction, size_average, reduce))
-        self.impl = impl
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return family.binary_cross_entropy(
-            input, target, self.weight, reduction=self.reduction, impl=self.impl
-        )
+        return family.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
-    """``torch.nn.BCEWithLogitsLoss`` computed by ``lossfuse.binary_cross_entropy_with_logits``;
-    isinstance and checkpoints agree."""
+    """``torch.nn.BCEWithLogitsLoss``, computed by ``lossfuse.binary_cross_entropy_with_logits``.
+
+    It is a subclass with the same ``state_dict``.
+    """
 
     __prepare_scriptable__ = refuse_script
 

@@ -1,8 +1,7 @@
-"""The definition: eager torch, any float dtype, differentiable any number of times. Everything else
-is judged by it.
+"""The definition of every loss: eager torch, any float dtype, differentiable any number of times.
 
-It computes in float64 for float64 logits and in float32 otherwise, and keeps a few tensors of N x
-V."""
+It computes in float64 for float64 logits and in float32 otherwise, and materializes a few N x V
+tensors. Backends are tested against it."""
 
 import torch
 from torch import Tensor
@@ -13,26 +12,26 @@ from .row_types import RowStats, no_class
 from .spec import LossSpec
 
 
-def shaped(x: Tensor, spec: LossSpec) -> Tensor:
-    """The logits the loss sees."""
+def transform_logits(x: Tensor, spec: LossSpec) -> Tensor:
+    """softcap * tanh(logit_scale * x / softcap)"""
     z = x if spec.logit_scale is None else x * spec.logit_scale
     return z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
 
 
 def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec) -> Tensor:
-    """(N, V) logits, (N,) class ids or (N, V) probabilities -> (N,) losses as ``LossSpec`` states
+    """(N, V) logits, (N,) class ids or (N, V) probabilities -> (N,) losses as ``LossSpec`` defines
     them; NaN for an id outside [0, V)."""
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     weight = None if class_weight is None else class_weight.to(x.dtype)
     if target.is_floating_point():
-        return _soft_row_loss(shaped(x, spec), target.to(x.dtype), weight, spec)
+        return _soft_row_loss(transform_logits(x, spec), target.to(x.dtype), weight, spec)
 
     num_classes = x.shape[-1]
     ignored = target == spec.ignore_index
     valid = ~ignored & (target >= 0) & (target < num_classes)
     y = torch.where(valid, target, 0)[:, None]
-    # ignored rows may hold NaN: cut off here, since 0 * NaN would carry it into the gradient
-    z = shaped(torch.where(ignored[:, None], 0.0, x), spec)
+    # ignored rows may hold NaN, and 0 * NaN would carry it into the gradient
+    z = transform_logits(torch.where(ignored[:, None], 0.0, x), spec)
     loss = _negative_log_likelihood(z, y)
     if weight is not None:
         loss = loss * weight[y[:, 0]]
@@ -46,15 +45,15 @@ def row_loss(logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: 
 def row_stats(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec
 ) -> RowStats:
-    """The losses of ``row_loss``, and what is read off the same rows; all but the largest class
+    """The losses of ``row_loss``, and statistics of the same rows; all but argmax are
     differentiable."""
-    # once for all of them, so that their gradients are summed before they are rounded
+    # one upcast for all of them, so that their gradients are summed before they are rounded
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if target.is_floating_point():
         target = target.to(x.dtype)
     loss = row_loss(x, target, class_weight, spec)
     if target.is_floating_point():
-        z = shaped(x, spec)
+        z = transform_logits(x, spec)
         logp = torch.log_softmax(z, -1)
         target_logprob = -_expected_nll(z, target)
         valid = torch.ones_like(loss, dtype=torch.bool)
@@ -62,30 +61,30 @@ def row_stats(
     else:
         ignored = target == spec.ignore_index
         valid = ~ignored & (target >= 0) & (target < x.shape[-1])
-        z = shaped(torch.where(ignored[:, None], 0.0, x), spec)
+        z = transform_logits(torch.where(ignored[:, None], 0.0, x), spec)
         logp = torch.log_softmax(z, -1)
         target_logprob = -_negative_log_likelihood(z, torch.where(valid, target, 0)[:, None])
 
-    def of_valid(t: Tensor) -> Tensor:
+    def mask_rows(t: Tensor) -> Tensor:
         return torch.where(ignored, 0.0, t * _one_or_nan(ignored | valid, t))
 
-    # a class of probability 0 is out of the sum, and its -inf out of the gradient
-    nowhere = logp == -torch.inf
-    entropy = -(logp.exp() * torch.where(nowhere, 0.0, logp)).sum(-1)
+    # a class of probability 0 adds 0, and its -inf must not reach the gradient
+    absent = logp == -torch.inf
+    entropy = -(logp.exp() * torch.where(absent, 0.0, logp)).sum(-1)
     argmax = torch.where(valid, z.argmax(-1), no_class(spec))
     return RowStats(
         loss,
-        of_valid(_logsumexp(z)),
-        of_valid(target_logprob),
-        of_valid(entropy),
+        mask_rows(_logsumexp(z)),
+        mask_rows(target_logprob),
+        mask_rows(entropy),
         argmax,
         loss.new_empty(0),
     )
 
 
 def _one_or_nan(good: Tensor, like: Tensor) -> Tensor:
-    """A factor, so that what is bad has a gradient of NaN too; in the dtype of ``like``, where two
-    numbers would have the default one."""
+    """A factor, so that the gradient is NaN too; in the dtype of ``like``, as torch.where of two
+    Python numbers has the default dtype."""
     return torch.where(good, like.new_ones(()), torch.nan)
 
 
@@ -97,7 +96,7 @@ def linear_row_loss(
     class_weight: Tensor | None,
     spec: LossSpec,
 ) -> Tensor:
-    """(N, D) hidden states and a head (V, D) -> (N,) losses, by way of the logits."""
+    """(N, D) hidden states and a head (V, D) -> (N,) losses."""
     return row_loss(
         _head_logits(hidden, linear_weight, linear_bias, target, spec), target, class_weight, spec
     )
@@ -111,7 +110,7 @@ def linear_row_stats(
     class_weight: Tensor | None,
     spec: LossSpec,
 ) -> RowStats:
-    """(N, D) hidden states and a head (V, D) -> statistics, by way of the logits."""
+    """(N, D) hidden states and a head (V, D) -> statistics."""
     return row_stats(
         _head_logits(hidden, linear_weight, linear_bias, target, spec), target, class_weight, spec
     )
@@ -125,8 +124,7 @@ def _head_logits(
     spec: LossSpec,
 ) -> Tensor:
     if not target.is_floating_point():
-        # ignored rows may hold NaN: their logits' gradient of 0 would carry it into that of the
-        # weight
+        # ignored rows may hold NaN, and 0 * NaN would carry it into the gradient of the weight
         hidden = torch.where((target == spec.ignore_index)[:, None], 0.0, hidden)
     return linear(hidden, linear_weight, linear_bias)
 
@@ -142,17 +140,17 @@ def linear(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 def _negative_log_likelihood(z: Tensor, y: Tensor) -> Tensor:
     """lse(z) - z[y] = softplus(lse of the other classes - z[y]): no cancellation, however
     confident."""
-    # the same for any common offset, so this one is a constant; a +inf logit makes its row NaN
-    # here, and all of its gradient, as in torch
+    # the result does not depend on the offset, so it is a constant. As in torch, a +inf logit makes
+    # the row and its gradient NaN
     top = z.amax(-1, keepdim=True).detach()
     z = z - torch.where(top == torch.inf, torch.nan, top)
-    # 1 for True, which torch.jit.trace cannot record here
+    # 1 and not True, which torch.jit.trace cannot record here
     is_target = torch.zeros_like(z, dtype=torch.bool).scatter(1, y, 1)
     others = z.masked_fill(is_target, -torch.inf)
-    # logsumexp over nothing but -inf has a NaN gradient; its value is known
-    nothing_else = (others == -torch.inf).all(-1)
-    lse_others = torch.logsumexp(torch.where(nothing_else[:, None], 0.0, others), -1)
-    margin = torch.where(nothing_else, -torch.inf, lse_others) - z.gather(1, y)[:, 0]
+    # the logsumexp of only -inf has a NaN gradient; its value is -inf
+    others_absent = (others == -torch.inf).all(-1)
+    lse_others = torch.logsumexp(torch.where(others_absent[:, None], 0.0, others), -1)
+    margin = torch.where(others_absent, -torch.inf, lse_others) - z.gather(1, y)[:, 0]
     return torch.logaddexp(margin, torch.zeros_like(margin))
 
 
@@ -172,11 +170,11 @@ def _expected_nll(z: Tensor, q: Tensor) -> Tensor:
 
 
 def _logsumexp(z: Tensor) -> Tensor:
-    """torch's, whose slope is exp(z - lse) and has no digits left where a row is far from 0: here
-    the maximum is taken off first.
+    """torch.logsumexp relative to the maximum: torch's gradient exp(z - lse) is inaccurate where an
+    offset common to the row is large.
 
-    A +inf logit makes it +inf, as in torch, and all of its row's gradient NaN, as that of the loss
-    is."""
+    A +inf logit makes it +inf, as in torch, and the gradient of its row NaN, as that of the loss.
+    """
     top = z.amax(-1, keepdim=True).detach()
     infinite = top[:, 0] == torch.inf
     top = torch.where(top.isfinite(), top, 0.0)
@@ -188,7 +186,7 @@ def _plus_z_loss(loss: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
     return loss + spec.lse_square_scale * _logsumexp(z) ** 2 if spec.lse_square_scale else loss
 
 
-def sigmoid_loss(
+def label_loss(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -198,17 +196,17 @@ def sigmoid_loss(
     """(N, V) logits, (N, V) targets or (N, P) ids of the labels that are 1 -> (N, V) losses; a row
     is NaN for an id outside [0, V)."""
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    t = target.to(x.dtype) if target.is_floating_point() else listed(target, x, ignore_index)
-    yes = t if pos_weight is None else t * pos_weight.to(x.dtype)
-    # never a difference of the two, which has no digits where the model is right; a threshold
-    # beyond which exp(-x) is nothing to x
-    loss = yes * softplus(-x, threshold=40.0) + (1.0 - t) * softplus(x, threshold=40.0)
-    # as torch, where it is a limit; a constant, so that the gradient there is as torch's too
+    t = target.to(x.dtype) if target.is_floating_point() else multi_hot(target, x, ignore_index)
+    positive = t if pos_weight is None else t * pos_weight.to(x.dtype)
+    # a difference of the two would cancel for confident predictions; beyond the threshold exp(-x)
+    # is below the fp64 epsilon relative to x
+    loss = positive * softplus(-x, threshold=40.0) + (1.0 - t) * softplus(x, threshold=40.0)
+    # NaN for -inf, as in torch; a constant, so that the gradient is torch's too
     loss = loss + torch.where(x == -torch.inf, torch.nan, x.new_zeros(()))
     return loss if weight is None else loss * weight.to(x.dtype)
 
 
-def listed(ids: Tensor, x: Tensor, ignore_index: int) -> Tensor:
+def multi_hot(ids: Tensor, x: Tensor, ignore_index: int) -> Tensor:
     """(N, P) ids -> (N, V) zeros and ones, in the dtype of ``x``; NaN for rows with an id outside
     [0, V)."""
     v = x.shape[1]
@@ -216,14 +214,14 @@ def listed(ids: Tensor, x: Tensor, ignore_index: int) -> Tensor:
     valid = given & (ids >= 0) & (ids < v)
     t = torch.zeros_like(x, requires_grad=False)
     if v:
-        # added up, since what stands for padding must not take a one away
+        # scatter_add, as padding writes 0 to class 0, which may be 1
         t = t.scatter_add(1, torch.where(valid, ids, 0), valid.to(x.dtype)).clamp(max=1.0)
     return t * _one_or_nan((valid | ~given).all(1, keepdim=True), t)
 
 
 def log_softmax(x: Tensor, dim: int) -> Tensor:
-    """x - logsumexp(x), the maximum taken off first; in the dtype of ``x``, computed in float32 at
-    least."""
+    """x - logsumexp(x) relative to the maximum; computed in float32 or wider, in the dtype of
+    ``x``."""
     z = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     z = z - z.amax(dim, keepdim=True).detach() if z.numel() else z
     return (z - z.exp().sum(dim, keepdim=True).log()).to(x.dtype)
@@ -236,7 +234,7 @@ def nll_row_loss(
     ignored = target == ignore_index
     valid = ~ignored & (target >= 0) & (target < logp.shape[1])
     y = torch.where(valid, target, 0)
-    # ignored rows may hold NaN: cut off here, since 0 * NaN would carry it into the gradient
+    # ignored rows may hold NaN, and 0 * NaN would carry it into the gradient
     loss = torch.where(
         ignored,
         0.0,
@@ -247,29 +245,3 @@ def nll_row_loss(
     if class_weight is not None:
         loss = loss * class_weight.to(loss.dtype)[y]
     return torch.where(ignored, 0.0, loss * _one_or_nan(ignored | valid, loss))
-
-
-# torch's: what the slope of a probability is divided by, at least, and how low a logarithm may be
-LEAST_SPREAD = 1e-12
-LOWEST_LOG = -100.0
-
-
-def probability_loss(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """Binary cross entropy of probabilities, elementwise: logarithms not below -100, slope (x - t)
-    / max(x * (1 - x), 1e-12), as torch.
-
-    The slope of the target is that of the clamped logarithms; torch's operator forgets the clamp
-    there and is infinite at 0 and 1."""
-    x = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
-    t = target.to(x.dtype)
-    clamped = -(t * x.log().clamp(min=LOWEST_LOG) + (1.0 - t) * (-x).log1p().clamp(min=LOWEST_LOG))
-    # at the edges the logarithms have no slope or an infinite one: there the value is a constant
-    # and the slope a parabola's
-    edge = x * (1.0 - x) < LEAST_SPREAD
-    inner = torch.where(edge, 0.5, x)
-    loss = -(t * inner.log() + (1.0 - t) * (-inner).log1p())
-    parabola = (0.5 * x * x - t.detach() * x) / LEAST_SPREAD
-    slope_t = ((-x).log1p().clamp(min=LOWEST_LOG) - x.log().clamp(min=LOWEST_LOG)).detach()
-    at_edge = clamped.detach() + (parabola - parabola.detach()) - slope_t * (t.detach() - t)
-    loss = torch.where(edge, at_edge, loss)
-    return loss if weight is None else loss * weight.to(x.dtype)

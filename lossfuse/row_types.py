@@ -1,5 +1,4 @@
-"""What is read off rows of logits beside their loss, and what comes back to them: plain groups of
-tensors."""
+"""Groups of row-wise tensors: statistics, their upstream gradients, statistics of a shard."""
 
 from typing import NamedTuple
 
@@ -10,28 +9,28 @@ from .spec import LossSpec
 
 
 class Wants(NamedTuple):
-    """The statistics that cost something. What is not wanted is not computed."""
+    """The optional statistics that are computed."""
 
     entropy: bool
     argmax: bool
 
 
 class RowStats(NamedTuple):
-    """Statistics of N rows; of rows that are ignored 0, and no class, of rows with a bad target
-    NaN, and no class."""
+    """Statistics of N rows. Ignored rows are 0 and rows with a bad target NaN; their argmax is
+    ``no_class``."""
 
     loss: Tensor  # (N,)
     lse: Tensor  # (N,)
     target_logprob: Tensor  # (N,)
     entropy: Tensor | None  # (N,)
     argmax: Tensor | None  # (N,) int64
-    kept: Tensor  # what the backend wants back for a gradient
+    saved: Tensor  # for the backward; its shape is the backend's
 
 
 class Upstream(NamedTuple):
-    """The gradients of something with respect to the statistics of N rows; None for 0."""
+    """The upstream gradients of the statistics of N rows, each (N,); None for 0."""
 
-    loss: Tensor | None = None  # (N,)
+    loss: Tensor | None = None
     lse: Tensor | None = None
     target_logprob: Tensor | None = None
     entropy: Tensor | None = None
@@ -39,8 +38,12 @@ class Upstream(NamedTuple):
     def of(self, rows: slice | Tensor) -> "Upstream":
         return Upstream(*(None if t is None else t[rows] for t in self))
 
-    def over(self, unit: Tensor) -> "Upstream":
-        return Upstream(*(None if t is None else t / unit for t in self))
+    def over(self, divisor: Tensor) -> "Upstream":
+        return Upstream(*(None if t is None else t / divisor for t in self))
+
+    def columns(self, dtype: torch.dtype) -> "Upstream":
+        """(N, 1) of a dtype."""
+        return Upstream(*(None if t is None else t.to(dtype)[:, None] for t in self))
 
     @property
     def only_loss(self) -> bool:
@@ -48,43 +51,44 @@ class Upstream(NamedTuple):
 
 
 class ShardRows(NamedTuple):
-    """What a shard's classes say of N rows: everything is about the shard's own maximum, so that
-    shards can be merged.
+    """Statistics of N rows over the classes of one shard, from which shards are merged.
 
-    None for what the loss does not need. Rows that are ignored, or whose target is bad, may hold
-    anything."""
+    Each is (N,), relative to the shard's own maximum, and None if the loss does not need it.
+    Entries of ignored rows and of rows with a bad target are undefined.
+    """
 
-    # (N,) of the logits as the loss sees them; without a finite one, -inf or the lowest number
+    # of the logits after scale and softcap; -inf or the lowest number if no logit is finite
     row_max: Tensor
-    # (N,) log of the sum of exp(z - row_max), which keeps its digits near 0 where the target is the
-    # largest; then -inf
+    # log of the sum of exp(z - row_max), accurate near 0 if the target is the largest class; -inf
+    # if no logit is finite
     log_sum: Tensor
-    target_logit: (
-        Tensor | None
-    )  # (N,) against ids, of the class where the shard holds it, otherwise 0
-    target_weight: Tensor | None  # (N,) against ids with class weights, as target_logit
-    mass: Tensor | None  # (N,) against probabilities, the sum of q = class weight * smoothed target
-    shortfall: (
-        Tensor | None
-    )  # (N,) sum of q * (row_max - z); against ids, for smoothing, with the class weight for q
-    given_mass: (
-        Tensor | None
-    )  # (N,) the two sums for the probabilities as given, for their log-probability
+    # against ids, 0 if another shard has the target's class; the weight only with class weights
+    target_logit: Tensor | None
+    target_weight: Tensor | None
+    # against probabilities, the sum of q = class weight * smoothed probability
+    mass: Tensor | None
+    # sum of q * (row_max - z); against ids, for smoothing, q is the class weight
+    shortfall: Tensor | None
+    # mass and shortfall of the probabilities as given, for their log-probability
+    given_mass: Tensor | None
     given_shortfall: Tensor | None
-    mean_shortfall: (
-        Tensor | None
-    )  # (N,) of row_max - z over the shard's own softmax, for the entropy
-    argmax: (
-        Tensor | None
-    )  # (N,) int64, the first of the shard's classes with row_max, counted from its own first
+    # row_max - z averaged over the shard's own softmax, for the entropy
+    mean_shortfall: Tensor | None
+    # int64, the first class with row_max, relative to the shard
+    argmax: Tensor | None
 
 
 def log_sum_exp(row_max: Tensor, log_sum: Tensor) -> Tensor:
-    """The log-sum-exp of rows: +inf for a +inf logit, as in torch.logsumexp, although its
-    ``log_sum`` is NaN."""
+    """row_max + log_sum; +inf for a +inf logit, as in torch.logsumexp, although its ``log_sum`` is
+    NaN."""
     return torch.where(row_max == torch.inf, row_max, row_max + log_sum)
 
 
+def mask_row(value: Tensor, valid: Tensor, ignored: Tensor) -> Tensor:
+    """``value``, a number of each row; 0 if the row is ignored, NaN if its target is bad."""
+    return torch.where(ignored, 0.0, torch.where(valid, value, torch.nan))
+
+
 def no_class(spec: LossSpec) -> int:
-    """The argmax of a row that has none: neither an id nor what a target may be."""
+    """The argmax of rows that are not valid: neither a class nor ``ignore_index``."""
     return -2 if spec.ignore_index == -1 else -1

@@ -68,7 +68,7 @@ class LossSpec:
                 object.__setattr__(self, name, kind(value))
 
     @property
-    def shapes_logits(self) -> bool:
+    def transforms_logits(self) -> bool:
         """True if scale or cap apply to the logits."""
         return self.softcap is not None or self.logit_scale is not None
 

@@ -1,4 +1,4 @@
-"""Class ids outside [0, C): who looks, and what is said."""
+"""Class ids outside [0, C): where they raise, and ``debug_targets``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ _debug: ContextVar[bool] = ContextVar("lossfuse_debug_targets", default=False)
 
 @contextmanager
 def debug_targets() -> Iterator[None]:
-    """Within it, targets are checked on every device, at the price of one synchronisation a call.
+    """Check targets on every device, at the cost of one synchronization per call.
 
-    On the CPU they always are. On other devices a target outside ``[0, C)`` that is not
-    ``ignore_index`` otherwise gives a NaN loss and gradient for its row, without synchronising.
-    With ``shard`` ranks look together, so that all of them raise what one of them finds; within
-    this they also compare how many rows they have, so enter it on all ranks or none. It holds for
-    the thread or task that enters it, as a context variable does: threads that already run, or that
-    it starts (before Python 3.14), enter it themselves.
+    On a CPU they are always checked. On other devices a target outside ``[0, C)`` that is not
+    ``ignore_index`` otherwise gives a NaN loss and gradient for its row, without synchronizing.
+    With ``shard`` the ranks compare their calls, so that all of them raise the same error; they
+    also compare their numbers of rows, so enter it on all ranks or on none. It applies to the
+    thread or task that enters it, as a context variable does: other threads, even those it starts
+    (before Python 3.14), enter it themselves.
 
     Raises:
         IndexError: inside, naming the first bad row.
@@ -36,14 +36,12 @@ def debug_targets() -> Iterator[None]:
 
 
 def require_ids_in_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise IndexError for the first bad row, where looking is free (CPU) or asked for; tensors
-    without values are left alone."""
-    if not values_are_at_hand(target):
+    """Raise IndexError for the first bad row, if ``values_are_readable``."""
+    if not values_are_readable(target):
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
-    # a host read: free on the CPU, asked for by debug_targets elsewhere
     if bool(bad.any()):
-        # of a list of ids, the first bad one
+        # ids of labels are (N, P): two indices
         at = tuple(int(i) for i in bad.nonzero()[0])
         raise IndexError(
             f"target of row {at[0]} is {int(target[at])} but input has {num_classes} classes;"
@@ -52,11 +50,11 @@ def require_ids_in_range(target: Tensor, num_classes: int, ignore_index: int) ->
 
 
 def debugging() -> bool:
-    """Whether ``debug_targets`` is active."""
+    """True within ``debug_targets``, unless a compiler traces."""
     return _debug.get() and not torch.compiler.is_compiling()
 
 
-# make_fx and AOTAutograd, without a compiler around them; not public, as everything about modes
+# make_fx and AOTAutograd without a compiler around them; private API
 _PROXY, _FUNCTIONAL = (
     torch._C._TorchDispatchModeKey.PROXY,
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
@@ -68,9 +66,9 @@ def _traced() -> bool:
     return _is_tracing() or _mode_of(_PROXY) is not None or _mode_of(_FUNCTIONAL) is not None
 
 
-def values_are_at_hand(t: Tensor) -> bool:
-    """Whether its values may be looked at: there are some, and looking is free (CPU) or asked
-    for."""
+def values_are_readable(t: Tensor) -> bool:
+    """True if ``t`` has values, and reading them needs no synchronization (CPU) or
+    ``debug_targets`` allows it."""
     if (
         torch.compiler.is_compiling()
         or torch_func_active()

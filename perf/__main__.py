@@ -14,20 +14,20 @@ from .cases import CASES, DTYPES, MODES
 from .mistakes import Mistake
 from .shown import clean
 
-# of the extra, by command: what keeps rows and prints them, and what draws
+# packages of the extra by command: for rows and tables, and for pictures
 ROWS = ("filelock", "pandas", "rich")
 PICTURES = (*ROWS, "altair", "vl_convert")
-# a day: what waits for a program refuses more than some weeks
+# a day; time limits of subprocess refuse more than some weeks
 MOST_MINUTES = 24.0 * 60
 NEEDED = {"demo": (*PICTURES, "tokenizers"), "memory": PICTURES, "dashboard": PICTURES}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a goal was missed, an error is beyond its bound, a test failed or what the command
-    needs is not installed.
+    """Run a command and return its exit code.
 
-    2 with a sentence for what cannot be done; 3 where ``gpu`` has a GPU and could not settle
-    everything on it; 130 after an interrupt."""
+    0: success. 1: a goal was missed, an error is beyond its bound, a test failed or a package is
+    missing. 2: the arguments are wrong. 3: ``gpu`` could not decide everything on a GPU. 130: an
+    interrupt."""
     options = parser().parse_args(arguments)
     missing = [
         name for name in NEEDED.get(options.command, ROWS) if importlib.util.find_spec(name) is None
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             interrupts.check()
             return code
         except Mistake as mistake:
-            # it may quote a file of somebody else's
+            # the message may quote a foreign file
             print(f"lossfuse.perf {options.command}: {clean(mistake)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number, at least this."""
+    """The type of a whole-number option."""
 
     def number(text: str) -> int:
         try:
@@ -58,7 +58,7 @@ def whole(least: int) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, at least {least}")
         return value
 
     return number
@@ -67,7 +67,7 @@ def whole(least: int) -> Callable[[str], int]:
 def real(
     above: float = -math.inf, least: float = -math.inf, most: float = sys.float_info.max
 ) -> Callable[[str], float]:
-    """The type of an option that is a finite number within bounds."""
+    """The type of an option that is a finite number."""
     bounds = [f"above {above:g}" if above > -math.inf else f"at least {least:g}"]
     bounds += [f"at most {most:g}"] if most < sys.float_info.max else []
 
@@ -77,7 +77,7 @@ def real(
         except ValueError:
             value = math.nan
         if not (above < value and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number, {' and '.join(bounds)}")
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a number, {' and '.join(bounds)}")
         return value
 
     return number
@@ -86,194 +86,112 @@ def real(
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = argparse.ArgumentParser(
-        prog="python -m lossfuse.perf", description="See what lossfuse does, on this machine."
+        prog="python -m lossfuse.perf", description="Measure lossfuse on this machine."
     )
     commands = top.add_subparsers(dest="command", required=True)
-
-    demo = commands.add_parser(
-        "demo", help="train a small transformer on real text with torch's loss and with ours"
-    )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("lossfuse-demo.png"),
-        help="the picture to write (default: %(default)s)",
-    )
-    demo.add_argument(
-        "--steps",
-        type=whole(1),
-        default=30,
-        help="training steps of each model (default: %(default)s)",
-    )
-
-    bench = commands.add_parser(
-        "bench", help="time, memory and error of every method on named cases or your own shapes"
-    )
-    bench.add_argument(
-        "--cases",
-        nargs="+",
-        default=["llama2"],
-        metavar="CASE",
-        help=f"all, NxV, NxDxV (a head), NxVpP (labels), {', '.join(CASES)}",
-    )
-    bench.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="(default: fp32 bf16)"
-    )
-    bench.add_argument(
-        "--modes",
-        nargs="+",
-        choices=MODES,
-        default=["no_grad", "forward+backward"],
-        help="(default: %(default)s)",
-    )
-    bench.add_argument(
-        "--methods",
-        metavar="TEXT",
-        help="only methods whose name contains this, and torch's own (default: all)",
-    )
-    bench.add_argument(
-        "--repeats",
-        type=whole(1),
-        default=15,
-        help="timed calls of each method, at most (default: %(default)s)",
-    )
-    bench.add_argument(
-        "--seconds",
-        type=real(least=0),
-        default=20.0,
-        help="for a mode of a case; three calls of each are made anyway",
-    )
-    bench.add_argument("--out", type=Path, help="CSV to append the rows to")
-    bench.add_argument(
-        "--tests",
-        choices=["run", "passed", "failed", "not run"],
-        default="not run",
-        help="what the rows say of this commit's tests",
-    )
-
-    bounds = commands.add_parser(
-        "bounds",
-        help="errors of losses and gradients against float64, in units of what arithmetic allows",
-    )
-    bounds.add_argument("--out", type=Path, help="CSV to append the rows to")
-
-    compare = commands.add_parser("compare", help="two commits, or two files of rows, side by side")
-    compare.add_argument("a", metavar="FILE[@COMMIT]")
-    compare.add_argument("b", metavar="FILE[@COMMIT]")
-
-    memory = commands.add_parser(
-        "memory", help="the peak of a training step of yours, when it comes and who is alive then"
-    )
-    memory.add_argument(
-        "step",
-        metavar="MODULE:FUNCTION",
-        help="something callable without arguments, e.g. train:step",
-    )
-    memory.add_argument(
-        "--out",
-        type=Path,
-        help="picture (.png, .svg), page (.html) or table (.csv) of the timeline",
-    )
-    memory.add_argument(
-        "--warmup",
-        type=whole(0),
-        default=1,
-        help="calls before the one that is watched (default: %(default)s)",
-    )
-
-    estimate = commands.add_parser(
-        "estimate", help="the bytes each method needs on a shape, without running it"
-    )
-    estimate.add_argument(
-        "cases",
-        nargs="+",
-        metavar="CASE",
-        help="NxV, NxDxV (a head), NxVpP (labels), or a named case",
-    )
-    estimate.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)"
-    )
-    estimate.add_argument(
-        "--mode", choices=MODES, default="forward+backward", help="(default: %(default)s)"
-    )
-    estimate.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)"
-    )
-    estimate.add_argument(
-        "--fits",
-        type=real(above=0),
-        metavar="GIB",
-        help="memory there is, for a verdict on each method",
-    )
-    of_ranks = estimate.add_argument_group(
-        "over many ranks", "bytes of each rank, bytes on the wire and collectives of a step"
-    )
-    of_ranks.add_argument(
-        "--layout",
-        nargs="+",
-        metavar="TP,SP,FSDP,DP",
-        help="such as tp=8,sp=2,fsdp=64,dp=4; what is not named is 1, and one alone is itemised",
-    )
-    of_ranks.add_argument(
-        "--reduction", choices=REDUCTIONS, default="mean", help="(default: %(default)s)"
-    )
-    for name, what in (
-        ("probabilities", "targets are probabilities"),
-        ("class-weights", "with class weights"),
-        ("smoothing", "with smoothed labels"),
-        ("statistics", "and the statistics of rows"),
-        ("reshard", "FSDP gives the weight back after the forward and gathers it again"),
+    for name, about, add_options in (
+        ("demo", "train a small transformer on real text with torch's loss and ours", _demo),
+        ("bench", "time, memory and error of every method on named or your own shapes", _bench),
+        ("bounds", "errors of losses and gradients against float64, in units of a bound", _bounds),
+        ("compare", "two commits, or two files of rows, side by side", _compare),
+        ("memory", "peak memory of your training step, its time and its tensors", _memory),
+        ("estimate", "bytes that each method needs on a shape, by formula", _estimate),
+        ("dashboard", "one page of rows that opens offline", _dashboard),
+        ("gpu", "tests, goals and peers on a GPU; without one a small rehearsal", _gpu),
     ):
-        of_ranks.add_argument(f"--{name}", action="store_true", help=what)
-    of_ranks.add_argument(
-        "--hidden-grad",
-        choices=["reduced", "partial"],
-        default="reduced",
-        help="(default: %(default)s)",
-    )
-    of_ranks.add_argument("--chunk-bytes", type=whole(1), metavar="BYTES", help="of LinearOptions")
-    of_ranks.add_argument(
-        "--link-gbps",
-        metavar="GBIT",
-        help="what a rank sends a second, e.g. 400 or tp=3600,fsdp=400; then times are shown",
-    )
-    of_ranks.add_argument(
-        "--latency-us",
-        type=real(least=0),
-        default=5.0,
-        help="of each step of a ring (default: %(default)s, a guess)",
-    )
-
-    dashboard = commands.add_parser("dashboard", help="one page of rows that opens offline")
-    dashboard.add_argument("rows", type=Path, nargs="+", metavar="CSV")
-    dashboard.add_argument(
-        "--out", type=Path, default=Path("lossfuse-dashboard.html"), help="(default: %(default)s)"
-    )
-    dashboard.add_argument(
-        "--pngs", type=Path, metavar="FOLDER", help="also write the charts as pictures"
-    )
-
-    gpu = commands.add_parser(
-        "gpu", help="tests, goals and peers on a GPU in one call; without one a small rehearsal"
-    )
-    gpu.add_argument(
-        "--out",
-        type=Path,
-        default=Path("lossfuse-gpu"),
-        metavar="FOLDER",
-        help="rows, log, summary (default: %(default)s)",
-    )
-    gpu.add_argument(
-        "--minutes",
-        type=real(above=0, most=MOST_MINUTES),
-        default=7.5,
-        help="it ends inside them (default: %(default)s)",
-    )
+        add_options(commands.add_parser(name, help=about))
     return top
 
 
+DEFAULT = "(default: %(default)s)"
+
+
+def _demo(command: argparse.ArgumentParser) -> None:
+    add, picture = command.add_argument, Path("lossfuse-demo.png")
+    add("--out", type=Path, default=picture, help=f"picture to write {DEFAULT}")
+    add("--steps", type=whole(1), default=30, help=f"training steps of each model {DEFAULT}")
+
+
+def _bench(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    names = f"all, NxV, NxDxV (a head), NxVpP (labels), {', '.join(CASES)}"
+    add("--cases", nargs="+", default=["llama2"], metavar="CASE", help=names)
+    add("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help=DEFAULT)
+    add("--modes", nargs="+", choices=MODES, default=["no_grad", "forward+backward"], help=DEFAULT)
+    only = "only methods with this in their name, and torch's own (default: all)"
+    add("--methods", metavar="TEXT", help=only)
+    add("--repeats", type=whole(1), default=15, help=f"timed calls of a method at most {DEFAULT}")
+    limit = f"time limit of a mode of a case, after three calls of each method {DEFAULT}"
+    add("--seconds", type=real(least=0), default=20.0, help=limit)
+    add("--out", type=Path, help="CSV to append the rows to")
+    states = ["run", "passed", "failed", "not run"]
+    add("--tests", choices=states, default="not run", help="state of this commit's tests")
+
+
+def _bounds(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, help="CSV to append the rows to")
+
+
+def _compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", metavar="FILE[@COMMIT]")
+    command.add_argument("b", metavar="FILE[@COMMIT]")
+
+
+def _memory(command: argparse.ArgumentParser) -> None:
+    add, out = command.add_argument, "picture (.png, .svg), page (.html) or table (.csv) to write"
+    step = "a function without arguments, e.g. train:step"
+    add("step", metavar="MODULE:FUNCTION", help=step)
+    add("--out", type=Path, help=out)
+    add("--warmup", type=whole(0), default=1, help=f"calls before the recorded one {DEFAULT}")
+
+
+def _estimate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    names = "NxV, NxDxV (a head), NxVpP (labels), or a named case"
+    add("cases", nargs="+", metavar="CASE", help=names)
+    add("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help=DEFAULT)
+    add("--mode", choices=MODES, default="forward+backward", help=DEFAULT)
+    add("--device", choices=["cuda", "cpu"], default="cuda", help=DEFAULT)
+    add("--fits", type=real(above=0), metavar="GIB", help="available memory, to judge each method")
+
+    about = "bytes of each rank, bytes sent and collectives of a step"
+    add = command.add_argument_group("over many ranks", about).add_argument
+    layout = "such as tp=8,sp=2,fsdp=64,dp=4 (an absent degree is 1); a single one is itemized"
+    add("--layout", nargs="+", metavar="TP,SP,FSDP,DP", help=layout)
+    add("--reduction", choices=REDUCTIONS, default="mean", help=DEFAULT)
+    for name, about in (
+        ("probabilities", "targets are probabilities"),
+        ("class-weights", "with class weights"),
+        ("smoothing", "with label smoothing"),
+        ("statistics", "with the statistics of rows"),
+        ("reshard", "FSDP frees the weight after the forward and gathers it again"),
+    ):
+        add(f"--{name}", action="store_true", help=about)
+    add("--hidden-grad", choices=["reduced", "partial"], default="reduced", help=DEFAULT)
+    add("--chunk-bytes", type=whole(1), metavar="BYTES", help="of LinearOptions")
+    rate = "bandwidth of a rank, e.g. 400 or tp=3600,fsdp=400, to show times"
+    add("--link-gbps", metavar="GBIT", help=rate)
+    latency = f"of each step of a ring {DEFAULT[:-1]}, a guess)"
+    add("--latency-us", type=real(least=0), default=5.0, help=latency)
+
+
+def _dashboard(command: argparse.ArgumentParser) -> None:
+    add, page = command.add_argument, Path("lossfuse-dashboard.html")
+    add("rows", type=Path, nargs="+", metavar="CSV")
+    add("--out", type=Path, default=page, help=DEFAULT)
+    add("--pngs", type=Path, metavar="FOLDER", help="also write the charts as pictures")
+
+
+def _gpu(command: argparse.ArgumentParser) -> None:
+    add, folder = command.add_argument, Path("lossfuse-gpu")
+    rows = f"rows, log, summary {DEFAULT}"
+    add("--out", type=Path, default=folder, metavar="FOLDER", help=rows)
+    minutes = real(above=0, most=MOST_MINUTES)
+    add("--minutes", type=minutes, default=7.5, help=f"time limit {DEFAULT}")
+
+
 def run(options: argparse.Namespace) -> int:
-    """The command; what it needs is imported here and not before."""
+    """Import the module of a command and run it."""
     if options.command == "demo":
         from . import demo
 
@@ -283,15 +201,8 @@ def run(options: argparse.Namespace) -> int:
 
         cases = list(CASES) if options.cases == ["all"] else options.cases
         effort = bench.Effort(options.repeats, options.seconds)
-        bench.main(
-            cases,
-            options.dtypes,
-            options.modes,
-            options.methods,
-            effort,
-            options.out,
-            options.tests,
-        )
+        chosen = (cases, options.dtypes, options.modes, options.methods)
+        bench.main(*chosen, effort, options.out, options.tests)
     elif options.command == "bounds":
         from . import bounds
 
@@ -323,29 +234,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _layouts(options: argparse.Namespace) -> None:
-    from . import layouts
+    from . import layout_tables
 
     if options.device == "cpu":
         raise Mistake("--layout is for accelerators, but --device is cpu")
-    names = (
-        "mode",
-        "reduction",
-        "probabilities",
-        "class_weights",
-        "smoothing",
-        "statistics",
-        "hidden_grad",
-        "reshard",
-    )
-    losses = {name: getattr(options, name) for name in names} | {
-        "options": LinearOptions(chunk_bytes=options.chunk_bytes)
-    }
-    links = (
-        None
-        if options.link_gbps is None
-        else layouts.Links.parse(options.link_gbps, options.latency_us)
-    )
-    layouts.main(options.cases, losses, options.dtypes, options.layout, options.fits, links)
+    flags = ("probabilities", "class_weights", "smoothing", "statistics", "reshard")
+    names = ("mode", "reduction", "hidden_grad", *flags)
+    losses = {name: getattr(options, name) for name in names}
+    losses["options"] = LinearOptions(chunk_bytes=options.chunk_bytes)
+    links = None
+    if options.link_gbps is not None:
+        links = layout_tables.Links.parse(options.link_gbps, options.latency_us)
+    given = (options.cases, losses, options.dtypes, options.layout, options.fits)
+    layout_tables.main(*given, links)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Cases x dtypes x modes x methods: checked against fp64, then timed in turn, then weighed; one row
-each."""
+"""Benchmark: each method is checked against fp64, timed in turn with the others, and weighed."""
 
 import gc
 import sys
@@ -32,8 +31,7 @@ LEAST = "the least work"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: at most so many repeats of each method, and no new round past so many
-    seconds of a mode of a case."""
+    """Limits: repeats of each method, and seconds after which no round of a mode begins."""
 
     repeats: int = 15
     seconds: float = 20.0
@@ -41,10 +39,10 @@ class Effort:
 
 @dataclass
 class Pace:
-    """How far a run is; a part is a mode of a dtype of a case."""
+    """Progress of a run; a part is a mode of a dtype of a case."""
 
     parts: int
-    seconds: float  # of a part, until one has been measured
+    seconds: float  # estimate for a part until one is done
     clock: Callable[[], float] = time.monotonic
     done: int = 0
     begin: float = field(init=False)
@@ -57,7 +55,7 @@ class Pace:
         self.done, self.latest = self.done + 1, self.clock()
 
     def said(self, what: str) -> str:
-        """3 of 12: what, about 2 min left."""
+        """A line such as ``3 of 12: what, about 2 min left``."""
         each = (self.latest - self.begin) / self.done if self.done else self.seconds
         left = max(0.0, each * (self.parts - self.done) - (self.clock() - self.latest))
         about = f"{left / 60:.0f} min" if left >= 90 else f"{max(1.0, left):.0f} s"
@@ -74,47 +72,34 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """One row per mode and method for the dtype. What fails, is wrong or does not fit is a row that
-    says so, without numbers.
+    """One row per mode and method; a failed, wrong or too large method has a status, no numbers.
 
-    ``say`` is told what is measured, and ``keep`` is given the rows of each mode as soon as they
-    are there."""
+    ``say`` gets a line of progress, ``keep`` the rows of a mode as soon as they are measured."""
     methods = [method for method in methods if dtype_name in method.dtypes]
     if "torch._dynamo" in sys.modules:
-        # it gives up on a function after eight shapes
+        # torch.compile gives up on a function after eight shapes
         torch.compiler.reset()
-    dtype = DTYPES[dtype_name]
-    head = {
-        "case": case.name,
-        "op": case.op,
-        "dtype": dtype_name,
-        "n": case.n,
-        "v": case.v,
-        "d": case.d if case.p is None else case.p,
-    }
+    head = {"case": case.name, "op": case.op, "dtype": dtype_name, "n": case.n, "v": case.v}
+    head["d"] = case.d if case.p is None else case.p
     rows: list[Row] = []
     problem: Logits | Head | None = None
     why = "", ""
     say(f"{case.name} {dtype_name} {modes[0]}, inputs")
     try:
-        problem = load(case, dtype, device)
+        problem = load(case, DTYPES[dtype_name], device)
     except Exception as error:
         why = _failure(error)
     for mode in modes:
         if problem is None:
-            made: list[Row] = [_of(m) | {"status": why[0], "note": why[1]} for m in methods]
+            found: list[Row] = [_of(m) | {"status": why[0], "note": why[1]} for m in methods]
         else:
-            needs = {
-                need.method: need.bytes for need in estimate(case, dtype_name, mode, device.type)
-            }
-            part = f"{case.name} {dtype_name} {mode}"
-            made = _measure_mode(
-                problem, mode, methods, device, effort, needs, partial(_say_part, say, part)
-            )
+            needs = {n.method: n.bytes for n in estimate(case, dtype_name, mode, device.type)}
+            tell = partial(_say_part, say, f"{case.name} {dtype_name} {mode}")
+            found = _measure_mode(problem, mode, methods, device, effort, needs, tell)
         interrupts.check()
-        made = [head | {"mode": mode} | row for row in made]
-        keep(made)
-        rows += made
+        found = [head | {"mode": mode} | row for row in found]
+        keep(found)
+        rows += found
     return rows
 
 
@@ -123,12 +108,13 @@ def _say_part(say: Callable[[str], None], part: str, what: str) -> None:
 
 
 def too_large(case: Case, dtype_name: str, device: torch.device) -> str | None:
-    """Why a case cannot be loaded into the memory that is available."""
+    """The reason why a case does not fit into the available memory."""
     room = available_bytes(device)
     _, most = bytes_of(case, DTYPES[dtype_name])
     if room is None or most <= room:
         return None
-    return f"{case.name} in {dtype_name} is not run: its inputs and their check in float64 need {gib(most)} of {gib(room)} available"
+    need = f"its inputs and their check in float64 need {gib(most)}"
+    return f"{case.name} in {dtype_name} is not run: {need}, {gib(room)} are available"
 
 
 def _of(method: Method) -> Row:
@@ -147,57 +133,67 @@ def _measure_mode(
     rows: list[Row] = []
     steps: dict[str, Step] = {}
     least, share = problem.least(mode)
-    try:
-        # the products of a head alone hold what torch's own way holds, or less
-        if (
-            _beyond(
-                needs.get(known.BASELINE[problem.case.op], 0) if isinstance(problem, Head) else 0,
-                device,
-            )
-            is None
-        ):
-            least.run()
-            steps[LEAST] = least
-    except Exception as error:
-        # without a roofline the times still stand
-        if _failure(error)[0] != "out of memory":
-            raise
+    if _runs_least(problem, least, needs, device):
+        steps[LEAST] = least
     for method in methods:
         say(method.name)
-        row = _of(method) | {"status": "ok"}
+        row, step = _checked(problem, mode, method, device, needs)
         rows.append(row)
-        copied = problem.logits.nbytes if method.consumes and isinstance(problem, Logits) else 0
-        note = _beyond(needs[method.name] + copied, device) if method.name in needs else None
-        if note is not None:
-            row |= {"status": "out of memory", "note": note}
-            continue
-        try:
-            step = problem.step(method.make(), mode, method.consumes)
-            errors = _check(problem, step, device)
-            row |= {"loss_error": errors.loss, "grad_error": errors.grad}
-            complaint = errors.complaint(problem.dtype, problem.loss_gate)
-            if complaint is None:
-                row["peak_extra_bytes"] = peak_extra_bytes(step, device)
-                steps[method.name] = step
-            else:
-                row |= {"status": "wrong", "note": complaint}
-        except Exception as error:
-            row["status"], row["note"] = _failure(error)
-            _free(device)
+        if step is not None:
+            steps[method.name] = step
     steps = {name: replace(step, prepare=_saying(say, name, step)) for name, step in steps.items()}
     times = time_interleaved(steps, device, effort.repeats, effort.seconds) if steps else {}
     ideal = times[LEAST].p50 * share if LEAST in times else None
     for row in rows:
-        if row["method"] in times:
-            timing = times[row["method"]]
-            row |= {
-                "ms_p50": timing.p50,
-                "ms_p20": timing.p20,
-                "ms_p80": timing.p80,
-                "repeats": timing.repeats,
-            }
-            row |= {"ideal_ms": ideal} | _ceiling(problem, mode, ideal)
+        if (timing := times.get(row["method"])) is not None:
+            row |= {"ms_p50": timing.p50, "ms_p20": timing.p20, "ms_p80": timing.p80}
+            row |= {"repeats": timing.repeats, "ideal_ms": ideal}
+            row |= _ceiling(problem, mode, ideal)
     return rows
+
+
+def _runs_least(
+    problem: Logits | Head, least: Step, needs: Mapping[str, int], device: torch.device
+) -> bool:
+    """Run the least work once; False if it does not fit, and rows have times without a roofline."""
+    # the products of a head need what torch's own method needs, or less
+    need = needs.get(known.BASELINE[problem.case.op], 0) if isinstance(problem, Head) else 0
+    if _beyond(need, device) is not None:
+        return False
+    try:
+        least.run()
+    except Exception as error:
+        if _failure(error)[0] != "out of memory":
+            raise
+        return False
+    return True
+
+
+def _checked(
+    problem: Logits | Head,
+    mode: str,
+    method: Method,
+    device: torch.device,
+    needs: Mapping[str, int],
+) -> tuple[Row, Step | None]:
+    """The row of a method before it is timed, and its step if it is correct."""
+    row = _of(method) | {"status": "ok"}
+    copied = problem.logits.nbytes if method.consumes and isinstance(problem, Logits) else 0
+    note = _beyond(needs[method.name] + copied, device) if method.name in needs else None
+    if note is not None:
+        return row | {"status": "out of memory", "note": note}, None
+    try:
+        step = problem.step(method.make(), mode, method.consumes)
+        errors = _check(problem, step, device)
+        row |= {"loss_error": errors.loss, "grad_error": errors.grad}
+        complaint = errors.complaint(problem.dtype, problem.loss_gate)
+        if complaint is not None:
+            return row | {"status": "wrong", "note": complaint}, None
+        return row | {"peak_extra_bytes": peak_extra_bytes(step, device)}, step
+    except Exception as error:
+        row["status"], row["note"] = _failure(error)
+        _free(device)
+    return row, None
 
 
 def _saying(say: Callable[[str], None], name: str, step: Step) -> Callable[[], tuple[Any, ...]]:
@@ -210,11 +206,12 @@ def _saying(say: Callable[[str], None], name: str, step: Step) -> Callable[[], t
 
 
 def _beyond(need: int, device: torch.device) -> str | None:
-    """A sentence if so many bytes are not available."""
+    """A sentence if more bytes are needed than available."""
     room = available_bytes(device)
     if room is None or need <= room:
         return None
-    return f"by formula it needs {gib(need)} beyond its inputs of {gib(room)} available, and it was not run"
+    need_text = f"by formula it needs {gib(need)} beyond its inputs"
+    return f"{need_text} and {gib(room)} are available; not run"
 
 
 def _check(problem: Logits | Head, step: Step, device: torch.device) -> Errors:
@@ -236,8 +233,7 @@ def _ceiling(problem: Logits | Head, mode: str, ideal_ms: float | None) -> Row:
 
 
 def _failure(error: Exception) -> tuple[str, str]:
-    """Status and note; an exception that is about this program and not about a method is nobody's
-    result."""
+    """Status and note of an exception."""
     first = (str(error).strip() or "no message").splitlines()[0][:300]
     full = isinstance(
         error, torch.OutOfMemoryError | MemoryError
@@ -260,11 +256,10 @@ def main(
     out: Path | None,
     tests: str,
 ) -> None:
-    """Measure, print a table per case, append the rows of each mode of it to a CSV as soon as they
-    are measured.
+    """Measure, print a table per case, append the rows of each mode to a CSV.
 
-    ``tests`` is what the rows say of this commit's tests; ``run`` runs them first. Mistake if
-    nothing could be measured."""
+    ``tests`` goes into the rows as the state of this commit's tests; ``run`` runs them first.
+    Mistake if nothing could be measured."""
     console = tables.console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [named(name, device) for name in cases]
@@ -272,7 +267,7 @@ def main(
     if only is not None:
         known.require(ops, only)
     if out is not None:
-        # before minutes are spent on rows that cannot be kept
+        # before minutes are spent on rows that cannot be written
         append(out, [])
     if tests == "run":
         with console.status("running the tests of this commit"):
@@ -284,98 +279,84 @@ def main(
         methods[op], lines = known.of(op, device, only)
         for line in lines:
             console.print(line, style="dim", markup=False)
-    facts = f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}{' with changes' * where['dirty']}"
+    commit = f"{where['commit'] or 'unknown'}{' with changes' * where['dirty']}"
+    facts = f"{where['device']}, torch {where['torch']}, commit {commit}"
     console.print(facts, markup=False)
-    todo = [
-        (
-            case,
-            [
-                dtype
-                for dtype in dtypes
-                if any(dtype in method.dtypes for method in methods[case.op])
-            ],
-        )
-        for case in chosen
-    ]
-    pace = Pace(len(modes) * sum(len(there) for _, there in todo), effort.seconds)
-    refused = []
+    run = _Run(device, modes, effort, console, where, out)
+    todo = [(case, _dtypes(methods[case.op], dtypes)) for case in chosen]
+    run.pace.parts = len(modes) * sum(len(there) for _, there in todo)
     for case, there in todo:
-        refused += [
-            f"{case.name} has no method in {dtype}" for dtype in dtypes if dtype not in there
-        ]
-        rows: list[Row] = []
-        try:
-            _measure_case(
-                case,
-                there,
-                device,
-                modes,
-                methods[case.op],
-                effort,
-                pace,
-                console,
-                rows,
-                refused,
-                where,
-                out,
-            )
-        finally:
-            # also of a case that was interrupted
-            if rows:
-                show(case, rows, console)
-            if rows and out is not None:
-                console.print(f"rows: {out}", markup=False)
-    for line in refused:
+        missing = [dtype for dtype in dtypes if dtype not in there]
+        run.refused += [f"{case.name} has no method in {dtype}" for dtype in missing]
+        run.measure(case, there, methods[case.op])
+    for line in run.refused:
         console.print(line, style="red", markup=False)
-    if not pace.done:
+    if not run.pace.done:
         raise Mistake("nothing was measured; see above")
 
 
-def _measure_case(
-    case: Case,
-    dtypes: Sequence[str],
-    device: torch.device,
-    modes: Sequence[str],
-    methods: Sequence[Method],
-    effort: Effort,
-    pace: Pace,
-    console: "Console",
-    rows: list[Row],
-    refused: list[str],
-    where: Row,
-    out: Path | None,
-) -> None:
-    """Add the rows of a case to ``rows`` and to the file, and to ``refused`` what does not fit."""
-    told = -1
-    with console.status("") as status:
-
-        def say(what: str) -> None:
-            nonlocal told
-            status.update(pace.said(what))
-            # elsewhere than on a terminal nothing moves
-            if not console.is_terminal and told != pace.done:
-                console.print(pace.said(what.rpartition(",")[0]), markup=False, highlight=False)
-                told = pace.done
-
-        def keep(made: list[Row]) -> None:
-            made = [row | where for row in made]
-            rows.extend(made)
-            pace.finish()
-            # at once: an interrupt loses no more than one mode
-            if out is not None:
-                append(out, made)
-
-        for dtype in dtypes:
-            why = too_large(case, dtype, device)
-            if why is not None:
-                refused.append(why)
-                pace.parts -= len(modes)
-                continue
-            measure(case, dtype, device, modes, methods, effort, say, keep)
-            _free(device)
+def _dtypes(methods: Sequence[Method], dtypes: Sequence[str]) -> list[str]:
+    return [dtype for dtype in dtypes if any(dtype in method.dtypes for method in methods)]
 
 
-# numbers that say less are left out first where a terminal is narrow
+@dataclass
+class _Run:
+    """One call of the command: progress, and the reasons for cases that were not measured."""
+
+    device: torch.device
+    modes: Sequence[str]
+    effort: Effort
+    console: "Console"
+    where: Row
+    out: Path | None
+    refused: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(0, self.effort.seconds)
+        self.told = -1
+
+    def measure(self, case: Case, dtypes: Sequence[str], methods: Sequence[Method]) -> None:
+        """Measure a case, append its rows to the file, print its table."""
+        rows: list[Row] = []
+
+        def keep(found: list[Row]) -> None:
+            found = [row | self.where for row in found]
+            rows.extend(found)
+            self.pace.finish()
+            # mode by mode: an interrupt loses one at most
+            if self.out is not None:
+                append(self.out, found)
+
+        try:
+            with self.console.status("") as status:
+                say = partial(self._say, status)
+                for dtype in dtypes:
+                    why = too_large(case, dtype, self.device)
+                    if why is not None:
+                        self.refused.append(why)
+                        self.pace.parts -= len(self.modes)
+                        continue
+                    given = (case, dtype, self.device, self.modes, methods, self.effort)
+                    measure(*given, say, keep)
+                    _free(self.device)
+        finally:
+            # also after an interrupt
+            if rows:
+                show(case, rows, self.console)
+            if rows and self.out is not None:
+                self.console.print(f"rows: {self.out}", markup=False)
+
+    def _say(self, status: Any, what: str) -> None:
+        line = self.pace.said(what)
+        status.update(line)
+        # a status line moves on a terminal alone
+        if not self.console.is_terminal and self.told != self.pace.done:
+            line = self.pace.said(what.rpartition(",")[0])
+            self.console.print(line, markup=False, highlight=False)
+            self.told = self.pace.done
+
+
+# a narrow terminal omits columns of high rank first
 COLUMNS = (
     tables.Column("method", right=False),
     tables.Column("ms"),
@@ -389,42 +370,37 @@ COLUMNS = (
 
 
 def show(case: Case, rows: list[Row], console: "Console") -> None:
-    """A line per method, in groups of dtype and mode."""
-    least = (
-        "the matrix products alone"
-        if case.op == "head"
-        else "a copy of the logits (half of it without a backward)"
-    )
-    unit = "relative to its row's largest" if case.op == "head" else "relative to itself"
-    caption = f"roofline: {least}, timed in turn with the methods; memory beyond inputs, results included; "
-    caption += f"error: of the worst entry of the gradient, {unit}"
+    """Print a line per method, in groups of dtype and mode."""
+    head = case.op == "head"
+    copy = "a copy of the logits (half of it without a backward)"
+    least = "the matrix products alone" if head else copy
+    unit = "relative to its row's largest" if head else "relative to itself"
+    roofline = f"roofline: {least}, timed in turn with the methods"
+    memory = "memory beyond inputs, results included"
+    caption = f"{roofline}; {memory}; error: of the worst entry of the gradient, {unit}"
+    base = {
+        (row["dtype"], row["mode"]): row.get("ms_p50")
+        for row in rows
+        if row["method"] == known.BASELINE[case.op]
+    }
     lines = []
     for row in rows:
         group = f"{row['dtype']} {row['mode']}"
-        base = next(
-            (
-                r.get("ms_p50")
-                for r in rows
-                if f"{r['dtype']} {r['mode']}" == group and r["method"] == known.BASELINE[case.op]
-            ),
-            None,
-        )
         if row["status"] != "ok":
-            lines.append(
-                tables.Line([row["method"]], group, f"{row['status']}: {row['note']}", "red")
-            )
+            remark = f"{row['status']}: {row['note']}"
+            lines.append(tables.Line([row["method"]], group, remark, "red"))
             continue
-        ms, peak = row["ms_p50"], row["peak_extra_bytes"]
-        cells = [
-            row["method"],
-            f"{ms:.3g}" if ms < 100 else f"{ms:.0f}",
-            f"{row['ms_p20']:.3g}-{row['ms_p80']:.3g}",
-        ]
-        cells += [
-            f"{base / ms:.2f}" if base else "-",
-            f"{row['ideal_ms'] / ms:.2f}" if row.get("ideal_ms") else "-",
-        ]
-        cells += ["-" if peak is None else f"{peak / 2**20:,.0f} MiB", f"{row['loss_error']:.0e}"]
-        cells += ["-" if row["grad_error"] is None else f"{row['grad_error']:.0e}"]
+        ms, peak, eager = (
+            row["ms_p50"],
+            row["peak_extra_bytes"],
+            base.get((row["dtype"], row["mode"])),
+        )
+        cells = [row["method"], f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"]
+        cells.append(f"{row['ms_p20']:.3g}-{row['ms_p80']:.3g}")
+        cells.append(f"{eager / ms:.2f}" if eager else "-")
+        cells.append(f"{row['ideal_ms'] / ms:.2f}" if row.get("ideal_ms") else "-")
+        cells.append("-" if peak is None else f"{peak / 2**20:,.0f} MiB")
+        cells.append(f"{row['loss_error']:.0e}")
+        cells.append("-" if row["grad_error"] is None else f"{row['grad_error']:.0e}")
         lines.append(tables.Line(cells, group))
     tables.show(console, COLUMNS, lines, f"{case.name}: {case.size} - {case.reason}", caption)

@@ -1,5 +1,4 @@
-"""Named shapes with the reason for each, what the least work on them is, and numbers like a trained
-model's."""
+"""Named shapes, the least work on them, and inputs with the statistics of a trained model."""
 
 import math
 import re
@@ -12,15 +11,14 @@ from .mistakes import Mistake
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("no_grad", "forward", "forward+backward")
-IGNORED = 7  # every seventh row is ignored, as padding and prompts are
+IGNORED = 7  # every seventh row is ignored, like padding and prompts
 
 
 @dataclass(frozen=True)
 class Case:
-    """N rows over V classes; with a width D it is a head, hidden (N, D) times weight (V, D).
+    """N rows over V classes. With D: a head, hidden (N, D) times weight (V, D).
 
-    With P, classes are labels that are a yes or no each, at most P of a row yes.
-    """
+    With P: multi-label targets, at most P positives per row."""
 
     name: str
     n: int
@@ -43,20 +41,17 @@ class Case:
         return self.n * self.v * itemsize
 
     def input_bytes(self, itemsize: int) -> int:
-        """Logits, or hidden and weight; and int64 targets, of labels the ids of those that are
-        1."""
+        """Logits, or hidden and weight, and int64 targets: P ids per row for labels."""
         if self.d is None:
             return self.logits_bytes(itemsize) + 8 * self.n * (self.p or 1)
         return (self.n + self.v) * self.d * itemsize + 8 * self.n
 
     def moved_bytes(self, mode: str, itemsize: int) -> int:
-        """The least a method on logits can move: read them once, and write the gradient once where
-        there is one."""
+        """The minimum for logits: read them once, and write the gradient once if there is one."""
         return self.logits_bytes(itemsize) * (2 if mode == "forward+backward" else 1)
 
     def flops(self, mode: str) -> int:
-        """Of the matrix products of a head: the logits, and with a backward those of both
-        gradients."""
+        """Matrix products of a head: logits, and with a backward both gradients."""
         return 2 * self.n * self.v * (self.d or 0) * (3 if mode == "forward+backward" else 1)
 
 
@@ -102,48 +97,49 @@ CASES: dict[str, _Named] = {
         32000,
         512,
         16,
-        "fewer rows than a GPU has places: a small batch, the last tokens of a prompt",
+        "fewer rows than a GPU can run at once: a small batch, the last tokens of a prompt",
     ),
     "many-rows": _logits(
-        512, 131072, 131072, "more rows than 65,535, hardly any classes: bytes, images, characters"
+        512, 131072, 131072, "more rows than 65,535, few classes: bytes, images, characters"
     ),
     "head-llama3": _head(128256, 4096, 8192, 32, "Llama 3 8B: one sequence of 8192 tokens"),
     "head-qwen": _head(
-        151936, 2048, 16384, 32, "Qwen 3 1.7B: a small model, where the head is a third of the work"
+        151936, 2048, 16384, 32, "Qwen 3 1.7B: a small model, whose head is a third of the work"
     ),
-    "head-gemma2": _head(
-        256000, 2304, 8192, 32, "Gemma 2 2B: more classes per unit of width than anyone"
-    ),
+    "head-gemma2": _head(256000, 2304, 8192, 32, "Gemma 2 2B: the most classes per unit of width"),
     "head-smollm": _head(
         49152,
         576,
         16384,
         512,
-        "SmolLM 135M: narrow, so that the loss weighs more than the products",
+        "SmolLM 135M: narrow, so that the loss costs more than the products",
     ),
     "labels-wiki10": _labels(
-        30938, 19, 8192, 256, "Wiki10-31K: the tags of a page, and rows that start on no 16 bytes"
+        30938,
+        19,
+        8192,
+        256,
+        "Wiki10-31K: tags of a page, and rows that are not aligned to 16 bytes",
     ),
     "labels-amazon": _labels(
         670091,
         5,
         1024,
         32,
-        "Amazon-670K: a product's few neighbours, where zeros and ones are as much as logits",
+        "Amazon-670K: few positives; dense targets are as large as the logits",
     ),
     "labels-million": _labels(
         1000000,
         64,
         1024,
         32,
-        "a million labels and long lists of ids: what it costs to look for a block's own",
+        "a million labels and long lists of ids: the cost of finding those of a block",
     ),
 }
 
 
 def named(name: str, device: torch.device) -> Case:
-    """The case of that name with the rows for this kind of device, or of a shape NxV, NxDxV or
-    NxVpP."""
+    """The named case with rows for a kind of device, or a shape NxV, NxDxV or NxVpP."""
     if name in CASES:
         found = CASES[name]
         return Case(
@@ -154,17 +150,17 @@ def named(name: str, device: torch.device) -> Case:
             found.reason,
             found.p,
         )
-    # of 18 digits, which an int64 holds
+    # at most 18 digits fit an int64
     size = "([1-9][0-9]{0,17})"
     sizes = re.fullmatch(f"{size}x(?:{size}x)?{size}(?:p{size})?", name.lower(), re.ASCII)
     if sizes:
         n, d, v, p = (None if size is None else int(size) for size in sizes.groups())
         assert n is not None and v is not None
-        # ids of as many as there are labels would have the shape of zeros and ones
+        # with P = V ids would have the shape of a dense target
         if p is None or (d is None and p < v):
             return Case(name.lower(), n, v, d, "a shape of your own", p)
     shapes = "NxV (logits), NxDxV (head) or NxVpP (labels, at most P < V of a row 1)"
-    raise Mistake(f"case is {name!r} but must be one of {', '.join(CASES)}, or a shape {shapes}")
+    raise Mistake(f"case is {name!r}, expected one of {', '.join(CASES)}, or a shape {shapes}")
 
 
 def logits_like_a_model(
@@ -175,14 +171,14 @@ def logits_like_a_model(
     A logit is the log of a Zipf-Mandelbrot frequency ``1 / (rank + 2.7)``, the same for all rows,
     plus N(0, 1.5**2) of its row, plus an offset N(0, 3**2) common to the row. The target is drawn
     by frequency, and its logit set so that its probability is a draw of Beta(0.4, 0.8): many rows
-    are sure, many are lost, and the mean loss is digamma(1.2) - digamma(0.4) = 2.27 nats. Every
-    seventh row is ignored."""
+    are confident, many are wrong, and the mean loss is digamma(1.2) - digamma(0.4) = 2.27 nats.
+    Every seventh row is ignored."""
     generator = torch.Generator(device).manual_seed(seed)
     frequency = 1.0 / (torch.arange(v, device=device, dtype=torch.float32) + 2.7)
-    # ids of frequent tokens are low in no tokenizer in particular
+    # frequent classes have random ids
     frequency = frequency[torch.randperm(v, generator=generator, device=device)]
     target = torch.multinomial(frequency, n, replacement=True, generator=generator)
-    odds = _sure_and_lost(n, generator)
+    odds = _log_odds(n, generator)
     logits = torch.empty(n, v, dtype=dtype, device=device)
     rows = max(1, (64 << 20) // (4 * v))
     for start in range(0, n, rows):
@@ -206,19 +202,18 @@ def logits_like_a_model(
 def labels_like_a_model(
     n: int, v: int, p: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, V) and the ids (N, P) of the labels that are 1, padded with -100, as a trained
-    tagger's.
+    """Logits (N, V) of a trained tagger, and ids (N, P) of the positives, padded with -100.
 
-    A logit is the log of how often its label is among P, by Zipf-Mandelbrot frequencies as for
-    ``logits_like_a_model``, plus N(0, 1.5**2). Of the P labels drawn for a row by frequency, of
-    which 1 to P are kept, it is such that the probability is a draw of Beta(0.4, 0.8). Most labels
-    are next to impossible and say so: a loss of 1e-7 each, which adds up."""
+    A logit is the log of the expected count of its label among P draws, by the frequencies of
+    ``logits_like_a_model``, plus N(0, 1.5**2). P labels are drawn for a row by frequency; 1 to P of
+    them are positives, and their logits are set so that the probability is a draw of
+    Beta(0.4, 0.8). Most labels are improbable, with a loss of 1e-7 each, which adds up."""
     generator = torch.Generator(device).manual_seed(seed)
     frequency = 1.0 / (torch.arange(v, device=device, dtype=torch.float32) + 2.7)
     frequency = frequency[torch.randperm(v, generator=generator, device=device)]
     frequency /= frequency.sum()
     ids = torch.multinomial(frequency, n * p, replacement=True, generator=generator).view(n, p)
-    odds = _sure_and_lost(n * p, generator).view(n, p)
+    odds = _log_odds(n * p, generator).view(n, p)
     logits = torch.empty(n, v, dtype=dtype, device=device)
     rows = max(1, (64 << 20) // (4 * v))
     for start in range(0, n, rows):
@@ -236,7 +231,7 @@ def labels_like_a_model(
 def head_like_a_model(
     n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden (N, D), weight (V, D) and targets (N,) whose product is peaked as a trained model's.
+    """Hidden (N, D), weight (V, D) and targets (N,) with logits as peaked as a trained model's.
 
     The weight is N(0, 4 / D) and the hidden state N(0, 1) plus a multiple of the target's row of
     the weight, so that logits of the other classes have a deviation of 2 and the target's
@@ -246,16 +241,15 @@ def head_like_a_model(
     hidden = torch.randn(n, d, generator=generator, device=device)
     target = torch.randint(0, v, (n,), generator=generator, device=device)
     mine = weight[target]
-    # log of a sum of V lognormals of deviation 2, and what the noise has given the target already
-    wanted = math.log(v) + 2.0 + _sure_and_lost(n, generator)
+    # log of a sum of V lognormals of deviation 2, minus the target's logit from the noise
+    wanted = math.log(v) + 2.0 + _log_odds(n, generator)
     hidden += ((wanted - (hidden * mine).sum(1)) / mine.square().sum(1))[:, None] * mine
     target[::IGNORED] = -100
     return hidden.to(dtype), weight.to(dtype), target
 
 
-def _sure_and_lost(n: int, generator: torch.Generator) -> Tensor:
-    """log(p / (1 - p)) of n draws p of Beta(0.4, 0.8), as the difference of the logs of two gamma
-    draws."""
+def _log_odds(n: int, generator: torch.Generator) -> Tensor:
+    """log(p / (1 - p)) of n draws p of Beta(0.4, 0.8): a difference of logs of gamma draws."""
     device = generator.device
 
     def log_gamma_draws(shape: float) -> Tensor:

@@ -4,7 +4,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from .methods import OURS
-from .pages import THEMES, theme
+from .pages import theme
 from .shown import FIELDS, SPLIT, dtypes, prepare
 
 if TYPE_CHECKING:
@@ -17,11 +17,10 @@ CASE, METHOD, SHAPE, OTHER = (f"split(datum.value, '\\u001f')[{part}]" for part 
 
 
 def spec(name: str, width: int | None = None) -> dict[str, Any]:
-    """A chart as Vega-Lite without its rows: a line per case and method, the marks, and what they
-    say in a column at the right.
+    """A chart as Vega-Lite without rows: a line per case and method, marks, and a value column.
 
-    Whoever draws it sets ``rows``, the domain of the lines and the height for them (of history: the
-    domain of the runs), and the parameters ``narrow`` and ``gutter``."""
+    The page sets ``rows``, the domain of the lines (in the history: of the runs), the height, and
+    the parameters ``narrow`` and ``gutter``."""
     import altair as alt
 
     chart = _history() if name == "history" else _by_case(name, width)
@@ -33,18 +32,36 @@ def spec(name: str, width: int | None = None) -> dict[str, Any]:
 def _by_case(name: str, width: int | None) -> Any:
     import altair as alt
 
-    # the head of a case has no method: its key is case, nothing, shape
-    name_of = f"(narrow ? replace({METHOD}, 'cross_entropy', 'ce') : {METHOD}) + ({METHOD} && {OTHER} ? ' \u2020' : '')"
-    label = f"{SHAPE} ? {CASE} + ' \u00b7 ' + {SHAPE} : {name_of}"
+    base = alt.Chart(alt.NamedData("rows")).encode(y=_case_axis())
+    end = alt.ExprRef(f"max(40, {width or 'width'} - {VALUE_COLUMN[name]})")
+    layers = _MARKS[name](base, [0, end])
+    tip = alt.ExprRef("datum.tip")
+    texts = {"memory": ["memory_text", "logits_text"], "error": ["grad_text", "loss_text"]}
+    for i, text in enumerate(texts.get(name, [f"{name}_text"])):
+        shift = -i * VALUE_COLUMN[name] * 0.57
+        value = base.mark_text(style="value", align="right", dx=shift, tooltip=tip)
+        layers.append(value.encode(x=alt.value("width"), text=f"{text}:N"))
+    gap = {"memory": "gap", "share": "share_gap"}.get(name, "problem")
+    missing = base.mark_text(style="gap", align="left", dx=2, tooltip=tip)
+    layers.append(missing.encode(x=alt.value(0), text=f"{gap}:N"))
+    return alt.layer(*layers)
+
+
+def _case_axis() -> Any:
+    """A line per method under the name of its case, which has no method: case, nothing, shape."""
+    import altair as alt
+
+    short = f"(narrow ? replace({METHOD}, 'cross_entropy', 'ce') : {METHOD})"
+    name = f"{short} + ({METHOD} && {OTHER} ? ' \u2020' : '')"
+    label = f"{SHAPE} ? {CASE} + ' \u00b7 ' + {SHAPE} : {name}"
     ours = f"indexof({METHOD}, 'lossfuse') == 0 && {METHOD} != 'lossfuse reference'"
-    strong = alt.condition(f"{SHAPE} || {ours}", alt.value("bold"), alt.value("normal"))
     axis = alt.Axis(
         title=None,
         labelExpr=label,
         labelAlign="left",
         labelLimit=0,
         labelOverlap=False,
-        labelFontWeight=strong,
+        labelFontWeight=alt.condition(f"{SHAPE} || {ours}", alt.value("bold"), alt.value("normal")),
         labelPadding=alt.ExprRef("gutter"),
         minExtent=alt.ExprRef("gutter"),
         maxExtent=alt.ExprRef("gutter"),
@@ -52,93 +69,94 @@ def _by_case(name: str, width: int | None) -> Any:
         ticks=False,
         grid=False,
     )
-    y = alt.Y(
-        "line:N",
-        axis=axis,
-        scale=alt.Scale(type="band", domain=["y"], paddingInner=0.3, paddingOuter=0.15),
+    scale = alt.Scale(type="band", domain=["y"], paddingInner=0.3, paddingOuter=0.15)
+    return alt.Y("line:N", axis=axis, scale=scale)
+
+
+def _x(field: str, span: list[Any], labels: str = "~g", log: bool = True) -> Any:
+    """The number of a row, on a logarithmic scale or on one from 0."""
+    import altair as alt
+
+    axis = alt.Axis(
+        orient="top",
+        format=labels,
+        tickCount=4,
+        title=None,
+        domain=False,
+        ticks=False,
+        labelSeparation=4,
     )
-    base = alt.Chart(alt.NamedData("rows")).encode(y=y)
-    room: list[Any] = [0, alt.ExprRef(f"max(40, {width or 'width'} - {VALUE_COLUMN[name]})")]
-    log = alt.Scale(type="log", nice=False, padding=10, range=room)
-    linear = alt.Scale(zero=True, nice=False, range=room)
+    if labels == "~e":
+        axis.labelExpr = "replace(replace(datum.label, '+', ''), /e0$/, '')"
+    if not log:
+        return alt.X(f"{field}:Q", scale=alt.Scale(zero=True, nice=False, range=span), axis=axis)
+    round_number = "indexof('125', format(datum.value, '.0e')[0]) >= 0"
+    axis.gridOpacity = alt.condition(round_number, alt.value(1), alt.value(0))
+    scale = alt.Scale(type="log", nice=False, padding=10, range=span)
+    return alt.X(f"{field}:Q", scale=scale, axis=axis)
+
+
+def _solid() -> dict[str, Any]:
+    """A filled mark; hollow for a row of another run."""
+    import altair as alt
+
+    fill, outline = (
+        alt.condition("datum.other", alt.value(other), alt.value(own))
+        for other, own in ((0.15, 1), (1, 0))
+    )
+    paint = {"fill": alt.Fill("color:N", scale=None), "stroke": alt.Stroke("color:N", scale=None)}
+    return paint | {"fillOpacity": fill, "strokeOpacity": outline}
+
+
+def _times(base: Any, span: list[Any]) -> list[Any]:
+    import altair as alt
+
     paint, tip = alt.Color("color:N", scale=None), alt.ExprRef("datum.tip")
-    # rows of another run are hollow
-    solid: dict[str, Any] = {
-        "fill": alt.Fill("color:N", scale=None), "stroke": alt.Stroke("color:N", scale=None),
-        "fillOpacity": alt.condition("datum.other", alt.value(0.15), alt.value(1)),
-        "strokeOpacity": alt.condition("datum.other", alt.value(1), alt.value(0)),
-    }  # fmt: skip
+    ideal = base.mark_tick(style="ideal", thickness=2, height=STEP)
+    spread = base.mark_rule(strokeWidth=2.5, opacity=0.5, tooltip=tip)
+    point = base.mark_point(shape="circle", size=62, strokeWidth=1.6, opacity=1, tooltip=tip)
+    return [
+        ideal.encode(x=_x("ideal", span)),
+        spread.encode(x=_x("ms_lo", span), x2="ms_hi:Q", color=paint),
+        point.encode(x=_x("ms", span), **_solid()),
+    ]
 
-    def x(field: str, scale: alt.Scale, labels: str = "~g") -> alt.X:
-        axis = alt.Axis(
-            orient="top",
-            format=labels,
-            tickCount=4,
-            title=None,
-            domain=False,
-            ticks=False,
-            labelSeparation=4,
-        )
-        if labels == "~e":
-            axis.labelExpr = "replace(replace(datum.label, '+', ''), /e0$/, '')"
-        if scale is log:
-            axis.gridOpacity = alt.condition(
-                "indexof('125', format(datum.value, '.0e')[0]) >= 0", alt.value(1), alt.value(0)
-            )
-        return alt.X(f"{field}:Q", scale=scale, axis=axis)
 
-    if name == "time":
-        layers = [
-            base.mark_tick(style="ideal", thickness=2, height=STEP).encode(x=x("ideal", log)),
-            base.mark_rule(strokeWidth=2.5, opacity=0.5, tooltip=tip).encode(
-                x=x("ms_lo", log), x2="ms_hi:Q", color=paint
-            ),
-            base.mark_point(
-                shape="circle", size=62, strokeWidth=1.6, opacity=1, tooltip=tip
-            ).encode(x=x("ms", log), **solid),
-        ]
-    elif name == "share":
-        one = alt.Chart(alt.InlineData(values=[{}])).mark_rule(style="ideal", strokeWidth=2)
-        layers = [
-            one.encode(x=alt.datum(1, scale=linear)),
-            base.mark_bar(cornerRadiusEnd=2, tooltip=tip).encode(
-                x=x("share", linear, "~%"), **solid
-            ),
-            base.mark_rule(style="spread", strokeWidth=1.2, tooltip=tip).encode(
-                x=x("share_lo", linear, "~%"), x2="share_hi:Q"
-            ),
-        ]
-    elif name == "memory":
-        layers = [
-            base.mark_bar(cornerRadiusEnd=2, tooltip=tip).encode(x=x("logits", linear), **solid)
-        ]
-    else:
-        ring, dot = (
-            base.mark_point(size=48, filled=filled, opacity=1, strokeWidth=1.8, tooltip=tip)
-            for filled in (False, True)
-        )
-        layers = [
-            ring.encode(x=x("loss_error", log, "~e"), color=paint),
-            dot.encode(x=x("grad_error", log, "~e"), color=paint),
-        ]
-    texts = {
-        "time": ["time_text"],
-        "share": ["share_text"],
-        "memory": ["memory_text", "logits_text"],
-        "error": ["grad_text", "loss_text"],
-    }[name]
-    for i, text in enumerate(texts):
-        value = base.mark_text(
-            style="value", align="right", dx=-i * VALUE_COLUMN[name] * 0.57, tooltip=tip
-        )
-        layers.append(value.encode(x=alt.value("width"), text=f"{text}:N"))
-    gap = {"memory": "gap", "share": "share_gap"}.get(name, "problem")
-    layers.append(
-        base.mark_text(style="gap", align="left", dx=2, tooltip=tip).encode(
-            x=alt.value(0), text=f"{gap}:N"
-        )
+def _shares(base: Any, span: list[Any]) -> list[Any]:
+    import altair as alt
+
+    tip, scale = alt.ExprRef("datum.tip"), alt.Scale(zero=True, nice=False, range=span)
+    one = alt.Chart(alt.InlineData(values=[{}])).mark_rule(style="ideal", strokeWidth=2)
+    bar = base.mark_bar(cornerRadiusEnd=2, tooltip=tip)
+    spread = base.mark_rule(style="spread", strokeWidth=1.2, tooltip=tip)
+    return [
+        one.encode(x=alt.datum(1, scale=scale)),
+        bar.encode(x=_x("share", span, "~%", log=False), **_solid()),
+        spread.encode(x=_x("share_lo", span, "~%", log=False), x2="share_hi:Q"),
+    ]
+
+
+def _sizes(base: Any, span: list[Any]) -> list[Any]:
+    import altair as alt
+
+    bar = base.mark_bar(cornerRadiusEnd=2, tooltip=alt.ExprRef("datum.tip"))
+    return [bar.encode(x=_x("logits", span, log=False), **_solid())]
+
+
+def _errors(base: Any, span: list[Any]) -> list[Any]:
+    """A ring for the loss, a dot for the gradient."""
+    import altair as alt
+
+    paint, tip = alt.Color("color:N", scale=None), alt.ExprRef("datum.tip")
+    ring, dot = (
+        base.mark_point(size=48, filled=filled, opacity=1, strokeWidth=1.8, tooltip=tip)
+        for filled in (False, True)
     )
-    return alt.layer(*layers)
+    loss, grad = (_x(field, span, "~e") for field in ("loss_error", "grad_error"))
+    return [ring.encode(x=loss, color=paint), dot.encode(x=grad, color=paint)]
+
+
+_MARKS = {"time": _times, "share": _shares, "memory": _sizes, "error": _errors}
 
 
 def _history() -> Any:
@@ -186,96 +204,82 @@ def _history() -> Any:
     return alt.layer(*layers, height=300)
 
 
+HEADINGS = {
+    "logits": "Cross entropy of logits",
+    "head": "Linear layer and cross entropy",
+    "labels": "Binary cross entropy of labels",
+}
+PAPERS = {"light": "#ffffff", "dark": "#12161c"}
+
+
 def pictures(frame: "pd.DataFrame") -> dict[str, bytes]:
-    """Time and memory of each op on the device measured last, PNG by file name, for light and for
-    dark pages."""
+    """PNGs by file name: time and memory of each op on the device measured last, light and dark."""
     import vl_convert
 
     rows, _ = prepare(frame)
     shown = [row for row in rows if row["shown"] and not row["other"]]
-    made = {}
-    place = ""
-    if shown:
-        place = max(shown, key=lambda row: row["date"])["place"]
-        shown = [row for row in shown if row["place"] == place]
-    headings = {
-        "logits": "Cross entropy of logits",
-        "head": "Linear layer and cross entropy",
-        "labels": "Binary cross entropy of labels",
-    }
+    if not shown:
+        return {}
+    place = max(shown, key=lambda row: row["date"])["place"]
+    drawn = {}
     for op in OURS:
-        mine = [row for row in shown if row["op"] == op]
-        for key, wanted in (
-            ("dtype", dtypes(place)),
-            ("mode", ("forward+backward", "forward", "no_grad")),
-        ):
-            found = {row[key] for row in mine}
-            first = next((value for value in wanted if value in found), min(found, default=""))
-            mine = [row for row in mine if row[key] == first]
-        cases = list(dict.fromkeys(row["case"] for row in mine))[:6]
-        mine = [
-            row for row in mine if row["case"] in cases and row["method"] != "lossfuse reference"
-        ]
+        mine = _first_choice([r for r in shown if (r["place"], r["op"]) == (place, op)], place)
         if not any(row["ms"] for row in mine):
             continue
-        lines = _lines(mine)
-        panels = []
-        bounded = any(row["ideal"] for row in mine)
-        titles = {
-            "time": "Time, ms" + ": the tick is the roofline" * bounded,
-            "memory": "Peak memory, in units of the logits",
-        }
-        for name, title in titles.items():
-            panel = spec(name, 420) | {
-                "height": STEP * len(lines),
-                "title": {"text": title, "anchor": "start", "frame": "group"},
-            }
-            panels.append(
-                {
-                    key: value
-                    for key, value in panel.items()
-                    if key not in ("params", "config", "$schema", "autosize")
-                }
-            )
-            for layer in panel["layer"]:
-                if "y" in layer["encoding"]:
-                    layer["encoding"]["y"]["scale"]["domain"] = lines
-        gutter = 24 + 6.4 * max(len(row["method"]) for row in mine)
-        first_row = mine[0]
-        commits = dict.fromkeys(row["commit"] for row in mine)
-        facts = [
-            place,
-            first_row["dtype"],
-            first_row["mode"].replace("+", " + "),
-            f"torch {first_row['torch']}",
-            *commits,
-        ]
-        heading = {
-            "text": headings[op],
-            "subtitle": ", ".join(filter(None, facts)),
-            "fontSize": 17,
-            "subtitleFontSize": 12,
-            "offset": 18,
-        }
-        for paper in THEMES:
-            whole = {
-                "hconcat": panels,
-                "spacing": 40,
-                "padding": 16,
-                "datasets": {"rows": [{field: row[field] for field in FIELDS} for row in mine]},
-                "params": [{"name": "narrow", "value": False}, {"name": "gutter", "value": gutter}],
-                "title": heading,
-                "config": theme(paper)
-                | {"background": {"light": "#ffffff", "dark": "#12161c"}[paper]},
-            }
-            made[f"lossfuse-{op}{'-dark' * (paper == 'dark')}.png"] = vl_convert.vegalite_to_png(
-                json.dumps(whole), scale=2
-            )
-    return made
+        picture = _picture(mine, HEADINGS[op])
+        for paper, background in PAPERS.items():
+            config = theme(paper) | {"background": background}
+            png = vl_convert.vegalite_to_png(json.dumps(picture | {"config": config}), scale=2)
+            drawn[f"lossfuse-{op}{'-dark' * (paper == 'dark')}.png"] = png
+    return drawn
+
+
+def _first_choice(rows: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
+    """Rows of one dtype, one mode and at most six cases."""
+    modes = ("forward+backward", "forward", "no_grad")
+    for key, preferred in (("dtype", dtypes(place)), ("mode", modes)):
+        found = {row[key] for row in rows}
+        first = next((value for value in preferred if value in found), min(found, default=""))
+        rows = [row for row in rows if row[key] == first]
+    cases = list(dict.fromkeys(row["case"] for row in rows))[:6]
+    return [r for r in rows if r["case"] in cases and r["method"] != "lossfuse reference"]
+
+
+def _picture(rows: list[dict[str, Any]], heading: str) -> dict[str, Any]:
+    """Time beside memory as Vega-Lite with its rows."""
+    bounded = any(row["ideal"] for row in rows)
+    time = "Time, ms" + ": the tick is the roofline" * bounded
+    lines = _lines(rows)
+    panels = [_panel("time", time, lines)]
+    panels.append(_panel("memory", "Peak memory, in units of the logits", lines))
+    first = rows[0]
+    facts = [first["place"], first["dtype"], first["mode"].replace("+", " + ")]
+    facts += [f"torch {first['torch']}", *dict.fromkeys(row["commit"] for row in rows)]
+    title = {"text": heading, "subtitle": ", ".join(filter(None, facts))}
+    gutter = 24 + 6.4 * max(len(row["method"]) for row in rows)
+    return {
+        "hconcat": panels,
+        "spacing": 40,
+        "padding": 16,
+        "datasets": {"rows": [{field: row[field] for field in FIELDS} for row in rows]},
+        "params": [{"name": "narrow", "value": False}, {"name": "gutter", "value": gutter}],
+        "title": title | {"fontSize": 17, "subtitleFontSize": 12, "offset": 18},
+    }
+
+
+def _panel(name: str, text: str, lines: list[str]) -> dict[str, Any]:
+    panel = spec(name, 420) | {"height": STEP * len(lines)}
+    panel["title"] = {"text": text, "anchor": "start", "frame": "group"}
+    for layer in panel["layer"]:
+        if "y" in layer["encoding"]:
+            layer["encoding"]["y"]["scale"]["domain"] = lines
+    for key in ("params", "config", "$schema", "autosize"):
+        panel.pop(key, None)
+    return panel
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Keys of the lines: of each case an empty one, its head, and its methods."""
+    """Keys of the lines: an empty one, the name and the methods of each case."""
     return list(
         dict.fromkeys(
             line for row in rows for line in (3 * SPLIT + row["case"], row["head"], row["line"])

@@ -1,4 +1,4 @@
-"""Two sets of rows side by side; a ratio only where it means something."""
+"""Two sets of rows side by side, with a ratio only beyond the spread."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +11,16 @@ from .shown import clean
 if TYPE_CHECKING:
     import pandas as pd
 
-# what must be equal for two times to be comparable, the commit apart
+# must be equal for two times to be comparable
 KEY = ["case", "n", "v", "d", "dtype", "mode", "method"]
 
 
 class Incomparable(Mistake):
-    """The two sets cannot be compared; the message says why."""
+    """Two sets that cannot be compared."""
 
 
 def select(text: str) -> "pd.DataFrame":
-    """The rows of ``FILE`` or ``FILE@COMMIT``: the last run of each row, of the newest commit if
-    none is named."""
+    """The last run of each row of ``FILE@COMMIT``; of the newest commit for ``FILE``."""
     name, at, commit = text.partition("@")
     frame = read([Path(name)])
     frame[TEXT] = frame[TEXT].map(clean)
@@ -42,21 +41,17 @@ def select(text: str) -> "pd.DataFrame":
 
 
 def compare(a: "pd.DataFrame", b: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per case, dtype, mode and method that both have, with times and how many times faster
-    ``b`` is: none within the spread.
+    """One row per common case, dtype, mode and method, with the speedup of ``b`` beyond the spread.
 
-    Incomparable if a side is of changed files or failing tests, or the devices or their settings
+    Incomparable if a side has uncommitted changes or failed tests, or if devices or settings
     differ."""
     for name, side in (("A", a), ("B", b)):
         commit = side["commit"].iloc[0] or "unknown"
         if side["dirty"].any():
-            raise Incomparable(
-                f"{name} was measured with uncommitted changes on {commit}: nobody can measure that again"
-            )
+            changed = f"{name} was measured with uncommitted changes on {commit}"
+            raise Incomparable(f"{changed}: it cannot be measured again")
         if (side["tests"] == "failed").any():
-            raise Incomparable(
-                f"{name} is commit {commit}, whose tests failed: no ratio from a red commit"
-            )
+            raise Incomparable(f"{name} is commit {commit}, whose tests failed: it has no ratio")
     for column in ("device", "settings"):
         if set(a[column]) != set(b[column]):
             raise Incomparable(
@@ -79,43 +74,26 @@ def main(a: str, b: str) -> None:
     left, right = select(a), select(b)
     both = compare(left, right)
     console = tables.console()
-    columns = [
-        tables.Column("method", right=False),
-        tables.Column("A ms"),
-        tables.Column("A p20-p80", rank=2),
-    ]
-    columns += [
-        tables.Column("B ms"),
-        tables.Column("B p20-p80", rank=2),
-        tables.Column("B faster by", right=False),
-    ]
+    columns = [tables.Column("method", right=False)]
+    columns += [tables.Column("A ms"), tables.Column("A p20-p80", rank=2)]
+    columns += [tables.Column("B ms"), tables.Column("B p20-p80", rank=2)]
+    columns += [tables.Column("B faster by", right=False)]
     columns += [tables.Column("memory A", rank=1), tables.Column("memory B", rank=1)]
     lines = []
     for row in both.to_dict("records"):
-        times = [
-            cell
-            for side in "ab"
-            for cell in (
-                f"{row[f'ms_p50_{side}']:.3g}",
-                f"{row[f'ms_p20_{side}']:.3g}-{row[f'ms_p80_{side}']:.3g}",
-            )
-        ]
-        memory = [f"{row[f'peak_extra_bytes_{side}'] / 2**20:,.0f} MiB" for side in "ab"]
-        verdict = row["verdict"] or f"{row['faster']:.2f}"
-        lines.append(
-            tables.Line(
-                [row["method"], *times, verdict, *memory],
-                f"{row['case']} {row['dtype']} {row['mode']}",
-            )
-        )
+        cells = [row["method"]]
+        for side in "ab":
+            cells.append(f"{row[f'ms_p50_{side}']:.3g}")
+            cells.append(f"{row[f'ms_p20_{side}']:.3g}-{row[f'ms_p80_{side}']:.3g}")
+        cells.append(row["verdict"] or f"{row['faster']:.2f}")
+        cells += [f"{row[f'peak_extra_bytes_{side}'] / 2**20:,.0f} MiB" for side in "ab"]
+        lines.append(tables.Line(cells, f"{row['case']} {row['dtype']} {row['mode']}"))
     tables.show(console, columns, lines, "A against B")
-    for name, side in (("A", left), ("B", right)):
-        first = side.iloc[0]
-        console.print(
-            f"{name}: lossfuse {first['lossfuse']} at {first['commit'] or 'an unknown commit'}, torch {first['torch']}, triton "
-            f"{first['triton'] or 'none'}, {first['date']}, tests {first['tests']}",
-            markup=False,
-        )
-    console.print(
-        "A peer's own ratio says how much the machine has drifted between the runs.", style="dim"
-    )
+    for name, rows in (("A", left), ("B", right)):
+        first = rows.iloc[0]
+        commit, triton = first["commit"] or "an unknown commit", first["triton"] or "none"
+        versions = f"torch {first['torch']}, triton {triton}"
+        state = f"{first['date']}, tests {first['tests']}"
+        line = f"{name}: lossfuse {first['lossfuse']} at {commit}, {versions}, {state}"
+        console.print(line, markup=False)
+    console.print("The ratio of a peer shows the drift of the machine between runs.", style="dim")

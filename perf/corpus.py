@@ -1,5 +1,4 @@
-"""Real text without a download: the sources of Python's standard library, and a byte-level BPE
-trained on them."""
+"""Real text without a download: Python's standard library, and a byte-level BPE of it."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
 
 
 def standard_library_sources(limit: int) -> list[str]:
-    """Modules in the order of their names, about ``limit`` characters; no tests and nothing
-    installed."""
+    """Modules by name, about ``limit`` characters, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     texts: list[str] = []
@@ -32,8 +30,7 @@ def standard_library_sources(limit: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> "Tokenizer":
-    """A byte-level BPE of ``vocab_size`` entries; every text is representable, so there is no
-    unknown token."""
+    """A byte-level BPE of ``vocab_size`` entries; it can encode every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -52,7 +49,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> "Tokenizer":
 def batches(
     ids: Tensor, batch: int, length: int, steps: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, next tokens), each (batch, length), from random places of the text."""
+    """(tokens, next tokens), each (batch, length), at random positions of the text."""
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(0, len(ids) - length - 1, (batch,), generator=g)

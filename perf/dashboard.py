@@ -1,5 +1,4 @@
-"""One page that opens from disk: what lossfuse saves, by case, method and version, from the rows
-that were measured."""
+"""A page of rows that opens offline: time and memory by case, method and version."""
 
 import html
 from pathlib import Path
@@ -43,8 +42,7 @@ SUMMARY = (
 
 
 def build(frame: "pd.DataFrame") -> str:
-    """The page, complete: rows, charts, scripts and style in one HTML text that asks nothing of a
-    network."""
+    """The whole page: rows, charts, scripts and style in one HTML text, without a network."""
     rows, left_out = prepare(frame)
     data = {
         "rows": _columns(rows, FIELDS),
@@ -59,11 +57,10 @@ def build(frame: "pd.DataFrame") -> str:
 
 
 def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
-    """Read the rows of all files, write the page, and pictures for a README into the folder
-    ``pngs``, and print what was written.
+    """Write the page, and pictures for a README into the folder ``pngs``; print the files.
 
-    Files of errors against bounds, which lie beside them, are passed over. BadRows, before anything
-    is written, if no row is left."""
+    Files of errors against bounds are skipped. BadRows, before anything is written, if no row is
+    left."""
     idle = [f"{path} holds errors against bounds" for path in paths if holds(path, BOUNDS)]
     mine = [path for path in paths if not holds(path, BOUNDS)]
     idle += [f"{path} has no rows" for path in mine if not len(read([path]))]
@@ -92,8 +89,7 @@ def main(paths: list[Path], out: Path, pngs: Path | None) -> None:
 
 
 def _columns(records: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
-    """For each name its distinct values and where each record's is among them: what rows say
-    repeats."""
+    """For each name its distinct values, and the index of each record's value among them."""
     columns = {}
     for name in names:
         places: dict[Any, int] = {}
@@ -108,41 +104,30 @@ def _header(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "<p>There are no rows to show: measure some first.</p>"
     newest = max(rows, key=lambda row: (row["date"], row["shown"]))
-    facts = {
-        "device" if len({row["place"] for row in rows}) == 1 else "devices": "; ".join(
-            dict.fromkeys(row["place"] for row in rows)
-        ),
-        "torch": newest["torch"],
-        "triton": newest["triton"],
-        "lossfuse": newest["lossfuse"],
-        "newest run": " ".join(
-            filter(None, [newest["date"].replace("T", " ")[:16], newest["date"] and "UTC"])
-        ),
-        "commit": newest["commit"],
-        "rows": f"{len(rows):,}",
-    }
-    return (
-        "<dl>"
-        + "".join(
-            f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>"
-            for name, text in facts.items()
-            if text
-        )
-        + "</dl>"
+    places = list(dict.fromkeys(row["place"] for row in rows))
+    facts = {"device" if len(places) == 1 else "devices": "; ".join(places)}
+    facts |= {name: newest[name] for name in ("torch", "triton", "lossfuse")}
+    date = newest["date"].replace("T", " ")[:16]
+    facts |= {"newest run": f"{date} UTC" if date else "", "commit": newest["commit"]}
+    facts["rows"] = f"{len(rows):,}"
+    entries = (
+        f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>"
+        for name, text in facts.items()
+        if text
     )
+    return f"<dl>{''.join(entries)}</dl>"
 
 
 def _warnings(rows: list[dict[str, Any]], left_out: int) -> str:
     shown = [row for row in rows if row["shown"]]
-    dirty, red = (
-        sum(row["commit"].endswith("*") for row in shown),
-        sum(row["tests"] == "failed" for row in shown),
-    )
-    said = [
-        f"{dirty} of the {len(shown)} rows in the charts were measured with uncommitted changes; their commit has a *."
-        * bool(dirty),
-        f"{red} of the {len(shown)} rows in the charts belong to a commit whose tests failed; no ratio is made of them."
-        * bool(red),
-        f"{left_out} rows are left out: their case has had another shape since." * bool(left_out),
-    ]
-    return "".join(f'<p class="warning">{line}</p>' for line in said if line)
+    dirty = sum(row["commit"].endswith("*") for row in shown)
+    red = sum(row["tests"] == "failed" for row in shown)
+    of_all, said = f"of the {len(shown)} rows in the charts", []
+    if dirty:
+        changes = "were measured with uncommitted changes; their commit has a *."
+        said.append(f"{dirty} {of_all} {changes}")
+    if red:
+        said.append(f"{red} {of_all} belong to a commit with failed tests and have no ratio.")
+    if left_out:
+        said.append(f"{left_out} rows of an earlier shape of their case are left out.")
+    return "".join(f'<p class="warning">{line}</p>' for line in said)

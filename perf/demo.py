@@ -1,5 +1,4 @@
-"""The same small transformer trained on the same real text with torch's loss and with ours, in
-turn, step by step."""
+"""Train one small transformer on real text twice, with torch's loss and ours, in turn."""
 
 import io
 import os
@@ -8,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {"F.cross_entropy": F.cross_entropy, "lossfuse": lossfuse.cross_entropy}
 TORCH, OURS = LOSSES
-# (model, tokens, their next ones) -> the loss of a training step, and the colour of its curve
+# (model, tokens, next tokens) -> the loss of a training step, and the colour of its curve
 STEPS: dict[str, tuple[Callable[[Transformer, Tensor, Tensor], Tensor], str]] = {
     "torch": (
         lambda model, tokens, target: F.cross_entropy(model(tokens).flatten(0, 1), target),
@@ -55,13 +54,13 @@ STEPS: dict[str, tuple[Callable[[Transformer, Tensor, Tensor], Tensor], str]] = 
     ),
 }
 STEP_REPEATS = 3
-# of the CPUs: with more load than that times say little
+# load per CPU above which times are unreliable
 BUSY = 0.5
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained."""
+    """Sizes of the model, the text and the training."""
 
     vocab_size: int = 32768
     characters: int = 12_000_000
@@ -76,14 +75,14 @@ class Setup:
 
     @property
     def about_seconds(self) -> int:
-        """On two quiet CPU cores with the default sizes: 20 s before the first step, 1 s for one of
-        both models, 10 s for whole steps."""
+        """On two quiet CPU cores: 20 s of preparation, 1 s for a step of both models, 10 s of
+        whole steps."""
         return 30 + self.steps
 
 
 @dataclass
 class Run:
-    """One model's training as it was seen."""
+    """Losses, times and memory of one training."""
 
     loss_fn: Loss
     model: Transformer
@@ -94,7 +93,7 @@ class Run:
 
     @property
     def timing(self) -> Timing:
-        # the first step pays for what is done once
+        # the first step includes one-time work
         return Timing.of(self.milliseconds[1:] or self.milliseconds)
 
     def step(self, tokens: Tensor, target: Tensor) -> None:
@@ -114,7 +113,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole training step: forward, loss, backward, optimizer."""
+    """Time and memory of a whole training step: forward, loss, backward, optimizer."""
 
     timing: Timing
     profile: MemoryProfile
@@ -122,8 +121,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Result:
-    """Both runs, whole steps of one model with its loss computed in several ways, and what they ran
-    on."""
+    """Both trainings, and whole steps of one model with several losses."""
 
     runs: dict[str, Run]
     costs: dict[str, Cost]
@@ -139,24 +137,22 @@ def train(
     say: Callable[[str], None],
     advance: Callable[[dict[str, Run]], None],
 ) -> Result:
-    """Tokenise, train both models alternately, then weigh each loss once; ``advance`` is called
-    after every step of both."""
+    """Train both models in turn, then measure the memory of each loss.
+
+    ``advance`` is called after every step of both."""
     say(f"reading the standard library, at most {setup.characters / 1e6:.0f} M characters")
     texts = standard_library_sources(setup.characters)
-    say(
-        f"training a byte-level BPE of {setup.vocab_size:,} entries on {sum(map(len, texts)) / 1e6:.1f} M characters"
-    )
+    size = f"{sum(map(len, texts)) / 1e6:.1f} M characters"
+    say(f"training a byte-level BPE of {setup.vocab_size:,} entries on {size}")
     tokenizer = interrupts.result_of(lambda: train_tokenizer(texts, setup.vocab_size))
     vocab_size = tokenizer.get_vocab_size()
     if vocab_size < setup.vocab_size:
-        raise RuntimeError(
-            f"the text gave {vocab_size} entries of the {setup.vocab_size} asked for; raise characters or lower vocab_size"
-        )
+        gave = f"the text gave {vocab_size} entries of {setup.vocab_size}"
+        raise RuntimeError(f"{gave}; raise characters or lower vocab_size")
     encodings = interrupts.result_of(lambda: tokenizer.encode_batch(texts))
     ids = torch.tensor([i for encoding in encodings for i in encoding.ids])
-    say(
-        f"{len(ids) / 1e6:.2f} M tokens; training two models of the same seed, {setup.steps} steps each"
-    )
+    text = f"{len(ids) / 1e6:.2f} M tokens"
+    say(f"{text}; training two models of the same seed, {setup.steps} steps each")
 
     runs = {}
     for name, loss_fn in LOSSES.items():
@@ -186,7 +182,7 @@ def train(
 
 
 def whole_steps(run: Run, tokens: Tensor, target: Tensor, device: torch.device) -> dict[str, Cost]:
-    """Times, interleaved, then memory of each way to compute the loss of a training step."""
+    """Time training steps with each loss in turn, then profile the memory of each."""
 
     def step(name: str) -> None:
         interrupts.check()
@@ -201,7 +197,7 @@ def whole_steps(run: Run, tokens: Tensor, target: Tensor, device: torch.device) 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     costs = {}
     for name in STEPS:
-        # of what is freed while it is recorded the profiler must know the size
+        # gradients freed during the recording must have been allocated in it
         run.optimizer.zero_grad()
         costs[name] = Cost(
             times[name], profile_memory(partial(step, name), device=device, warmup=0)
@@ -214,109 +210,88 @@ def _gradient(loss_fn: Loss, logits: Tensor, target: Tensor) -> tuple[Tensor, ..
 
 
 def picture(result: Result, path: Path) -> None:
-    """Loss curves, time and memory side by side, as PNG."""
+    """Write loss curves, time and memory side by side as PNG."""
     import altair as alt
-    import pandas as pd
 
     names = list(result.runs)
-    curves = pd.DataFrame(
-        [
-            {"step": i + 1, "loss": loss, "with": name}
-            for name, run in result.runs.items()
-            for i, loss in enumerate(run.losses)
-        ]
-    )
     scale = alt.Scale(domain=names, range=["#9aa5b1", "#d1495b"])
-    legend = alt.Legend(title=None, orient="top-right", symbolType="square", symbolStrokeWidth=5)
-    # ours is drawn over torch's: thin on thick, so that both show where they agree
-    width = alt.Size("with:N", scale=alt.Scale(domain=names, range=[6, 1.8]), legend=None)
-    left = alt.Chart(curves, title="The same curve", width=420, height=300).mark_line()
-    left = left.encode(
-        x="step:Q",
-        y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False)),
-        color=alt.Color("with:N", scale=scale, legend=legend),
-        size=width,
-    )
-
-    def bars(title: str, unit: str, values: dict[str, float], scale: alt.Scale) -> alt.LayerChart:
-        frame = pd.DataFrame({"with": list(values), "value": list(values.values())})
-        top = alt.Scale(domain=[0, 1.15 * max(values.values())], nice=False)
-        base = alt.Chart(frame, title=title, width=210, height=300).encode(
-            x=alt.X(
-                "with:N", title=None, sort=list(values), axis=alt.Axis(labelAngle=0, ticks=False)
-            ),
-            y=alt.Y("value:Q", title=unit, scale=top),
-        )
-        label = base.mark_text(dy=-9, fontSize=13).encode(text=alt.Text("value:Q", format=",.0f"))
-        return base.mark_bar().encode(color=alt.Color("with:N", scale=scale, legend=None)) + label
-
-    loss = left | bars(
-        "Loss, forward + backward",
-        "ms",
-        {name: run.timing.p50 for name, run in result.runs.items()},
-        scale,
-    )
-    memory = {
-        name: run.extra_bytes / 2**20
-        for name, run in result.runs.items()
-        if run.extra_bytes is not None
-    }
+    times = {name: run.timing.p50 for name, run in result.runs.items()}
+    loss = _curves(result, scale) | _value_bars("Loss, forward + backward", "ms", times, scale)
+    extra = {name: run.extra_bytes for name, run in result.runs.items()}
+    memory = {name: size / 2**20 for name, size in extra.items() if size is not None}
     if len(memory) == len(names):
-        loss |= bars("Peak memory beyond logits", "MiB", memory, scale)
-    ways = alt.Scale(domain=list(result.costs), range=[STEPS[name][1] for name in result.costs])
-    steps = (
-        _memory_over_time(result.costs, ways)
-        | bars(
-            "The whole step",
-            "ms",
-            {name: cost.timing.p50 for name, cost in result.costs.items()},
-            ways,
-        )
-        | bars(
-            "Its peak memory",
-            "MiB",
-            {name: cost.profile.peak_bytes / 2**20 for name, cost in result.costs.items()},
-            ways,
-        )
-    )
-    chart = alt.vconcat(
-        loss.resolve_scale(color="independent"),
-        steps.resolve_scale(color="independent"),
-        spacing=30,
-    )
-    caption = f"{result.rows} tokens x {result.vocab_size:,} classes, fp32, {result.device.type}, logits {result.logits_bytes / 2**20:.0f} MiB"
-    chart = chart.properties(
-        title=alt.Title(
-            "torch's cross entropy and ours, training on Python's standard library",
-            subtitle=caption,
-        )
-    )
-    chart = chart.resolve_scale(color="independent")
+        loss |= _value_bars("Peak memory beyond logits", "MiB", memory, scale)
+    costs = result.costs
+    ways = alt.Scale(domain=list(costs), range=[STEPS[name][1] for name in costs])
+    times = {name: cost.timing.p50 for name, cost in costs.items()}
+    peaks = {name: cost.profile.peak_bytes / 2**20 for name, cost in costs.items()}
+    steps = _memory_over_time(costs, ways)
+    steps |= _value_bars("The whole step", "ms", times, ways)
+    steps |= _value_bars("Its peak memory", "MiB", peaks, ways)
+    rows = [part.resolve_scale(color="independent") for part in (loss, steps)]
+    shape = f"{result.rows} tokens x {result.vocab_size:,} classes, fp32, {result.device.type}"
+    caption = f"{shape}, logits {result.logits_bytes / 2**20:.0f} MiB"
+    title = "torch's cross entropy and ours, training on Python's standard library"
+    chart = alt.vconcat(*rows, spacing=30).properties(title=alt.Title(title, subtitle=caption))
+    chart = chart.resolve_scale(color="independent").configure_view(stroke=None)
     drawn = io.BytesIO()
-    chart.configure_view(stroke=None).configure_axis(grid=False).save(
-        drawn, format="png", scale_factor=2
-    )
+    chart.configure_axis(grid=False).save(drawn, format="png", scale_factor=2)
     write_atomically(path, drawn.getvalue())
 
 
+def _curves(result: Result, scale: "alt.Scale") -> "alt.Chart":
+    import altair as alt
+    import pandas as pd
+
+    losses = [(name, run.losses) for name, run in result.runs.items()]
+    points = [(i + 1, loss, name) for name, run in losses for i, loss in enumerate(run)]
+    curves = pd.DataFrame(points, columns=["step", "loss", "with"])
+    legend = alt.Legend(title=None, orient="top-right", symbolType="square", symbolStrokeWidth=5)
+    # thin on thick, so that both curves show where they agree
+    sizes = alt.Scale(domain=list(result.runs), range=[6, 1.8])
+    chart = alt.Chart(curves, title="The same curve", width=420, height=300).mark_line()
+    return chart.encode(
+        x="step:Q",
+        y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False)),
+        color=alt.Color("with:N", scale=scale, legend=legend),
+        size=alt.Size("with:N", scale=sizes, legend=None),
+    )
+
+
+def _value_bars(title: str, unit: str, values: dict[str, float], scale: "alt.Scale") -> Any:
+    """A bar with its number for each name."""
+    import altair as alt
+    import pandas as pd
+
+    frame = pd.DataFrame({"with": list(values), "value": list(values.values())})
+    top = alt.Scale(domain=[0, 1.15 * max(values.values())], nice=False)
+    axis = alt.Axis(labelAngle=0, ticks=False)
+    base = alt.Chart(frame, title=title, width=210, height=300).encode(
+        x=alt.X("with:N", title=None, sort=list(values), axis=axis),
+        y=alt.Y("value:Q", title=unit, scale=top),
+    )
+    label = base.mark_text(dy=-9, fontSize=13).encode(text=alt.Text("value:Q", format=",.0f"))
+    return base.mark_bar().encode(color=alt.Color("with:N", scale=scale, legend=None)) + label
+
+
 def _memory_over_time(costs: dict[str, Cost], scale: "alt.Scale") -> "alt.Chart":
-    """One curve for each way, from the beginning of a step to its end."""
+    """One curve per loss over a training step."""
     import altair as alt
     import pandas as pd
 
     frames = []
     for name, cost in costs.items():
         changes = cost.profile.frame()
-        # of many changes within a moment the highest and the last
+        # of many changes at one moment the highest and the last
         moment = (changes["ms"] * (300 / max(changes["ms"].max(), 1e-9))).astype(int)
-        kept = sorted(
+        shown = sorted(
             {
                 0,
                 *changes["bytes"].groupby(moment).idxmax(),
                 *moment.index[~moment.duplicated(keep="last")],
             }
         )
-        part = changes.loc[kept, ["ms", "bytes"]]
+        part = changes.loc[shown, ["ms", "bytes"]]
         frames.append(pd.DataFrame({"ms": part["ms"], "MiB": part["bytes"] / 2**20, "with": name}))
     chart = alt.Chart(pd.concat(frames), title="Memory of one training step", width=420, height=300)
     legend = alt.Legend(title=None, orient="top-right", symbolType="square", symbolStrokeWidth=5)
@@ -328,17 +303,18 @@ def _memory_over_time(costs: dict[str, Cost], scale: "alt.Scale") -> "alt.Chart"
 
 
 def busy() -> str | None:
-    """A sentence if other programs keep the CPUs busy."""
+    """A sentence if other programs use the CPUs."""
     if not hasattr(os, "getloadavg"):
         return None
     load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load < BUSY * cpus:
         return None
-    return f"This machine is busy: a load of {load:.1f} on {cpus} CPUs. Times are longer than on a quiet one, and ratios may be wrong."
+    found = f"This machine is busy: a load of {load:.1f} on {cpus} CPUs."
+    return f"{found} Times are longer than on a quiet one, and ratios may be wrong."
 
 
 def show(result: Result, console: "Console") -> None:
-    """The curves at a few steps, then time and memory."""
+    """Print losses at a few steps, then time and memory."""
     from rich.table import Table
 
     ours, theirs = result.runs[OURS], result.runs[TORCH]
@@ -385,7 +361,7 @@ def show(result: Result, console: "Console") -> None:
 
 
 def show_steps(costs: dict[str, Cost], console: "Console") -> None:
-    """Time and memory of whole training steps, each beside torch's."""
+    """Print time and memory of whole training steps relative to torch's."""
     first = next(iter(costs.values()))
     columns = [
         tables.Column("a training step with the loss", right=False),
@@ -414,10 +390,7 @@ def show_steps(costs: dict[str, Cost], console: "Console") -> None:
 
 
 def main(out: Path, setup: Setup) -> Result:
-    """Train, show, draw; Mistake, before anything is trained, for a picture that cannot be
-    written."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    """Train, print, draw; Mistake, before any training, if the picture cannot be written."""
     if out.suffix != ".png":
         raise Mistake(f"{str(out)!r} ends in {out.suffix!r}, expected .png")
     try:
@@ -435,31 +408,13 @@ def main(out: Path, setup: Setup) -> Result:
     console.print(
         f"[bold]lossfuse {lossfuse.__version__}[/bold] on {where}, torch {torch.__version__}"
     )
-    console.print(
-        f"This trains on real text, {setup.steps} steps with torch's loss and {setup.steps} with ours:",
-        highlight=False,
-    )
-    console.print(
-        f"about {setup.about_seconds} s on two quiet CPU cores, several times as long on a busy machine.",
-        highlight=False,
-    )
+    steps = f"{setup.steps} steps with torch's loss and {setup.steps} with ours"
+    console.print(f"This trains on real text, {steps}:", highlight=False)
+    quiet = f"about {setup.about_seconds} s on two quiet CPU cores"
+    console.print(f"{quiet}, several times as long on a busy machine.", highlight=False)
     if (noise := busy()) is not None:
         console.print(noise, style="yellow", highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        # a bar of unknown length moves while text is read and the tokenizer trained
-        task = progress.add_task("preparing the text", total=None)
-
-        def advance(runs: dict[str, Run]) -> None:
-            losses = ", ".join(f"{name} {run.losses[-1]:.4f}" for name, run in runs.items())
-            progress.update(task, advance=1, total=setup.steps, description=losses)
-
-        result = train(setup, device, progress.console.print, advance)
+    result = _train_with_progress(setup, device, console)
     show(result, console)
     try:
         picture(result, out)
@@ -467,3 +422,19 @@ def main(out: Path, setup: Setup) -> Result:
         raise Mistake(f"{out} cannot be written: {error.strerror or error}") from error
     console.print(f"picture: {out}", markup=False)
     return result
+
+
+def _train_with_progress(setup: Setup, device: torch.device, console: "Console") -> Result:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    description = TextColumn("{task.description}")
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        # of unknown length while text is read and the tokenizer is trained
+        task = progress.add_task("preparing the text", total=None)
+
+        def advance(runs: dict[str, Run]) -> None:
+            losses = ", ".join(f"{name} {run.losses[-1]:.4f}" for name, run in runs.items())
+            progress.update(task, advance=1, total=setup.steps, description=losses)
+
+        return train(setup, device, progress.console.print, advance)

@@ -1,4 +1,4 @@
-"""What a row must say so that it can be repeated: device, versions, commit."""
+"""Columns that make a row repeatable: device, versions, commit."""
 
 import datetime
 import importlib.metadata
@@ -15,22 +15,25 @@ import torch
 
 import lossfuse
 
-# of the allocator and of the threads; they move times by factors
+# variables of allocators and threads change times by factors
 SETTINGS = (
     "THP_MEM_ALLOC_ENABLE",
     "OMP_NUM_THREADS",
     "PYTORCH_CUDA_ALLOC_CONF",
     "TRITON_INTERPRET",
 )
-# to say what has failed, once interrupted
+# time for pytest's summary after an interrupt
 LAST_WORDS_SECONDS = 15.0
-# a process started in the background may ignore SIGINT, and so would pytest in it
-INTERRUPTIBLE = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main(sys.argv[1:]))"
+# a process started in the background may ignore SIGINT, and pytest with it
+INTERRUPTIBLE = (
+    "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " sys.exit(pytest.main(sys.argv[1:]))"
+)
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def stamp(device: torch.device, tests: str = "not run") -> dict[str, Any]:
-    """The columns of a row that are the same for a whole run."""
+    """The columns that are equal in all rows of a run."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -44,7 +47,7 @@ def stamp(device: torch.device, tests: str = "not run") -> dict[str, Any]:
         "triton": version("triton"),
         "lossfuse": lossfuse.__version__,
         "commit": _git("rev-parse", "--short=10", "HEAD"),
-        # measuring adds rows, and rows do not change what is measured
+        # new rows do not change the code
         "dirty": bool(
             _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!perf/results")
         ),
@@ -54,7 +57,7 @@ def stamp(device: torch.device, tests: str = "not run") -> dict[str, Any]:
 
 
 def version(package: str) -> str:
-    """'' where it is not installed."""
+    """The installed version, or ''."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -62,12 +65,11 @@ def version(package: str) -> str:
 
 
 def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str, str]:
-    """pytest in the checkout: 'passed', 'failed' or 'not run', and its output.
+    """Run pytest in the checkout: 'passed', 'failed' or 'not run', and its output.
 
-    Where its time is up it is interrupted, and says what has failed until then.
-    """
+    After ``limit_seconds`` it is interrupted and reports the failures so far."""
     if not (CHECKOUT / "tests").is_dir():
-        return "not run", "no tests beside the package: it is installed and not a checkout"
+        return "not run", "an installed package has no tests"
     command = [sys.executable, "-c", INTERRUPTIBLE, "-q", *arguments]
     with subprocess.Popen(
         command,
@@ -92,18 +94,17 @@ def run_tests(*arguments: str, limit_seconds: float | None = None) -> tuple[str,
         except BaseException:
             kill_all(process)
             raise
-    # 5: nothing was collected, which is no pass
+    # 5: no test was collected
     return {0: "passed", 5: "not run"}.get(process.returncode, "failed"), said
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """A process that leads a session, with everything it has started: that would stay on the
-    device."""
+    """Kill the leader of a session and its children, which would stay on the device."""
     os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
 
 
 def _git(*arguments: str) -> str:
-    # an installed package may lie in somebody else's repository
+    # an installed package may lie inside another repository
     if not (CHECKOUT / ".git").exists():
         return ""
     done = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True)

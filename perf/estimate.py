@@ -1,13 +1,12 @@
-"""Will it fit: the bytes each method holds at its peak beyond its inputs, by formula, without
-running it.
+"""Peak memory of each method beyond its inputs, by formula.
 
-Symbols of the formulas: E = N x V logits, b bytes each; G = (N + V) D b, the gradients of a head,
-and S = (N + V) D 4, their sums in fp32; C rows of a chunk. Gradients that are returned count. Every
-seventh row is ignored, as in the cases. Labels come as the ids of those that are 1; what takes them
-as zeros and ones has E b of these among its inputs. The tests hold the formulas of what runs on a
-CPU to 5 % of the allocator's own count there, and those that were measured on an H100 to 5 % of
-that; a star marks those that are read off the code and measured nowhere. Entropies on a CPU are
-counted for one thread; each other takes up to 4 MiB more."""
+Symbols: E = N x V logits of b bytes; G = (N + V) D b, the gradients of a head; S = (N + V) D 4,
+their sums in fp32; C rows of a chunk. Returned gradients count. Every seventh row is ignored, as in
+the cases. Labels are lists of ids; a method with dense targets has E b more among its inputs.
+
+On a CPU the tests compare the formulas with the allocator, and some for a GPU with an H100, both to
+5 %. A star marks formulas that were read off the code and not measured. Entropies on a CPU count
+for one thread; each further thread takes up to 4 MiB more."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from .methods import LEAN, LEANEST, OF_LABELS
 
 @dataclass(frozen=True)
 class Shape:
-    """What a formula is evaluated on."""
+    """Arguments of a formula."""
 
     case: Case
     b: int
@@ -62,14 +61,13 @@ class Shape:
 
     @property
     def wide(self) -> int:
-        """Bytes per element that a CPU's product in bf16 takes beside its result, a copy in
-        fp32."""
+        """Bytes per element of the fp32 copy that a CPU's product in bf16 makes of its result."""
         return 4 if self.cpu and self.dtype == "bf16" else 0
 
 
 @dataclass(frozen=True)
 class Formula:
-    """Words, the same as code, and whether it was held against a measurement there."""
+    """A formula in words and as code; ``on_cpu`` and ``on_cuda``: compared with a measurement."""
 
     method: str
     op: str
@@ -78,7 +76,7 @@ class Formula:
     on_cpu: bool
     on_cuda: bool
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    dense: bool = False  # takes labels as zeros and ones
+    dense: bool = False  # has a dense target
 
 
 def _upcast(s: Shape) -> int:
@@ -100,7 +98,7 @@ def _ours(s: Shape) -> int:
 
 def _ours_in_place(s: Shape) -> int:
     if not s.cpu:
-        # and the words by which the programs of a row know of each other
+        # plus the words with which the programs of a row synchronize
         return 24 * s.case.n + 8 * s.case.n * math.ceil(s.case.v / 4096)
     direct = s.b == 4 and s.mode != "no_grad"
     return (
@@ -111,15 +109,14 @@ def _ours_in_place(s: Shape) -> int:
 def _our_stats(s: Shape) -> int:
     if not s.cpu:
         return _ours(s) + 40 * s.case.n
-    # the backward of fp16, where its gradient is, makes no statistics
+    # fp16 forms its gradient in a backward without statistics
     there = not (s.step and s.dtype == "fp16")
     direct = s.b == 4 and s.mode != "no_grad"
     return _ours(s) + 40 * s.case.n + _beside_a_block(s.case.n, s.case.v, s.b, direct) * there
 
 
 def _beside_a_block(n: int, v: int, b: int, direct: bool) -> int:
-    """On a CPU: distances from the maximum that entropies are sums of, and the segments in which
-    the largest class is looked for."""
+    """Scratch of statistics on a CPU: distances from the maximum, and segments for the argmax."""
     rows = block_rows(n, v, b, 4, True, 0 if direct else 1)
     return min(rows, summed_rows(n, v, 4)) * 4 * v + rows * SEGMENT * 12 * (
         v >= LEAST_SEGMENTS * SEGMENT
@@ -134,7 +131,7 @@ def _linear(s: Shape) -> int:
 
 
 def _gradients(s: Shape) -> int:
-    """Of a head, while its dlogits are held: one product after the other."""
+    """Both gradients of a head while dlogits are allocated, one product after the other."""
     share = 1 + s.wide / s.b
     return s.e * s.b + int(
         max(s.dweight * share, s.dweight + s.dhidden * share, s.dhidden + s.dweight * share)
@@ -157,31 +154,31 @@ def _compiled_linear(s: Shape) -> int:
 
 def _our_linear(s: Shape, options: LinearOptions, stats: bool = False) -> int:
     n, d, v, dtype = s.case.n, s.case.d or 0, s.case.v, DTYPES[s.dtype]
-    # a CPU leaves ignored rows out of the products
-    kept = n - math.ceil(n / IGNORED) if s.cpu else n
-    chunk = chunk_rows(kept, d, v, dtype, options, cpu=s.cpu)
-    room = chunk * padded(v) * options.dtype("logits_dtype", dtype).itemsize
+    # a CPU drops ignored rows before the products
+    valid = n - math.ceil(n / IGNORED) if s.cpu else n
+    chunk = chunk_rows(valid, d, v, dtype, options, cpu=s.cpu)
+    buffer = chunk * padded(v) * options.dtype("logits_dtype", dtype).itemsize
     acc = options.dtype("acc_dtype", dtype).itemsize * s.g // s.b
     rounded = s.g if acc > s.g else 0
     if not s.cpu:
-        # hidden states without the NaN that ignored rows may hold, where their gradient will be if
-        # that has their dtype
+        # hidden states without the NaN of ignored rows; in the memory of their gradient if both
+        # have one dtype
         copy = chunk * d * s.b * (acc > s.g or s.mode == "no_grad")
-        # and the words by which the programs of a row know of each other
-        loop = room + copy + (64 if stats else 24) * n + 8 * chunk * math.ceil(v / 4096)
+        # plus the words with which the programs of a row synchronize
+        loop = buffer + copy + (64 if stats else 24) * n + 8 * chunk * math.ceil(v / 4096)
         return loop if s.mode == "no_grad" else max(acc + loop, (acc + rounded) * s.step)
     x = chunk * d * 4 * (s.b < 4)
     block = block_classes(v, d, dtype, torch.float32)
     converted = block * d * 4 * (s.b < 4)
-    loop = kept * d * s.b + room + (80 if stats else 40) * n
+    loop = valid * d * s.b + buffer + (80 if stats else 40) * n
     beside = _beside_a_block(chunk, v, 4, s.mode != "no_grad") * stats
     if s.mode == "no_grad":
         return loop + x + converted + block_rows(chunk, v, 4, 4, True, 1) * v * 4 + beside
     dx = x * (block < v)
-    left_out = (n - kept) * d * 4
+    left_out = (n - valid) * d * 4
     in_loop = acc - left_out + loop + x + converted + max(dx, beside)
-    # rows of zeros are put among those of the hidden states
-    after = acc + kept * d * 4 + loop + x + converted + dx
+    # zero rows of ignored targets are inserted into the hidden gradient
+    after = acc + valid * d * 4 + loop + x + converted + dx
     backward = acc + rounded + min(v * d * 4, ROUNDED_BYTES) * (s.b < 4)
     return max(in_loop, after, backward * s.step)
 
@@ -206,8 +203,7 @@ def _torch_chunked(s: Shape) -> int:
     if s.cpu and s.b < 4:
         chunk = torch_chunk_rows(n, d, v, halved=False)
         acting = chunk * v * 4 + chunk * d * 4 * (2 if gradient else 1) + n * d * 4 * gradient
-        # fp32: the weight, its gradient's sum, this chunk's share and their product; and the
-        # gradient itself
+        # fp32: weight, accumulated gradient, the chunk's share, their product; plus the gradient
         return int(acting + v * d * 4 * (4.5 if gradient else 1))
     chunk = torch_chunk_rows(n, d, v, halved=True)
     logits = chunk * v * (4 if s.b == 4 else 6)
@@ -226,7 +222,7 @@ def _fla(s: Shape) -> int:
 
 
 def _labels(s: Shape) -> int:
-    # on a CPU log_sigmoid keeps a buffer, and half precision goes by way of fp32
+    # on a CPU log_sigmoid saves a buffer, and half precision is upcast
     return 8 * s.e if s.cpu else 2 * s.e * s.b
 
 
@@ -237,7 +233,7 @@ def _upcast_labels(s: Shape) -> int:
 def _our_labels(s: Shape, listed: bool, in_place: bool = False) -> int:
     n, v = s.case.n, s.case.v
     if not s.cpu:
-        # and the sums of blocks
+        # plus sums of blocks
         return s.e * s.b * (s.step and not in_place) + 4 * n * math.ceil(v / 2048) + 24 * n
     blocks = LISTED_BLOCKS if listed else DENSE_BLOCKS
     count = threads_for(n * v, s.b, 4, blocks)
@@ -395,8 +391,7 @@ FORMULAS = [
 
 @dataclass(frozen=True)
 class Need:
-    """What a method needs: bytes beyond its inputs at its peak, the words of the formula, whether
-    that was ever measured, its inputs."""
+    """Peak bytes of a method beyond its inputs, and the formula in words."""
 
     method: str
     bytes: int
@@ -408,11 +403,10 @@ class Need:
 def estimate(
     case: Case, dtype: str, mode: str = "forward+backward", device: str = "cuda"
 ) -> list[Need]:
-    """One need per method that runs there on the case's op, the smallest first.
+    """One need per method of the case's op, the smallest first.
 
     ``dtype`` is fp32, bf16 or fp16, ``mode`` one of ``cases.MODES``, ``device`` cuda (any
-    accelerator) or cpu. Memory that is neither input nor made by the call, such as a model's
-    activations and cuBLAS's workspace, is yours to add."""
+    accelerator) or cpu. Activations, cuBLAS's workspace and other memory are not counted."""
     cpu = device == "cpu"
     shape = Shape(case, DTYPES[dtype].itemsize, mode, cpu, dtype)
     found = [f for f in FORMULAS if f.op == case.op and (f.on_cpu or not cpu) and dtype in f.dtypes]
@@ -444,7 +438,8 @@ def main(
     columns.append(tables.Column("formula", rank=2, right=False))
     for case in [named(name, torch.device(device)) for name in cases]:
         for dtype in dtypes:
-            title = f"{case.name}: {case.size} in {dtype}, {mode}, inputs {gib(case.input_bytes(DTYPES[dtype].itemsize))}"
+            inputs = gib(case.input_bytes(DTYPES[dtype].itemsize))
+            title = f"{case.name}: {case.size} in {dtype}, {mode}, inputs {inputs}"
             lines = []
             for need in estimate(case, dtype, mode, device):
                 total = need.inputs + need.bytes
@@ -453,8 +448,11 @@ def main(
                 cells += [] if fits_gib is None else ["fits" if fits else "no"]
                 lines.append(tables.Line([*cells, need.words], style="" if fits else "red"))
             tables.show(console, columns, lines, title)
-    symbols = "E = N x V logits of b bytes, G = (N + V) D b the gradients of a head, S = (N + V) D 4, C rows of a chunk; results included."
-    console.print(symbols, style="dim", highlight=False)
+    symbols = (
+        "E = N x V logits of b bytes, G = (N + V) D b the gradients of a head, S = (N + V) D 4"
+    )
+    note = f"{symbols}, C rows of a chunk; results included."
+    console.print(note, style="dim", highlight=False)
     console.print("* by formula alone, not measured on such a device", style="dim", highlight=False)
 
 

@@ -1,5 +1,4 @@
-"""The speed and memory we promise on one H100, and of statistics on a CPU too, as data, and whether
-rows keep it."""
+"""Goals for speed and memory on one H100, and for statistics on a CPU, and their verdicts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on one row, or on its time against that of the loss in the same run."""
+    """Bounds on one row, or on its time relative to the loss in the same run."""
 
     case: str
     dtype: str
     mode: str
     method: str
-    roofline: float | None = None  # at least this fraction of it
+    roofline: float | None = None  # at least this fraction
     peak_gib: float | None = None  # at most, beyond inputs
     peak_logits: float | None = None  # at most, in units of the logits
     loss_times: float | None = None  # at most, its time in units of the time of the loss alone
@@ -32,7 +31,8 @@ class Goal:
             f"at most {self.peak_logits} of the logits" if self.peak_logits else "",
             f"at most {self.loss_times} times the loss" if self.loss_times else "",
         ]
-        return f"{self.case} {self.dtype} {self.mode}, {self.method}: {' and '.join(filter(None, bounds))}"
+        where = f"{self.case} {self.dtype} {self.mode}, {self.method}"
+        return f"{where}: {' and '.join(filter(None, bounds))}"
 
 
 IN_PLACE, DEFAULT = "lossfuse in place", "lossfuse"
@@ -65,8 +65,8 @@ def _goals() -> Iterable[Goal]:
         yield Goal(case, "bf16", STEP, LINEAR_STATS, loss_times=1.10)
     for case in ("head-qwen", "head-gemma2"):
         yield Goal(case, "bf16", STEP, LINEAR, roofline=0.88)
-    # read once and written once; not in place read twice, and against zeros and ones these are read
-    # too: two thirds of a copy at best
+    # in place reads once and writes once; otherwise a second read, and dense targets are read
+    # too: at best two thirds of a copy
     for case, dtype in (
         ("labels-amazon", "bf16"),
         ("labels-amazon", "fp32"),
@@ -75,7 +75,7 @@ def _goals() -> Iterable[Goal]:
         yield Goal(case, dtype, STEP, IDS_IN_PLACE, roofline=0.85, peak_logits=0.01)
         yield Goal(case, dtype, STEP, IN_PLACE, roofline=0.60, peak_logits=0.01)
         yield Goal(case, dtype, STEP, IDS, roofline=0.60, peak_logits=1.01)
-    # rows that are not aligned are read element by element
+    # unaligned rows are read element by element
     yield Goal("labels-wiki10", "bf16", STEP, IDS_IN_PLACE, peak_logits=0.01)
 
 
@@ -84,7 +84,7 @@ GOALS = list(_goals())
 
 @dataclass(frozen=True)
 class Outcome:
-    """A goal and what was measured: pass, miss, or why nothing was."""
+    """A goal, its verdict (pass, miss, not measured) and the numbers."""
 
     goal: Goal
     verdict: str
@@ -92,7 +92,7 @@ class Outcome:
 
 
 def judge(goal: Goal, rows: "pd.DataFrame") -> Outcome:
-    """Against the last row that measures it."""
+    """Judge a goal by its last row."""
     mine = rows
     for column in ("case", "dtype", "mode"):
         mine = mine[mine[column] == getattr(goal, column)]
@@ -102,27 +102,27 @@ def judge(goal: Goal, rows: "pd.DataFrame") -> Outcome:
     row: dict[str, Any] = mine.sort_values("date", kind="stable").iloc[-1].to_dict()
     if row["status"] != "ok":
         return Outcome(goal, "miss", f"{row['status']}: {row['note']}")
-    # a NaN, where nothing could be measured, passes no comparison
-    kept, said = [], []
+    # a missing number is NaN, which fails every comparison
+    met, said = [], []
     if goal.roofline is not None:
         fraction = row["ideal_ms"] / row["ms_p50"]
-        kept.append(fraction >= goal.roofline)
+        met.append(fraction >= goal.roofline)
         said.append(f"{fraction:.3f} ({row['ms_p50']:.4g} ms)")
     if goal.peak_gib is not None:
-        kept.append(row["peak_extra_bytes"] <= goal.peak_gib * 2**30)
+        met.append(row["peak_extra_bytes"] <= goal.peak_gib * 2**30)
         said.append(f"{row['peak_extra_bytes'] / 2**30:.3f} GiB")
     if goal.peak_logits is not None:
         share = row["peak_extra_bytes"] / (row["n"] * row["v"] * DTYPES[row["dtype"]].itemsize)
-        kept.append(share <= goal.peak_logits)
+        met.append(share <= goal.peak_logits)
         said.append(f"{share:.4f} of the logits")
     if goal.loss_times is not None:
-        # of the same run alone: what was not interleaved drifts apart
+        # of the same run: times that were not interleaved drift
         loss = beside[
             (beside["method"] == OURS[row["op"]])
             & (beside["date"] == row["date"])
             & (beside["device"] == row["device"])
         ]
         times = row["ms_p50"] / (loss["ms_p50"].iloc[-1] if len(loss) else float("nan"))
-        kept.append(times <= goal.loss_times)
+        met.append(times <= goal.loss_times)
         said.append(f"{times:.3f} times the loss ({row['ms_p50']:.4g} ms)")
-    return Outcome(goal, "pass" if all(kept) else "miss", ", ".join(said))
+    return Outcome(goal, "pass" if all(met) else "miss", ", ".join(said))

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command, also while a library does not look for it, and where one catches it."""
+"""Ctrl-C ends a command, even inside libraries that ignore or catch the interrupt."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _working: list[threading.Thread] = []
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """An interrupt raises KeyboardInterrupt, as always, and is remembered for :func:`check`."""
+    """Raise KeyboardInterrupt on an interrupt, as usual, and remember it for :func:`check`."""
 
     def interrupt(number: int, frame: Any) -> None:
         _interrupted.set()
@@ -33,21 +33,19 @@ def remembered() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if one was lost: in a destructor, a callback from C++ or an import
-    that catches everything."""
+    """Raise KeyboardInterrupt if one was dropped in a destructor, a C++ callback or an import."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
 
 
 def result_of(call: Callable[[], T]) -> T:
-    """Run a long call that ignores interrupts in a thread of its own, while this thread listens for
-    them."""
-    made: list[T] = []
+    """Run a long call that ignores interrupts in a thread, while this thread waits for them."""
+    results: list[T] = []
     raised: list[BaseException] = []
 
     def work() -> None:
         try:
-            made.append(call())
+            results.append(call())
         except BaseException as error:
             raised.append(error)
 
@@ -59,16 +57,15 @@ def result_of(call: Callable[[], T]) -> T:
     _working.remove(thread)
     if raised:
         raise raised[0]
-    return made[0]
+    return results[0]
 
 
 def leave(code: int) -> None:
-    """Exit, without waiting for a call that was interrupted, and without the traceback of a second
-    interrupt."""
+    """Exit without waiting for an interrupted call, and without a second traceback."""
     if code == 130:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if any(thread.is_alive() for thread in _working):
-        # such a thread would come back to an interpreter that is gone
+        # the thread would return to a finalized interpreter
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,208 +1,108 @@
-"""What a loss costs over many ranks: bytes of each, bytes on the wire and collectives of a step, by
-formula, for TP x SP x FSDP x DP.
+"""Costs of a loss over many ranks, by formula: memory of a rank, collectives and bytes sent.
 
-``ours(loss, layout)`` and ``others(loss, layout)`` are lists of what is held and of what is sent;
-``ASSUMPTIONS`` is what they rest on. The tests run the layouts that two and four ranks make and
-demand what was counted there: every call, and every byte that was handed to it. Nothing here needs
-ranks, so that a layout of thousands costs as little as one of two."""
+``lossfuse_plan`` and ``other_plans`` list the buffers and the collectives of one rank under the
+assumptions of ``layout_tables``. The tests compare calls and bytes with what two and four ranks
+pass to torch.distributed. The formulas run on one process for a layout of any size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..ops.head_chunks import chunk_rows, padded
 from ..row_types import Wants
 from ..spec import LinearOptions, LossSpec
-from ..vocab_parallel.backend import HEADER_INTS
-from ..vocab_parallel.merge import nothing
-from . import tables
-from .cases import DTYPES, named
+from ..vocab_parallel.backend import FINGERPRINT_INTS
+from ..vocab_parallel.merge import empty_shard
+from .cases import DTYPES
 from .mistakes import Mistake
-from .shown import digits
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-# bytes of a float32, which statistics are whatever the logits are
-NUMBER = 4
-
-ASSUMPTIONS = (
-    "Of tp ranks each has ceil(V / tp) classes, the same rows and the same options; all is said of the rank with the most classes.",
-    "sp cuts the N tokens of a data-parallel rank: each has ceil(N / sp) of them, and nothing of the loss is sent over sp; the one number"
-    " of a global mean (normalizer) is the trainer's.",
-    "No row is left out: with drop_ignored ignored rows are neither computed nor sent.",
-    "Of NxV logits the loss alone is counted, of an NxDxV head what surrounds it too. A gradient comes to the loss alone;"
-    " probabilities and the bias have none, hidden states and weight both do.",
-    "fsdp shards the head over fsdp x sp ranks in a unit of its own (FSDP2): one all-gather before the loss, in the dtype of the operands,"
-    " and one more in the backward with --reshard; one reduce-scatter in the backward, in float32, of classes padded to a multiple of the"
-    " ranks; its shard is float32. Chunks of the loss add up before that.",
-    "dp holds replicas, over which the shard of the gradient is all-reduced in float32; without fsdp the gradient in its own dtype, over"
-    " dp x sp.",
-    "hidden_grad 'partial' is sequence parallelism on the tp ranks: their trainer all-gathers the hidden states before the head, and"
-    " reduce-scatters their gradient.",
-    "Bytes handed over are what a rank passes to a call. Bytes sent are a ring's: of P ranks an all-gather sends (P - 1) parts of its own"
-    " size, a reduce-scatter (P - 1) / P of what it is given, an all-reduce twice that.",
-    "Memory is that of an accelerator, at the largest of: the loop over chunks, the gradients rounded and handed over, the hidden gradient"
-    " reduced, the weight's gradient reduced. Activations, optimizer, FSDP's copy while it gathers and the allocator's slack are left out.",
-    "Logits gathered whole are transformers' colwise_gather_output with its loss on logits.float(), and Megatron its"
-    " VocabParallelCrossEntropy, three all-reduces of N numbers: read off their code. Hidden and weight gradients are summed as here.",
-)
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks are arranged; the product of the degrees is their number.
+    """Degrees of parallelism; their product is the number of ranks."""
 
-    Args:
-        tp: ranks among which the classes are cut.
-        sp: ranks among which the tokens of a data-parallel rank are cut, by sequence or context
-            parallelism.
-        fsdp: data-parallel ranks among which the head's weight is sharded.
-        dp: replicas of all that.
-    """
-
-    tp: int = 1
-    sp: int = 1
-    fsdp: int = 1
-    dp: int = 1
+    tp: int = 1  # shards the classes
+    sp: int = 1  # shards the tokens of a data-parallel rank (sequence or context parallelism)
+    fsdp: int = 1  # data-parallel ranks that shard the head's weight
+    dp: int = 1  # replicas of all that
 
     def __post_init__(self) -> None:
         for degree in fields(self):
-            if getattr(self, degree.name) < 1:
-                raise Mistake(
-                    f"layout: {degree.name} is {getattr(self, degree.name)} but must be positive"
-                )
-
-    @classmethod
-    def parse(cls, text: str) -> "Layout":
-        """tp=8,fsdp=64; what is not named is 1."""
-        degrees = pairs(text, [degree.name for degree in fields(cls)], "layout")
-        if any(value != int(value) for value in degrees.values()):
-            raise Mistake(f"layout is {text!r} but degrees are whole numbers")
-        return cls(**{name: int(value) for name, value in degrees.items()})
+            if (value := getattr(self, degree.name)) < 1:
+                raise Mistake(f"layout: {degree.name} is {value}, expected a positive degree")
 
     @property
     def ranks(self) -> int:
         return self.tp * self.sp * self.fsdp * self.dp
 
     @property
-    def sharding(self) -> int:
-        """Ranks among which the head's weight is sharded."""
+    def weight_shards(self) -> int:
         return self.fsdp * self.sp if self.fsdp > 1 else 1
 
     @property
     def replicas(self) -> int:
-        """Ranks over which what is left of the weight's gradient is summed."""
+        """Ranks that all-reduce the weight's gradient, or its shard."""
         return self.dp if self.fsdp > 1 else self.dp * self.sp
 
     def __str__(self) -> str:
-        named = [
-            f"{degree.name}={getattr(self, degree.name)}"
-            for degree in fields(self)
-            if getattr(self, degree.name) > 1
-        ]
-        return ",".join(named) or "tp=1"
-
-
-def pairs(text: str, names: Sequence[str], what: str) -> dict[str, float]:
-    """name=number,name=number -> a dictionary."""
-    found = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if name not in names or name in found or not math.isfinite(number):
-            raise Mistake(
-                f"{what} is {text!r} but must be like {names[0]}=8,{names[-1]}=64, with each of {', '.join(names)} once at most"
-            )
-        found[name] = number
-    return found
+        degrees = {degree.name: getattr(self, degree.name) for degree in fields(self)}
+        return ",".join(f"{name}={value}" for name, value in degrees.items() if value > 1) or "tp=1"
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A loss and its backward, once.
+class LossStep:
+    """One call of a loss and its backward; ``True`` for an option means that it is given."""
 
-    Args:
-        n: tokens of a data-parallel rank, all of them on each of its tp ranks.
-        v: classes in all.
-        d: width of the hidden states; None for a loss of logits that are there already.
-        dtype: of logits or operands: fp32, bf16 or fp16.
-        mode: one of ``cases.MODES``.
-        reduction: none, mean or sum.
-        probabilities: the targets are probabilities, each rank's columns of them, without a
-            gradient.
-        class_weights, smoothing, normalizer: whether these options are given.
-        statistics: ``cross_entropy_stats`` or its linear form, with ``entropy`` and ``argmax``.
-        hidden_grad: as in ``VocabShard``.
-        options: as in ``linear_cross_entropy``.
-        reshard: FSDP gives the gathered weight back after the forward.
-    """
-
-    n: int
-    v: int
-    d: int | None = None
-    dtype: str = "bf16"
+    n: int  # tokens of a data-parallel rank, all of them on each of its tp ranks
+    v: int  # classes of all ranks together
+    d: int | None = None  # width of the hidden states; None for a loss of logits
+    dtype: str = "bf16"  # of logits or operands
     mode: str = "forward+backward"
     reduction: str = "mean"
-    probabilities: bool = False
+    probabilities: bool = False  # targets, sharded like the logits, that do not require grad
     class_weights: bool = False
     smoothing: bool = False
     normalizer: bool = False
-    statistics: bool = False
+    statistics: bool = False  # cross_entropy_stats or its linear form
     entropy: bool = True
     argmax: bool = True
-    hidden_grad: str = "reduced"
+    hidden_grad: str = "reduced"  # as in VocabShard
     options: LinearOptions = field(default_factory=LinearOptions)
-    reshard: bool = False
+    reshard: bool = False  # FSDP frees the gathered weight after the forward
 
     @property
-    def b(self) -> int:
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def step(self) -> bool:
+    def has_backward(self) -> bool:
         return self.mode == "forward+backward"
 
-    def row_bytes(self, statistics: bool) -> int:
-        """Of what a rank says of a row: numbers in float32, and a class in int64."""
+    def payload(self, rows: int, statistics: bool) -> int:
+        """Bytes a rank gathers for a chunk: int64 header, sum of class weights, row numbers."""
         spec = LossSpec(label_smoothing=0.1 if self.smoothing else 0.0)
         wants = Wants(statistics and self.entropy, statistics and self.argmax)
-        said = nothing(
-            0, torch.empty(0), self.probabilities, self.class_weights, spec, wants, statistics
-        )
-        return sum(numbers.element_size() for numbers in said if numbers is not None)
+        given = (self.probabilities, self.class_weights, spec, wants, statistics)
+        row = sum(t.element_size() for t in empty_shard(0, torch.empty(0), *given) if t is not None)
+        return 8 * FINGERPRINT_INTS + FP32_BYTES * self.class_weights + row * rows
+
+
+# contents of collectives
+ROWS, CLASS_WEIGHTS, LOGITS = "numbers of rows", "sum of class weights", "logits"
+HIDDEN_STATES, HIDDEN_GRADIENT = "hidden states", "hidden gradient"
+HEAD_WEIGHT, HEAD_GRADIENT = "weight", "weight gradient"
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Calls of one kind in a step.
+    """Calls of one collective in a step."""
 
-    Args:
-        what: goes over the wire.
-        by: whom it is called by: lossfuse, FSDP, DDP, the trainer; or transformers or Megatron, in
-            their stead.
-        kind: all-gather, all-reduce or reduce-scatter.
-        over: the degree of the layout: tp, fsdp (and sp with it) or dp.
-        ranks: of its group.
-        payloads: bytes that a rank hands to each call.
-    """
-
-    what: str
-    by: str
-    kind: str
-    over: str
+    content: str  # one of the names above
+    caller: str  # lossfuse, FSDP, DDP, trainer; transformers or Megatron in place of lossfuse
+    kind: str  # all-gather, all-reduce or reduce-scatter
+    axis: str  # degree of the layout: tp, fsdp (and sp with it) or dp
     ranks: int
-    payloads: tuple[int, ...]
-
-    @property
-    def calls(self) -> int:
-        return len(self.payloads)
+    payloads: tuple[int, ...]  # bytes that a rank passes to each call
 
     @property
     def payload(self) -> int:
@@ -214,418 +114,182 @@ class Collective:
         share = {"all-gather": self.ranks, "reduce-scatter": 1, "all-reduce": 2}[self.kind]
         return math.ceil(share * (self.ranks - 1) * self.payload / self.ranks)
 
-    @property
-    def ring_steps(self) -> int:
-        """One after the other."""
-        return self.calls * (self.ranks - 1) * (2 if self.kind == "all-reduce" else 1)
 
-
-# when something is held
-LOOP, HANDED, HIDDEN, WEIGHT = (
-    "loop over chunks",
-    "gradients handed over",
-    "hidden gradient reduced",
-    "weight gradient reduced",
-)
-ALWAYS = (LOOP, HANDED, HIDDEN, WEIGHT)
+# moments of a step, in order
+LOOP, RETURNED = "loop over chunks", "gradients returned"
+HIDDEN, WEIGHT = "hidden gradient reduced", "weight gradient reduced"
+ALWAYS = (LOOP, RETURNED, HIDDEN, WEIGHT)
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that a rank holds, and when."""
+class Buffer:
+    """Memory of a rank, and the moments at which it is allocated."""
 
-    what: str
+    name: str
     bytes: int
     when: tuple[str, ...] = ALWAYS
 
 
 @dataclass(frozen=True)
-class Way:
-    """What a rank holds and sends where the loss is computed in some way."""
+class Plan:
+    """Buffers and collectives of a rank for one way to compute the loss."""
 
     name: str
-    held: tuple[Held, ...]
+    buffers: tuple[Buffer, ...]
     collectives: tuple[Collective, ...]
 
-    def at(self, when: str) -> int:
-        return sum(held.bytes for held in self.held if when in held.when)
+    def bytes_at(self, moment: str) -> int:
+        return sum(buffer.bytes for buffer in self.buffers if moment in buffer.when)
 
     @property
-    def peak_when(self) -> str:
-        return max(ALWAYS, key=self.at)
+    def peak_moment(self) -> str:
+        return max(ALWAYS, key=self.bytes_at)
 
     @property
     def peak(self) -> int:
-        return self.at(self.peak_when)
+        return self.bytes_at(self.peak_moment)
 
-    @property
-    def calls(self) -> int:
-        return sum(c.calls for c in self.collectives)
-
-    def sent(self, *whats: str) -> int:
-        """Bytes on the wire of some of them, or of all."""
-        return sum(c.sent for c in self.collectives if not whats or c.what in whats)
+    def sent(self, *contents: str) -> int:
+        """Bytes sent of these contents, or of all."""
+        return sum(c.sent for c in self.collectives if not contents or c.content in contents)
 
 
-# what goes over the wire
-ROWS, CLASS_WEIGHTS, WHOLE_LOGITS = "numbers of rows", "sum of class weights", "logits"
-HIDDEN_STATES, HIDDEN_GRADIENT = "hidden states", "hidden gradient"
-HEAD_WEIGHT, HEAD_GRADIENT = "weight", "weight gradient"
+GATHERED = "gathered whole"  # the name of the plan
 
 
-def ours(loss: Loss, layout: Layout) -> Way:
-    """lossfuse with ``shard=VocabShard.even(V, the tp group)``, or without where tp is 1."""
-    sizes = _chunks(loss, layout)
-    per_loop = [_rows_payload(loss, size, loss.statistics) for size in sizes]
-    if loss.d is not None and loss.step and loss.reduction == "none":
-        # logits are made again, and nothing but the loss is asked for
-        per_loop += [_rows_payload(loss, size, False) for size in sizes]
-    calls = [Collective(ROWS, "lossfuse", "all-gather", "tp", layout.tp, tuple(per_loop))]
-    if (
-        loss.class_weights
-        and loss.reduction == "mean"
-        and not (loss.probabilities or loss.normalizer)
-    ):
-        calls.insert(
-            0, Collective(CLASS_WEIGHTS, "lossfuse", "all-reduce", "tp", layout.tp, (NUMBER,))
-        )
-    largest = max(sizes, default=0)
-    gathered = (
-        (layout.tp + 1) * _rows_payload(loss, largest, loss.statistics) if layout.tp > 1 else 0
-    )
-    return _way(
-        "lossfuse",
-        "lossfuse",
-        loss,
-        layout,
-        calls,
-        [*_our_memory(loss, layout, largest), Held("row numbers, gathered", gathered, (LOOP,))],
-    )
+def _local(step: LossStep, layout: Layout) -> tuple[int, int, int, int]:
+    """Rows, classes and width of one rank, and bytes of an element."""
+    n, v = math.ceil(step.n / layout.sp), math.ceil(step.v / layout.tp)
+    return n, v, step.d or 0, DTYPES[step.dtype].itemsize
 
 
-def others(loss: Loss, layout: Layout) -> list[Way]:
-    """What is done today, for what it can do: logits gathered whole, and three all-reduces over
-    shards of them."""
-    n, mine, b = _rows(loss, layout), _classes(loss, layout), loss.b
-    gradients = _gradients_of_a_head(loss, layout)
-    gather = Collective(
-        WHOLE_LOGITS, "transformers", "all-gather", "tp", layout.tp, (n * mine * b,)
-    )
-    # logits, log-probabilities and a gradient of either, two or three at a time
-    logits = Held(
-        "whole logits and what is made of them, in fp32",
-        n * loss.v * 4 * (3 if loss.step else 2),
-        (LOOP,),
-    )
-    found = [_way("gathered whole", "transformers", loss, layout, [gather], [logits, *gradients])]
-    if not (loss.probabilities or loss.statistics or loss.class_weights):
-        numbers = Collective(ROWS, "Megatron", "all-reduce", "tp", layout.tp, (n * NUMBER,) * 3)
-        # in fp32 over the logits, in half precision beside them
-        held = Held(
-            "logits, and their exponentials in fp32", n * mine * (4 if b == 4 else b + 4), (LOOP,)
-        )
-        found.append(_way("Megatron", "Megatron", loss, layout, [numbers], [held, *gradients]))
-    return found
+def lossfuse_plan(step: LossStep, layout: Layout) -> Plan:
+    """Plan of ``shard=VocabShard.even(V, the tp group)``, or unsharded where tp is 1."""
+    n, v, d, _ = _local(step, layout)
+    rows = chunk_rows(n, d, v, DTYPES[step.dtype], step.options, cpu=False) if d else n
+    chunks = [min(rows, n - start) for start in range(0, n, rows)]
+    payloads = [step.payload(chunk, step.statistics) for chunk in chunks]
+    gathered = (layout.tp + 1) * payloads[0] if layout.tp > 1 else 0
+    if d and step.has_backward and step.reduction == "none":
+        # the backward recomputes the logits and gathers what the loss needs, without statistics
+        payloads += [step.payload(chunk, False) for chunk in chunks]
+    calls = [Collective(ROWS, "lossfuse", "all-gather", "tp", layout.tp, tuple(payloads))]
+    unweighted = not step.class_weights or step.probabilities or step.normalizer
+    if step.reduction == "mean" and not unweighted:
+        total = Collective(CLASS_WEIGHTS, "lossfuse", "all-reduce", "tp", layout.tp, (FP32_BYTES,))
+        calls.insert(0, total)
+    numbers = Buffer("row numbers, gathered", gathered, (LOOP,))
+    buffers = [*_lossfuse_buffers(step, layout, chunks[0]), numbers]
+    return _plan("lossfuse", step, layout, calls, buffers)
 
 
-def _rows(loss: Loss, layout: Layout) -> int:
-    return -(-loss.n // layout.sp)
+def other_plans(step: LossStep, layout: Layout) -> list[Plan]:
+    """Plans of libraries that can compute this step: gathered logits, and Megatron's loss."""
+    n, v, _, b = _local(step, layout)
+    tp, gradients = layout.tp, [*_returned_gradients(step, layout)]
+    gather = Collective(LOGITS, "transformers", "all-gather", "tp", tp, (n * v * b,))
+    # two or three of: logits, log-probabilities, and a gradient of either
+    size = n * step.v * FP32_BYTES * (3 if step.has_backward else 2)
+    logits = Buffer("unsharded logits and tensors like them, in fp32", size, (LOOP,))
+    plans = [_plan(GATHERED, step, layout, [gather], [logits, *gradients])]
+    if not (step.probabilities or step.statistics or step.class_weights):
+        payloads = (n * FP32_BYTES,) * 3
+        reduces = Collective(ROWS, "Megatron", "all-reduce", "tp", tp, payloads)
+        # fp32 exponentials overwrite the logits; in half precision they are a second tensor
+        size = n * v * (4 if b == 4 else b + 4)
+        logits = Buffer("logits, and their exponentials in fp32", size, (LOOP,))
+        plans.append(_plan("Megatron", step, layout, [reduces], [logits, *gradients]))
+    return plans
 
 
-def _classes(loss: Loss, layout: Layout) -> int:
-    return -(-loss.v // layout.tp)
+def _plan(
+    name: str, step: LossStep, layout: Layout, calls: list[Collective], buffers: list[Buffer]
+) -> Plan:
+    """Add what any loss of a head needs: its operands and the reductions of their gradients."""
+    if step.d is not None:
+        caller = "transformers" if name == GATHERED else name
+        calls = [*_before(step, layout), *calls, *_after(caller, step, layout)]
+        buffers = [*_operands(step, layout), *buffers]
+    used = tuple(c for c in calls if c.ranks > 1 and c.payloads)
+    return Plan(name, tuple(buffer for buffer in buffers if buffer.bytes), used)
 
 
-def _chunks(loss: Loss, layout: Layout) -> list[int]:
-    """Rows of each call of the loss's kernels."""
-    n = _rows(loss, layout)
-    if loss.d is None:
-        return [n]
-    most = chunk_rows(
-        n, loss.d, _classes(loss, layout), DTYPES[loss.dtype], loss.options, cpu=False
-    )
-    return [min(most, n - start) for start in range(0, n, most)]
+def _weight_shard(step: LossStep, layout: Layout) -> int:
+    """Elements of the weight that FSDP stores on a rank, padding included."""
+    _, v, d, _ = _local(step, layout)
+    return math.ceil(v / layout.weight_shards) * d
 
 
-def _rows_payload(loss: Loss, rows: int, statistics: bool) -> int:
-    # and a header in int64, and a sum of class weights
-    return 8 * HEADER_INTS + NUMBER * loss.class_weights + loss.row_bytes(statistics) * rows
+def _before(step: LossStep, layout: Layout) -> Iterator[Collective]:
+    """Gather the operands of a head."""
+    n, _, d, b = _local(step, layout)
+    if step.hidden_grad == "partial":
+        states = math.ceil(n / layout.tp) * d * b
+        yield Collective(HIDDEN_STATES, "trainer", "all-gather", "tp", layout.tp, (states,))
+    payloads = (_weight_shard(step, layout) * b,) * (2 if step.reshard and step.has_backward else 1)
+    yield Collective(HEAD_WEIGHT, "FSDP", "all-gather", "fsdp", layout.weight_shards, payloads)
 
 
-def _way(
-    name: str, by: str, loss: Loss, layout: Layout, calls: list[Collective], held: list[Held]
-) -> Way:
-    """With what surrounds a head in any case: its weight, its hidden states, and the gradients of
-    both over all ranks."""
-    before, after, around = _around(by, loss, layout) if loss.d is not None else ([], [], [])
-    calls = [*before, *calls, *(after if loss.step else [])]
-    return Way(
-        name,
-        tuple(one for one in (*around, *held) if one.bytes),
-        tuple(c for c in calls if c.ranks > 1 and c.calls),
-    )
+def _after(caller: str, step: LossStep, layout: Layout) -> Iterator[Collective]:
+    """Reduce the gradients of a head's operands."""
+    if not step.has_backward:
+        return
+    n, _, d, b = _local(step, layout)
+    kind = "all-reduce"
+    if step.hidden_grad == "partial":
+        caller, kind = "trainer", "reduce-scatter"
+    yield Collective(HIDDEN_GRADIENT, caller, kind, "tp", layout.tp, (n * d * b,))
+    shards, shard = layout.weight_shards, _weight_shard(step, layout)
+    padded_bytes = (shards * shard * FP32_BYTES,)
+    yield Collective(HEAD_GRADIENT, "FSDP", "reduce-scatter", "fsdp", shards, padded_bytes)
+    caller, size = ("FSDP", shard * FP32_BYTES) if shards > 1 else ("DDP", shard * b)
+    yield Collective(HEAD_GRADIENT, caller, "all-reduce", "dp", layout.replicas, (size,))
 
 
-def _around(
-    by: str, loss: Loss, layout: Layout
-) -> tuple[list[Collective], list[Collective], list[Held]]:
-    """Collectives before a head's loss and after it, and what is held beside it."""
-    n, d, b, tp, sharding = _rows(loss, layout), loss.d or 0, loss.b, layout.tp, layout.sharding
-    sharded = sharding > 1
-    part = -(-_classes(loss, layout) // sharding) * d
-    if loss.hidden_grad == "partial":
-        before = [
-            Collective(HIDDEN_STATES, "trainer", "all-gather", "tp", tp, (-(-n // tp) * d * b,))
-        ]
-        after = [Collective(HIDDEN_GRADIENT, "trainer", "reduce-scatter", "tp", tp, (n * d * b,))]
+def _operands(step: LossStep, layout: Layout) -> Iterator[Buffer]:
+    """Operands of a head, and copies for the reductions of their gradients."""
+    n, v, d, b = _local(step, layout)
+    shards, shard = layout.weight_shards, _weight_shard(step, layout) * FP32_BYTES
+    yield Buffer("hidden states", n * d * b)
+    if shards > 1:
+        yield Buffer("weight, its shard in fp32", shard)
+        yield Buffer("weight, gathered", v * d * b, (LOOP, RETURNED, HIDDEN))
     else:
-        before = []
-        after = [Collective(HIDDEN_GRADIENT, by, "all-reduce", "tp", tp, (n * d * b,))]
-    gathers = 2 if loss.reshard and loss.step else 1
-    before.append(
-        Collective(HEAD_WEIGHT, "FSDP", "all-gather", "fsdp", sharding, (part * b,) * gathers)
-    )
-    after.append(
-        Collective(
-            HEAD_GRADIENT, "FSDP", "reduce-scatter", "fsdp", sharding, (sharding * part * 4,)
-        )
-    )
-    replicated = part * (4 if sharded else b)
-    after.append(
-        Collective(
-            HEAD_GRADIENT,
-            "FSDP" if sharded else "DDP",
-            "all-reduce",
-            "dp",
-            layout.replicas,
-            (replicated,),
-        )
-    )
-    held = [
-        Held("hidden states", n * d * b),
-        Held("weight, its shard in fp32", part * 4 * sharded),
-        Held(
-            "weight, gathered" if sharded else "weight",
-            _classes(loss, layout) * d * b,
-            (LOOP, HANDED, HIDDEN) if sharded else ALWAYS,
-        ),
-        Held("hidden gradient, for its reduction", n * d * b * (tp > 1) * loss.step, (HIDDEN,)),
-        Held(
-            "weight gradient, for its reduction",
-            sharding * part * 4 * sharded * loss.step,
-            (WEIGHT,),
-        ),
-        Held("weight gradient, its shard in fp32", part * 4 * sharded * loss.step, (WEIGHT,)),
-    ]
-    return before, after, held
+        yield Buffer("weight", v * d * b)
+    if step.has_backward and layout.tp > 1:
+        yield Buffer("hidden gradient, for its reduction", n * d * b, (HIDDEN,))
+    if step.has_backward and shards > 1:
+        yield Buffer("weight gradient, for its reduction", shards * shard, (WEIGHT,))
+        yield Buffer("weight gradient, its shard in fp32", shard, (WEIGHT,))
 
 
-def _our_memory(loss: Loss, layout: Layout, rows: int) -> list[Held]:
-    n, b, mine, dtype = _rows(loss, layout), loss.b, _classes(loss, layout), DTYPES[loss.dtype]
-    if loss.d is None:
-        return [
-            Held("logits", n * mine * b),
-            Held("gradient of the logits", n * mine * b * loss.step),
-        ]
-    acc = loss.options.dtype("acc_dtype", dtype).itemsize
-    summed = loss.step or (loss.mode == "forward" and loss.reduction != "none")
-    # the sum is the gradient where their dtypes are the same
-    when = ALWAYS if acc == b else (LOOP, HANDED)
-    copied = rows * loss.d * b * (acc > b or not summed)
-    return [
-        Held(
-            "chunk of logits",
-            rows * padded(mine) * loss.options.dtype("logits_dtype", dtype).itemsize,
-            (LOOP,),
-        ),
-        Held("chunk of hidden states", copied, (LOOP,)),
-        Held(f"hidden gradient, its {8 * acc}-bit sum", n * loss.d * acc * summed, when),
-        Held(f"weight gradient, its {8 * acc}-bit sum", mine * loss.d * acc * summed, when),
-        *(_gradients_of_a_head(loss, layout, dlogits=False) if acc > b else ()),
-    ]
+def _lossfuse_buffers(step: LossStep, layout: Layout, rows: int) -> Iterator[Buffer]:
+    """Buffers of our loss with ``rows`` of a chunk."""
+    n, v, d, b = _local(step, layout)
+    if step.d is None:
+        yield Buffer("logits", n * v * b)
+        yield Buffer("gradient of the logits", n * v * b * step.has_backward)
+        return
+    dtype = DTYPES[step.dtype]
+    logits_dtype = step.options.dtype("logits_dtype", dtype)
+    acc = step.options.dtype("acc_dtype", dtype).itemsize
+    accumulates = step.has_backward or (step.mode == "forward" and step.reduction != "none")
+    # the accumulator is the gradient if their dtypes are the same
+    when = ALWAYS if acc == b else (LOOP, RETURNED)
+    copied = rows * d * b if acc > b or not accumulates else 0
+    yield Buffer("chunk of logits", rows * padded(v) * logits_dtype.itemsize, (LOOP,))
+    yield Buffer("chunk of hidden states", copied, (LOOP,))
+    yield Buffer(f"hidden gradient, its {8 * acc}-bit sum", n * d * acc * accumulates, when)
+    yield Buffer(f"weight gradient, its {8 * acc}-bit sum", v * d * acc * accumulates, when)
+    if acc > b:
+        yield from _returned_gradients(step, layout, of_logits=False)
 
 
-def _gradients_of_a_head(loss: Loss, layout: Layout, *, dlogits: bool = True) -> list[Held]:
-    """As autograd hands them on, in the dtype of the operands; while they are made, of all logits
-    at a time."""
-    n, b, d, mine = _rows(loss, layout), loss.b, loss.d or 0, _classes(loss, layout)
-    later = (HANDED, HIDDEN, WEIGHT)
-    return [
-        Held("gradient of the logits", n * mine * b * loss.step * dlogits, (HANDED,)),
-        Held("hidden gradient", n * d * b * loss.step, later),
-        Held("weight gradient", mine * d * b * loss.step, later),
-    ]
-
-
-# --- the command
-
-
-@dataclass(frozen=True)
-class Links:
-    """What a rank can send: gigabits per second over a degree of the layout, and seconds of each
-    step of a ring."""
-
-    gbps: dict[str, float]
-    latency: float
-
-    @classmethod
-    def parse(cls, text: str, latency_us: float) -> "Links":
-        """400, or tp=3600,fsdp=400,dp=400."""
-        overs = ("tp", "fsdp", "dp")
-        try:
-            gbps = dict.fromkeys(overs, float(text))
-        except ValueError:
-            gbps = pairs(text, overs, "--link-gbps")
-        if (
-            not all(0 < value < math.inf for value in gbps.values())
-            or not 0 <= latency_us < math.inf
-        ):
-            raise Mistake(
-                f"--link-gbps is {text!r} and --latency-us {latency_us:g}; expected positive numbers"
-            )
-        return cls(gbps, latency_us / 1e6)
-
-    def seconds(self, collective: Collective) -> float:
-        if collective.over not in self.gbps:
-            raise Mistake(
-                f"--link-gbps says nothing of {collective.over}, over which there is an {collective.kind} of the layout"
-            )
-        return (
-            8 * collective.sent / (self.gbps[collective.over] * 1e9)
-            + self.latency * collective.ring_steps
-        )
-
-
-def main(
-    cases: Sequence[str],
-    losses: dict[str, Any],
-    dtypes: Sequence[str],
-    layouts: Sequence[str],
-    fits_gib: float | None,
-    links: Links | None,
-) -> None:
-    """Print a table of the layouts, and for a single one what is held and sent; ``losses`` are
-    options of ``Loss``."""
-    console = tables.console()
-    found = [Layout.parse(text) for text in layouts]
-    for case in [named(name, torch.device("cuda")) for name in cases]:
-        if case.op == "labels":
-            raise Mistake(
-                f"{case.name} has labels, but --layout is for classes: of NxV logits or an NxDxV head"
-            )
-        for dtype in dtypes:
-            loss = Loss(case.n, case.v, case.d, dtype, **losses)
-            title = f"{case.name}: {case.size} in {dtype} for each data-parallel rank, {loss.mode}; peak, calls and bytes sent of one rank"
-            _show_layouts(console, title, loss, found, fits_gib, links)
-            if len(found) == 1:
-                way = ours(loss, found[0])
-                _show_held(console, way)
-                _show_collectives(console, way, links)
-    said = list(ASSUMPTIONS)
-    if links is not None:
-        rates = ", ".join(f"{value:g} Gbit/s over {over}" for over, value in links.gbps.items())
-        said.append(
-            f"Times are bytes sent at {rates}, and {links.latency * 1e6:g} us a step of a ring: assumed, without overlap, not measured."
-        )
-    for sentence in said:
-        console.print(f"- {sentence}", style="dim", highlight=False, markup=False)
-
-
-def _show_layouts(
-    console: "Console",
-    title: str,
-    loss: Loss,
-    layouts: Sequence[Layout],
-    fits_gib: float | None,
-    links: Links | None,
-) -> None:
-    columns = [
-        tables.Column("way", right=False),
-        tables.Column("peak"),
-        tables.Column("calls", rank=4),
-    ]
-    columns += [
-        tables.Column("rows", rank=1),
-        tables.Column("hidden", rank=2),
-        tables.Column("weight", rank=3),
-    ]
-    columns += [tables.Column("time")] if links is not None else []
-    columns += [tables.Column(f"in {fits_gib:g} GiB", right=False)] if fits_gib is not None else []
-    lines = []
-    for layout in layouts:
-        for way in (ours(loss, layout), *others(loss, layout)):
-            cells = [
-                way.name,
-                shown(way.peak),
-                str(way.calls),
-                shown(way.sent(ROWS, CLASS_WEIGHTS, WHOLE_LOGITS)),
-                shown(way.sent(HIDDEN_STATES, HIDDEN_GRADIENT)),
-                shown(way.sent(HEAD_WEIGHT, HEAD_GRADIENT)),
-            ]
-            if links is not None:
-                cells.append(f"{1e3 * sum(map(links.seconds, way.collectives)):.2f} ms")
-            fits = fits_gib is None or way.peak <= fits_gib * 2**30
-            cells += [] if fits_gib is None else ["fits" if fits else "no"]
-            lines.append(
-                tables.Line(cells, f"{layout.ranks:,}: {layout}", style="" if fits else "red")
-            )
-    tables.show(console, columns, lines, title)
-
-
-def _show_held(console: "Console", way: Way) -> None:
-    columns = [
-        tables.Column("held by a rank", right=False),
-        tables.Column("bytes"),
-        tables.Column("while", right=False, folds=True),
-    ]
-    lines = [
-        tables.Line(
-            [
-                held.what,
-                shown(held.bytes),
-                "always" if held.when == ALWAYS else ", ".join(held.when),
-            ]
-        )
-        for held in way.held
-    ]
-    tables.show(console, columns, [*lines, tables.Line(["peak", shown(way.peak), way.peak_when])])
-
-
-def _show_collectives(console: "Console", way: Way, links: Links | None) -> None:
-    columns = [
-        tables.Column(name, right=False, folds=True) for name in ("of", "collective", "by", "over")
-    ]
-    columns += [
-        tables.Column("ranks", rank=2),
-        tables.Column("calls", rank=3),
-        tables.Column("handed over", rank=1),
-        tables.Column("sent"),
-    ]
-    columns += [tables.Column("time")] if links is not None else []
-    lines = []
-    for c in way.collectives:
-        time = [] if links is None else [f"{1e3 * links.seconds(c):.3f} ms"]
-        lines.append(
-            tables.Line(
-                [
-                    c.what,
-                    c.kind,
-                    c.by,
-                    c.over,
-                    f"{c.ranks:,}",
-                    str(c.calls),
-                    shown(c.payload),
-                    shown(c.sent),
-                    *time,
-                ]
-            )
-        )
-    tables.show(console, columns, lines)
-
-
-def shown(size: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        # half of a unit is said in it
-        if size >= scale / 2:
-            return f"{digits(size / scale)} {unit}"
-    return f"{size} B" if size else "0"
+def _returned_gradients(step: LossStep, layout: Layout, of_logits: bool = True) -> Iterator[Buffer]:
+    """Gradients in the dtype of the operands; that of all logits until both products are done."""
+    if step.has_backward:
+        n, v, d, b = _local(step, layout)
+        later = (RETURNED, HIDDEN, WEIGHT)
+        yield Buffer("gradient of the logits", n * v * b * of_logits, (RETURNED,))
+        yield Buffer("hidden gradient", n * d * b, later)
+        yield Buffer("weight gradient", v * d * b, later)

@@ -1,5 +1,4 @@
-"""Where a call's memory goes: the peak, the way there and back, and who holds what at the peak, on
-CUDA and on the CPU."""
+"""Memory profile of a call on CUDA or the CPU: its peak, its timeline, its places at the peak."""
 
 import functools
 import gc
@@ -20,14 +19,13 @@ from .protocol import synchronize
 if TYPE_CHECKING:
     import pandas as pd
 
-# they only make room for the operator above them
-ROOM_MAKERS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
+# allocate memory for the operator that calls them
+ALLOCATORS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 ENGINE = "autograd::engine::evaluate_function: "
 
 
 class Change(NamedTuple):
-    """An allocation or a free: when, ``bytes`` held after it, ``change`` by it, and where the
-    memory was (once) allocated."""
+    """An allocation or a free: time, ``bytes`` after it, ``change``, place of the allocation."""
 
     ms: float
     bytes: int
@@ -37,8 +35,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Alive:
-    """What one place in the program holds at the peak; ``share`` is of the peak, ``stack`` of the
-    largest allocation, innermost first."""
+    """Allocations of one place at the peak, and the ``stack`` of the largest, innermost first."""
 
     where: str
     bytes: int
@@ -49,10 +46,9 @@ class Alive:
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """One call's memory, in bytes beyond what was held before it; of several equal peaks the first.
+    """Memory of one call in bytes beyond the start; of several equal peaks the first.
 
-    ``timeline`` holds from each change to the next, ``alive`` sums to the peak. Times are the
-    recorded call's; recording slows it."""
+    ``alive`` sums to the peak. Times are those of the recorded call, which recording slows."""
 
     device: str
     peak_bytes: int
@@ -69,7 +65,7 @@ class MemoryProfile:
 
 
 class _Event(NamedTuple):
-    """As an allocator reports it: ``size`` is 0 for a free."""
+    """An event of the allocator; ``size`` is 0 for a free."""
 
     ns: int
     address: int
@@ -85,87 +81,83 @@ _Step = tuple[str, str]
 def profile_memory(
     fn: Callable[[], object], *, device: torch.device | str | None = None, warmup: int = 1
 ) -> MemoryProfile:
-    """Call ``fn`` once under the allocator's eye and say what it held, when, and for whom.
+    """Call ``fn`` once and record every allocation on ``device`` (default: CUDA, else the CPU).
 
-    Every allocation the call makes on ``device`` (default: CUDA where there is one, else the CPU)
-    is followed to its free; autograd's threads are included. What ``fn`` returns is held to the end
-    of the measurement and counts as held; it is dropped afterwards.
+    Each allocation is followed to its free, also in autograd's threads. The result of ``fn`` stays
+    allocated until the recording ends and is freed afterwards.
 
-    Only the call's own allocations count. Freeing what was there before lowers nothing, because
-    torch does not report the size of such a free on the CPU: a step that replaces its gradients
-    counts the new ones in full. Nothing is negative, and ``alive`` is all of the peak.
+    Only allocations of the call count. A free of older memory lowers nothing, because torch does
+    not report its size on the CPU: a step that replaces its gradients counts the new ones in full.
 
     CUDA: requested bytes, as in ``requested_bytes.all.peak``; the allocator's blocks are up to 512
-    bytes larger each, a few up to 1 MiB. A block that another stream still uses counts until it may
-    be used again. CPU: torch's allocator, to the byte. Memory that does not pass through it
-    (NumPy's, pinned or shared memory, a library's scratch space) is not seen, nor are threads that
-    ``fn`` starts itself.
+    bytes larger each, a few up to 1 MiB. A block that another stream still uses counts until it can
+    be reused. CPU: torch's allocator, to the byte. Other memory (NumPy's, pinned or shared memory,
+    scratch space of a library) and threads that ``fn`` starts are not seen.
 
     Args:
-        fn: anything callable without arguments, a whole training step for example.
-        device: whose memory; "cpu" or a CUDA device.
-        warmup: calls made before the recorded one, so that what is done once does not count.
+        fn: a function without arguments, for example a whole training step.
+        device: "cpu" or a CUDA device.
+        warmup: calls before the recorded one, so that one-time work does not count.
 
     Raises:
-        ValueError: a device of another kind, CUDA where there is none, or a negative ``warmup``.
+        ValueError: another kind of device, CUDA where there is none, or a negative ``warmup``.
         RuntimeError: CUDA's memory history, or a torch profiler, is recording already.
-        Whatever ``fn`` raises, out of memory included; the recording is off by then.
+        Any exception of ``fn``, out of memory included; the recording has ended by then.
     """
-    device = torch.device(
-        device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and not torch.cuda.is_available()
-    ):
-        raise Mistake(
-            f"device is {str(device)!r}, expected 'cpu' or a CUDA device that torch can see"
-        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    known = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    if not known:
+        found = f"device is {str(device)!r}"
+        raise Mistake(f"{found}, expected 'cpu' or a CUDA device that torch can see")
     if warmup < 0:
         raise Mistake(f"warmup is {warmup}, expected 0 or more")
     for _ in range(warmup):
         fn()
     gc.collect()
     synchronize(device)
-    if device.type == "cpu":
-        # a second profiler would end the first without a word
-        if torch._C._autograd._profiler_enabled():
-            raise RuntimeError(
-                "a torch profiler is recording already; end it before profile_memory"
-            )
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, with_stack=True
-        ) as profiler:
-            start = time.time_ns()
-            result = fn()
-            end = time.time_ns()
-        events = _cpu_events(profiler.profiler.kineto_results.experimental_event_tree())
-    else:
-        if torch._C._cuda_isHistoryEnabled():
-            raise RuntimeError(
-                "CUDA's memory history is being recorded already; torch.cuda.memory._record_memory_history(None) ends that"
-            )
-        # C++ frames name the operators and the backward nodes, which have no Python frame; torch
-        # unwinds them on Linux only
-        stacks = "all" if sys.platform == "linux" else "python"
-        torch.cuda.memory._record_memory_history(context="alloc", stacks=stacks)
-        try:
-            start = time.time_ns()
-            result = fn()
-            synchronize(device)
-            end = time.time_ns()
-            snapshot = torch.cuda.memory._snapshot()
-        finally:
-            torch.cuda.memory._record_memory_history(enabled=None)
-        events = _cuda_events(
-            snapshot, torch.cuda.current_device() if device.index is None else device.index
-        )
+    record = _record_cpu if device.type == "cpu" else _record_cuda
+    return _replay(*record(fn, device), str(device))
+
+
+def _record_cpu(fn: Callable[[], object], device: torch.device) -> tuple[list[_Event], int, int]:
+    """Events of a call, and the times of its start and end in ns."""
+    # a second profiler would end the first silently
+    if torch._C._autograd._profiler_enabled():
+        raise RuntimeError("a torch profiler is recording already; end it before profile_memory")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, with_stack=True
+    ) as profiler:
+        start = time.time_ns()
+        result = fn()
+        end = time.time_ns()
     del result
-    return _replay(events, start, end, str(device))
+    return _cpu_events(profiler.profiler.kineto_results.experimental_event_tree()), start, end
+
+
+def _record_cuda(fn: Callable[[], object], device: torch.device) -> tuple[list[_Event], int, int]:
+    if torch._C._cuda_isHistoryEnabled():
+        stop = "torch.cuda.memory._record_memory_history(None)"
+        raise RuntimeError(f"CUDA's memory history is being recorded already; {stop} ends that")
+    # operators and backward nodes have C++ frames alone, which torch unwinds on Linux only
+    stacks = "all" if sys.platform == "linux" else "python"
+    torch.cuda.memory._record_memory_history(context="alloc", stacks=stacks)
+    try:
+        start = time.time_ns()
+        result = fn()
+        synchronize(device)
+        end = time.time_ns()
+        snapshot = torch.cuda.memory._snapshot()
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    del result
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _cuda_events(snapshot, index), start, end
 
 
 def _replay(events: list[_Event], start: int, end: int, device: str) -> MemoryProfile:
-    """Follow each address from its allocation to its free; ``events`` in the order they happened,
-    times in ns."""
+    """Follow each address from its allocation to its free; ``events`` are in order of time."""
     live: dict[int, _Event] = {}
     largest: dict[str, _Event] = {}
     timeline = [Change(0.0, 0, 0, "")]
@@ -177,7 +169,7 @@ def _replay(events: list[_Event], start: int, end: int, device: str) -> MemoryPr
         )
 
     for event in events:
-        # also before an allocation: an address given out again was freed where nobody recorded
+        # also before an allocation: a reused address was freed outside the recording
         freed = live.pop(event.address, None)
         if freed is not None:
             change(event.ns, -freed.size, freed.where)
@@ -208,8 +200,9 @@ def _replay(events: list[_Event], start: int, end: int, device: str) -> MemoryPr
 
 
 def _describe(steps: Iterator[_Step]) -> tuple[str, tuple[str, ...]]:
-    """Operator and nearest line of the user's, or of the node that backward runs for, out of a
-    stack, innermost first; and the stack."""
+    """Name a place by its operator and the user's line or the backward node; and the stack.
+
+    ``steps`` are innermost first."""
     operators: list[str] = []
     stack: list[str] = []
     place, in_python = "", False
@@ -222,15 +215,14 @@ def _describe(steps: Iterator[_Step]) -> tuple[str, tuple[str, ...]]:
         if stack[-1:] != [text]:
             stack.append(text)
     operator = next(
-        (name for name in operators if name not in ROOM_MAKERS), operators[-1] if operators else ""
+        (name for name in operators if name not in ALLOCATORS), operators[-1] if operators else ""
     )
     return ", ".join(dict.fromkeys(filter(None, (operator, place)))) or "unknown", tuple(stack)
 
 
 @functools.lru_cache(1 << 16)
 def _line(file: str, line: int, function: str) -> str:
-    """A Python frame as 'folder/file.py:12 in function', the file relative to where imports
-    look."""
+    """A Python frame as 'folder/file.py:12 in function', relative to the import path."""
     paths = {"", os.path.dirname(os.path.dirname(torch.__file__)), *sys.path}
     roots = sorted(
         (os.path.join(os.path.abspath(path), "") for path in paths), key=len, reverse=True
@@ -253,75 +245,68 @@ def _is_ours(file: str, function: str) -> bool:
     )
 
 
-def _cpu_events(tree: list[Any]) -> list[_Event]:
-    """The profiler's allocations, each with the operators and Python calls around it."""
-    # a path is (the path outside it, event), so that what many allocations share is kept and
-    # described once
-    forward: dict[int, Any] = {}
-    found: list[tuple[Any, Any]] = []
-    todo: list[tuple[Any, Any]] = [(event, None) for event in reversed(tree)]
+# a linked list of events from an allocation outwards: (rest, event) or None; allocations share it
+_Path = Any
 
-    def is_backward(event: Any) -> bool:
-        return event.extra_fields.scope == RecordScope.BACKWARD_FUNCTION or event.name.startswith(
-            ENGINE
-        )
 
+def _is_backward(event: Any) -> bool:
+    scope = event.extra_fields.scope
+    return scope == RecordScope.BACKWARD_FUNCTION or event.name.startswith(ENGINE)
+
+
+def _walk(tree: list[Any]) -> tuple[list[tuple[Any, _Path]], dict[int, _Path]]:
+    """Allocations with their paths, and the path of the operator that made each graph node."""
+    forward: dict[int, _Path] = {}
+    found: list[tuple[Any, _Path]] = []
+    todo: list[tuple[Any, _Path]] = [(event, None) for event in reversed(tree)]
     while todo:
         event, path = todo.pop()
         if event.tag == _EventType.Allocation:
             found.append((event, path))
         elif event.tag in (_EventType.TorchOp, _EventType.PyCall, _EventType.PyCCall):
             path = (path, event)
-            # an operator reads the counter that numbers the next node: the last to read n makes
-            # node n
-            if (
-                event.tag == _EventType.TorchOp
-                and event.extra_fields.sequence_number >= 0
-                and not is_backward(event)
-            ):
+            # an operator reads the counter of nodes: the last one to read n makes node n
+            operator = event.tag == _EventType.TorchOp and not _is_backward(event)
+            if operator and event.extra_fields.sequence_number >= 0:
                 forward[event.extra_fields.sequence_number] = path
         todo += [(child, path) for child in reversed(event.children)]
+    return found, forward
 
-    def made_at(number: int) -> str | None:
-        # not through another node: each thread numbers its own, so that way may lead in circles
-        found = (
-            step
-            for step in steps(forward.get(number), False)
-            if step[0] == "node" or _is_users(step)
-        )
-        kind, text = next(found, ("node", ""))
-        return text if kind == "python" else None
 
-    def steps(path: Any, follow: bool = True) -> Iterator[_Step]:
-        in_python = False
-        while path is not None:
-            path, event = path
-            fields = event.extra_fields
-            if event.tag == _EventType.TorchOp:
-                if event.name.startswith(ENGINE):
-                    line = made_at(fields.sequence_number) if follow else None
-                    yield (
-                        "node",
-                        f"backward of {line}"
-                        if line
-                        else f"backward, {_bare(event.name.removeprefix(ENGINE))}",
-                    )
-                else:
-                    yield ("operator", _bare(event.name))
-                continue
-            # a call knows the line it was made on; of the innermost function only the first line is
-            # known
-            frames = (
-                [fields.caller]
-                if in_python or event.tag == _EventType.PyCCall
-                else [fields.callsite, fields.caller]
-            )
-            in_python = True
-            for frame in frames:
-                if _is_ours(frame.file_name, frame.function_name):
-                    return
-                yield ("python", _line(frame.file_name, frame.line_number, frame.function_name))
+def _cpu_steps(path: _Path, forward: dict[int, _Path] | None) -> Iterator[_Step]:
+    """The stack of a path; a backward node has its forward line if ``forward`` is given."""
+    in_python = False
+    while path is not None:
+        path, event = path
+        fields = event.extra_fields
+        if event.tag == _EventType.TorchOp:
+            if event.name.startswith(ENGINE):
+                line = _forward_line(forward, fields.sequence_number) if forward else None
+                name = _bare(event.name.removeprefix(ENGINE))
+                yield "node", f"backward of {line}" if line else f"backward, {name}"
+            else:
+                yield "operator", _bare(event.name)
+            continue
+        # a call knows its line; of the innermost function only the first line is known
+        inner = event.tag == _EventType.PyCall and not in_python
+        frames = [fields.callsite, fields.caller] if inner else [fields.caller]
+        in_python = True
+        for frame in frames:
+            if _is_ours(frame.file_name, frame.function_name):
+                return
+            yield "python", _line(frame.file_name, frame.line_number, frame.function_name)
 
+
+def _forward_line(forward: dict[int, _Path], number: int) -> str | None:
+    # not through another node: each thread numbers its own, so that could loop forever
+    steps = _cpu_steps(forward.get(number), None)
+    kind, text = next((s for s in steps if s[0] == "node" or _is_users(s)), ("node", ""))
+    return text if kind == "python" else None
+
+
+def _cpu_events(tree: list[Any]) -> list[_Event]:
+    """The profiler's allocations, each with the operators and Python calls around it."""
+    found, forward = _walk(tree)
     known: dict[int, tuple[str, tuple[str, ...]]] = {}
     events = []
     for event, path in found:
@@ -329,17 +314,15 @@ def _cpu_events(tree: list[Any]) -> list[_Event]:
         if fields.device.type != "cpu":
             continue
         if fields.alloc_size > 0 and id(path) not in known:
-            known[id(path)] = _describe(steps(path))
+            known[id(path)] = _describe(_cpu_steps(path, forward))
         where, stack = known[id(path)] if fields.alloc_size > 0 else ("", ())
-        events.append(
-            _Event(event.start_time_ns, fields.ptr, max(0, fields.alloc_size), where, stack)
-        )
+        size = max(0, fields.alloc_size)
+        events.append(_Event(event.start_time_ns, fields.ptr, size, where, stack))
     return sorted(events, key=lambda event: event.ns)
 
 
 def _cuda_events(snapshot: dict[str, Any], index: int) -> list[_Event]:
-    """The allocations and frees of one device out of a snapshot's trace; segments and requests to
-    free are passed over."""
+    """Allocations and completed frees of one device in the trace of a snapshot."""
 
     def steps(frames: list[dict[str, Any]]) -> Iterator[_Step]:
         for frame in frames:

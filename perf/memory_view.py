@@ -1,5 +1,4 @@
-"""A memory profile shown: a table, a picture, a page; and the command for a training step of the
-user's."""
+"""Table, picture and page of a memory profile, and the command for a user's training step."""
 
 import html
 import importlib
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".html", ".csv")
 COLOURS = ["#4c78a8", "#e0a458", "#6ba292", "#b279a2", "#9ecae9", "#d98a7b", "#8c9f5e"]
 OTHERS = "other allocations"
+WIDTH = 760
 GREY, INK, RED = "#c9d1d9", "#3c4650", "#d1495b"
 
 
@@ -39,9 +39,10 @@ def _size(size: int) -> str:
     return f"{size / unit:,.{0 if unit == 1 else 1}f} {name}"
 
 
-def _held_by(profile: MemoryProfile, places: list[str], moments: int = 200) -> "pd.DataFrame":
-    """Bytes held over time by each of ``places`` and by all others, thinned to what a picture can
-    show; no spike is lost."""
+def _bytes_over_time(
+    profile: MemoryProfile, places: list[str], moments: int = 200
+) -> "pd.DataFrame":
+    """Bytes of each of ``places`` and of all others over time, thinned without losing a spike."""
     import pandas as pd
 
     frame = profile.frame()
@@ -60,8 +61,8 @@ def _held_by(profile: MemoryProfile, places: list[str], moments: int = 200) -> "
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What one place, or all others together, hold at the peak, as it is shown."""
+class _Place:
+    """Bytes of one place, or of all others together, at the peak, as text."""
 
     label: str
     bytes: int
@@ -71,9 +72,8 @@ class _Held:
     colour: str | None  # None: all others
 
 
-def _held_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Held]:
-    """The places that hold most at the peak, then all other allocations, of which some may be gone
-    by then."""
+def _largest_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Place]:
+    """The largest places at the peak, then all others, some of which are freed by then."""
     shown = [
         group for group in profile.alive[: min(top, len(COLOURS))] if group.share >= 0.002
     ] or list(profile.alive[:1])
@@ -83,7 +83,7 @@ def _held_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Held
         return f"{_size(size)}, {size / max(profile.peak_bytes, 1):.1%}"
 
     made = [
-        _Held(group.where, group.bytes, group.count, value(group.bytes), group.stack[:12], colour)
+        _Place(group.where, group.bytes, group.count, value(group.bytes), group.stack[:12], colour)
         for group, colour in zip(shown, COLOURS, strict=False)
     ]
     named, held, most = {group.where for group in shown}, 0, 0
@@ -91,22 +91,21 @@ def _held_at_peak(profile: MemoryProfile, top: int = len(COLOURS)) -> list[_Held
         if change.where not in named:
             held += change.change
             most = max(most, held)
-    # less than a pixel of the picture is not said
+    # less than a pixel of the picture is left out
     if rest or most > 0.002 * profile.peak_bytes:
         label = OTHERS + f" ({len(rest)} {'place' if len(rest) == 1 else 'places'})" * bool(rest)
         size = sum(group.bytes for group in rest)
         if most > size:
             label += f", up to {_size(most)} at another time"
-        made.append(_Held(label, size, sum(group.count for group in rest), value(size), (), None))
+        made.append(_Place(label, size, sum(group.count for group in rest), value(size), (), None))
     return made
 
 
 def _timeline(
-    profile: MemoryProfile, held: list[_Held], width: int | str, others: "str | alt.ExprRef"
+    profile: MemoryProfile, held: list[_Place], width: int | str, others: "str | alt.ExprRef"
 ) -> "alt.LayerChart":
-    """Memory over time, coloured by who holds it."""
+    """Memory over time, coloured by place."""
     import altair as alt
-    import pandas as pd
 
     end = profile.timeline[-1].ms
     unit, divisor = _unit(profile.peak_bytes)
@@ -114,7 +113,7 @@ def _timeline(
     names = [*places, OTHERS]
     colours: list[Any] = [*COLOURS[: len(places)], others]
 
-    areas = _held_by(profile, places)
+    areas = _bytes_over_time(profile, places)
     areas["held"], areas["rank"] = areas["bytes"] / divisor, areas["where"].map(names.index)
     ticks = alt.Axis(
         title="ms since the call began",
@@ -134,31 +133,28 @@ def _timeline(
     }
     y = alt.Y("held:Q", axis=alt.Axis(**title, tickCount=6), scale=ceiling)
     colour = alt.Color("where:N", legend=None, scale=alt.Scale(domain=names, range=colours))
-    area = (
-        alt.Chart(areas)
-        .mark_area(interpolate="step-after", opacity=0.9)
-        .encode(x=x, y=y.stack("zero"), color=colour, order="rank:Q")
-    )
+    area = alt.Chart(areas).mark_area(interpolate="step-after", opacity=0.9)
+    area = area.encode(x=x, y=y.stack("zero"), color=colour, order="rank:Q")
+    layers = alt.layer(area, *_peak_marks(profile, divisor, x, y))
+    return layers.properties(width=width, height=300)
+
+
+def _peak_marks(profile: MemoryProfile, divisor: int, x: "alt.X", y: "alt.Y") -> "list[alt.Chart]":
+    """A dashed line, a point and a label at the peak."""
+    import altair as alt
+    import pandas as pd
+
     label = f"peak {_size(profile.peak_bytes)}"
-    peak = pd.DataFrame(
-        {"ms": [profile.peak_ms], "held": [profile.peak_bytes / divisor], "label": [label]}
-    )
-    peak_chart = alt.Chart(peak).encode(x=x)
-    late = profile.peak_ms > end / 2
-    text = peak_chart.mark_text(
-        align="right" if late else "left",
-        dx=-7 if late else 7,
-        dy=-10,
-        color=RED,
-        fontSize=13,
-        fontWeight="bold",
-    )
-    return alt.layer(
-        area,
-        peak_chart.mark_rule(color=RED, strokeDash=[4, 3]),
-        peak_chart.mark_point(color=RED, filled=True, size=45, opacity=1).encode(y=y),
+    point = {"ms": [profile.peak_ms], "held": [profile.peak_bytes / divisor], "label": [label]}
+    base = alt.Chart(pd.DataFrame(point)).encode(x=x)
+    late = profile.peak_ms > profile.timeline[-1].ms / 2
+    where = {"align": "right" if late else "left", "dx": -7 if late else 7, "dy": -10}
+    text = base.mark_text(**where, color=RED, fontSize=13, fontWeight="bold")
+    return [
+        base.mark_rule(color=RED, strokeDash=[4, 3]),
+        base.mark_point(color=RED, filled=True, size=45, opacity=1).encode(y=y),
         text.encode(y=y, text="label:N"),
-    ).properties(width=width, height=300)
+    ]
 
 
 def _headline(profile: MemoryProfile) -> tuple[str, str]:
@@ -170,52 +166,13 @@ def _headline(profile: MemoryProfile) -> tuple[str, str]:
 
 
 def timeline_chart(profile: MemoryProfile, top: int = 7) -> "alt.VConcatChart":
-    """Memory over time, coloured by the (at most 7) places that hold most at the peak, over bars of
-    what each of them holds there."""
+    """Memory over time, coloured by at most 7 places, above bars of their bytes at the peak."""
     import altair as alt
-    import pandas as pd
 
-    width, held = 760, _held_at_peak(profile, top)
-    charts: list[Any] = [_timeline(profile, held, width, GREY)]
+    held = _largest_at_peak(profile, top)
+    charts: list[Any] = [_timeline(profile, held, WIDTH, GREY)]
     if held:
-        names = [one.label if one.colour else OTHERS for one in held]
-        rows = [
-            (name, one.label, one.bytes, one.count, one.value, " < ".join(one.stack))
-            for name, one in zip(names, held, strict=True)
-        ]
-        bars = pd.DataFrame(rows, columns=["where", "label", "bytes", "count", "value", "stack"])
-        base = alt.Chart(bars).encode(y=alt.Y("where:N", sort=names, title=None, axis=None))
-        size = alt.X(
-            "bytes:Q",
-            axis=None,
-            scale=alt.Scale(domain=[0, max(bars["bytes"], default=1)], nice=False),
-        )
-        colour = alt.Color(
-            "where:N",
-            legend=None,
-            scale=alt.Scale(domain=names, range=[one.colour or GREY for one in held]),
-        )
-        tooltip = ["label:N", "bytes:Q", "count:Q", "value:N", "stack:N"]
-        who = alt.layer(
-            base.mark_bar(height=8, yOffset=9, cornerRadius=2).encode(
-                x=size, color=colour, tooltip=tooltip
-            ),
-            base.mark_point(
-                shape="square", filled=True, size=70, xOffset=5, yOffset=-5, opacity=1
-            ).encode(x=alt.value(0), color=colour),
-            base.mark_text(
-                align="left", dx=16, dy=-5, limit=width - 166, color=INK, fontSize=12
-            ).encode(x=alt.value(0), text="label:N"),
-            base.mark_text(align="right", dy=-5, color=INK, fontSize=12).encode(
-                x=alt.value(width), text="value:N"
-            ),
-        ).properties(
-            width=width,
-            height=alt.Step(36),
-            title=alt.Title("Held at the peak", fontSize=13, anchor="start"),
-        )
-        charts.append(who.resolve_scale(color="independent"))
-
+        charts.append(_bars(held))
     title, facts = _headline(profile)
     chart = alt.vconcat(*charts, spacing=26).resolve_scale(color="independent")
     chart = chart.properties(
@@ -227,11 +184,44 @@ def timeline_chart(profile: MemoryProfile, top: int = 7) -> "alt.VConcatChart":
     return chart.configure_view(stroke=None).configure_title(color=INK, subtitleColor=INK)
 
 
+def _bars(held: list[_Place]) -> Any:
+    """A bar, a name and a number for each place."""
+    import altair as alt
+    import pandas as pd
+
+    names = [one.label if one.colour else OTHERS for one in held]
+    rows = [
+        (name, one.label, one.bytes, one.count, one.value, " < ".join(one.stack))
+        for name, one in zip(names, held, strict=True)
+    ]
+    bars = pd.DataFrame(rows, columns=["where", "label", "bytes", "count", "value", "stack"])
+    base = alt.Chart(bars).encode(y=alt.Y("where:N", sort=names, title=None, axis=None))
+    scale = alt.Scale(domain=[0, max(bars["bytes"], default=1)], nice=False)
+    size = alt.X("bytes:Q", axis=None, scale=scale)
+    paints = alt.Scale(domain=names, range=[one.colour or GREY for one in held])
+    colour = alt.Color("where:N", legend=None, scale=paints)
+    tooltip = ["label:N", "bytes:Q", "count:Q", "value:N", "stack:N"]
+    bar = base.mark_bar(height=8, yOffset=9, cornerRadius=2)
+    dot = base.mark_point(shape="square", filled=True, size=70, xOffset=5, yOffset=-5, opacity=1)
+    text = {"dy": -5, "color": INK, "fontSize": 12}
+    label = base.mark_text(align="left", dx=16, limit=WIDTH - 166, **text)
+    value = base.mark_text(align="right", **text)
+    layers = alt.layer(
+        bar.encode(x=size, color=colour, tooltip=tooltip),
+        dot.encode(x=alt.value(0), color=colour),
+        label.encode(x=alt.value(0), text="label:N"),
+        value.encode(x=alt.value(WIDTH), text="value:N"),
+    )
+    title = alt.Title("Held at the peak", fontSize=13, anchor="start")
+    layers = layers.properties(width=WIDTH, height=alt.Step(36), title=title)
+    return layers.resolve_scale(color="independent")
+
+
 def timeline_page(profile: MemoryProfile) -> str:
-    """The chart as a page that fits any width, light or dark, and asks nothing of a network."""
+    """The chart as a page for any width, light or dark, without a network."""
     import altair as alt
 
-    held = _held_at_peak(profile)
+    held = _largest_at_peak(profile)
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     spec = (
         _timeline(profile, held, "container", alt.ExprRef("others"))
@@ -246,7 +236,7 @@ def timeline_page(profile: MemoryProfile) -> str:
     return page("memory.html", data, title=title, facts=facts, held=_list(held))
 
 
-def _list(held: list[_Held]) -> str:
+def _list(held: list[_Place]) -> str:
     most = max((one.bytes for one in held), default=0) or 1
     lines = []
     for one in held:
@@ -261,12 +251,11 @@ def _list(held: list[_Held]) -> str:
 
 
 def save(profile: MemoryProfile, path: Path | str) -> None:
-    """Write the chart (.png, .svg, .html that needs no network) or the timeline (.csv), whole or
-    not at all.
+    """Write the chart (.png, .svg, offline .html) or the timeline (.csv) in one step.
 
     Raises:
         Mistake: another suffix.
-        OSError: where nothing can be written.
+        OSError: the file cannot be written.
     """
     suffix = _known(path).suffix
     path = destination(Path(path))
@@ -293,12 +282,11 @@ def _known(path: Path | str) -> Path:
 
 
 def load_step(text: str) -> Callable[[], object]:
-    """'package.module:attribute.path' -> what it names, imported with the current folder on the
-    path, as ``python -m`` has it.
+    """Import 'package.module:attribute.path' with the current folder on the path.
 
     Raises:
-        Mistake: no such form, module or attribute, or something that cannot be called without
-        arguments. Whatever the module raises while it is imported.
+        Mistake: another form, no such module or attribute, or arguments are required.
+        Any exception of the module during its import.
     """
     name, colon, attributes = text.partition(":")
     if not (colon and attributes and all(map(str.isidentifier, name.split(".")))):
@@ -308,7 +296,7 @@ def load_step(text: str) -> Callable[[], object]:
     try:
         found: Any = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # a module that is there and imports one that is not has an error of its own
+        # the module exists, and imports one that does not
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise Mistake(
@@ -316,9 +304,8 @@ def load_step(text: str) -> Callable[[], object]:
         ) from None
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
-            raise Mistake(
-                f"step {text!r}: {getattr(found, '__name__', type(found).__name__)!r} has no attribute {attribute!r}"
-            )
+            owner = getattr(found, "__name__", type(found).__name__)
+            raise Mistake(f"step {text!r}: {owner!r} has no attribute {attribute!r}")
         found = getattr(found, attribute)
     if not callable(found):
         raise Mistake(f"step {text!r} is {type(found).__name__}, expected something to call")
@@ -332,14 +319,12 @@ def load_step(text: str) -> Callable[[], object]:
 
 
 def show(profile: MemoryProfile, console: "Console", top: int = 12) -> None:
-    """Peak, end, and a table of what is alive at the peak."""
+    """Print peak, end, and a table of the places at the peak."""
     from rich.table import Table
     from rich.text import Text
 
-    console.print(
-        f"peak [bold]{_size(profile.peak_bytes)}[/bold] beyond the start, after {profile.peak_ms:.1f} ms",
-        highlight=False,
-    )
+    peak = f"peak [bold]{_size(profile.peak_bytes)}[/bold] beyond the start"
+    console.print(f"{peak}, after {profile.peak_ms:.1f} ms", highlight=False)
     console.print(
         f"{_size(profile.end_bytes)} still held at the end, after {profile.timeline[-1].ms:.1f} ms",
         highlight=False,
@@ -362,8 +347,7 @@ def show(profile: MemoryProfile, console: "Console", top: int = 12) -> None:
 
 
 def main(step: str, out: Path | None = None, warmup: int = 1) -> MemoryProfile:
-    """Load 'module:function', measure it, show it, draw it; Mistake for a step, a suffix or a file
-    that cannot be."""
+    """Profile 'module:function', print it, write a picture."""
     from rich.console import Console
     from rich.markup import escape
 

@@ -1,5 +1,4 @@
-"""Who is measured: ours, torch's, and published packages where they are installed. Each is one call
-with the mean over valid targets."""
+"""Methods of the benchmark: ours, torch's and installed packages, each with a mean reduction."""
 
 import importlib
 import importlib.util
@@ -19,8 +18,7 @@ from .cases import DTYPES
 from .environment import version
 from .mistakes import Mistake
 
-# logits: (logits, target); head: (hidden, weight, target); labels: (logits, zeros and ones, ids of
-# the ones)
+# logits: (logits, target); head: (hidden, weight, target); labels: (logits, dense target, ids)
 Loss = Callable[..., Tensor]
 
 
@@ -32,17 +30,17 @@ class Method:
     op: str
     make: Callable[[], Loss]
     module: str | None = None  # must be importable
-    package: str | None = None  # whose version a row tells
+    package: str | None = None  # distribution whose version is in the row
     devices: tuple[str, ...] = ("cpu", "cuda")
-    consumes: bool = False  # writes into its logits
-    dtypes: tuple[str, ...] = tuple(DTYPES)  # what it is for; no row in the others
+    consumes: bool = False  # overwrites its logits
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # no row in the others
 
     @property
     def release(self) -> str:
         return f"{self.package} {version(self.package)}" if self.package else ""
 
     def obstacle(self, device: torch.device) -> str | None:
-        """Why it cannot run here."""
+        """The reason why it cannot run here, or None."""
         if device.type not in self.devices:
             return f"does not run on {device.type}"
         if self.module is not None and importlib.util.find_spec(self.module) is None:
@@ -158,7 +156,7 @@ def _liger(name: str) -> Loss:
 
 
 GPU = ("cuda",)
-# bfloat16 throughout, with so much room for logits
+# bfloat16 throughout, chunks of 1 GiB and of 256 MiB
 LEAN = lossfuse.LinearOptions(
     logits_dtype=torch.bfloat16, acc_dtype=torch.bfloat16, chunk_bytes=1 << 30
 )
@@ -169,7 +167,7 @@ BASELINE = {
     "head": "linear + F.cross_entropy",
     "labels": "F.binary_cross_entropy_with_logits",
 }
-# in fp16 the gradient of a mean over so many labels is 0
+# in fp16 the gradient of a mean over so many labels underflows
 OF_LABELS = ("fp32", "bf16")
 METHODS = [
     Method("F.cross_entropy", "logits", lambda: F.cross_entropy),
@@ -177,10 +175,10 @@ METHODS = [
     Method("torch.compile", "logits", lambda: torch.compile(F.cross_entropy, dynamic=False)),
     Method("lossfuse", "logits", lambda: _ours("auto")),
     Method("lossfuse in place", "logits", lambda: _ours("auto", inplace=True), consumes=True),
-    # auto is torch on a CPU
+    # on a CPU this is "lossfuse"
     Method("lossfuse torch", "logits", lambda: _ours("torch"), devices=GPU),
     Method("lossfuse reference", "logits", lambda: _ours("reference")),
-    # all statistics of rows beside the loss; lean: without entropy and argmax
+    # the loss with all statistics of rows; lean: without entropy and argmax
     Method("lossfuse stats", "logits", _our_stats),
     Method("lossfuse stats lean", "logits", lambda: _our_stats(lean=True)),
     Method("F.cross_entropy + stats", "logits", lambda: _cross_entropy_then_stats),
@@ -220,7 +218,7 @@ METHODS = [
     Method("F.linear_cross_entropy", "head", _torch_chunked_head),
     Method("lossfuse linear", "head", _our_linear),
     Method("lossfuse linear stats", "head", lambda: _our_linear_stats),
-    # most CPUs multiply in fp32 and round, which saves them less
+    # most CPUs multiply in fp32 and round, which saves less
     Method(
         "lossfuse linear lean",
         "head",
@@ -235,7 +233,7 @@ METHODS = [
         devices=GPU,
         dtypes=("bf16",),
     ),
-    # 25 times the logits, and products in fp32
+    # takes 25 times the logits
     Method("lossfuse linear reference", "head", lambda: _our_linear("reference"), devices=("cpu",)),
     Method(
         "Liger",
@@ -254,7 +252,7 @@ METHODS = [
         lambda: _upcast_labels,
         dtypes=OF_LABELS,
     ),
-    # where ids are given, and zeros and ones have to be made of them
+    # for ids that must become a dense target first
     Method(
         "scatter + F.binary_cross_entropy_with_logits",
         "labels",
@@ -283,7 +281,7 @@ METHODS = [
     Method("lossfuse reference", "labels", lambda: _our_labels(impl="reference"), dtypes=OF_LABELS),
 ]
 
-# time against memory of the linear form: only for those who ask by name
+# time against memory of the linear form; only if named
 SWEEP = [
     Method(
         f"sweep {rows} rows, logits {logits}, sums {sums}",
@@ -298,18 +296,17 @@ SWEEP = [
 
 
 def require(ops: Iterable[str], named: str) -> None:
-    """Mistake if no method's name contains ``named``."""
+    """Raise Mistake if no method name contains ``named``."""
     there = {op: list(dict.fromkeys(m.name for m in METHODS if m.op == op)) for op in ops}
     if not any(named.lower() in m.name.lower() for m in METHODS + SWEEP if m.op in there):
         known = "; ".join(f"of {op}: {', '.join(names)}" for op, names in there.items())
-        raise Mistake(
-            f"--methods is {named!r}, which no method's name contains; there are, {known}"
-        )
+        raise Mistake(f"--methods is {named!r} but no method name contains it; there are, {known}")
 
 
 def of(op: str, device: torch.device, named: str | None = None) -> tuple[list[Method], list[str]]:
-    """The methods that can run here, and a line for each that cannot; ``named`` keeps those whose
-    name contains it, and the baseline."""
+    """The methods that can run here, and a line for each that cannot.
+
+    ``named`` selects methods with this in their name, and the baseline."""
     methods, lines = [], []
     for method in METHODS if named is None else METHODS + SWEEP:
         if method.op != op or (

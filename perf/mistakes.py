@@ -1,6 +1,5 @@
-"""What a user asked for and cannot have."""
+"""The error for wrong arguments."""
 
 
 class Mistake(ValueError):
-    """Its message is a sentence for whoever typed the command; the command line prints it and exits
-    with code 2."""
+    """A wrong argument or file; the command line prints the message and exits with code 2."""

@@ -1,4 +1,4 @@
-"""A small causal transformer, large only where it matters here: its vocabulary."""
+"""A small causal transformer with a large vocabulary."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a norm."""
+    """Attention and a feed-forward layer, each after a norm."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, T) -> what the head takes (B, T, D)."""
+        """Token ids (B, T) -> hidden states of the head (B, T, D)."""
         x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)

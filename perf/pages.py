@@ -1,5 +1,4 @@
-"""Pages of one file, light and dark: a template, its data and Vega's scripts in one HTML text that
-asks nothing of a network."""
+"""HTML pages of one file, light and dark: a template, its data and Vega's scripts, no network."""
 
 import base64
 import functools
@@ -31,8 +30,7 @@ THEMES = {
 
 
 def page(template: str, data: object, **parts: str) -> str:
-    """The template with ``data`` as JSON in it, ``parts`` as HTML, and a policy under which only
-    its own scripts run."""
+    """Fill a template with ``data`` as JSON and ``parts`` as HTML; only its own scripts may run."""
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
     scripts = [
         bundle(),
@@ -42,7 +40,7 @@ def page(template: str, data: object, **parts: str) -> str:
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in scripts
     )
-    # inside a script element only < can end the text
+    # in a script element only < can end the text
     written = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {"scripts": hashes, "bundle": bundle(), "data": written, **parts}
     return re.sub(r"@@(\w+)@@", lambda match: parts[match[1]], text)

@@ -1,5 +1,4 @@
-"""A case with its numbers in memory: the steps a method is measured by, the least work beside them,
-and the truth in fp64."""
+"""A case in memory: the steps to measure, the least work beside them, and the fp64 result."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,27 +12,25 @@ from .methods import Loss
 from .protocol import Step
 
 Result = tuple[Tensor, tuple[Tensor, ...]]
-SAMPLES = 64  # rows, and for a weight classes, whose gradient is compared
-BLOCK_BYTES = 256 << 20  # of the fp64 tensors the truth is made of
-# a loss scaler's factor: without one the gradients of a mean over thousands of rows are no fp16
-# numbers
+SAMPLES = 64  # rows, or classes of a weight, for which gradients are compared
+BLOCK_BYTES = 256 << 20  # of fp64 tensors
+# a loss scaler's factor: without it the gradients of a mean over thousands of rows underflow
 SCALE = {torch.float16: 2.0**15}
-# beyond these a method is wrong and gets no time; torch's own half-precision loss is off by 4e-3,
-# entries of its gradient by 1e-1
+# a larger error is wrong and gets no time; torch's half-precision loss is off by 4e-3, entries of
+# its gradient by 1e-1
 LOSS_GATE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-# torch's loss of a label is a difference, so that of a sure one is 0: of 670,091 labels that is
-# 8e-4 of the sum in fp32, 0.4 in bf16
+# torch's loss of a label is a difference and 0 for a confident prediction: of 670,091 labels that
+# is 8e-4 of the sum in fp32, 0.4 in bf16
 LABELS_LOSS_GATE = {torch.float32: 1e-2, torch.bfloat16: 0.6, torch.float16: 0.6}
 GRAD_GATE = {torch.float32: 1e-2, torch.bfloat16: 0.4, torch.float16: 0.4}
-# what the target's probability may be off by at the gate: torch loses 1 - p when p is nearly 1,
-# which is bad but no other function
+# allowed error of the target's probability: torch loses 1 - p for confident predictions, which is
+# inaccurate but the same function
 FORGIVEN = {torch.float32: 5e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative, against fp64 of the same inputs; None where there was nothing to compare. ``gated``
-    is ``grad`` with FORGIVEN forgiven."""
+    """Relative errors against fp64; ``gated`` is ``grad`` less FORGIVEN. None: no gradient."""
 
     loss: float
     grad: float | None = None
@@ -53,28 +50,28 @@ class Errors:
 
 
 class _Produced(torch.autograd.Function):
-    """A tensor as a model's last layer hands it over: it requires grad and is no leaf. A new one if
-    it will be consumed."""
+    """Return a tensor like a model's output: it requires grad and is not a leaf.
+
+    A copy if the method overwrites it."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, held: list[Tensor], new: bool) -> Tensor:
-        return held[0].clone() if new else held[0].detach()
+    def forward(ctx: Any, anchor: Tensor, tensors: list[Tensor], copy: bool) -> Tensor:
+        return tensors[0].clone() if copy else tensors[0].detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         return None, None, None
 
 
-def _run(loss_fn: Loss, mode: str, wanted: int, scale: float | None) -> Callable[..., Result]:
-    """Forward, and in its mode the gradients of the first ``wanted`` arguments, handed out and not
-    accumulated."""
+def _run(loss_fn: Loss, mode: str, count: int, scale: float | None) -> Callable[..., Result]:
+    """A function that returns the loss, and in its mode gradients of the first ``count`` inputs."""
 
     def run(*arguments: Tensor) -> Result:
         loss = loss_fn(*arguments)
         if mode != "forward+backward":
             return loss, ()
         seed = None if scale is None else torch.full_like(loss, scale)
-        return loss, torch.autograd.grad(loss, arguments[:wanted], seed)
+        return loss, torch.autograd.grad(loss, arguments[:count], seed)
 
     if mode == "no_grad":
         return torch.no_grad()(run)
@@ -89,7 +86,7 @@ class Logits:
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         self.case, self.dtype = case, dtype
         self.logits, self.target = self._draw(device)
-        # where a copy goes
+        # destination of a copy
         self.spare = torch.empty_like(self.logits)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._truth: tuple[float, Tensor, Tensor] | None = None
@@ -110,8 +107,7 @@ class Logits:
         return Step(_run(loss_fn, mode, 1, SCALE.get(self.dtype)), prepare)
 
     def least(self, mode: str) -> tuple[Step, float]:
-        """A copy of the logits, and the share of it that the mode needs: without a gradient the
-        read alone."""
+        """A copy of the logits, and the share of it that the mode needs."""
         return Step(lambda: self.spare.copy_(self.logits)), self.case.moved_bytes(
             mode, 1
         ) / self.case.moved_bytes("forward+backward", 1)
@@ -129,7 +125,7 @@ class Logits:
         return Errors(error, float((off / size).max()), float((off / gated).max()))
 
     def _forgiven(self, rows: Tensor) -> Tensor:
-        """What the gradient of each class of some rows may be off by."""
+        """Allowed error of the gradient of each class."""
         none = torch.zeros(len(rows), self.case.v, dtype=torch.float64, device=rows.device)
         return none.scatter_(
             1, self.target[rows, None].clamp(min=0), FORGIVEN[self.dtype] / self.case.n
@@ -156,8 +152,7 @@ class Logits:
 
 
 class Labels(Logits):
-    """(N, V) logits and the ids (N, P) of the labels that are 1, padded; and the zeros and ones
-    they stand for, like the logits."""
+    """(N, V) logits, ids (N, P) of the positives, padded, and the same as a dense target."""
 
     loss_gate = LABELS_LOSS_GATE
 
@@ -198,7 +193,7 @@ class Labels(Logits):
         return self._truth
 
     def _wrongness(self, rows: Tensor) -> Tensor:
-        """The logit that a label is not what it is."""
+        """The logit of the opposite label."""
         x = self.logits[rows].double()
         return torch.where(self.ones[rows] > 0, -x, x)
 
@@ -228,13 +223,13 @@ class Head:
         return Step(_run(loss_fn, mode, 2, SCALE.get(self.dtype)), prepare)
 
     def least(self, mode: str) -> tuple[Step, float]:
-        """The matrix products alone: the logits, and in their mode both gradients."""
+        """The matrix products alone: logits, and in their mode both gradients."""
 
         def products() -> list[Tensor]:
-            made = [self.hidden @ self.weight.T]
-            if mode == "forward+backward":
-                made += [made[0] @ self.weight, made[0].T @ self.hidden]
-            return made
+            logits = self.hidden @ self.weight.T
+            if mode != "forward+backward":
+                return [logits]
+            return [logits, logits @ self.weight, logits.T @ self.hidden]
 
         return Step(products), 1.0
 
@@ -249,8 +244,7 @@ class Head:
             off = (grad[rows].double() / SCALE.get(self.dtype, 1.0) - want).abs().amax(1)
             largest = want.abs().amax(1)
             for i, floor in enumerate((0.0, FORGIVEN[self.dtype] / self.case.n)):
-                # an ignored row has no gradient to be relative to, and must have none; max() would
-                # lose a NaN
+                # ignored rows must have a zero gradient; max() would drop a NaN
                 relative = torch.where(off == 0, 0.0, off / (largest + floor * (largest > 0))).max()
                 worst[i] = float(torch.maximum(relative, relative.new_tensor(worst[i])))
         return Errors(error, *worst)
@@ -262,7 +256,7 @@ class Head:
             ids = self.target.clamp(min=0)
             hidden = self.hidden.double()
             rows = _spread(n, device)
-            # classes that are somebody's target, and others
+            # targets and other classes
             classes = torch.cat([ids[rows], _spread(v, device)])
             blocks = torch.arange(v, device=device).split(
                 max(1, BLOCK_BYTES // (8 * max(n, hidden.shape[1])))
@@ -290,14 +284,13 @@ class Head:
     def _dlogits(
         self, logits: Tensor, lse: Tensor, ids: Tensor, valid: Tensor, classes: Tensor
     ) -> Tensor:
-        """The gradient of some logits of some rows."""
+        """The gradient of these logits."""
         share = valid.double() / (self.target != -100).sum()
         return ((logits - lse[:, None]).exp() - (ids[:, None] == classes).double()) * share[:, None]
 
 
 def bytes_of(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    """What a loaded case holds, and the most that loading it and finding the truth takes, by
-    formula; the tests compare both."""
+    """Bytes of a loaded case, and the peak of loading it and computing the fp64 result."""
     b, n, v, d = dtype.itemsize, case.n, case.v, case.d or 0
     samples = min(n, SAMPLES)
     if case.op == "head":
@@ -305,7 +298,7 @@ def bytes_of(case: Case, dtype: torch.dtype) -> tuple[int, int]:
         drawn = held + (4 * (n + v) * d if b < 4 else 8 * n)
         block = min(BLOCK_BYTES, 8 * v * max(n, d))
         return held, max(drawn, held + 5 * block // 2 + 16 * n * d + 32 * n * 2 * samples)
-    # the logits, where a copy of them goes and, for labels, zeros and ones
+    # logits, the destination of a copy and, for labels, a dense target
     held = case.input_bytes(b) + case.logits_bytes(b) * (1 if case.p is None else 2)
     drawn = held + (192 << 20)
     truth = max(min(BLOCK_BYTES, 8 * n * v), 8 * samples * v) * (2 if case.p is None else 4)
@@ -313,13 +306,13 @@ def bytes_of(case: Case, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def load(case: Case, dtype: torch.dtype, device: torch.device) -> Logits | Head:
-    """Draw the numbers of a case."""
+    """Draw the inputs of a case."""
     kinds: dict[str, type[Logits] | type[Head]] = {"logits": Logits, "head": Head, "labels": Labels}
     return kinds[case.op](case, dtype, device)
 
 
 def _spread(n: int, device: torch.device) -> Tensor:
-    """At most SAMPLES indices over the whole range, both ends among them."""
+    """At most SAMPLES indices over the whole range, with both ends."""
     return torch.linspace(0, n - 1, min(n, SAMPLES), device=device).round().long().unique()
 
 

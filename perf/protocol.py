@@ -1,5 +1,4 @@
-"""How we time and how we weigh: variants interleaved in one process, medians, memory in a pass of
-its own."""
+"""Measurement: variants timed in turn in one process, medians, memory in a separate pass."""
 
 import ctypes
 import gc
@@ -32,15 +31,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed, and before it, off the clock, what makes its arguments: a method that eats its
-    input gets a fresh one."""
+    """A timed call, and an untimed one that prepares its arguments.
+
+    A method that overwrites its input gets a new one."""
 
     run: Callable[..., object]
     prepare: Callable[[], tuple[Any, ...]] = tuple
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was launched, so that a clock read next is about it."""
+    """Wait for all launched work."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
 
@@ -50,15 +50,12 @@ def time_interleaved(
     device: torch.device,
     repeats: int,
     seconds: float = float("inf"),
-    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """The time of each step, one call of each in turn after a round that is not counted; results
-    are dropped off the clock.
+    """Time one call of each step in turn; the first round does not count.
 
-    CUDA: between two events, after the L2 cache was overwritten and the device kept busy while
-        Python launches what is timed.
-    Elsewhere: the wall clock. After three rounds no round begins that would end later than
-    ``seconds`` after the first."""
+    CUDA: events around the call, after the L2 cache is overwritten and while the device is busy, so
+    that Python's launches are hidden. Elsewhere: wall clock. Results are freed outside the time.
+    After three rounds no round begins that would end later than ``seconds`` after the first."""
     clock = _cuda_milliseconds(device) if device.type == "cuda" else _wall_milliseconds(device)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
@@ -68,7 +65,6 @@ def time_interleaved(
             arguments = step.prepare()
             taken[name].append(clock(step.run, arguments))
             del arguments
-            tick()
         if done >= 3 and (time.perf_counter() - begin) * (done + 2) / (done + 1) > seconds:
             break
     return {name: Timing.of(ms[1:]) for name, ms in taken.items()}
@@ -100,7 +96,7 @@ def _cuda_milliseconds(device: torch.device) -> Clock:
     def clock(run: Callable[..., object], arguments: tuple[Any, ...]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         cache.zero_()
-        # about a millisecond, in which Python launches what is timed
+        # about a millisecond, in which Python launches the call
         torch.cuda._sleep(2_000_000)
         start.record()
         result = run(*arguments)
@@ -113,12 +109,10 @@ def _cuda_milliseconds(device: torch.device) -> Clock:
 
 
 def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
-    """The most memory a call holds beyond what was held before it, its result included; None where
-    neither CUDA nor Linux can tell.
+    """Peak memory of a call beyond that before it, result included; None if unknown.
 
-    CUDA: the allocator's peak. CPU: the process's high-water mark, reset before the call, so other
-    threads count too; memory that was freed but kept by malloc is given back first, or a call would
-    seem to need none."""
+    CUDA: the allocator's peak. CPU: the high-water mark of the process, which includes other
+    threads. Memory cached by malloc is returned to the system first, or the call could reuse it."""
     gc.collect()
     arguments = step.prepare()
     if device.type == "cuda":
@@ -144,11 +138,10 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had: of CUDA what is free or kept by torch, elsewhere what Linux
-    says; None where neither can tell."""
+    """Memory that can still be allocated, with torch's cache on CUDA; None if unknown."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     info = Path("/proc/meminfo")
     if device.type != "cpu" or not info.exists():
         return None

@@ -1,5 +1,4 @@
-"""Rows of measurements, and of errors against bounds: CSV files that only grow, and a sentence for
-a file that is not ours."""
+"""CSV files of measurements and of errors against bounds: typed, append-only, atomic."""
 
 import contextlib
 import errno
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 VERSION = 2
-# what a row says, in the order of the file: what was asked, what came out, where
+# columns in the order of the file: the call, the result, the machine
 COLUMNS: dict[str, str] = {
     "schema": "int",
     "case": "str",  # a name of cases.py, or NxV, NxDxV or NxVpP
@@ -26,18 +25,18 @@ COLUMNS: dict[str, str] = {
     "dtype": "str",  # fp32 | bf16 | fp16
     "n": "int",
     "v": "int",
-    # the width of a head; of labels, at most how many of a row are 1; empty for logits
+    # the width of a head; for labels the most positives of a row; empty for logits
     "d": "float",
     "method": "str",
     "status": "str",  # ok | wrong | out of memory | failed; only ok has numbers
-    "note": "str",  # a sentence where status is not ok
+    "note": "str",  # a sentence if status is not ok
     "ms_p50": "float",
     "ms_p20": "float",
     "ms_p80": "float",
     "repeats": "float",
     # the roofline: a copy of the logits, or the matrix products, interleaved with the methods
     "ideal_ms": "float",
-    "peak_extra_bytes": "float",  # beyond inputs; what the call returns included
+    "peak_extra_bytes": "float",  # beyond inputs, results included
     "loss_error": "float",  # relative, against fp64
     "grad_error": "float",  # worst entry relative to itself, or (head) to its row's largest
     "copy_gbps": "float",
@@ -72,7 +71,7 @@ WHERE = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What the rows of a file say, and the number of their schema."""
+    """A kind of file: its columns and the number of its schema."""
 
     name: str
     version: int
@@ -95,10 +94,10 @@ BOUNDS = Kind(
         # loss, dlogits and so on; of "x, mean" the mean over many entries; repeated: 0, or inf if a
         # second call differs
         "output": "str",
-        "ratio": "float",  # the error in units of its bound, where that is largest
-        "error": "float",  # there
-        "bound": "float",  # there
-        "place": "str",  # where it is
+        "ratio": "float",  # the largest error in units of its bound
+        "error": "float",
+        "bound": "float",
+        "place": "str",  # index of that entry
         **{name: COLUMNS[name] for name in WHERE},
     },
 )
@@ -106,12 +105,11 @@ KINDS = (MEASUREMENTS, BOUNDS)
 
 
 class BadRows(Mistake):
-    """A file of rows that cannot be used; the message is a sentence for whoever named the file."""
+    """A file that cannot be used as a file of rows."""
 
 
 def read(paths: Sequence[Path], kind: Kind = MEASUREMENTS) -> "pd.DataFrame":
-    """The rows of all files, one below the other, every column typed; BadRows where a file is not
-    one of ours."""
+    """The rows of all files with typed columns; BadRows for a foreign file."""
     import pandas as pd
 
     frames = [_read_one(path, kind) for path in paths]
@@ -123,7 +121,7 @@ def read(paths: Sequence[Path], kind: Kind = MEASUREMENTS) -> "pd.DataFrame":
 
 
 def holds(path: Path, kind: Kind) -> bool:
-    """Whether a file begins as one with rows of that kind."""
+    """True if the file has the header of this kind."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.readline().rstrip("\r\n") == ",".join(kind.columns)
@@ -132,16 +130,15 @@ def holds(path: Path, kind: Kind) -> bool:
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]], kind: Kind = MEASUREMENTS) -> None:
-    """Add rows below those of ``path``, or start it.
+    """Append rows to a file, or create it.
 
-    The old rows are checked and the whole file is replaced in one step, under a lock: neither a
-    crash nor two writers lose a row. BadRows if the file is not ours or cannot be written; no rows
-    at all is a way to ask."""
+    The file is checked, then replaced in one step under a lock: neither a crash nor two writers
+    lose a row. BadRows for a foreign file or one that cannot be written, also for no rows."""
     import pandas as pd
 
     new = _typed(pd.DataFrame([{"schema": kind.version} | row for row in rows]), path, kind)
     text = [name for name, held in kind.columns.items() if held == "str"]
-    # a return alone is not quoted, and would end its row
+    # pandas does not quote a lone carriage return, which ends a row
     new[text] = new[text].replace("\r\n?", "\n", regex=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,22 +155,21 @@ def append(path: Path, rows: Sequence[dict[str, Any]], kind: Kind = MEASUREMENTS
 
 
 def destination(path: Path) -> Path:
-    """The file that is written when ``path`` is: of a link what it leads to. OSError for a device,
-    a pipe, a folder: never replaced."""
+    """The file behind a path or link; OSError for a device, pipe or folder."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is there and no file")
+        raise OSError(errno.EINVAL, "it is not a file")
     return path
 
 
 def require_writable(path: Path) -> None:
-    """OSError where ``write_atomically`` would raise one."""
+    """Raise the OSError that ``write_atomically`` would raise."""
     with tempfile.TemporaryFile(dir=destination(path).parent):
         pass
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file has its old content or all of the new."""
+    """Replace a file; after a crash it has its old content or all of the new."""
     path = destination(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -181,7 +177,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp's files are private; these are results
+        # files of mkstemp are private
         os.chmod(name, path.stat().st_mode if path.exists() else 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
@@ -198,7 +194,7 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # beside the system's other locks and not beside the results; torch depends on filelock
+    # in the temporary folder, not beside the results; torch depends on filelock
     from filelock import FileLock
 
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
@@ -221,26 +217,26 @@ def _read_one(path: Path, kind: Kind) -> "pd.DataFrame":
         raise BadRows(f"{path} is not a CSV file: {error}") from None
     for other in KINDS:
         if other is not kind and list(frame.columns) == list(other.columns):
-            raise BadRows(f"{path} holds {other.name} and was to hold {kind.name}")
+            raise BadRows(f"{path} holds {other.name}, expected {kind.name}")
     if "schema" in frame and len(frame) and (frame["schema"] != str(kind.version)).any():
         found = ", ".join(sorted(set(frame["schema"])))
-        raise BadRows(
-            f"{path} holds rows of schema {found} and this version reads schema {kind.version}; measure again into another file"
-        )
+        reads = f"this version reads schema {kind.version}"
+        again = "measure again into another file"
+        raise BadRows(f"{path} holds rows of schema {found} and {reads}; {again}")
     if list(frame.columns) != list(kind.columns):
         foreign = [name for name in frame.columns if name not in kind.columns]
         absent = [name for name in kind.columns if name not in frame.columns]
-        what = [f"has columns {foreign}" * bool(foreign), f"lacks columns {absent}" * bool(absent)]
-        raise BadRows(
-            f"{path} is not a file of our rows: it {' and '.join(filter(None, what)) or 'has its columns in another order'}"
-        )
+        faults = [f"has columns {foreign}" * bool(foreign)]
+        faults.append(f"lacks columns {absent}" * bool(absent))
+        problem = " and ".join(filter(None, faults)) or "has its columns in another order"
+        raise BadRows(f"{path} is not a file of our rows: it {problem}")
     return _typed(frame, path, kind)
 
 
 def _typed(frame: "pd.DataFrame", path: Path, kind: Kind = MEASUREMENTS) -> "pd.DataFrame":
     foreign = [name for name in frame.columns if name not in kind.columns]
     if foreign:
-        raise BadRows(f"rows for {path} have columns {foreign} that the schema has not")
+        raise BadRows(f"rows for {path} have columns {foreign} that are not in the schema")
     frame = frame.reindex(columns=list(kind.columns))
     for name, held in kind.columns.items():
         frame[name] = _column(
@@ -264,11 +260,11 @@ def _column(values: "pd.Series[Any]", kind: str, complaint: str) -> "pd.Series[A
         return known.astype(bool)
     try:
         numbers = pd.to_numeric(values.where(values != "", None))
-        made = numbers.astype("int64" if kind == "int" else "float64")
-        # pandas cuts off and wraps around without a word
-        if kind == "int" and (made != numbers).any():
-            raise ValueError(f"{numbers[made != numbers].iloc[0]}")
-        return made
+        typed = numbers.astype("int64" if kind == "int" else "float64")
+        # pandas truncates and wraps around silently
+        if kind == "int" and (typed != numbers).any():
+            raise ValueError(f"{numbers[typed != numbers].iloc[0]}")
+        return typed
     except (ValueError, TypeError, OverflowError) as error:
         raise BadRows(
             f"{complaint} {'an integer' if kind == 'int' else 'a number'}: {error}"

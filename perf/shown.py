@@ -1,5 +1,4 @@
-"""Rows as people see them: one run of each case, ours against torch's and others', numbers as
-words."""
+"""Rows as the page shows them: one run of each case, ours beside torch and peers, as text."""
 
 import math
 import re
@@ -13,8 +12,8 @@ from .rows import TEXT
 if TYPE_CHECKING:
     import pandas as pd
 
-# found by search: 3:1 on white and on the dark page, and within an op 0.05 apart in OKLab for
-# protan and deutan eyes too; ours are warm
+# contrast of 3:1 on the light and the dark page; in one op 0.05 apart in OKLab, also for protan and
+# deutan vision; ours are warm
 COLORS = {
     "lossfuse": "#c53943",
     "lossfuse linear": "#c53943",
@@ -47,8 +46,8 @@ COLORS = {
 }
 OTHERS = ("#5b86a8", "#a07cb5", "#7f8c4a", "#4f9a9c", "#8a6f5c")
 CASE = ("place", "op", "dtype", "mode", "case")
-SPLIT = "\x1f"  # between the parts of a line's key; no text from a row keeps its control characters
-# what the page is sent of each row, shown or needed to choose and draw
+SPLIT = "\x1f"  # between the parts of a key; texts of rows have no control characters
+# fields of a row that the page needs
 FIELDS = (
     "place",
     "op",
@@ -95,11 +94,10 @@ FIELDS = (
 
 
 def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
-    """Every row with what the page shows of it, in the order of the lines, and how many were left
-    out because a case had another shape.
+    """Records of all rows in the order of the lines, and the number of rows of an earlier shape.
 
-    A row is ``shown`` if it belongs to the one run that is shown of its case, or if its method was
-    not measured in that run and this is its newest row: ``other`` says so. The rest is history."""
+    One run of a case is ``shown``, and the newest row of each method outside that run, with a note
+    in ``other``. The rest is history."""
     import pandas as pd
 
     frame = frame.copy()
@@ -135,71 +133,54 @@ def prepare(frame: "pd.DataFrame") -> tuple[list[dict[str, Any]], int]:
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     ok = row["status"] == "ok"
-    number = {
-        name: _finite(row[name]) if ok else None
-        for name in ("loss_error", "grad_error", "peak_extra_bytes")
-    }
     ms, lo, hi = (_positive(row[name]) if ok else None for name in ("ms_p50", "ms_p20", "ms_p80"))
-    ideal, peak = _positive(row["ideal_ms"]), number["peak_extra_bytes"]
-    bounded = ms is not None and lo is not None and hi is not None
+    if ms is None or lo is None or hi is None:
+        lo = hi = None
+    ideal = _positive(row["ideal_ms"])
+    peak, loss_error, grad_error = (
+        _finite(row[name]) if ok else None
+        for name in ("peak_extra_bytes", "loss_error", "grad_error")
+    )
     itemsize = DTYPES[row["dtype"]].itemsize if row["dtype"] in DTYPES else 0
-    logits = (
-        peak / (row["n"] * row["v"] * itemsize)
-        if peak is not None and row["n"] * row["v"] * itemsize > 0
-        else None
-    )
-    share = _finite(ideal / ms) if ideal and ms else None
-    errors = [number["loss_error"], number["grad_error"]]
+    size = row["n"] * row["v"] * itemsize
+    logits = peak / size if peak is not None and size > 0 else None
+    share, share_lo, share_hi = (_finite(ideal / t) if ideal and t else None for t in (ms, hi, lo))
+    names = {"torch": "torch", "triton": "triton", "lossfuse": "lossfuse", "package": ""}
+    versions = (f"{name} {row[column]}".strip() for column, name in names.items() if row[column])
     dirty = "*" if row["dirty"] else ""
-    packages = [
-        ("torch", row["torch"]),
-        ("triton", row["triton"]),
-        ("lossfuse", row["lossfuse"]),
-        ("", row["package"]),
-    ]
-    line, head = (
-        f"{row['case']}{SPLIT}{row['method']}",
-        f"{row['case']}{SPLIT}{SPLIT}{row['shape']}",
-    )
-    run = f"{row['date']}{SPLIT}{row['commit'] or 'no commit'}{dirty}"
-    return row | {
-        "shown": False,
-        "other": "",
-        "line": line,
-        "head": head,
-        "run": run,
-        "color": color(row["method"]),
-        "problem": "" if ok else row["status"],
-        "gap": row["status"] if not ok else "" if peak is not None else "not measured",
-        "commit": row["commit"] + dirty,
-        "peak": peak,
-        "ms": ms,
-        "ms_lo": lo if bounded else None,
-        "ms_hi": hi if bounded else None,
-        "ideal": ideal,
-        "share": share,
-        "logits": logits,
-        "loss_error": _positive(errors[0]),
-        "grad_error": _positive(errors[1]),
-        "share_gap": "" if ok else row["status"],
-        "share_lo": _finite(ideal / hi) if share and bounded and ideal and hi else None,
-        "share_hi": _finite(ideal / lo) if share and bounded and ideal and lo else None,
+    problem = "" if ok else row["status"]
+    keys = {
+        "line": f"{row['case']}{SPLIT}{row['method']}",
+        "head": f"{row['case']}{SPLIT}{SPLIT}{row['shape']}",
+        "run": f"{row['date']}{SPLIT}{row['commit'] or 'no commit'}{dirty}",
+    }
+    numbers = {"ms": ms, "ms_lo": lo, "ms_hi": hi, "ideal": ideal, "peak": peak, "logits": logits}
+    numbers |= {"share": share, "share_lo": share_lo, "share_hi": share_hi}
+    numbers |= {"loss_error": _positive(loss_error), "grad_error": _positive(grad_error)}
+    texts = {
         "time_text": _time(ms),
-        "spread_text": f"{_time(lo)} \u2013 {_time(hi)}" if bounded else "",
+        "spread_text": "" if lo is None else f"{_time(lo)} \u2013 {_time(hi)}",
         "ideal_text": _time(ideal),
         "share_text": _percent(share),
         "memory_text": _bytes(peak),
         "logits_text": _times(logits),
-        "loss_text": _error(errors[0]),
-        "grad_text": _error(errors[1]),
+        "loss_text": _error(loss_error),
+        "grad_text": _error(grad_error),
         "repeats": "" if _finite(row["repeats"]) is None else f"{row['repeats']:.0f}",
-        "versions": ", ".join(f"{name} {version}".strip() for name, version in packages if version),
+        "versions": ", ".join(versions),
+        "commit": row["commit"] + dirty,
     }
+    gaps = {"problem": problem, "share_gap": problem, "gap": problem}
+    if ok and peak is None:
+        gaps["gap"] = "not measured"
+    state = {"shown": False, "other": "", "color": color(row["method"])}
+    return row | state | keys | numbers | texts | gaps
 
 
 def _choose_run(rows: list[dict[str, Any]]) -> None:
-    """Mark the rows of one case, oldest first, that are shown: the newest run with ours and
-    torch's, and what only other runs have."""
+    """Mark the newest run with ours and torch's, and methods that only other runs have.
+
+    ``rows`` are those of one case, oldest first."""
     ours, base = (names.get(rows[0]["op"]) for names in (OURS, BASELINE))
     methods: dict[str, set[str]] = {}
     for row in rows:
@@ -222,8 +203,7 @@ def _choose_run(rows: list[dict[str, Any]]) -> None:
 
 
 def _require_bound(rows: list[dict[str, Any]]) -> None:
-    """Take the roofline from each run of a case in which a method was faster than it: it was no
-    bound there."""
+    """Drop the roofline of a run in which a method was faster: it is not a bound there."""
     beaten = {row["run"] for row in rows if row["share"] and (row["share_lo"] or row["share"]) > 1}
     for row in rows:
         if row["run"] in beaten:
@@ -233,11 +213,10 @@ def _require_bound(rows: list[dict[str, Any]]) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours against torch's and against the fastest of the others, one record per device, op, dtype,
-    mode and case.
+    """Compare ours with torch and the fastest peer: a record per device, op, dtype, mode and case.
 
-    Only ``ok`` rows of the same run are compared: what was not interleaved drifts apart, and a red
-    commit has no ratio."""
+    Only ``ok`` rows of the same run are compared, because times of different runs drift. A commit
+    with failed tests has no ratio."""
     runs: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["shown"] and not row["other"]:
@@ -250,34 +229,24 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _compared(run: dict[str, dict[str, Any]], our_name: str, name: str) -> dict[str, Any]:
-    ours, base, why = run[our_name], run.get(name), ""
-    if ours["status"] != "ok":
-        why = f"{ours['method']}: {ours['status']}"
-    elif ours["tests"] == "failed":
-        why = "tests of this commit failed"
-    elif base is None:
-        why = f"{name} was not in this run"
-    elif base["status"] != "ok":
-        why = f"{name}: {base['status']}"
-    elif ours["ms"] is None or base["ms"] is None:
-        why = "no time"
-    faster = saved = share = peer = None
-    memory_why = why
+    ours, base = run[our_name], run.get(name)
+    why = memory_why = _obstacle(ours, base, name)
+    faster = saved = saved_share = peer = None
     if base is not None and not why:
         faster = _finite(base["ms"] / ours["ms"])
-        # a form of the baseline, as F.cross_entropy(x.float()) is, is no peer
-        peers = [
-            row
-            for row in run.values()
-            if row["ms"] and not row["method"].startswith(("lossfuse", name))
-        ]
+        # F.cross_entropy(x.float()) is a form of the baseline and no peer
+        own = ("lossfuse", name)
+        peers = [r for r in run.values() if r["ms"] and not r["method"].startswith(own)]
         peer = min(peers, key=lambda row: row["ms"], default=None)
         if ours["peak"] is None or base["peak"] is None:
             memory_why = "not measured"
         else:
             saved = base["peak"] - ours["peak"]
-            share = _finite(saved / base["peak"]) if base["peak"] else None
-    peer_faster = _finite(peer["ms"] / ours["ms"]) if peer else None
+            saved_share = _finite(saved / base["peak"]) if base["peak"] else None
+    peer_faster, peer_texts = None, []
+    if peer is not None:
+        peer_faster = _finite(peer["ms"] / ours["ms"])
+        peer_texts = [peer["method"], peer["time_text"], peer["memory_text"]]
     return {key: ours[key] for key in (*CASE, "shape")} | {
         "share": None if ours["tests"] == "failed" else ours["share"],
         "reason": CASES[ours["case"]].reason if ours["case"] in CASES else "",
@@ -285,23 +254,32 @@ def _compared(run: dict[str, dict[str, Any]], our_name: str, name: str) -> dict[
         "faster": faster,
         "within_spread": faster is not None and _overlap(ours, base),
         "saved": saved,
-        "saved_share": share,
+        "saved_share": saved_share,
         "faster_text": _times(faster),
-        "saved_text": _saved(saved, share),
+        "saved_text": _saved(saved, saved_share),
         "time_text": _change("time_text", base, ours),
         "memory_text": _change("memory_text", base, ours),
         "peer": peer["method"] if peer else "",
         "peer_faster": peer_faster,
         "peer_within_spread": _overlap(ours, peer),
         "peer_faster_text": _times(peer_faster),
-        "peer_text": ", ".join(
-            filter(None, (peer["method"], peer["time_text"], peer["memory_text"]))
-        )
-        if peer
-        else "",
+        "peer_text": ", ".join(filter(None, peer_texts)),
         "why": why,
         "memory_why": memory_why,
     }
+
+
+def _obstacle(ours: dict[str, Any], base: dict[str, Any] | None, name: str) -> str:
+    """The reason why there is no ratio, or ''."""
+    if ours["status"] != "ok":
+        return f"{ours['method']}: {ours['status']}"
+    if ours["tests"] == "failed":
+        return "tests of this commit failed"
+    if base is None:
+        return f"{name} was not in this run"
+    if base["status"] != "ok":
+        return f"{name}: {base['status']}"
+    return "no time" if ours["ms"] is None or base["ms"] is None else ""
 
 
 def _overlap(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
@@ -331,8 +309,7 @@ def _case_rank(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def clean(text: object) -> str:
-    """Without control characters, which a terminal obeys, and halves of characters, which nothing
-    can write."""
+    """Replace control characters, which a terminal obeys, and lone surrogates."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(text))
 
 
@@ -368,25 +345,17 @@ def _bytes(count: float | None) -> str:
 
 
 def _times(value: float | None) -> str:
-    if value is not None and 0 < value < 0.01:
+    if value is None:
+        return ""
+    if 0 < value < 0.01:
         return "<0.01\u00d7"
-    return (
-        ""
-        if value is None
-        else f"{value:.2f}\u00d7"
-        if abs(value) < 100
-        else f"{digits(value)}\u00d7"
-    )
+    return f"{value:.2f}\u00d7" if abs(value) < 100 else f"{digits(value)}\u00d7"
 
 
 def _percent(value: float | None) -> str:
-    return (
-        ""
-        if value is None
-        else f"{100 * value:.0f}%"
-        if 0.1 <= abs(value) < 100
-        else f"{digits(100 * value)}%"
-    )
+    if value is None:
+        return ""
+    return f"{100 * value:.0f}%" if 0.1 <= abs(value) < 100 else f"{digits(100 * value)}%"
 
 
 def _error(value: float | None) -> str:
@@ -401,13 +370,9 @@ def _saved(saved: float | None, share: float | None) -> str:
         return ""
     if share is None:
         return _bytes(saved)
-    return (
-        f"{_percent(share)} less"
-        if share >= 0.005
-        else f"{_percent(-share)} more"
-        if share <= -0.005
-        else "the same"
-    )
+    if abs(share) < 0.005:
+        return "the same"
+    return f"{_percent(share)} less" if share > 0 else f"{_percent(-share)} more"
 
 
 def _shape(op: str, n: int, v: int, d: float) -> str:
@@ -419,11 +384,9 @@ def _shape(op: str, n: int, v: int, d: float) -> str:
 
 
 def dtypes(place: str) -> tuple[str, ...]:
-    """The dtypes of a device, the one that says most first: most CPUs have no bf16 instructions,
-    and a GPU trains in bf16.
+    """Dtypes in order of interest: fp32 on a CPU, which may lack bf16 instructions, bf16 on a GPU.
 
-    Devices of rows are told apart by their names: of a CPU that ends in its threads.
-    """
+    The name of a CPU ends with its threads."""
     return (
         ("fp32", "bf16", "fp16")
         if re.search(r", \d+ threads(?: \(|$)", place)
@@ -432,7 +395,7 @@ def dtypes(place: str) -> tuple[str, ...]:
 
 
 def color(method: str) -> str:
-    """The colour of a method: always the same, whatever else was measured."""
+    """The colour of a method, the same in all charts."""
     if method not in COLORS and method.startswith("lossfuse"):
         return COLORS["lossfuse reference"]
     return COLORS.get(method) or OTHERS[zlib.crc32(method.encode("utf-8", "replace")) % len(OTHERS)]

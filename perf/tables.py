@@ -1,6 +1,6 @@
-"""Tables of a command: on a terminal as wide as it is, elsewhere plain lines as long as they need,
-and no name is ever cut."""
+"""Tables: as wide as the terminal, plain lines of any length elsewhere, and names never cut."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """A column; of those with a ``rank`` the highest is left out first where a terminal is too
-    narrow. Words may be folded, numbers not."""
+    """A column; a narrow terminal omits columns with a ``rank``, the highest first.
+
+    Words may be folded, numbers not."""
 
     name: str
     rank: int = 0
@@ -25,8 +26,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table, under the heading it shares with its neighbours; a ``remark`` takes the
-    place of the cells it has not."""
+    """A row; adjacent rows share the heading ``group``, a ``remark`` replaces missing cells."""
 
     cells: Sequence[str]
     group: str = ""
@@ -35,7 +35,7 @@ class Line:
 
 
 def console() -> "Console":
-    """For stdout; where that is no terminal lines are not broken."""
+    """A console on stdout that wraps lines on a terminal alone."""
     from rich.console import Console
 
     return Console(soft_wrap=not sys.stdout.isatty())
@@ -48,7 +48,7 @@ def show(
     title: str = "",
     caption: str = "",
 ) -> None:
-    """Print a table; the first column holds names, which are folded if they must be."""
+    """Print a table; names of the first column are folded if necessary."""
     lines = [
         Line(
             [clean(cell) for cell in line.cells], clean(line.group), clean(line.remark), line.style
@@ -66,11 +66,7 @@ def _plain(
 ) -> None:
     grouped = any(line.group for line in lines)
     heads = [""] * grouped + [column.name for column in columns]
-    rights = (
-        [False] * grouped
-        + [column.right for column in columns[:1]]
-        + [column.right for column in columns[1:]]
-    )
+    rights = [False] * grouped + [column.right for column in columns]
     rows = [heads, *([line.group] * grouped + list(line.cells) for line in lines)]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(heads))]
     said = [title] * bool(title)
@@ -96,52 +92,39 @@ def _drawn(
         pieces = [
             piece for text in texts for piece in (text.split() if columns[i].folds else [text])
         ]
-        # and a border and a space on both sides
+        # plus a border and two spaces
         return 3 + max(map(len, pieces), default=0)
 
-    kept, left_out = list(range(len(columns))), []
-    for i in sorted((i for i in kept if columns[i].rank), key=lambda i: -columns[i].rank):
-        if sum(map(width, kept)) + 1 <= to.width:
+    shown, omitted = list(range(len(columns))), []
+    for i in sorted((i for i in shown if columns[i].rank), key=lambda i: -columns[i].rank):
+        if sum(map(width, shown)) + 1 <= to.width:
             break
-        kept.remove(i)
-        left_out.append(columns[i].name)
+        shown.remove(i)
+        omitted.append(columns[i].name)
     table = Table(
         title=Text(title) if title else None,
         caption=Text(caption) if caption else None,
         title_justify="left",
     )
-    for i in kept:
-        no_wrap = i > 0 and not columns[i].folds
+    for i in shown:
         table.add_column(
             Text(columns[i].name),
             justify="right" if columns[i].right else "left",
-            no_wrap=no_wrap,
+            no_wrap=i > 0 and not columns[i].folds,
             overflow="fold",
         )
-    group = None
-    for at, line in enumerate(lines):
-        if line.group and line.group != group:
-            table.add_row(Text(line.group, style="bold"))
-        group = line.group
-        last = at + 1 == len(lines) or lines[at + 1].group != group
-        table.add_row(
-            *(Text(line.cells[i]) for i in kept if i < len(line.cells)),
-            style=line.style,
-            end_section=bool(group) and last,
-        )
+    for group, grouped in itertools.groupby(lines, lambda line: line.group):
+        if group:
+            table.add_row(Text(group, style="bold"))
+        for line in (members := list(grouped)):
+            cells = (Text(line.cells[i]) for i in shown if i < len(line.cells))
+            last = bool(group) and line is members[-1]
+            table.add_row(*cells, style=line.style, end_section=last)
     to.print(table)
     for line in lines:
         if line.remark:
-            to.print(
-                f"{line.group} {line.cells[0]}: {line.remark}".strip(),
-                style=line.style,
-                markup=False,
-                highlight=False,
-            )
-    if left_out:
-        to.print(
-            f"left out at this width: {', '.join(left_out)}",
-            style="dim",
-            markup=False,
-            highlight=False,
-        )
+            text = f"{line.group} {line.cells[0]}: {line.remark}".strip()
+            to.print(text, style=line.style, markup=False, highlight=False)
+    if omitted:
+        note = f"left out at this width: {', '.join(omitted)}"
+        to.print(note, style="dim", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Watching what operators allocate."""
+"""Memory that operators allocate."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,15 +7,14 @@ from lossfuse.perf.protocol import Step, peak_extra_bytes
 
 
 def least_peak(call, device):
-    """The peak of a call's memory, the least of three, for what earlier tests left to be freed is
-    part of one; None if unknown."""
+    """Peak of a call, the least of three because garbage of earlier tests counts, or None."""
     call()
     peaks = [peak_extra_bytes(Step(call), device) for _ in range(3)]
     return None if None in peaks else min(peaks)
 
 
 class Largest(TorchDispatchMode):
-    """The largest new storage among the results of every operator."""
+    """The largest storage that an operator allocates for a result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +30,7 @@ class Largest(TorchDispatchMode):
 
 
 def _with_memory(tree):
-    # wrappers of other tensors, such as DTensor, have none
+    # wrapper tensors such as DTensor have no storage
     return [
         t
         for t in torch.utils._pytree.tree_leaves(tree)

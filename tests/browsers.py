@@ -1,4 +1,4 @@
-"""A page as a browser without a network sees it, and the law of its colours."""
+"""Open a page in a browser without a network; contrast and distance of colours."""
 
 import shutil
 import subprocess
@@ -10,8 +10,8 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-# linear RGB as people without one kind of cone see it: Machado, Oliveira and Fernandes 2009,
-# severity 1
+phone = ("--window-size=390,844", "--blink-settings=preferredColorScheme=0")
+# linear RGB seen without one kind of cone: Machado, Oliveira and Fernandes 2009, severity 1
 PROTAN = np.array(
     [
         [0.152286, 1.052583, -0.204868],
@@ -44,8 +44,7 @@ OKLAB = np.array(
 
 
 def opened(page, tmp_path, address="", *options):
-    """The page's elements after its scripts have run in a browser that finds no other machine, and
-    what they said to the console."""
+    """The elements of a page after its scripts ran without a network, and its console messages."""
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
     fixed = [
@@ -73,13 +72,13 @@ def _linear(color):
 
 
 def contrast(one, other):
-    """As WCAG has it: 1 to 21."""
+    """Contrast of WCAG, 1 to 21."""
     dark, light = sorted(_linear(color) @ [0.2126, 0.7152, 0.0722] for color in (one, other))
     return (light + 0.05) / (dark + 0.05)
 
 
 def apart(one, other):
-    """The distance in OKLab, for the eyes that see the least of it."""
+    """The smallest distance in OKLab over three kinds of colour vision."""
     seen = [
         [
             OKLAB @ np.cbrt(np.clip(CONES @ np.clip(eyes @ _linear(c), 0, 1), 0, 1))

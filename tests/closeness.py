@@ -81,12 +81,7 @@ def assert_gradient_close(got: Tensor, want: Tensor, *, terms: Tensor | float = 
     wrong = (
         ~((got.double() - want).abs() <= allowed) & ~(got.isnan() & want.isnan()) & ~(got == want)
     )
-    if wrong.any():
-        at = tuple(int(i) for i in wrong.nonzero()[0])
-        raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}: got {got[at].item():.6e},"
-            f" want {want[at].item():.6e}, allowed {allowed[at].item():.1e}"
-        )
+    _raise_at_the_first(wrong, got, want, allowed)
 
 
 def gradient_terms(
@@ -129,8 +124,19 @@ def assert_product_close(got: Tensor, want: Tensor) -> None:
     cancelled = (1e-13 if got.dtype == torch.float64 else 2e-6) * beside
     allowed = GRADIENT_RTOL[got.dtype] * want.abs() + cancelled + info.smallest_normal * info.eps
     wrong = ~((got.double() - want).abs() <= allowed) & ~(got.isnan() & want.isnan())
-    if wrong.any():
-        at = tuple(int(i) for i in wrong.nonzero()[0])
-        raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}: got {got[at].item():.6e}, want {want[at].item():.6e}"
-        )
+    _raise_at_the_first(wrong, got, want, allowed)
+
+
+def _raise_at_the_first(wrong: Tensor, got: Tensor, want: Tensor, allowed: Tensor) -> None:
+    if not wrong.any():
+        return
+    at = tuple(int(i) for i in wrong.nonzero()[0])
+    numbers = f"got {got[at].item():.6e}, want {want[at].item():.6e}"
+    where = f"{int(wrong.sum())} of {wrong.numel()} entries differ; the first at {at}"
+    raise AssertionError(f"{where}: {numbers}, allowed {allowed[at].item():.1e}")
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """In the root mean square of all entries."""
+    want = want.double()
+    return float((got.double() - want).norm() / want.norm())

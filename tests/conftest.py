@@ -13,10 +13,8 @@ if not torch.cuda.is_available():
 # capability would run this one's (torch 2.13)
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
-    os.path.join(
-        tempfile.gettempdir(),
-        f"lossfuse-inductor-{os.getuid() if hasattr(os, 'getuid') else ''}-{torch.backends.cpu.get_cpu_capability()}",
-    ),
+    f"{tempfile.gettempdir()}/lossfuse-inductor-{os.getuid() if hasattr(os, 'getuid') else ''}"
+    f"-{torch.backends.cpu.get_cpu_capability()}",
 )
 # read when CUDA starts; without it torch before 2.11 has no products where algorithms must be
 # deterministic
@@ -87,43 +85,57 @@ interpreted_only = pytest.mark.skipif(
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where kernels run that are called by name."""
+    """The device of kernels that are called by name."""
     return request.param
 
 
-def _marked(place: Place) -> object:
-    return pytest.param(place, marks=pytest.mark.gpu if place.device != "cpu" else ())
+def places(reference: bool = True, thrifty: bool = False) -> list[Any]:
+    """Parameters of a test that runs everywhere, or everywhere but in the reference; with
+    ``thrifty`` in Triton's interpreter only among slow tests."""
+    made = []
+    for place in PLACES:
+        interpreted = (place.impl, place.device) == ("triton", "cpu")
+        marks = [pytest.mark.slow] if thrifty and interpreted else []
+        marks += [pytest.mark.gpu] if place.device != "cpu" else []
+        if reference or place.impl != "reference":
+            made.append(pytest.param(place, marks=marks, id=str(place)))
+    return made
 
 
-@pytest.fixture(params=map(_marked, PLACES), ids=str)
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "not_reference: the fixture `place` leaves out the reference",
+        "slow_interpreted: Triton's interpreter takes seconds here, so it runs with slow tests",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker
+    given = {name for m in metafunc.definition.iter_markers("parametrize") for name in m.args[:1]}
+    if "place" in metafunc.fixturenames and "place" not in given:
+        some = places(mark("not_reference") is None, mark("slow_interpreted") is not None)
+        metafunc.parametrize("place", some, indirect=True)
+
+
+@pytest.fixture
 def place(request: pytest.FixtureRequest) -> Place:
+    """An implementation and a device, one after the other; see the two marks above."""
     return request.param
 
 
-@pytest.fixture(params=[_marked(p) for p in PLACES if p.impl != "reference"], ids=str)
+@pytest.fixture(params=places(reference=False))
 def fast_place(request: pytest.FixtureRequest) -> Place:
-    """The implementations with kernels and blocks of their own."""
     return request.param
 
 
-def _thrifty(place: Place) -> object:
-    """Triton's interpreter takes seconds where the others take milliseconds."""
-    return (
-        pytest.param(place, marks=pytest.mark.slow)
-        if (place.impl, place.device) == ("triton", "cpu")
-        else _marked(place)
-    )
-
-
-@pytest.fixture(params=map(_thrifty, PLACES), ids=str)
+@pytest.fixture(params=places(thrifty=True))
 def thrifty_place(request: pytest.FixtureRequest) -> Place:
-    """``place``, but in the interpreter only if slow tests are asked for."""
     return request.param
 
 
-@pytest.fixture(params=[_thrifty(p) for p in PLACES if p.impl != "reference"], ids=str)
+@pytest.fixture(params=places(reference=False, thrifty=True))
 def thrifty_fast_place(request: pytest.FixtureRequest) -> Place:
-    """``fast_place``, but in the interpreter only if slow tests are asked for."""
     return request.param
 
 
@@ -170,6 +182,5 @@ def time_is_up_when(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not GPU:
-        terminalreporter.write_line(
-            "no GPU: Triton kernels ran in the interpreter and were cross-compiled, none ran on a device"
-        )
+        said = "no GPU: Triton kernels ran in the interpreter and were cross-compiled, none ran"
+        terminalreporter.write_line(f"{said} on a device")

@@ -1,7 +1,6 @@
-"""Compile every kernel for GPUs that are not here, and print what it takes as JSON rows.
+"""Compile every kernel for GPUs that are not here, and print the resources of each as JSON rows.
 
-A process of its own, because the interpreter replaces kernels where they are defined: run without
-TRITON_INTERPRET."""
+Run without TRITON_INTERPRET: the interpreter replaces kernels where they are defined."""
 
 import json
 import os
@@ -19,10 +18,10 @@ from triton.compiler import ASTSource
 
 from lossfuse.kernels import (
     fused_rows,
+    label_rows,
     linear_rows,
     log_softmax_rows,
     scale_rows,
-    sigmoid_rows,
     soft_target_rows,
     softmax_rows,
 )
@@ -34,16 +33,16 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# of logits, and of their gradient
+# dtypes of logits and of their gradient
 DTYPES = {
     "bf16": ("*bf16", "*bf16"),
     "fp16": ("*fp16", "*fp16"),
     "fp32": ("*fp32", "*fp32"),
     "fp32 to bf16": ("*fp32", "*bf16"),
 }
-# a vocabulary at which blocks have their full width
+# a vocabulary with blocks of full width
 V = 128256
-# fused kernels: every launch the tables know, aligned and not, by the vocabularies that choose it
+# vocabularies that together choose every launch of the tables of the fused kernels, aligned or not
 FUSED_V = (8192, 16384, 32768, 50257, 128256, 151643)
 
 SOFTMAX = ("scale", "softcap", "smoothing", "lse_square_scale")
@@ -51,7 +50,7 @@ OPTION_SETS = {
     "plain": (),
     "every option": ("class_weight_ptr", "class_weight_sum_ptr", "smooth_words_ptr", *SOFTMAX),
 }
-# what rows give beside their loss, and gradients of it
+# outputs beside the loss, and their upstream gradients
 STATISTICS = (
     "lse_ptr",
     "logprob_ptr",
@@ -61,19 +60,18 @@ STATISTICS = (
     "dlogprob_ptr",
     "dentropy_ptr",
 )
-# what a shard's first pass takes and leaves in place of losses, and what its gradient takes
+# arguments of a shard, and arguments that it does not have
 SHARD = ("first_class", "num_classes")
 SHARD_SETS = {"shard": (), "shard, every option": ("class_weight_ptr", *SOFTMAX, *STATISTICS)}
 SHARD_ABSENT = ("loss_ptr", "lse_ptr", "lse_square_scale")
-# a tile of the product is all of a program's registers, so each of its options counts
+# a tile of the product fills the registers of a program, so each option matters
 TILE_OPTION_SETS = {
     "plain": (),
     "bias": ("bias_ptr",),
     "softcap": ("softcap",),
     "every option": ("bias_ptr", "scale", "softcap"),
 }
-# and of its statistics: entropy and largest class, where they leave the fewest registers and where
-# all is computed
+# entropy and argmax with the option that leaves the fewest registers, and with every option
 TILE_STATISTICS = ("spreads_ptr", "firsts_ptr")
 TILE_OPTION_SETS |= {
     f"{name}, statistics": (*TILE_OPTION_SETS[name], *TILE_STATISTICS)
@@ -91,7 +89,7 @@ OPTIONAL = (
     *SHARD,
     "shard_ptr",
 )
-SIGMOID_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
+LABEL_WEIGHTS = ("weight_ptr", "pos_weight_ptr", "stride_weight_v", "stride_pos_weight_v")
 LOGITS = (
     "logits_ptr",
     "dlogits_ptr",
@@ -102,7 +100,7 @@ LOGITS = (
     "logp_ptr",
     "dlogp_ptr",
 )
-# what is a multiple of 16 where rows are wide
+# multiples of 16 where rows are wide
 SIZES = (
     "V",
     "D",
@@ -134,12 +132,12 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and what its launcher sets."""
+    """A kernel and the arguments that its launcher sets."""
 
     kernel: Any
     num_warps: int
     constants: dict[str, object]
-    # whether rows start on 16 elements
+    # rows start at multiples of 16 elements
     wide: bool = True
     options: dict[str, object] = field(default_factory=lambda: dict(UNFUSED))
 
@@ -149,7 +147,7 @@ class Launch:
 
 
 def sweeps(dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """(options, those given, launch); losses know no dtype of a gradient."""
+    """(options, arguments given, launch). A narrower gradient has no loss kernel of its own."""
     blocks = row_blocks(V)
     narrower = "to" in dtype
     for options, given in (
@@ -213,12 +211,12 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
                 "PHASE": 0,
             }
             options = {"launch_cooperative_grid": True, **UNFUSED}
-            # nothing is known of the alignment of rows
+            # compiled for rows of any alignment
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)
 
 
 def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """(options, those given, launch) where ``linear_rows.runs_on`` finds nothing against it."""
+    """(options, arguments given, launch), for the targets that ``linear_rows.runs_on`` accepts."""
     if target not in ("sm_90", "sm_100") or dtype.startswith("fp32"):
         return
     tile = linear_rows.TILE
@@ -238,53 +236,31 @@ def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, .
         yield options, given, merge
 
 
-# targets as numbers and as ids; weights of labels
-SIGMOID_OPTION_SETS = {
+# a dense target or ids, with and without weights
+LABEL_OPTION_SETS = {
     "numbers": ("target_ptr", "dtarget_ptr"),
-    "numbers, weights": ("target_ptr", "dtarget_ptr", *SIGMOID_WEIGHTS),
+    "numbers, weights": ("target_ptr", "dtarget_ptr", *LABEL_WEIGHTS),
     "ids": ("ids_ptr",),
-    "ids, weights": ("ids_ptr", *SIGMOID_WEIGHTS),
-    # never both at once
-    "probabilities, loss": ("target_ptr", "weight_ptr", "stride_weight_v"),
-    "probabilities, gradients": ("target_ptr", "dtarget_ptr", "weight_ptr", "stride_weight_v"),
-}
-NOT_OF = {
-    "probabilities, loss": {"dloss_ptr", "dlogits_ptr"},
-    "probabilities, gradients": {"sums_ptr"},
+    "ids, weights": ("ids_ptr", *LABEL_WEIGHTS),
 }
 
 
-def sigmoid_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """Sums and gradients at once, the gradient's factor one number a row."""
+def label_launches() -> Iterator[tuple[str, tuple[str, ...], Launch]]:
+    """Sums of losses and gradients in one launch, with one upstream gradient per row."""
     blocks = row_blocks(V)
-    for options, given in SIGMOID_OPTION_SETS.items():
-        absent = {
-            "target_ptr",
-            "ids_ptr",
-            "dtarget_ptr",
-            "loss_ptr",
-            "stride_dloss_v",
-            *SIGMOID_WEIGHTS,
-        } - set(given)
-        constants = dict.fromkeys(absent | NOT_OF.get(options, set()))
-        constants |= {
-            "BLOCK_V": blocks.block_v,
-            "BLOCK_P": 64,
-            "PROBABILITIES": options.startswith("probabilities"),
-        }
+    for options, given in LABEL_OPTION_SETS.items():
+        absent = {"target_ptr", "ids_ptr", "dtarget_ptr", "loss_ptr", "stride_dloss_v"}
+        constants = dict.fromkeys((absent | set(LABEL_WEIGHTS)) - set(given))
+        constants |= {"BLOCK_V": blocks.block_v, "BLOCK_P": 64}
         constants |= {name: 1 for name in given if name.startswith("stride")}
-        yield (
-            options,
-            given,
-            Launch(sigmoid_rows.sigmoid_rows_kernel, blocks.num_warps, constants, options={}),
-        )
+        launch = Launch(label_rows.label_rows_kernel, blocks.num_warps, constants, options={})
+        yield options, given, launch
 
 
 def log_softmax_launches(
     target: str, itemsize: int
 ) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """The rows of the tables that a program holds whole, a longer one, and what picks a number of
-    each row."""
+    """Each width of a whole row in the tables, and a longer row."""
     family = "amd" if target.startswith("gfx") else "nvidia"
     for kernel, two in (
         (log_softmax_rows.log_softmax_kernel, False),
@@ -296,21 +272,6 @@ def log_softmax_launches(
         for config, whole in sorted(configs, key=str):
             constants: dict[str, object] = {"BLOCK_V": config.block_v, "WHOLE_ROW": whole}
             yield "plain", (), Launch(kernel, config.num_warps, constants, options={})
-    rows, blocks = log_softmax_rows.NLL_ROWS, row_blocks(V)
-    weighted = "class weights", ("class_weight_ptr",)
-    yield (
-        *weighted,
-        Launch(log_softmax_rows.nll_kernel, rows.num_warps, {"BLOCK_N": rows.block_v}, options={}),
-    )
-    yield (
-        *weighted,
-        Launch(
-            log_softmax_rows.nll_grad_kernel,
-            blocks.num_warps,
-            {"BLOCK_V": blocks.block_v},
-            options={},
-        ),
-    )
 
 
 def source(launch: Launch, logits: str, dlogits: str, given: tuple[str, ...]) -> ASTSource:
@@ -318,11 +279,11 @@ def source(launch: Launch, logits: str, dlogits: str, given: tuple[str, ...]) ->
     constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for i, name in enumerate(launch.kernel.arg_names):
-        sigmoid = launch.kernel is sigmoid_rows.sigmoid_rows_kernel
-        rows = (name in LOGITS and not (sigmoid and name in SIGMOID_WEIGHTS)) or (
-            name == "target_ptr" and (sigmoid or "soft" in launch.name)
+        labels = launch.kernel is label_rows.label_rows_kernel
+        rows = (name in LOGITS and not (labels and name in LABEL_WEIGHTS)) or (
+            name == "target_ptr" and (labels or "soft" in launch.name)
         )
-        if name in launch.constants or (name in OPTIONAL and not sigmoid and name not in given):
+        if name in launch.constants or (name in OPTIONAL and not labels and name not in given):
             types[name], constants[i,] = "constexpr", launch.constants.get(name)
         elif rows:
             types[name] = dlogits if name == "dlogits_ptr" else logits
@@ -330,7 +291,7 @@ def source(launch: Launch, logits: str, dlogits: str, given: tuple[str, ...]) ->
             types[name] = POINTERS.get(name, "*fp32")
         else:
             types[name] = "fp32" if name in SOFTMAX else "i32"
-        # what the launcher's specialisation finds
+        # Triton specializes on these
         aligned = name.endswith("_ptr") if not rows else launch.wide
         if aligned or (launch.wide and name in SIZES):
             attributes[i,] = [["tt.divisibility", 16]]
@@ -370,7 +331,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
         "narrow": narrow,
         "fused": fused,
     }
-    # tiles copied by descriptor, and products of tiles
+    # copies by descriptor, and products of tiles
     tma, mma = (
         len(re.findall(r"\bUTMALDG\b", sass)),
         len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass)),
@@ -393,11 +354,11 @@ def main(targets: list[str], dtypes: list[str]) -> None:
             ]
             others = [
                 *linear_launches(target, dtype),
-                *sigmoid_launches(),
+                *label_launches(),
                 *log_softmax_launches(target, itemsize),
             ]
             if "to" in dtype:
-                # over the logits; capped ones of split rows go another way
+                # written over the logits; with a softcap no row is split then
                 narrowing = {"whole_row_kernel": set(), "split_row_kernel": {"softcap"}}
                 cases = [
                     (options, tuple(g for g in given if g not in narrowing[launch.name]), launch)

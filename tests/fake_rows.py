@@ -1,5 +1,6 @@
-"""Rows as a bench would write them, for a page about machines nobody here has."""
+"""Rows of a benchmark with invented numbers, for tests of the dashboard."""
 
+import itertools
 import random
 from typing import Any
 
@@ -42,9 +43,9 @@ HEAD = (
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def row(**known: Any) -> dict[str, Any]:
-    """One ok row of the case llama2 with what is given instead."""
-    plain = {
+def row(**fields: Any) -> dict[str, Any]:
+    """A row of the case llama2 without errors, with ``fields`` replaced."""
+    default = {
         "schema": rows.VERSION,
         "case": "llama2",
         "op": "logits",
@@ -78,8 +79,28 @@ def row(**known: Any) -> dict[str, Any]:
         "tests": "passed",
         "date": "2026-11-20T10:00:00+00:00",
     }
-    assert set(known) <= set(plain), set(known) - set(plain)
-    return plain | known
+    assert set(fields) <= set(default), set(fields) - set(default)
+    return default | fields
+
+
+def bounds_row(**known: Any) -> dict[str, Any]:
+    """One row of errors against bounds."""
+    about = {"case": "all equal", "op": "logits", "dtype": "fp32", "n": 4, "v": 2053, "d": None}
+    found = {"method": "torch", "output": "loss", "ratio": 0.3, "error": 3e-6, "bound": 1e-5}
+    where = {"torch": "2", "commit": "abc", "dirty": False, "date": "2026-01-01"}
+    return about | found | {"place": "2"} | where | known
+
+
+MACHINES = [
+    ("NVIDIA H100 80GB HBM3", "", 2.9e9, 6e11),
+    ("Intel Xeon Platinum 8488C, 16 threads", "THP_MEM_ALLOC_ENABLE=1", 1.2e7, 9e8),
+]
+FAILURES = {
+    ("gemma3", "Liger"): ("wrong", "gradient differs: worst entry 0.31 of itself, at row 12"),
+    ("unaligned", "quack"): ("failed", "AssertionError: V must be a multiple of 8"),
+}
+# peak memory in units of the logits; 3 for the others
+LEAN = {"lossfuse": 1, "lossfuse linear": 0.12, "CCE": 0.05, "quack": 1, "Liger": 1}
 
 
 def many(
@@ -88,17 +109,17 @@ def many(
     devices: int = 2,
     methods: int = 7,
 ) -> list[dict[str, Any]]:
-    """Rows of several devices, runs, ops, dtypes and modes; some went wrong."""
+    """Rows of several devices, runs, ops, dtypes and modes; some report errors."""
     from lossfuse.perf.cases import CASES
 
     rng = random.Random(0)
     cases = cases or {name: (case.rows["cuda"], case.d, case.v) for name, case in CASES.items()}
-    made = []
-    for place, run in [(place, run) for place in range(devices) for run in range(runs)]:
-        where = (
+    result = []
+    for device, run in itertools.product(range(devices), range(runs)):
+        name_and_settings = (
             ("NVIDIA H100 80GB HBM3", ""),
             ("Intel Xeon Platinum 8488C, 16 threads", "THP_MEM_ALLOC_ENABLE=1"),
-        )[place % 2]
+        )[device % 2]
         for name, (n, d, v) in cases.items():
             for dtype, mode in (
                 ("fp32", "forward+backward"),
@@ -108,9 +129,9 @@ def many(
             ):
                 size, passes = n * v * ITEMSIZE[dtype], 2 if mode == "forward+backward" else 1
                 ideal = (
-                    passes * size / (2.9e9, 1.2e7)[place % 2]
+                    passes * size / (2.9e9, 1.2e7)[device % 2]
                     if d is None
-                    else 2 * n * v * d * (2 * passes - 1) / (6e11, 9e8)[place % 2]
+                    else 2 * n * v * d * (2 * passes - 1) / (6e11, 9e8)[device % 2]
                 )
                 for method in (
                     (LOGITS if d is None else HEAD) + tuple(f"peer {i}" for i in range(9))
@@ -132,7 +153,7 @@ def many(
                     if (name, method) == ("gemma3", "Liger"):
                         broken = {
                             "status": "wrong",
-                            "note": "gradient differs: worst entry 0.31 of itself, at row 12, class 4711",
+                            "note": "gradient differs: worst entry 0.31 of itself, at row 12",
                         }
                     if method.endswith("(x.float())") and n * v > 2e9:
                         broken = {"status": "out of memory", "note": "tried to allocate 8.0 GiB"}
@@ -149,7 +170,7 @@ def many(
                         "loss_error": rng.uniform(1, 9) * 1e-7,
                         "grad_error": rng.uniform(1, 9) * (1e-6 if dtype == "fp32" else 1e-3),
                     }
-                    made.append(
+                    result.append(
                         row(
                             case=name,
                             op="logits" if d is None else "head",
@@ -160,11 +181,11 @@ def many(
                             d=d,
                             method=method,
                             ideal_ms=ideal,
-                            device=where[0],
-                            settings=where[1],
+                            device=name_and_settings[0],
+                            settings=name_and_settings[1],
                             commit=f"{0xA1B2C30 + 4919 * run:07x}",
-                            date=f"2026-11-{10 + run:02d}T1{place}:00:00+00:00",
+                            date=f"2026-11-{10 + run:02d}T1{device}:00:00+00:00",
                             **(dict.fromkeys(numbers) | broken if broken else numbers),
                         )
                     )
-    return made
+    return result

@@ -1,10 +1,10 @@
 """Every set of versions that we say works: install it, run the same tests in it, write down what
 came of it.
 
-    python tests/matrix.py --list python tests/matrix.py --only torch-2.8 torch-2.15 --write python
-    tests/matrix.py --only triton-3.6 triton-3.9 lowest          # as CI does: seconds, and no torch
-    of their own python tests/matrix.py --only python-3.10 python-3.14               # as CI does:
-    can the commands of the README be installed there
+    python tests/matrix.py --list
+    python tests/matrix.py --only torch-2.8 torch-2.15 --write
+    python tests/matrix.py --only triton-3.6 triton-3.9 lowest     # as CI does: no torch of its own
+    python tests/matrix.py --only python-3.10 python-3.14          # as CI does: do pages install?
 
 Needs what the extra ``dev`` installs. A row that pins torch gets a virtual environment from
 nothing, for which pip downloads gigabytes unless it is shown builds for the CPU
@@ -49,23 +49,12 @@ COMMANDS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
 INSTALL = re.compile(r"^python3 -m venv .*?/pip install (.*?)(?: &&|$)", re.MULTILINE)
 
 # what is run, by the name that rows use: arguments of pytest
+CORE = "values", "functional", "errors", "autograd", "compile", "imports", "inplace", "lm_head"
 SUITES: dict[str, list[str]] = {
     # Triton's interpreter takes seconds where the others take milliseconds: two files of it, two
     # ranks, and no model of transformers
     "core": [
-        *(
-            f"tests/test_{name}.py"
-            for name in (
-                "values",
-                "functional",
-                "errors",
-                "autograd",
-                "ops",
-                "imports",
-                "inplace",
-                "lm_head",
-            )
-        ),
+        *(f"tests/test_{name}.py" for name in CORE),
         "tests/test_distributed.py::test_two_ranks",
         "tests/test_cross_compile.py",
         "-k",
@@ -73,7 +62,7 @@ SUITES: dict[str, list[str]] = {
     ],
     "kernels": [
         "tests/test_values.py",
-        "tests/test_products.py",
+        "tests/test_half_precision_products.py",
         "tests/test_cross_compile.py",
         "-k",
         "triton or compile",
@@ -279,7 +268,8 @@ import importlib.metadata, json, platform
 def version(name):
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return ""
-print(json.dumps({{"python": platform.python_version()}} | {{name: version(name) for name in {PACKAGES}}}))
+found = {{name: version(name) for name in {PACKAGES}}}
+print(json.dumps({{"python": platform.python_version()}} | found))
 """
 
 

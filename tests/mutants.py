@@ -1,7 +1,8 @@
-"""Gradients that are wrong on purpose, each a mistake somebody shipped. Every comparator must
-reject every one of them."""
+"""Gradients that are wrong on purpose, each a mistake that a library has shipped. Every comparator
+must reject every one of them."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ def gradient(
     softmax_term: float = 1.0,
     target_sign: float = 1.0,
     z_term: float = 1.0,
-    smoothing_classes: int | None = None,
+    half_the_classes: bool = False,
     divide_by_all_rows: bool = False,
-    cap_slope: bool = True,
+    cap_derivative: bool = True,
     ignore: bool = True,
     row_zero_everywhere: bool = False,
 ) -> Tensor:
@@ -35,10 +36,10 @@ def gradient(
     g = (
         softmax_term * p
         - target_sign * (1 - SMOOTHING) * one_hot
-        - SMOOTHING / (smoothing_classes or v)
+        - SMOOTHING / (max(1, v // 2) if half_the_classes else v)
         + z_term * 2 * Z_SCALE * lse * p
     )
-    if cap_slope:
+    if cap_derivative:
         g = g / torch.cosh(u) ** 2
     if ignore:
         g = g * valid[:, None]
@@ -46,18 +47,21 @@ def gradient(
     return g[:1].expand_as(g) if row_zero_everywhere else g
 
 
-MUTANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "zeros": lambda x, t: torch.zeros_like(x, dtype=torch.float64),
-    "softmax term dropped": lambda x, t: gradient(x, t, softmax_term=0.0),
-    "sign of the target term": lambda x, t: gradient(x, t, target_sign=-1.0),
-    "z-loss gradient forgotten": lambda x, t: gradient(x, t, z_term=0.0),
-    "smoothing over half the classes": lambda x, t: gradient(
-        x, t, smoothing_classes=max(1, x.shape[-1] // 2)
-    ),
-    "divided by all rows": lambda x, t: gradient(x, t, divide_by_all_rows=True),
-    "slope of the cap forgotten": lambda x, t: gradient(x, t, cap_slope=False),
-    "ignored rows not ignored": lambda x, t: gradient(x, t, ignore=False),
-    "first row's gradient for all": lambda x, t: gradient(x, t, row_zero_everywhere=True),
+def zeros(x: Tensor, target: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.float64)
+
+
+Mutants = dict[str, Callable[[Tensor, Tensor], Tensor]]
+MUTANTS: Mutants = {
+    "zeros": zeros,
+    "softmax term dropped": partial(gradient, softmax_term=0.0),
+    "sign of the target term": partial(gradient, target_sign=-1.0),
+    "z-loss gradient forgotten": partial(gradient, z_term=0.0),
+    "smoothing over half the classes": partial(gradient, half_the_classes=True),
+    "divided by all rows": partial(gradient, divide_by_all_rows=True),
+    "derivative of the cap forgotten": partial(gradient, cap_derivative=False),
+    "ignored rows not ignored": partial(gradient, ignore=False),
+    "first row's gradient for all": partial(gradient, row_zero_everywhere=True),
 }
 
 
@@ -84,9 +88,9 @@ def statistics_gradient(
     target_sign: float = 1.0,
     softmax_of_target: float = 1.0,
     lse_term: float = 1.0,
-    z_slope: float = 1.0,
-    scale_slope: bool = True,
-    cap_slope: bool = True,
+    z_derivative: float = 1.0,
+    scale_derivative: bool = True,
+    cap_derivative: bool = True,
     ignore: bool = True,
     weights_of_first_row: bool = False,
     divide_by_all_rows: bool = False,
@@ -108,30 +112,26 @@ def statistics_gradient(
     rows = len(target) if divide_by_all_rows else valid.sum()
     g = lse_term * u * p + flipped * (target_sign * one_hot - softmax_of_target * p)
     g = g - entropy_sign * 1.5 * u * p * (logp + entropy_mean * h)
-    g = g + 20.0 * Z_SCALE * (2.0 * lse * p if z_slope else 0.0) / rows
-    if scale_slope:
+    g = g + 20.0 * Z_SCALE * (2.0 * lse * p if z_derivative else 0.0) / rows
+    if scale_derivative:
         g = g * LOGIT_SCALE
-    if cap_slope:
+    if cap_derivative:
         g = g / torch.cosh(capped) ** 2
     return g * valid[:, None] if ignore else g
 
 
-STATISTICS_MUTANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "zeros": lambda x, t: torch.zeros_like(x, dtype=torch.float64),
-    "entropy without its own value": lambda x, t: statistics_gradient(x, t, entropy_mean=0.0),
-    "sign of the entropy": lambda x, t: statistics_gradient(x, t, entropy_sign=-1.0),
-    "entropy forgotten": lambda x, t: statistics_gradient(x, t, entropy_sign=0.0),
-    "sign of the target term": lambda x, t: statistics_gradient(x, t, target_sign=-1.0),
-    "target's log-probability as its logit": lambda x, t: statistics_gradient(
-        x, t, softmax_of_target=0.0
-    ),
-    "lse forgotten": lambda x, t: statistics_gradient(x, t, lse_term=0.0),
-    "slope of the z-loss forgotten": lambda x, t: statistics_gradient(x, t, z_slope=False),
-    "slope of the temperature forgotten": lambda x, t: statistics_gradient(x, t, scale_slope=False),
-    "slope of the cap forgotten": lambda x, t: statistics_gradient(x, t, cap_slope=False),
-    "ignored rows not ignored": lambda x, t: statistics_gradient(x, t, ignore=False),
-    "first row's weights for all": lambda x, t: statistics_gradient(
-        x, t, weights_of_first_row=True
-    ),
-    "z-loss divided by all rows": lambda x, t: statistics_gradient(x, t, divide_by_all_rows=True),
+STATISTICS_MUTANTS: Mutants = {
+    "zeros": zeros,
+    "entropy without its own value": partial(statistics_gradient, entropy_mean=0.0),
+    "sign of the entropy": partial(statistics_gradient, entropy_sign=-1.0),
+    "entropy forgotten": partial(statistics_gradient, entropy_sign=0.0),
+    "sign of the target term": partial(statistics_gradient, target_sign=-1.0),
+    "target's log-probability as its logit": partial(statistics_gradient, softmax_of_target=0.0),
+    "lse forgotten": partial(statistics_gradient, lse_term=0.0),
+    "derivative of the z-loss forgotten": partial(statistics_gradient, z_derivative=False),
+    "derivative of the temperature forgotten": partial(statistics_gradient, scale_derivative=False),
+    "derivative of the cap forgotten": partial(statistics_gradient, cap_derivative=False),
+    "ignored rows not ignored": partial(statistics_gradient, ignore=False),
+    "first row's weights for all": partial(statistics_gradient, weights_of_first_row=True),
+    "z-loss divided by all rows": partial(statistics_gradient, divide_by_all_rows=True),
 }

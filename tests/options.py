@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+from lossfuse import LinearOptions
+from lossfuse.ops import head_chunks
 from rows import class_weight
 
 OPTIONS: dict[str, dict] = {
@@ -55,7 +57,7 @@ def options_of(names, v, device):
 
 
 def upstream(x, options):
-    """What comes from above: one number, or one for each row of ``x``."""
+    """An upstream gradient: one number, or one for each row of ``x``."""
     if options.get("reduction") != "none":
         return torch.tensor(1.7, device=x.device)
     return torch.linspace(-1.0, 2.0, len(x), device=x.device)
@@ -65,7 +67,7 @@ DIFFERENTIABLE = ("loss", "lse", "target_logprob", "entropy", "z_loss")
 
 
 def upstreams(stats, names=DIFFERENTIABLE):
-    """What comes from above for some statistics, a number for each of their entries, in float64."""
+    """Upstream gradients for some statistics, a number for each of their entries, in float64."""
     made = {}
     for i, name in enumerate(DIFFERENTIABLE):
         t = getattr(stats, name)
@@ -80,8 +82,8 @@ def upstreams(stats, names=DIFFERENTIABLE):
 
 
 def differentiated(stats, leaves, ups, **options):
-    """The gradients of a mixture of statistics; 0 for what none of them knows of."""
-    # such as the z-loss where its scale is 0
+    """The gradients of a mixture of statistics; 0 for leaves that are in none of them."""
+    # a z-loss of scale 0 has no graph
     known = {name: u for name, u in ups.items() if getattr(stats, name).requires_grad}
     if not known:
         return [torch.zeros_like(t) for t in leaves]
@@ -90,3 +92,8 @@ def differentiated(stats, leaves, ups, **options):
     return torch.autograd.grad(
         outputs, leaves, given, allow_unused=True, materialize_grads=True, **options
     )
+
+
+def chunks_of(rows, v, itemsize=4, **options):
+    """Options of a head for chunks of so many rows."""
+    return LinearOptions(chunk_bytes=rows * head_chunks.padded(v) * itemsize, **options)

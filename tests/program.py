@@ -47,7 +47,7 @@ def reduced(
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> Tensor:
-    """Losses of rows as the caller wants them."""
+    """Reduce losses of rows."""
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -63,7 +63,7 @@ def reduced(
 
 
 def upstream(loss: Tensor, dloss: Tensor | None) -> Tensor:
-    """What comes from above for a loss in float64, from wherever it is."""
+    """The upstream gradient of a loss in float64, on its device."""
     return torch.ones_like(loss) if dloss is None else dloss.to(loss).reshape(loss.shape)
 
 
@@ -113,7 +113,7 @@ def cross_entropy_stats(
     dim = 0 if input.dim() == 1 else 1
     x = input if logit_scale is None else input * logit_scale
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
-    # the logits of rows that count for nothing are nobody's business
+    # logits of ignored rows may be anything
     ids = not target.is_floating_point()
     valid = target != ignore_index if ids else torch.ones_like(x.select(dim, 0), dtype=torch.bool)
     x = x.where(valid.unsqueeze(dim), 0.0)

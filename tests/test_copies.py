@@ -25,58 +25,44 @@ COPIES = {
     "pickle": lambda t: pickle.loads(pickle.dumps(t)),
     "torch.save": through_a_file,
 }
-HOW = pytest.mark.parametrize("how", COPIES)
+HOW = pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 V = 40
+X, IDS = logits_and_ids(6, V)
+WEIGHT, LABELS = class_weight(V), torch.rand(6, V, generator=torch.Generator().manual_seed(0))
 OPTIONS = [
     LossSpec(softcap=3.0, ignore_index=7),
     lossfuse.LinearOptions(chunk_bytes=77, drop_ignored=True),
 ]
-# with parameters of its own, the linear form's is in test_linear_autograd
+# a module and its arguments; the head's, with parameters of its own, is in test_autograd
 MODULES = {
-    "CrossEntropyLoss": lambda: lossfuse.CrossEntropyLoss(
-        class_weight(V), reduction="sum", label_smoothing=0.1, softcap=5.0
-    ),
-    "NLLLoss": lambda: lossfuse.NLLLoss(class_weight(V), reduction="sum"),
-    "LogSoftmax": lambda: lossfuse.LogSoftmax(1),
-    "BCEWithLogitsLoss": lambda: lossfuse.BCEWithLogitsLoss(
-        pos_weight=class_weight(V), reduction="sum"
-    ),
-    "BCELoss": lambda: lossfuse.BCELoss(reduction="sum"),
+    "CrossEntropyLoss": (lossfuse.CrossEntropyLoss(WEIGHT, reduction="sum", softcap=5.0), X, IDS),
+    "NLLLoss": (lossfuse.NLLLoss(WEIGHT, reduction="sum"), X, IDS),
+    "LogSoftmax": (lossfuse.LogSoftmax(1), X),
+    "BCEWithLogitsLoss": (lossfuse.BCEWithLogitsLoss(pos_weight=WEIGHT), X, LABELS),
+    "BCELoss": (lossfuse.BCELoss(reduction="sum"), X.sigmoid(), LABELS),
 }
-
-
-def call(name, module):
-    x, ids = logits_and_ids(6, V)
-    if name in ("BCEWithLogitsLoss", "BCELoss"):
-        return module(
-            x if "Logits" in name else x.sigmoid(),
-            torch.rand(6, V, generator=torch.Generator().manual_seed(0)),
-        )
-    return module(x) if name == "LogSoftmax" else module(x, ids)
 
 
 @HOW
 @pytest.mark.parametrize("name", MODULES)
 def test_a_copy_of_a_module_computes_the_same(name, how):
-    module = MODULES[name]()
-    want = call(name, module)
-    other = COPIES[how](module)
+    module, *args = MODULES[name]
+    other = how(module)
     assert other is not module and repr(other) == repr(module)
-    assert torch.equal(call(name, other), want)
+    assert torch.equal(other(*args), module(*args))
 
 
 @HOW
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: type(o).__name__)
 def test_a_copy_of_options_is_equal(options, how):
-    assert COPIES[how](options) == options and hash(COPIES[how](options)) == hash(options)
+    assert how(options) == options and hash(how(options)) == hash(options)
 
 
 @HOW
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_consumed_logits_have_no_copies(reduction, how):
-    """Of a gradient that somebody would take for logits."""
-    x, ids = logits_and_ids(6, V)
-    logits = x * 1.0
-    lossfuse.cross_entropy(logits, ids, reduction=reduction, inplace=True).sum().backward()
+    """A copy would pass a gradient for logits."""
+    logits = X * 1.0
+    lossfuse.cross_entropy(logits, IDS, reduction=reduction, inplace=True).sum().backward()
     with pytest.raises(RuntimeError, match="were consumed"):
-        COPIES[how](logits)
+        how(logits)

@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, without spills and with full-width accesses."""
+"""Every kernel compiles for GPUs without register spills and with 16-byte accesses."""
 
 import json
 import os
@@ -12,13 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SWEEPS = {"row_loss_kernel", "row_grads_kernel", "soft_row_loss_kernel", "soft_row_grads_kernel"}
 FUSED = {"whole_row_kernel", "split_row_kernel", "scale_rows_kernel"}
-SIGMOID = {"sigmoid_rows_kernel"}
-LOG_SOFTMAX = {"log_softmax_kernel", "log_softmax_grad_kernel", "nll_kernel", "nll_grad_kernel"}
-# only where tiles are copied by descriptor, and of half precision
+LABELS = {"label_rows_kernel"}
+LOG_SOFTMAX = {"log_softmax_kernel", "log_softmax_grad_kernel"}
+# only for devices that copy tiles by descriptor, and in half precision
 LINEAR = {"tile_stats_kernel", "merge_tiles_kernel"}
-# registers of a multiprocessor; the fewest multiprocessors of a GPU whose longest rows are to be
-# split (A10: 72)
-REGISTERS, MULTIPROCESSORS = 65536, 72
+# registers of an SM, and SMs of the smallest GPU that must be able to split the longest rows (A10)
+REGISTERS, SMS = 65536, 72
 
 
 ALL = [
@@ -26,7 +25,7 @@ ALL = [
     for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     for dtype in ("bf16", "fp16", "fp32", "fp32 to bf16")
 ]
-# up to a minute each: the quickest of each vendor by default, all the others with -m slow
+# up to a minute each: one of each vendor by default, the others are slow
 FIRST = [("sm_90", "fp32 to bf16"), ("gfx942", "bf16")]
 
 
@@ -54,7 +53,7 @@ def test_kernels_compile_without_spills(target, dtype):
         pytest.skip("this triton compiles for AMD where ROCm is installed")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = SWEEPS | SIGMOID | LOG_SOFTMAX | FUSED - {"split_row_kernel"}
+    expected = SWEEPS | LABELS | LOG_SOFTMAX | FUSED - {"split_row_kernel"}
     if dtype == "fp32 to bf16":
         expected = {"row_grads_kernel", "soft_row_grads_kernel", "whole_row_kernel"}
     if target.startswith("sm"):
@@ -62,16 +61,16 @@ def test_kernels_compile_without_spills(target, dtype):
     if target in ("sm_90", "sm_100") and not dtype.startswith("fp32"):
         expected |= LINEAR
     assert {row["kernel"] for row in rows} == expected
-    # every width of the tables, plain and with every option
     assert {row["dtype"] for row in rows} == {dtype}
-    assert len(
-        {(row["kernel"], row["options"], row.get("block_v"), row.get("slice")) for row in rows}
-    ) == len(rows)
+    launches = {
+        (row["kernel"], row["options"], row.get("block_v"), row.get("slice")) for row in rows
+    }
+    assert len(launches) == len(rows)
     for row in rows:
         assert row["spills"] == 0, row
-        if row["kernel"] in SWEEPS | SIGMOID:
-            # statistics of probabilities with every option hold nine numbers a class: one program
-            # of 256 threads a multiprocessor
+        if row["kernel"] in SWEEPS | LABELS:
+            # statistics of probabilities hold nine numbers per class: one program of 256 threads
+            # an SM
             crowded = row["kernel"] == "soft_row_loss_kernel" and row["options"] in (
                 "statistics",
                 "shard, every option",
@@ -79,32 +78,28 @@ def test_kernels_compile_without_spills(target, dtype):
             assert row["registers"] <= (144 if crowded else 128), row
         if row["kernel"] == "tile_stats_kernel":
             assert row["tma"] > 0 and row["mma"] > 0, row
-            # what linear_rows.runs_on asks of a device
             assert row["shared"] <= linear_rows.TILE.shared_memory(2), row
-        if target.startswith("sm") and row["kernel"] not in LINEAR | {"nll_kernel"}:
-            # 16 bytes a thread, but for the one logit of the target, read and written, and the
-            # edges of a split row
+        if target.startswith("sm") and row["kernel"] not in LINEAR:
+            # 16 bytes a thread, except for the target's logit, which is loaded and stored, and for
+            # the edges of a split row
             most_narrow = {
                 "whole_row_kernel": 2,
                 "split_row_kernel": 6,
                 "scale_rows_kernel": 0,
-            }.get(row["kernel"], 0 if row["kernel"] in SIGMOID | LOG_SOFTMAX else 1)
+            }.get(row["kernel"], 0 if row["kernel"] in LABELS | LOG_SOFTMAX else 1)
             assert row["wide"] > 0 and row["narrow"] <= most_narrow, row
-        if target.startswith("sm") and row["kernel"] not in SIGMOID | LOG_SOFTMAX:
+        if target.startswith("sm") and row["kernel"] not in LABELS | LOG_SOFTMAX:
             # scale * x - maximum must not be one instruction: the maximum was rounded
             assert row["fused"] == 0, row
         if row["kernel"] == "split_row_kernel":
-            # programs of a row wait for one another: all of 300 000 classes must fit at once
-            per_multiprocessor = REGISTERS // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
-            assert (
-                per_multiprocessor >= 2
-                and per_multiprocessor * MULTIPROCESSORS > 300_000 // row["slice"]
-            ), row
+            # programs of a row wait for one another: all of 300,000 classes must be resident
+            programs = REGISTERS // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
+            assert programs >= 2 and programs * SMS > 300_000 // row["slice"], row
 
 
-def test_every_kernel_is_compiled_here():
+def test_every_kernel_is_cross_compiled():
     """A kernel added to the folder must be added to this file."""
     found = set()
     for path in (ROOT / "kernels").glob("*.py"):
         found |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
-    assert found == SWEEPS | SIGMOID | LOG_SOFTMAX | FUSED | LINEAR
+    assert found == SWEEPS | LABELS | LOG_SOFTMAX | FUSED | LINEAR

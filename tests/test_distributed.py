@@ -1,7 +1,6 @@
-"""Losses whose classes are cut among ranks, against the torch program on whole rows in fp64: gloo,
-two and four ranks."""
+"""Losses whose classes are sharded across ranks, against the torch program on whole rows in fp64:
+gloo, two and four ranks. A failure names the function below that ran, and its rank."""
 
-import contextlib
 import copy
 import itertools
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import lossfuse
 import program
@@ -32,7 +32,7 @@ from options import (
 )
 from ranks import cases_on_ranks
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
-from test_promises import kept_over_ranks, promises_over_ranks
+from test_promises import holds_over_ranks, promises_over_ranks
 
 SINGLE = [
     (),
@@ -44,44 +44,53 @@ SINGLE = [
 FORMS = ("logits", "inplace", "statistics", "head", "head statistics")
 # three chunks of rows
 CHUNKS = LinearOptions(chunk_bytes=2 * 32 * 4)
-# what two ranks pass for one option
-DIFFERING = {
-    "label_smoothing": (0.1, 0.2),
-    "softcap": (3.0, 4.0),
-    "logit_scale": (None, 2.0),
-    "lse_square_scale": (0.0, 0.1),
-    "ignore_index": (-100, 3),
-}
+V = 37
+TWO = ((0, 20), (20, V))
+# in no order, one of them empty
+FOUR = ((9, 30), (0, 9), (9, 9), (30, V))
+cross_entropy, linear_cross_entropy = lossfuse.cross_entropy, lossfuse.linear_cross_entropy
 
 
 def my_slice(cuts):
-    """Classes of this rank, from (start, stop) of each."""
-    start, stop = cuts[dist.get_rank()]
-    return slice(start, stop)
+    """Classes of this rank, of (start, stop) by rank."""
+    return slice(*cuts[dist.get_rank()])
+
+
+def cut(t, classes, dim=-1):
+    return t.movedim(dim, 0)[classes].movedim(0, dim)
 
 
 def mine(t, classes, dim=-1):
-    """The part of a tensor that this rank holds: a leaf of its own where the whole is one."""
-    return (
-        t
-        if t is None
-        else t.detach()
-        .movedim(dim, 0)[classes]
-        .movedim(0, dim)
-        .contiguous()
-        .requires_grad_(t.requires_grad)
-    )
+    """The shard of a tensor on this rank: a leaf of its own where the whole is one."""
+    if t is None:
+        return None
+    return cut(t.detach(), classes, dim).contiguous().requires_grad_(t.requires_grad)
 
 
-@contextlib.contextmanager
-def saying(what):
-    try:
-        yield
-    except Exception as error:
-        raise AssertionError(f"{what}: {error}") from error
+def one_of_two():
+    """(classes of this rank, the shard)."""
+    classes = my_slice(TWO)
+    return classes, VocabShard(classes.start, V)
 
 
-def check_logits(
+def logits_of_two(n=6, **how):
+    """(whole logits, local logits, ids, the shard)."""
+    classes, shard = one_of_two()
+    x, ids = logits_and_ids(n, V, **how)
+    return x, mine(x, classes), ids, shard
+
+
+def head_of_two(n=6, d=5, dtype=torch.float32):
+    classes, shard = one_of_two()
+    hidden, head, _, ids = head_and_ids(n, d, V, dtype)
+    return hidden, mine(head, classes, 0), ids, shard
+
+
+def close(got, want):
+    torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-6)
+
+
+def check(
     form,
     cuts,
     soft,
@@ -91,115 +100,65 @@ def check_logits(
     impl="torch",
     dtype=torch.float32,
     n=6,
-    compare=assert_formula_close,
+    hidden_grad="reduced",
+    compare=None,
 ):
-    v = cuts_end(cuts)
-    classes = my_slice(cuts)
-    shard = VocabShard(classes.start, v)
-    x, ids = logits_and_ids(n, v, dtype)
-    target = probabilities(n, v) if soft else ids
-    weight, options = options_of(names, v, "cpu")
-    local, local_target = mine(x, classes), mine(target, classes) if soft else target
-    local_weight = weight if whole_weight else mine(weight, classes)
-    given = {"weight": local_weight, "shard": shard, "impl": impl, **options}
-    # the oracle sees all classes, and its gradient is cut
-    (wide, wide_target, wide_weight), leaves = program.wide_leaves(x, target, weight)
-    if form == "statistics":
-        got = lossfuse.cross_entropy_stats(local, local_target, **given)
-        want = program.cross_entropy_stats(wide, wide_target, wide_weight, **options)
-        assert_statistics_close(got, want)
-        ups = upstreams(got)
-        ours = differentiated(got, [t for t in (local, local_target) if t.requires_grad], ups)
-        theirs = differentiated(want, leaves, ups)
+    """A loss or statistics and all gradients; the oracle sees all classes, and its gradients are
+    cut."""
+    v, classes, is_head = max(stop for _, stop in cuts), my_slice(cuts), form.startswith("head")
+    if is_head:
+        *operands, ids = head_and_ids(n, 5, v, dtype)
+        dims = (None, 0, 0)
     else:
-        inplace = form == "inplace"
-        got = lossfuse.cross_entropy(
-            local * 1.0 if inplace else local, local_target, inplace=inplace, **given
-        )
-        want = program.cross_entropy(wide, wide_target, wide_weight, **options)
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-        up = upstream(x, options)
-        ours = torch.autograd.grad(got, [t for t in (local, local_target) if t.requires_grad], up)
-        theirs = torch.autograd.grad(want, leaves, up.double())
-    for g, w in zip(ours, theirs, strict=True):
-        assert g.dtype in (dtype, torch.float32)
-        compare(g, w[:, classes])
-
-
-def cuts_end(cuts):
-    return max(stop for _, stop in cuts)
-
-
-def check_head(
-    form, cuts, soft, names, *, whole_weight=True, impl="torch", n=6, hidden_grad="reduced"
-):
-    v = cuts_end(cuts)
-    classes = my_slice(cuts)
-    shard = VocabShard(classes.start, v, hidden_grad=hidden_grad)
-    hidden, head, bias, ids = head_and_ids(n, 5, v)
+        *operands, ids = logits_and_ids(n, v, dtype)
+        dims = (1,)
     target = probabilities(n, v) if soft else ids
     weight, options = options_of(names, v, "cpu")
-    (wide, wide_head, wide_bias, wide_target, wide_weight), leaves = program.wide_leaves(
-        hidden, head, bias, target, weight
-    )
-    local_head, local_bias, local_target = (
-        mine(head, classes, 0),
-        mine(bias, classes),
-        mine(target, classes) if soft else target,
-    )
-    given = {
-        "linear_bias": local_bias,
-        "weight": weight if whole_weight else mine(weight, classes),
-        "shard": shard,
-        "impl": impl,
-        "options": CHUNKS,
-        **options,
-    }
-    own = [t for t in (hidden, local_head, local_bias, local_target) if t.requires_grad]
-    if form == "head statistics":
-        got = lossfuse.linear_cross_entropy_stats(hidden, local_head, local_target, **given)
-        want = program.linear_cross_entropy_stats(
-            wide, wide_head, wide_target, wide_bias, wide_weight, **options
+    wide, leaves = program.wide_leaves(*operands, target, weight)
+    local = [t if d is None else mine(t, classes, d) for t, d in zip(operands, dims, strict=True)]
+    local.append(mine(target, classes) if soft else target)
+    given = {"weight": weight if whole_weight else mine(weight, classes), "impl": impl, **options}
+    given["shard"] = VocabShard(classes.start, v, hidden_grad=hidden_grad)
+    name = "cross_entropy" + "_stats" * form.endswith("statistics")
+    if is_head:
+        hidden, head, bias, t = local
+        got = getattr(lossfuse, f"linear_{name}")(
+            hidden, head, t, linear_bias=bias, options=CHUNKS, **given
         )
+        hidden, head, bias, *rest = wide
+        want = getattr(program, f"linear_{name}")(hidden, head, rest[0], bias, rest[1], **options)
+    else:
+        given |= {"inplace": True} if form == "inplace" else {}
+        x = local[0] * 1.0 if form == "inplace" else local[0]
+        got = getattr(lossfuse, name)(x, local[-1], **given)
+        want = getattr(program, name)(*wide, **options)
+    own = [t for t in local if t.requires_grad]
+    if form.endswith("statistics"):
         assert_statistics_close(got, want)
         ups = upstreams(got)
         ours, theirs = differentiated(got, own, ups), differentiated(want, leaves, ups)
     else:
-        got = lossfuse.linear_cross_entropy(hidden, local_head, local_target, **given)
-        want = program.linear_cross_entropy(
-            wide, wide_head, wide_target, wide_bias, wide_weight, **options
-        )
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-        up = upstream(hidden, options)
+        close(got, want)
+        up = upstream(operands[0], options)
         ours, theirs = (
             torch.autograd.grad(got, own, up),
             torch.autograd.grad(want, leaves, up.double()),
         )
-    dhidden, *rest = ours
     if hidden_grad == "partial":
-        dist.all_reduce(dhidden)
-    assert_product_close(dhidden, theirs[0])
-    for g, w, dim in zip(rest, theirs[1:], (0, 0, 1), strict=False):
-        assert_product_close(g, w.movedim(dim, 0)[classes].movedim(0, dim))
-
-
-def check(form, cuts, soft, names, **how):
-    (check_head if form.startswith("head") else check_logits)(form, cuts, soft, names, **how)
-
-
-TWO = ((0, 20), (20, 37))
-# in no order, one of them empty
-FOUR = ((9, 30), (0, 9), (9, 9), (30, 37))
+        dist.all_reduce(ours[0])
+    compare = compare or (assert_product_close if is_head else assert_formula_close)
+    for g, w, d in zip(ours, theirs, (*dims, 1), strict=False):
+        assert g.dtype in (dtype, torch.float32)
+        compare(g, w if d is None else cut(w, classes, d))
 
 
 def every_option(case):
     form, soft, combinations = case
     cuts = TWO if dist.get_world_size() == 2 else FOUR
     for names in combinations:
-        with saying((form, soft, names)):
-            check(form, cuts, soft, names)
-            if "weight" in names:
-                check(form, cuts, soft, names, whole_weight=False)
+        check(form, cuts, soft, names)
+        if "weight" in names:
+            check(form, cuts, soft, names, whole_weight=False)
 
 
 GRID = list(itertools.product(FORMS, (False, True)))
@@ -208,15 +167,13 @@ GRID = list(itertools.product(FORMS, (False, True)))
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_every_pair_of_options(n):
-    cases_on_ranks(
-        n, every_option, [(form, soft, tuple(COMBINATIONS)) for form, soft in GRID], timeout=5000.0
-    )
+    cases = [(form, soft, (names,)) for form, soft in GRID for names in COMBINATIONS]
+    cases_on_ranks(n, every_option, cases, timeout=5000.0)
 
 
 def random_call(case):
     form, cuts, soft, names, n, whole_weight = case
-    with saying(case):
-        check(form, cuts, soft, names, n=n, whole_weight=whole_weight)
+    check(form, cuts, soft, names, n=n, whole_weight=whole_weight)
 
 
 @pytest.mark.slow
@@ -224,332 +181,247 @@ def random_call(case):
 def test_random_cuts_of_random_rows(n):
     """Shards of any sizes, some empty, in any order of ranks."""
     draws = pytest.importorskip("draws", exc_type=ImportError)
-    cases_on_ranks(
-        n,
-        random_call,
-        draws.drawn(draws.calls_of_ranks(n, FORMS, COMBINATIONS), 150),
-        timeout=5000.0,
-    )
+    cases = draws.drawn(draws.calls_of_ranks(n, FORMS, COMBINATIONS), 150)
+    cases_on_ranks(n, random_call, cases, timeout=5000.0)
 
 
-# --- what is not a grid: (name, of a function here) on two ranks or four
+# --- refusals: functions that run on each rank
 
 
-def raised(expected, call, *args, **options):
-    """The message of the error that a call must raise."""
+def everyone_raises(expected, sentence, call, *args, **options):
+    """Every rank raises, with the same words."""
     with pytest.raises(expected) as caught:
         call(*args, **options)
-    return str(caught.value)
+    assert sentence in str(caught.value), caught.value
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, str(caught.value))
+    assert len(set(everyones)) == 1, everyones
 
 
-def errors():
-    rank = dist.get_rank()
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    x, ids = logits_and_ids(6, 37)
-    local = mine(x, classes)
-
-    def agreed(expected, sentence, call=lossfuse.cross_entropy, *args, **options):
-        said = raised(expected, call, *args, **options)
-        assert sentence in said, said
-        # every rank says the same
-        everyones = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, said)
-        assert len(set(everyones)) == 1
-
+def a_target_out_of_range():
+    _, local, ids, shard = logits_of_two()
     bad = ids.clone()
-    bad[3] = 37
-    agreed(
-        IndexError,
-        "target of row 3 is 37 on rank 0",
-        lossfuse.cross_entropy,
-        local,
-        bad,
-        shard=shard,
-    )
-    # found by one rank alone
-    agreed(
-        IndexError,
-        "target of row 3 is 37 on rank 1",
-        lossfuse.cross_entropy,
-        local,
-        bad if rank else ids,
-        shard=shard,
-    )
-    other = ids.clone()
-    other[0] = (ids[0] + 1) % 37
-    agreed(
-        ValueError,
-        "target differs between the ranks",
-        lossfuse.cross_entropy,
-        local,
-        other if rank else ids,
-        shard=shard,
-    )
-    agreed(
-        ValueError,
-        "target differs",
-        lossfuse.cross_entropy,
-        local,
-        ids.flip(0) if rank else ids,
-        shard=shard,
-    )
-    # alike in their sum, and in their sum with rows counted
-    for mine_of, other in (((1, 2, 2, 1), (2, 1, 1, 2)), ((3, 7, 3), (4, 5, 4))):
-        given = torch.tensor(other if rank else mine_of)
-        agreed(
-            ValueError,
-            "target differs",
-            lossfuse.cross_entropy,
-            local[: len(given)],
-            given,
-            shard=shard,
-        )
-    # each of them would change the loss, or what is ignored
-    for name, values in DIFFERING.items():
-        options = {name: values[rank]}
-        agreed(
-            ValueError,
-            "the ranks of shard.group differ in",
-            lossfuse.cross_entropy,
-            local,
-            ids.clamp(min=0),
-            shard=shard,
-            **options,
-        )
-    soft = torch.rand(6, local.shape[1])
-    agreed(
-        ValueError,
-        "differ in",
-        lossfuse.cross_entropy,
-        local,
-        soft,
-        shard=shard,
-        softcap=3.0 + rank,
-    )
-    of_more = VocabShard(classes.start, 37 + rank)
-    agreed(ValueError, "differ in num_classes", lossfuse.cross_entropy, local, ids, shard=of_more)
-    # a number is one, whatever its type
-    lossfuse.cross_entropy(
-        local, ids, shard=shard, softcap=(3, 3.0)[rank], ignore_index=(-100, np.int64(-100))[rank]
-    )
-    for stats in (lossfuse.cross_entropy_stats, lossfuse.cross_entropy):
-        with_gap = VocabShard(0 if rank == 0 else 21, 38)
-        agreed(
-            ValueError,
-            "hold the classes [0, 20), [21, 38); expected each of [0, 38) once",
-            stats,
-            local,
-            ids,
-            shard=with_gap,
-        )
-    overlapping = VocabShard(0 if rank == 0 else 19, 36)
-    agreed(
-        ValueError,
-        "[0, 20), [19, 36)",
-        lossfuse.cross_entropy,
-        local,
-        ids.clamp(max=35),
-        shard=overlapping,
-    )
-    agreed(
-        ValueError,
-        "expected each of [0, 40) once",
-        lossfuse.cross_entropy,
-        local,
-        ids,
-        shard=VocabShard(classes.start, 40),
-    )
-    with lossfuse.debug_targets():
-        few = 6 - rank
-        agreed(
-            ValueError,
-            "have [6, 5] rows",
-            lossfuse.cross_entropy,
-            local[:few],
-            ids[:few],
-            shard=shard,
-        )
-    # nothing was left half done
-    check_logits("logits", TWO, False, ())
+    bad[3] = V
+    for target, rank in ((bad, 0), (bad if dist.get_rank() else ids, 1)):
+        words = f"target of row 3 is {V} on rank {rank}"
+        everyone_raises(IndexError, words, cross_entropy, local, target, shard=shard)
+    # nothing is left half done
+    check("logits", TWO, False, ())
 
-    hidden, head, _, ids = head_and_ids(6, 5, 37)
-    call, local_head = lossfuse.linear_cross_entropy, mine(head, classes, 0)
-    agreed(
-        IndexError,
-        "on rank 1",
-        call,
-        hidden,
-        local_head,
-        ids.clamp(max=36) + 37 * rank,
-        shard=shard,
-    )
+
+def a_target_out_of_range_of_a_head():
+    hidden, head, ids, shard = head_of_two()
+    other = ids.clamp(max=36) + V * dist.get_rank()
+    everyone_raises(IndexError, "on rank 1", linear_cross_entropy, hidden, head, other, shard=shard)
     # a row of the call, not of its chunk, or of the rows that are left
     late = torch.where(ids == -100, -100, 0)
-    late[0], late[5] = -100, 37
-    for how in (CHUNKS, LinearOptions(drop_ignored=True)):
-        for form in (call, lossfuse.linear_cross_entropy_stats):
-            agreed(
-                IndexError,
-                "target of row 5 is 37",
-                form,
-                hidden,
-                local_head,
-                late,
-                shard=shard,
-                options=how,
-            )
-    fewer = torch.full((6,), -100) if rank else ids
-    agreed(
-        ValueError,
-        "target differs",
-        call,
-        hidden,
-        local_head,
-        fewer,
-        shard=shard,
-        options=LinearOptions(drop_ignored=True),
-    )
-    # 256 and 300 rows in chunks of 128
-    n = 300 if rank else 256
-    many, zeros, some = (
-        torch.ones(n, 5),
-        torch.zeros(n, dtype=torch.int64),
-        LinearOptions(chunk_bytes=128 * 32 * 4),
-    )
+    late[0], late[5] = -100, V
+    for options in (CHUNKS, LinearOptions(drop_ignored=True)):
+        for form in (linear_cross_entropy, lossfuse.linear_cross_entropy_stats):
+            args = (form, hidden, head, late)
+            everyone_raises(IndexError, "row 5 is 37", *args, shard=shard, options=options)
+
+
+def targets_that_differ():
+    _, local, ids, shard = logits_of_two()
+    rank, one_row = dist.get_rank(), ids.clone()
+    one_row[0] = (ids[0] + 1) % V
+    pairs = [(ids, one_row), (ids, ids.flip(0))]
+    # alike in their sum, and in their sum with rows counted
+    pairs += [(torch.tensor([1, 2, 2, 1]), torch.tensor([2, 1, 1, 2]))]
+    pairs += [(torch.tensor([3, 7, 3]), torch.tensor([4, 5, 4]))]
+    for pair in pairs:
+        args, words = (local[: len(pair[0])], pair[rank]), "target differs between the ranks"
+        everyone_raises(ValueError, words, cross_entropy, *args, shard=shard)
+    hidden, head, ids, _ = head_of_two()
+    args = (linear_cross_entropy, hidden, head, torch.full((6,), -100) if rank else ids)
+    drop = LinearOptions(drop_ignored=True)
+    everyone_raises(ValueError, "target differs", *args, shard=shard, options=drop)
+
+
+# an option -> its values on two ranks
+DIFFERING = {
+    "label_smoothing": (0.1, 0.2),
+    "softcap": (3.0, 4.0),
+    "logit_scale": (None, 2.0),
+    "lse_square_scale": (0.0, 0.1),
+    "ignore_index": (-100, 3),
+}
+
+
+def options_that_differ():
+    _, local, ids, shard = logits_of_two()
+    rank, ids = dist.get_rank(), ids.clamp(min=0)
+    for name, values in DIFFERING.items():
+        args, given = (cross_entropy, local, ids), {name: values[rank]}
+        words = "the ranks of shard.group differ in"
+        everyone_raises(ValueError, words, *args, shard=shard, **given)
+    soft, given = torch.rand(local.shape), {"softcap": 3.0 + rank}
+    everyone_raises(ValueError, "differ in", cross_entropy, local, soft, shard=shard, **given)
+    more = VocabShard(shard.start, V + rank)
+    everyone_raises(ValueError, "differ in num_classes", cross_entropy, local, ids, shard=more)
+    # a number is one of any type
+    same = {"softcap": (3, 3.0)[rank], "ignore_index": (-100, np.int64(-100))[rank]}
+    cross_entropy(local, ids, shard=shard, **same)
+
+
+def shards_that_do_not_fit_together():
+    _, local, ids, shard = logits_of_two()
+    rank, words = dist.get_rank(), "expected each of [0, 38) once"
+    for call in (lossfuse.cross_entropy_stats, cross_entropy):
+        gap, said = VocabShard(21 * rank, 38), f"hold the classes [0, 20), [21, 38); {words}"
+        everyone_raises(ValueError, said, call, local, ids, shard=gap)
+    overlap, ids_of_36 = VocabShard(19 * rank, 36), ids.clamp(max=35)
+    args = (cross_entropy, local, ids_of_36)
+    everyone_raises(ValueError, "[0, 20), [19, 36)", *args, shard=overlap)
+    missing = VocabShard(shard.start, 40)
+    args = (cross_entropy, local, ids)
+    everyone_raises(ValueError, "expected each of [0, 40) once", *args, shard=missing)
+
+
+def numbers_of_rows_that_differ():
+    _, local, ids, shard = logits_of_two()
+    rank, (_, head, _, _) = dist.get_rank(), head_of_two()
+    few, many = 6 - rank, 300 if rank else 256
+    chunks = LinearOptions(chunk_bytes=128 * 32 * 4)
+    args = (torch.ones(many, 5), head, torch.zeros(many, dtype=torch.int64))
     with lossfuse.debug_targets():
-        agreed(
-            ValueError,
-            "have [256, 300] rows",
-            call,
-            many,
-            local_head,
-            zeros,
-            shard=shard,
-            options=some,
-        )
-    assert "must be a lossfuse.VocabShard" in raised(
-        TypeError, call, hidden, local_head, ids, shard=(0, 37)
-    )
-    assert "with shard it must be (C, D)" in raised(
-        ValueError, call, hidden, local_head[:, None], ids[:, None], shard=shard
-    )
-    said = raised(ValueError, lossfuse.cross_entropy, local, ids, torch.ones(5), shard=shard)
-    assert f"expected ({classes.stop - classes.start},) or, of all classes, (37,)" in said
-    made = lossfuse.cross_entropy(local, ids, shard=shard)
-    assert "no second derivative" in raised(RuntimeError, second_derivative_of, made, local)
-    with pytest.raises(ValueError, match="transform is active; with shard there is no reference"):
-        torch.func.grad(lambda t: lossfuse.cross_entropy(t, ids, shard=shard))(local.detach())
+        pair = (cross_entropy, local[:few], ids[:few])
+        everyone_raises(ValueError, "have [6, 5] rows", *pair, shard=shard)
+        pair = (linear_cross_entropy, *args)
+        everyone_raises(ValueError, "have [256, 300] rows", *pair, shard=shard, options=chunks)
 
 
 def second_derivative_of(loss, leaf):
-    (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    return torch.autograd.grad(slope.square().sum(), leaf)
+    (g,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), leaf)
 
 
-def shards_that_are_none():
-    for start, num_classes, expected in (
-        (-1, 5, ValueError),
-        (6, 5, ValueError),
-        (0, 0, ValueError),
-        (1.0, 5, TypeError),
-        (0, True, TypeError),
-        (0, 2**31, ValueError),
+def arguments_that_do_not_fit_a_shard():
+    classes, _ = one_of_two()
+    _, local, ids, shard = logits_of_two()
+    hidden, head, head_ids, _ = head_of_two()
+    expected = rf"expected \({classes.stop - classes.start},\) or, of all classes, \(37,\)"
+    for error, words, call in (
+        (
+            TypeError,
+            "must be a lossfuse.VocabShard",
+            lambda: linear_cross_entropy(hidden, head, head_ids, shard=(0, V)),
+        ),
+        (
+            ValueError,
+            r"with shard it must be \(C, D\)",
+            lambda: linear_cross_entropy(hidden, head[:, None], head_ids[:, None], shard=shard),
+        ),
+        (ValueError, expected, lambda: cross_entropy(local, ids, torch.ones(5), shard=shard)),
+        (
+            RuntimeError,
+            "no second derivative",
+            lambda: second_derivative_of(cross_entropy(local, ids, shard=shard), local),
+        ),
+        (
+            ValueError,
+            "transform is active; with shard there is no reference",
+            lambda: torch.func.grad(lambda t: cross_entropy(t, ids, shard=shard))(local.detach()),
+        ),
+        (ValueError, "leaf", lambda: cross_entropy(local, ids, inplace=True, shard=shard)),
     ):
-        raised(expected, VocabShard, start, num_classes)
-    assert "hidden_grad" in raised(ValueError, VocabShard, 0, 5, hidden_grad="some")
-    assert "group is a str" in raised(TypeError, VocabShard, 0, 5, "world")
-    # as torch.chunk cuts
-    for v in (37, 5, 4, 1, 1031):
-        cut = torch.arange(v).chunk(dist.get_world_size())
-        mine_of = cut[dist.get_rank()] if dist.get_rank() < len(cut) else torch.arange(0)
-        shard = VocabShard.even(v)
-        assert shard.num_classes == v and (
-            shard.start == int(mine_of[0]) if len(mine_of) else shard.start == v
-        )
+        with pytest.raises(error, match=words):
+            call()
+
+
+def bad_shards():
+    for error, words, args in (
+        (ValueError, "", (-1, 5)),
+        (ValueError, "", (6, 5)),
+        (ValueError, "", (0, 0)),
+        (TypeError, "", (1.0, 5)),
+        (TypeError, "", (0, True)),
+        (ValueError, "", (0, 2**31)),
+        (TypeError, "group is a str", (0, 5, "world")),
+    ):
+        with pytest.raises(error, match=words):
+            VocabShard(*args)
+    with pytest.raises(ValueError, match="hidden_grad"):
+        VocabShard(0, 5, hidden_grad="some")
+
+
+def even_shards():
+    """As torch.chunk cuts."""
+    for v in (V, 5, 4, 1, 1031):
+        chunks = torch.arange(v).chunk(dist.get_world_size())
+        shard, own = VocabShard.even(v), chunks[dist.get_rank() :][:1]
+        assert (shard.num_classes, shard.start) == (v, int(own[0][0]) if own else v)
+
+
+# --- numbers
 
 
 def many_classes():
-    """1031 classes of which no rank has as many as another, real dtypes, entries relative to
-    themselves."""
-    cuts = tuple(
-        (int(c[0]), int(c[-1]) + 1) for c in torch.arange(1031).chunk(dist.get_world_size())
-    )
+    """1031 classes in shards of different sizes, real dtypes, entries relative to themselves."""
+    chunks = torch.arange(1031).chunk(dist.get_world_size())
+    cuts = tuple((int(c[0]), int(c[-1]) + 1) for c in chunks)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for form, soft in itertools.product(("logits", "inplace"), (False,)):
+        for form in ("logits", "inplace"):
             for names in ((), ("none",), ("z-loss", "softcap", "weight")):
-                check_logits(
-                    form, cuts, soft, names, dtype=dtype, n=70, compare=assert_gradient_close
-                )
+                how = {"dtype": dtype, "n": 70, "compare": assert_gradient_close}
+                check(form, cuts, False, names, **how)
     x, ids = logits_and_ids(40, 1031, torch.float64)
     classes = my_slice(cuts)
     local = mine(x, classes)
-    got = lossfuse.cross_entropy(local, ids, shard=VocabShard.even(1031), label_smoothing=0.1)
+    got = cross_entropy(local, ids, shard=VocabShard.even(1031), label_smoothing=0.1)
     want = program.cross_entropy(x, ids, label_smoothing=0.1)
+    grad, whole = torch.autograd.grad(got, local)[0], torch.autograd.grad(want, x)[0]
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, local)[0],
-        torch.autograd.grad(want, x)[0][:, classes],
-        rtol=1e-10,
-        atol=1e-14,
-    )
+    torch.testing.assert_close(grad, whole[:, classes], rtol=1e-10, atol=1e-14)
 
 
 def groups_of_one_and_no_rows():
-    """Where what is gathered lies as it was sent, with integers among floats at any offset."""
+    """There the gathered bytes lie as they were sent, integers among floats at any offset."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    alone = VocabShard(0, 37, groups[dist.get_rank()])
-    x, _ = logits_and_ids(4, 37)
-    for n, weighted in itertools.product((0, 1, 3, 4), (False, True)):
-        weight = class_weight(37) if weighted else None
+    alone = VocabShard(0, V, groups[dist.get_rank()])
+    x, local, _, shard = logits_of_two(4)
+    for n, weight in itertools.product((0, 1, 3, 4), (None, class_weight(V))):
         for target in (torch.arange(n), torch.softmax(x[:n].detach(), 1)):
             given = {"reduction": "none", "label_smoothing": 0.1}
             got = lossfuse.cross_entropy_stats(x[:n], target, weight, shard=alone, **given)
             want = lossfuse.cross_entropy_stats(x[:n], target, weight, **given)
-            for g, w in zip(got, want, strict=True):
-                torch.testing.assert_close(g, w)
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    for weight in (None, class_weight(37)):
-        none = lossfuse.cross_entropy_stats(
-            mine(x, classes)[:0], torch.arange(0), weight, reduction="sum", shard=shard
-        )
+            torch.testing.assert_close(tuple(got), tuple(want))
+    for weight in (None, class_weight(V)):
+        args = (local[:0], torch.arange(0), weight)
+        none = lossfuse.cross_entropy_stats(*args, reduction="sum", shard=shard)
         assert none.loss == 0.0 and none.argmax.shape == (0,)
 
 
 def shapes():
     """One row, and classes that are not last."""
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    g = torch.Generator().manual_seed(3)
+    g, (classes, shard) = torch.Generator().manual_seed(3), one_of_two()
     # one row of which a rank has one class, so that its id looks like logits there
-    x, alone = torch.randn(37, generator=g), my_slice(((36, 37), (0, 36)))
+    x, alone = torch.randn(V, generator=g), my_slice(((36, V), (0, 36)))
     for ids in (torch.tensor([5]), torch.tensor([36])):
-        got = lossfuse.cross_entropy(x[alone], ids, shard=VocabShard(alone.start, 37))
-        torch.testing.assert_close(got, torch.nn.functional.cross_entropy(x, ids[0]))
+        got = cross_entropy(x[alone], ids, shard=VocabShard(alone.start, V))
+        torch.testing.assert_close(got, F.cross_entropy(x, ids[0]))
     for lead, trail in (((), ()), ((2,), (3,)), ((2,), (3, 2))):
-        x = torch.randn(*lead, 37, *trail, generator=g).requires_grad_()
-        ids = torch.randint(37, (*lead, *trail), generator=g)
-        soft = torch.softmax(torch.randn(x.shape, generator=g), len(lead))
-        for target in (ids, soft):
-            local = mine(x, classes, len(lead))
-            local_target = target if target is ids else mine(target, classes, len(lead))
-            for reduction in ("mean", "none"):
-                got = lossfuse.cross_entropy(local, local_target, reduction=reduction, shard=shard)
-                want = torch.nn.functional.cross_entropy(
-                    x.double(), target if target is ids else target.double(), reduction=reduction
-                )
-                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-                ours, theirs = (
-                    torch.autograd.grad(got.sum(), local)[0],
-                    torch.autograd.grad(want.sum(), x)[0],
-                )
-                assert_formula_close(
-                    ours, theirs.movedim(len(lead), 0)[classes].movedim(0, len(lead))
-                )
+        dim = len(lead)
+        x = torch.randn(*lead, V, *trail, generator=g).requires_grad_()
+        ids = torch.randint(V, (*lead, *trail), generator=g)
+        soft = torch.softmax(torch.randn(x.shape, generator=g), dim)
+        for target, reduction in itertools.product((ids, soft), ("mean", "none")):
+            local, wide_target = mine(x, classes, dim), target.double() if target is soft else ids
+            local_target = mine(target, classes, dim) if target is soft else ids
+            got = cross_entropy(local, local_target, reduction=reduction, shard=shard)
+            want = F.cross_entropy(x.double(), wide_target, reduction=reduction)
+            close(got, want)
+            grad, whole = (
+                torch.autograd.grad(t.sum(), leaf)[0] for t, leaf in ((got, local), (want, x))
+            )
+            assert_formula_close(grad, cut(whole, classes, dim))
 
 
 def same_on_every_rank_and_every_time():
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    x, ids = logits_and_ids(50, 37)
-    weight, options = options_of(EVERYTHING, 37, "cpu")
+    classes, shard = one_of_two()
+    x, ids = logits_and_ids(50, V)
+    weight, options = options_of(EVERYTHING, V, "cpu")
 
     def once():
         local = mine(x, classes)
@@ -557,96 +429,236 @@ def same_on_every_rank_and_every_time():
         return [t.detach() for t in made] + [torch.autograd.grad(made.loss, local)[0]]
 
     first, again = once(), once()
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, first[:-1])
-    assert all(torch.equal(a, b) for a, b in zip(*everyones, strict=True))
+    assert all(map(torch.equal, first, again)) and all(map(torch.equal, *everyones))
 
 
 def in_place_contract():
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    x, ids = logits_and_ids(6, 37)
+    _, whole, ids, shard = logits_of_two()
     for reduction in ("mean", "none"):
-        local = mine(x, classes) * 1.0
+        local = whole * 1.0
         saved = (local * local).sum()
-        where = local.data_ptr()
-        loss = lossfuse.cross_entropy(local, ids, reduction=reduction, inplace=True, shard=shard)
-        slopes = []
-        local.register_hook(
-            lambda g, slopes=slopes: slopes.append(g)
-        ) if reduction == "none" else None
-        loss.sum().backward(retain_graph=True)
+        loss = cross_entropy(local, ids, reduction=reduction, inplace=True, shard=shard).sum()
+        loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="inplace=True|consumed"):
-            loss.sum().backward()
-        with pytest.raises(RuntimeError):
+            loss.backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             saved.backward()
-        assert where
-    with pytest.raises(ValueError, match="leaf"):
-        lossfuse.cross_entropy(mine(x, classes), ids, inplace=True, shard=shard)
-    # what is raised before anything is written leaves the logits as they were
-    local = mine(x, classes) * 1.0
+    # an error that comes before the write leaves the logits as they were
+    local, other = whole * 1.0, ids.flip(0) if dist.get_rank() else ids
     with pytest.raises(ValueError, match="target differs"):
-        lossfuse.cross_entropy(
-            local, ids.flip(0) if dist.get_rank() else ids, inplace=True, shard=shard
-        )
-    assert torch.equal(local, x[:, classes])
+        cross_entropy(local, other, inplace=True, shard=shard)
+    assert torch.equal(local, whole)
 
 
 def partial_hidden():
-    for names in ((), ("none",), EVERYTHING):
-        for form in ("head", "head statistics"):
-            check_head(form, TWO, False, names, hidden_grad="partial", impl="torch")
+    grid = itertools.product(((), ("none",), EVERYTHING), ("head", "head statistics"))
+    for names, form in grid:
+        check(form, TWO, False, names, hidden_grad="partial")
 
 
 def the_reference():
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    x, ids = logits_and_ids(6, 37)
-    local = mine(x, classes)
-    weight = torch.ones(37, requires_grad=True)
-    for function in (lossfuse.cross_entropy, lossfuse.cross_entropy_stats):
-        with pytest.raises(ValueError, match="impl is 'reference' but with shard there is no"):
+    """It knows no shards: asked for by name, and where only it has the gradient of class weights."""
+    _, local, ids, shard = logits_of_two()
+    hidden, head, _, _ = head_of_two()
+    weight = torch.ones(V, requires_grad=True)
+    named, needed = (
+        "impl is 'reference' but with shard there is no",
+        "weight requires grad, .* shard",
+    )
+    for function in (cross_entropy, lossfuse.cross_entropy_stats):
+        with pytest.raises(ValueError, match=named):
             function(local, ids, shard=shard, impl="reference")
-        with pytest.raises(ValueError, match="weight requires grad, .*; with shard there is no"):
+        with pytest.raises(ValueError, match=needed):
             function(local, ids, weight, shard=shard)
+    for function in (linear_cross_entropy, lossfuse.linear_cross_entropy_stats):
+        with pytest.raises(ValueError, match=named):
+            function(hidden, head, ids, shard=shard, impl="reference")
+        with pytest.raises(ValueError, match=needed):
+            function(hidden, head, ids, weight=weight, shard=shard)
 
 
-def where_nobody_looks():
-    """As on a GPU: nothing is raised, nothing is read by the host, and what does not fit is NaN."""
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    x, ids = logits_and_ids(6, 37, ignored=0.0)
-    local = mine(x, classes)
+def values_that_cannot_be_checked():
+    """As on a GPU: nothing raises, the host reads nothing, and disagreements are NaN."""
+    _, local, ids, shard = logits_of_two(ignored=0.0)
+    rank = dist.get_rank()
+
+    def results(target, shard):
+        made = lossfuse.cross_entropy_stats(local, target, reduction="none", shard=shard)
+        (grad,) = torch.autograd.grad(made.loss.sum(), local)
+        return made.loss, made.lse, made.target_logprob, made.entropy, grad
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (shard_backend, targets):
-            patch.setattr(module, "values_are_at_hand", lambda t: False)
-        for form in FORMS:
-            check(form, TWO, False, EVERYTHING)
-            check(form, TWO, True, EVERYTHING)
+            patch.setattr(module, "values_are_readable", lambda t: False)
+        for form, soft in GRID:
+            check(form, TWO, soft, EVERYTHING)
         bad = ids.clone()
-        bad[3] = 37
-        made = lossfuse.cross_entropy_stats(local, bad, reduction="none", shard=shard)
-        (slope,) = torch.autograd.grad(made.loss.sum(), local)
-        for t in (made.loss, made.lse, made.target_logprob, made.entropy, slope):
+        bad[3] = V
+        for t in results(bad, shard):
             assert t[3].isnan().all() and t[[0, 1, 2, 4, 5]].isfinite().all()
-        with_gap = VocabShard(0 if dist.get_rank() == 0 else 21, 38)
-        others = ids if dist.get_rank() else (ids + 1) % 37
-        exchanged = ids if dist.get_rank() else ids.flip(0)
-        for target, of in ((others, shard), (exchanged, shard), (ids, with_gap)):
-            made = lossfuse.cross_entropy_stats(local, target, reduction="none", shard=of)
-            (slope,) = torch.autograd.grad(made.loss.sum(), local)
-            for t in (made.loss, made.lse, made.target_logprob, made.entropy, slope):
-                assert t.isnan().all()
+        others, exchanged = ids if rank else (ids + 1) % V, ids if rank else ids.flip(0)
+        gap = VocabShard(21 * rank, 38)
+        for target, of in ((others, shard), (exchanged, shard), (ids, gap)):
+            assert all(t.isnan().all() for t in results(target, of))
 
 
 def kernels():
-    """Ours, in the interpreter."""
-    for soft in (False, True):
-        for form, names in (
-            ("logits", EVERYTHING),
-            ("inplace", ()),
-            ("statistics", ("none", "weight")),
-            ("head", ("smoothing",)),
-        ):
+    """In the interpreter."""
+    for form, names in (
+        ("logits", EVERYTHING),
+        ("inplace", ()),
+        ("statistics", ("none", "weight")),
+        ("head", ("smoothing",)),
+    ):
+        for soft in (False, True):
             check(form, TWO, soft, names, impl="triton", n=3)
+
+
+def other_dtypes_of_heads():
+    classes, shard = one_of_two()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        hidden, head, bias, ids = head_and_ids(64, 24, V, dtype)
+        leaves = [hidden, mine(head, classes, 0), mine(bias, classes)]
+        got = linear_cross_entropy(*leaves[:2], ids, linear_bias=leaves[2], shard=shard)
+        wide = [t.detach().double().requires_grad_() for t in (hidden, head, bias)]
+        want = program.linear_cross_entropy(wide[0], wide[1], ids, wide[2])
+        close(got, want)
+        worst = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12
+        dh, dw, db = torch.autograd.grad(want, wide)
+        for g, t in zip(
+            torch.autograd.grad(got, leaves), (dh, dw[classes], db[classes]), strict=True
+        ):
+            assert g.dtype == dtype and float((g.double() - t).norm() / t.norm()) < worst
+    # autocast, which rounds operands first
+    hidden, head, bias, ids = head_and_ids(64, 24, V)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear_cross_entropy(hidden, mine(head, classes, 0), ids, shard=shard)
+    close(got, linear_cross_entropy(hidden.bfloat16(), head.bfloat16(), ids))
+
+
+def weights_of_other_ranks_in_float16():
+    """As on a GPU, where gradients of float16 logits have a unit: a target's weight may be out of
+    proportion to all weights of another rank."""
+    weight = torch.ones(V)
+    weight[20:] = 1e4
+    hidden, head, _, ids = head_and_ids(64, 24, V, torch.float16)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, head)]
+    want = program.linear_cross_entropy(*wide, ids, None, weight.double())
+    dhidden, dhead = torch.autograd.grad(want, wide)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
+        for cuts in (TWO, ((V, V), (0, V))):
+            classes = my_slice(cuts)
+            leaves = [hidden, mine(head, classes, 0)]
+            shard = VocabShard(classes.start, V)
+            loss = linear_cross_entropy(*leaves, ids, weight=weight, shard=shard)
+            grads = torch.autograd.grad(loss, leaves)
+            for g, t in zip(grads, (dhidden, dhead[classes]), strict=True):
+                assert float((g.double() - t).norm()) <= 2e-3 * float(t.norm())
+
+
+def subgroups():
+    """Shards of a group that is not all ranks: two pairs that know nothing of one another."""
+    pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
+    x, ids = logits_and_ids(6, V, seed=dist.get_rank() // 2)
+    shard = VocabShard.even(V, pair)
+    classes = slice(shard.start, min(shard.start + 19, V))
+    local = mine(x, classes)
+    got, want = cross_entropy(local, ids, shard=shard), F.cross_entropy(x.double(), ids)
+    close(got, want)
+    whole = torch.autograd.grad(want, x)[0]
+    assert_formula_close(torch.autograd.grad(got, local)[0], whole[:, classes])
+
+
+def modules():
+    x, local, ids, shard = logits_of_two()
+    loss = lossfuse.CrossEntropyLoss(label_smoothing=0.1, shard=shard)(local, ids)
+    close(loss, F.cross_entropy(x.double(), ids, label_smoothing=0.1))
+    # a copy, as an average of weights takes one, has the same group
+    world = VocabShard(shard.start, V, dist.group.WORLD)
+    module = lossfuse.CrossEntropyLoss(shard=world)
+    torch.testing.assert_close(copy.deepcopy(module)(local, ids), module(local, ids))
+
+
+# --- DTensors
+
+
+def dtensor_logits():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    spread = lambda t, placement: distribute_tensor(t.detach(), mesh, [placement])  # noqa: E731
+    x, ids = logits_and_ids(6, V)
+    weight, options = options_of(EVERYTHING, V, "cpu")
+    wide = x.detach().double().requires_grad_()
+    grid = itertools.product(
+        (cross_entropy, lossfuse.cross_entropy_stats),
+        (Shard(1), Replicate()),
+        (ids, spread(ids, Replicate())),
+        (weight, spread(weight, Replicate())),
+    )
+    for call, placement, target, given in grid:
+        leaf = spread(x, placement).requires_grad_()
+        got = call(leaf, target, given, **options)
+        got = got if isinstance(got, torch.Tensor) else got.loss
+        want = program.cross_entropy(wide, ids, weight.double(), **options)
+        assert type(got) is torch.Tensor
+        close(got, want)
+        (grad,) = torch.autograd.grad(got, leaf)
+        assert isinstance(grad, DTensor) and list(grad.placements) == [placement]
+        assert_formula_close(grad.full_tensor(), torch.autograd.grad(want, wide)[0])
+    soft, sharded = probabilities(6, V).detach(), spread(x, Shard(1))
+    close(cross_entropy(sharded, spread(soft, Shard(1))), F.cross_entropy(wide, soft.double()))
+    partial = DTensor.from_local(x.detach(), mesh, [Partial()])
+    for words, args, given in (
+        (r"expected Shard\(1\)", (spread(x, Shard(0)), ids), {}),
+        ("Partial", (partial, ids), {}),
+        ("knows its shard", (sharded, ids), {"shard": VocabShard.even(V)}),
+        ("target is a DTensor", (x, spread(ids, Replicate())), {}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cross_entropy(*args, **given)
+
+
+def dtensor_heads():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    spread = lambda t, placement: distribute_tensor(t.detach(), mesh, [placement]).requires_grad_()  # noqa: E731
+    hidden, head, bias, ids = head_and_ids(6, 5, V)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, head, bias)]
+    weighted = class_weight(V)
+    for placement, given, oracle in (
+        (Shard(0), {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
+        (Replicate(), {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
+        (Shard(0), {"weight": weighted}, {"weight": weighted.double()}),
+    ):
+        h, w, b = spread(hidden, Replicate()), spread(head, placement), spread(bias, placement)
+        got = linear_cross_entropy(h, w, ids, linear_bias=b, **given)
+        want = program.linear_cross_entropy(wide[0], wide[1], ids, wide[2], **oracle)
+        close(got, want)
+        pairs = zip(
+            torch.autograd.grad(got, [h, w, b]), torch.autograd.grad(want, wide), strict=True
+        )
+        for g, t in pairs:
+            assert_product_close(g.full_tensor(), t)
+    with pytest.raises(ValueError, match="unshard the weight first"):
+        linear_cross_entropy(hidden, spread(head, Shard(0)), ids)
+    with pytest.raises(ValueError, match="expected Replicate on its mesh"):
+        linear_cross_entropy(spread(hidden, Shard(0)), spread(head, Shard(0)), ids)
+
+
+# --- compilers
+
+
+def assert_compiled_is_eager(f, leaves, backend):
+    want, got = f(*leaves), torch.compile(f, fullgraph=True, backend=backend)(*leaves)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(t, leaves) for t in (got, want)))
 
 
 def compiled_by_inductor():
@@ -654,190 +666,53 @@ def compiled_by_inductor():
 
 
 def compiled(backend="aot_eager"):
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    x, ids = logits_and_ids(6, 37)
-    hidden, head, _, head_ids = head_and_ids(6, 5, 37)
-    weight = class_weight(37)
+    _, local, ids, shard = logits_of_two()
+    hidden, head, head_ids, _ = head_of_two()
+    weight = class_weight(V)
 
     def of_logits(t):
-        return lossfuse.cross_entropy(
-            t, ids, weight, shard=shard, label_smoothing=0.1, lse_square_scale=0.01
-        )
+        options = {"label_smoothing": 0.1, "lse_square_scale": 0.01}
+        return cross_entropy(t, ids, weight, shard=shard, **options)
 
     def of_head(h, w):
         made = lossfuse.linear_cross_entropy_stats(h, w, head_ids, reduction="none", shard=shard)
-        return (
-            lossfuse.linear_cross_entropy(h, w, head_ids, shard=shard)
-            + (made.loss + made.entropy).sum()
-        )
+        loss = linear_cross_entropy(h, w, head_ids, shard=shard)
+        return loss + (made.loss + made.entropy).sum()
 
-    for fn, leaves in (
-        (of_logits, [mine(x, classes)]),
-        (of_head, [hidden, mine(head, classes, 0)]),
-    ):
-        want = fn(*leaves)
-        got = torch.compile(fn, fullgraph=True, backend=backend)(*leaves)
-        torch.testing.assert_close(got, want)
-        for g, w in zip(
-            torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
-        ):
-            torch.testing.assert_close(g, w)
+    assert_compiled_is_eager(of_logits, [local], backend)
+    assert_compiled_is_eager(of_head, [hidden, head], backend)
 
 
-def dtensors():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+def several_in_one_graph():
+    """Memory of the graph depends on the shard's size in one loss and not in the other: gathers
+    keep one order all the same."""
+    classes = my_slice(((0, 2000), (2000, 2037)))
+    shard = VocabShard(classes.start, 2037)
+    x, ids = logits_and_ids(6, 2037)
+    hidden, head, _, head_ids = head_and_ids(50, 64, 2037)
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    x, ids = logits_and_ids(6, 37)
-    weight, options = options_of(EVERYTHING, 37, "cpu")
-    wide = x.detach().double().requires_grad_()
-    for call, placements in itertools.product(
-        (lossfuse.cross_entropy, lossfuse.cross_entropy_stats), ([Shard(1)], [Replicate()])
-    ):
-        for target in (ids, distribute_tensor(ids, mesh, [Replicate()])):
-            for given in (weight, distribute_tensor(weight, mesh, [Replicate()])):
-                leaf = distribute_tensor(x.detach(), mesh, placements).requires_grad_()
-                got = call(leaf, target, given, **options)
-                got = got if isinstance(got, torch.Tensor) else got.loss
-                want = program.cross_entropy(wide, ids, weight.double(), **options)
-                assert type(got) is torch.Tensor
-                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-                (slope,) = torch.autograd.grad(got, leaf)
-                assert isinstance(slope, DTensor) and list(slope.placements) == placements
-                assert_formula_close(slope.full_tensor(), torch.autograd.grad(want, wide)[0])
-    soft = probabilities(6, 37).detach()
-    cut = distribute_tensor(x.detach(), mesh, [Shard(1)])
-    got = lossfuse.cross_entropy(cut, distribute_tensor(soft, mesh, [Shard(1)]))
-    torch.testing.assert_close(
-        got.double(), torch.nn.functional.cross_entropy(wide, soft.double()), rtol=1e-5, atol=1e-6
-    )
-    assert "expected Shard(1)" in raised(
-        ValueError, lossfuse.cross_entropy, distribute_tensor(x.detach(), mesh, [Shard(0)]), ids
-    )
-    partial = DTensor.from_local(x.detach(), mesh, [Partial()])
-    assert "Partial" in raised(ValueError, lossfuse.cross_entropy, partial, ids)
-    assert "knows its shard" in raised(
-        ValueError, lossfuse.cross_entropy, cut, ids, shard=VocabShard.even(37)
-    )
-    assert "target is a DTensor" in raised(
-        ValueError, lossfuse.cross_entropy, x, distribute_tensor(ids, mesh, [Replicate()])
-    )
+    def losses(h, w, t):
+        of_head = linear_cross_entropy(torch.tanh(h) * 2.0, w, head_ids, shard=shard)
+        return of_head + cross_entropy(torch.tanh(t) * 5.0, ids, shard=shard)
 
-    hidden, head, bias, ids = head_and_ids(6, 5, 37)
-    leaves = [t.detach().double().requires_grad_() for t in (hidden, head, bias)]
-    for placements in ([Shard(0)], [Replicate()]):
-        h = distribute_tensor(hidden.detach(), mesh, [Replicate()]).requires_grad_()
-        w, b = (
-            distribute_tensor(t.detach(), mesh, placements).requires_grad_() for t in (head, bias)
-        )
-        got = lossfuse.linear_cross_entropy(h, w, ids, linear_bias=b, label_smoothing=0.1)
-        want = program.linear_cross_entropy(
-            leaves[0], leaves[1], ids, leaves[2], label_smoothing=0.1
-        )
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-        for g, t in zip(
-            torch.autograd.grad(got, [h, w, b]), torch.autograd.grad(want, leaves), strict=True
-        ):
-            assert_product_close(g.full_tensor(), t)
-    cut_w = distribute_tensor(head.detach(), mesh, [Shard(0)])
-    assert "weight requires grad" in raised(
-        ValueError,
-        lossfuse.linear_cross_entropy,
-        distribute_tensor(hidden.detach(), mesh, [Replicate()]),
-        cut_w,
-        ids,
-        weight=class_weight(37).requires_grad_(),
-    )
-    w = cut_w
-    assert "unshard the weight first" in raised(
-        ValueError, lossfuse.linear_cross_entropy, hidden, w, ids
-    )
-    rows, classes = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in (hidden, head))
-    assert "expected Replicate on its mesh" in raised(
-        ValueError, lossfuse.linear_cross_entropy, rows, classes, ids
-    )
+    leaves = [hidden, mine(head, classes, 0), mine(x, classes)]
+    assert_compiled_is_eager(losses, leaves, "inductor")
+    assert not torch._inductor.config.reorder_for_peak_memory
 
 
-def other_dtypes_of_heads():
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        hidden, head, bias, ids = head_and_ids(64, 24, 37, dtype)
-        classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-        leaves = [hidden, mine(head, classes, 0), mine(bias, classes)]
-        got = lossfuse.linear_cross_entropy(*leaves[:2], ids, linear_bias=leaves[2], shard=shard)
-        wide = [t.detach().double().requires_grad_() for t in (hidden, head, bias)]
-        want = program.linear_cross_entropy(wide[0], wide[1], ids, wide[2])
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-        slopes = torch.autograd.grad(got, leaves)
-        theirs = torch.autograd.grad(want, wide)
-        worst = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12
-        for g, t in zip(slopes, (theirs[0], theirs[1][classes], theirs[2][classes]), strict=True):
-            assert g.dtype == dtype
-            assert float((g.double() - t).norm() / t.norm()) < worst
-    # autocast, whose operands are rounded first
-    hidden, head, bias, ids = head_and_ids(64, 24, 37)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = lossfuse.linear_cross_entropy(hidden, mine(head, classes, 0), ids, shard=shard)
-    want = lossfuse.linear_cross_entropy(hidden.bfloat16(), head.bfloat16(), ids)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-def weights_of_other_ranks_in_float16():
-    """As on a GPU, where gradients of float16 logits have a unit: a target's weight may be out of
-    proportion to all of another rank."""
-    weight = torch.ones(37)
-    weight[20:] = 1e4
-    hidden, head, _, ids = head_and_ids(64, 24, 37, torch.float16)
-    wide = [t.detach().double().requires_grad_() for t in (hidden, head)]
-    theirs = torch.autograd.grad(
-        program.linear_cross_entropy(*wide, ids, None, weight.double()), wide
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_chunks, "mixes", lambda device: True)
-        for cuts in (TWO, ((37, 37), (0, 37))):
-            classes = my_slice(cuts)
-            leaves = [hidden, mine(head, classes, 0)]
-            loss = lossfuse.linear_cross_entropy(
-                *leaves, ids, weight=weight, shard=VocabShard(classes.start, 37)
-            )
-            slopes = torch.autograd.grad(loss, leaves)
-            for g, t in zip(slopes, (theirs[0], theirs[1][classes]), strict=True):
-                assert float((g.double() - t).norm()) <= 2e-3 * float(t.norm())
-
-
-def subgroups():
-    """A shard of a group that is not all ranks: two pairs that know nothing of one another."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    pair = pairs[dist.get_rank() // 2]
-    x, ids = logits_and_ids(6, 37, seed=dist.get_rank() // 2)
-    shard = VocabShard.even(37, pair)
-    classes = slice(shard.start, min(shard.start + 19, 37))
-    local = mine(x, classes)
-    got = lossfuse.cross_entropy(local, ids, shard=shard)
-    want = torch.nn.functional.cross_entropy(x.double(), ids)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    assert_formula_close(
-        torch.autograd.grad(got, local)[0], torch.autograd.grad(want, x)[0][:, classes]
-    )
-
-
-def by_modules():
-    classes, shard = my_slice(TWO), VocabShard(my_slice(TWO).start, 37)
-    x, ids = logits_and_ids(6, 37)
-    loss = lossfuse.CrossEntropyLoss(label_smoothing=0.1, shard=shard)(mine(x, classes), ids)
-    torch.testing.assert_close(
-        loss.double(), torch.nn.functional.cross_entropy(x.double(), ids, label_smoothing=0.1)
-    )
-    # a copy, as an average of weights takes one, is of the same group
-    module = lossfuse.CrossEntropyLoss(shard=VocabShard(classes.start, 37, dist.group.WORLD))
-    torch.testing.assert_close(
-        copy.deepcopy(module)(mine(x, classes), ids), module(mine(x, classes), ids)
-    )
+# --- the tests
 
 
 ON_TWO = (
-    errors,
-    shards_that_are_none,
+    a_target_out_of_range,
+    a_target_out_of_range_of_a_head,
+    targets_that_differ,
+    options_that_differ,
+    shards_that_do_not_fit_together,
+    numbers_of_rows_that_differ,
+    arguments_that_do_not_fit_a_shard,
+    bad_shards,
+    even_shards,
     many_classes,
     groups_of_one_and_no_rows,
     shapes,
@@ -845,24 +720,24 @@ ON_TWO = (
     in_place_contract,
     partial_hidden,
     the_reference,
-    dtensors,
+    values_that_cannot_be_checked,
+    kernels,
     other_dtypes_of_heads,
     weights_of_other_ranks_in_float16,
-    by_modules,
+    modules,
+    dtensor_logits,
+    dtensor_heads,
     compiled,
-    kernels,
-    where_nobody_looks,
 )
-# those of test_promises, of slices of the classes
+ON_FOUR = (even_shards, many_classes, subgroups)
 PROMISES = promises_over_ranks(every=False)
-ON_FOUR = (shards_that_are_none, many_classes, subgroups)
 
 
 def one_of_these(case):
     if isinstance(case, str):
         globals()[case]()
     elif case in PROMISES:
-        kept_over_ranks(case)
+        holds_over_ranks(case)
     else:
         every_option(case)
 
@@ -875,29 +750,6 @@ def test_two_ranks():
 def test_four_ranks():
     cases = [(form, soft, (EVERYTHING,)) for form, soft in GRID if form not in ("inplace", "head")]
     cases_on_ranks(4, one_of_these, [*cases, *(f.__name__ for f in ON_FOUR)])
-
-
-def several_in_one_graph():
-    """What the graph makes takes memory by the shard's size in one loss and not in the other:
-    gathers go by in one order all the same."""
-    cuts = ((0, 2000), (2000, 2037))
-    classes, shard = my_slice(cuts), VocabShard(my_slice(cuts).start, 2037)
-    x, ids = logits_and_ids(6, 2037)
-    hidden, head, _, head_ids = head_and_ids(50, 64, 2037)
-    leaves = [hidden, mine(head, classes, 0), mine(x, classes)]
-
-    def losses(h, w, t):
-        of_head = lossfuse.linear_cross_entropy(torch.tanh(h) * 2.0, w, head_ids, shard=shard)
-        return of_head + lossfuse.cross_entropy(torch.tanh(t) * 5.0, ids, shard=shard)
-
-    want = losses(*leaves)
-    got = torch.compile(losses, fullgraph=True)(*leaves)
-    assert not torch._inductor.config.reorder_for_peak_memory
-    torch.testing.assert_close(got, want)
-    for g, w in zip(
-        torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
-    ):
-        torch.testing.assert_close(g, w)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""Tier 1: is it the right formula? Small sizes in fp32, every option alone and every pair, against
-the torch program in fp64."""
+"""Is it the right formula? Small sizes in fp32, every option alone and every pair, of logits,
+logits in place and heads, against the torch program in fp64."""
 
+import itertools
 from decimal import Decimal
 from fractions import Fraction
 
@@ -10,65 +11,90 @@ import torch
 
 import lossfuse
 import program
-from closeness import assert_formula_close, assert_loss_close
-from options import COMBINATIONS, EVERYTHING, options_of, upstream
-from rows import class_weight, logits_and_ids, probabilities
+from closeness import assert_formula_close, assert_loss_close, assert_product_close
+from options import COMBINATIONS, EVERYTHING, PAIRS, chunks_of, options_of, upstream
+from rows import class_weight, head_and_ids, logits_and_ids, probabilities
+
+SOFT = pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+FORM = pytest.mark.parametrize("form", ["logits", "in place", "head"])
 
 
-def check(place, x, target, weight, options):
-    want = program.value_and_grads(
-        x, target, weight, dloss=(dloss := upstream(x, options)), **options
+def leaves_of(form, n, v, soft, device, d=6):
+    """([logits] or [hidden, weight, bias], target)."""
+    made = (
+        head_and_ids(n, d, v, device=device)
+        if form == "head"
+        else logits_and_ids(n, v, device=device)
     )
-    loss = lossfuse.cross_entropy(x, target, weight, impl=place.impl, **options)
-    leaves = [x, target] if target.requires_grad else [x]
+    return [*made[:-1]], probabilities(n, v, device=device) if soft else made[-1]
+
+
+def loss_of(form, leaves, target, weight=None, **options):
+    if form == "head":
+        hidden, head, bias = leaves
+        given = {"linear_bias": bias, "weight": weight, "options": chunks_of(2, len(head))}
+        return lossfuse.linear_cross_entropy(hidden, head, target, **given, **options)
+    x = leaves[0] * 1.0 if form == "in place" else leaves[0]
+    return lossfuse.cross_entropy(x, target, weight, inplace=form == "in place", **options)
+
+
+def check(place, form, leaves, target, weight=None, **options):
+    dloss = upstream(leaves[0], options)
+    oracle = program.head_value_and_grads if form == "head" else program.value_and_grads
+    of = leaves if form == "head" else leaves[0]
+    want = oracle(of, target, weight, dloss=dloss, **options)
+    loss = loss_of(form, leaves, target, weight, impl=place.impl, **options)
+    leaves = [*leaves, target] if target.requires_grad else leaves
     grads = torch.autograd.grad(loss, leaves, dloss.to(loss).reshape(loss.shape))
     assert loss.dtype == torch.float32
     assert_loss_close(loss, want[0])
     for got, wanted in zip(grads, want[1:], strict=True):
         assert got.dtype == torch.float32
-        assert_formula_close(got, wanted)
+        (assert_product_close if form == "head" else assert_formula_close)(got, wanted)
 
 
-@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
-def test_class_ids(place, names):
-    # 5 rows, 17 classes: less than a block, ragged
-    x, target = logits_and_ids(5, 17, device=place.device)
-    check(place, x, target, *options_of(names, 17, place.device))
+def options_and_forms():
+    """Every option with every form; pairs meet in the kernels of logits, and elsewhere in slow
+    runs."""
+    for names, form in itertools.product(COMBINATIONS, ("logits", "in place", "head")):
+        slow = [pytest.mark.slow] * (names in PAIRS and form != "logits")
+        yield pytest.param(names, form, marks=slow, id=f"{'+'.join(names) or 'plain'}-{form}")
 
 
-@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
-def test_class_probabilities(place, names):
-    x, _ = logits_and_ids(5, 17, device=place.device)
-    check(place, x, probabilities(5, 17, device=place.device), *options_of(names, 17, place.device))
+@SOFT
+@pytest.mark.parametrize(("names", "form"), [*options_and_forms()])
+def test_every_option_and_every_pair(place, names, form, soft):
+    # less than a block, ragged; chunks of 2, 2 and 1 rows
+    leaves, target = leaves_of(form, 5, 17, soft, place.device)
+    weight, options = options_of(names, 17, place.device)
+    check(place, form, leaves, target, weight, **options)
 
 
+@FORM
+@SOFT
 @pytest.mark.parametrize("v", [1, 2, 7, 33, 128, 129])
 @pytest.mark.parametrize("n", [1, 7])
-def test_small_sizes(place, n, v):
-    x, target = logits_and_ids(n, v, device=place.device)
-    check(place, x, target, *options_of(EVERYTHING, v, place.device))
-    check(
-        place, x, probabilities(n, v, device=place.device), *options_of(EVERYTHING, v, place.device)
-    )
+def test_small_sizes(place, n, v, soft, form):
+    weight, options = options_of(EVERYTHING, v, place.device)
+    check(place, form, *leaves_of(form, n, v, soft, place.device, d=n), weight, **options)
 
 
-@pytest.mark.parametrize("only", ["input", "target"])
+@pytest.mark.parametrize("only", [0, 1], ids=["input", "target"])
 def test_one_gradient_alone(place, only):
-    x, _ = logits_and_ids(4, 9, device=place.device)
-    t = probabilities(4, 9, device=place.device)
-    both = torch.autograd.grad(lossfuse.cross_entropy(x, t, impl=place.impl), [x, t])
-    x.requires_grad_(only == "input")
-    t.requires_grad_(only == "target")
-    leaf = x if only == "input" else t
-    (got,) = torch.autograd.grad(lossfuse.cross_entropy(x, t, impl=place.impl), [leaf])
-    torch.testing.assert_close(got, both[only == "target"], rtol=0, atol=0)
+    leaves = [
+        logits_and_ids(4, 9, device=place.device)[0],
+        probabilities(4, 9, device=place.device),
+    ]
+    both = torch.autograd.grad(lossfuse.cross_entropy(*leaves, impl=place.impl), leaves)
+    leaves[1 - only].requires_grad_(False)
+    loss = lossfuse.cross_entropy(*leaves, impl=place.impl)
+    assert torch.equal(torch.autograd.grad(loss, leaves[only])[0], both[only])
 
 
 def test_float64_is_float64(place):
     if place.impl == "triton":
-        pytest.skip("fp64 goes elsewhere: test_errors holds the sentence")
-    x, target = logits_and_ids(5, 17, device=place.device)
-    x = x.detach().double().requires_grad_()
+        pytest.skip("fp64 goes elsewhere: test_errors has the sentence")
+    x, target = logits_and_ids(5, 17, torch.float64, device=place.device)
     weight, options = options_of(EVERYTHING, 17, place.device)
     weight = weight.double()
     loss = lossfuse.cross_entropy(x, target, weight, impl=place.impl, **options)
@@ -79,20 +105,9 @@ def test_float64_is_float64(place):
     torch.testing.assert_close(grad, want[1], rtol=1e-11, atol=1e-14)
 
 
-NUMBERS = {
-    "float16": np.float16,
-    "float32": np.float32,
-    "float64": np.float64,
-    "0-d array": np.array,
-    "Fraction": Fraction,
-    "Decimal": Decimal,
-}
-
-
-@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.array, Fraction, Decimal])
 def test_numbers_of_other_kinds_are_their_values(place, kind):
-    """Numpy's would be computed with in their own precision: 1 - label_smoothing in half, for
-    logits of any dtype."""
+    """Numpy's would be computed with in their own precision: 1 - label_smoothing in half."""
     x, target = logits_and_ids(5, 17, device=place.device, ignored=0.0)
     values = {
         "label_smoothing": 0.0625,
@@ -101,96 +116,93 @@ def test_numbers_of_other_kinds_are_their_values(place, kind):
         "lse_square_scale": 0.015625,
     }
     want = lossfuse.cross_entropy(x, target, impl=place.impl, ignore_index=16, **values)
-    given = {name: NUMBERS[kind](value) for name, value in values.items()}
+    given = {name: kind(value) for name, value in values.items()}
     got = lossfuse.cross_entropy(x, target, impl=place.impl, ignore_index=np.int64(16), **given)
     assert torch.equal(got, want)
 
 
-def test_normalizer_as_a_tensor(place):
-    x, target = logits_and_ids(5, 17, device=place.device)
-    for normalizer in (
-        torch.tensor(12, device=place.device),
-        torch.tensor(12.0, device=place.device),
-    ):
-        got = lossfuse.cross_entropy(x, target, normalizer=normalizer, impl=place.impl)
-        assert torch.equal(got, lossfuse.cross_entropy(x, target, normalizer=12, impl=place.impl))
+NORMALIZERS = [
+    2.5,
+    *(torch.tensor(4.0).to(d) for d in (torch.int64, torch.float32, torch.float64, torch.bfloat16)),
+]
 
 
-def test_normalizer_may_require_grad(place):
-    x, target = logits_and_ids(5, 17, device=place.device)
-    normalizer = torch.tensor(4.0, device=place.device, requires_grad=True)
-    loss = lossfuse.cross_entropy(x, target, normalizer=normalizer, impl=place.impl)
-    got = torch.autograd.grad(loss, [x, normalizer])
-    torch.testing.assert_close(got[1], -loss.detach() / 4)
-    torch.testing.assert_close(
-        got[0],
-        torch.autograd.grad(lossfuse.cross_entropy(x, target, normalizer=4.0, impl=place.impl), x)[
-            0
-        ],
+@FORM
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=str)
+def test_normalizers_of_any_kind(place, form, normalizer):
+    leaves, target = leaves_of(form, 5, 17, False, place.device)
+    given = (
+        {"normalizer": normalizer.to(place.device)}
+        if torch.is_tensor(normalizer)
+        else {"normalizer": normalizer}
     )
+    check(place, form, leaves, target, **given)
+
+
+@FORM
+def test_a_normalizer_that_requires_grad_gets_one(place, form):
+    leaves, target = leaves_of(form, 5, 17, False, place.device)
+    normalizer = torch.tensor(3.0, device=place.device, requires_grad=True)
+    total = loss_of(form, leaves, target, reduction="sum", impl=place.impl)
+    loss = loss_of(form, leaves, target, normalizer=normalizer, impl=place.impl)
+    *grads, own = torch.autograd.grad(loss, [*leaves, normalizer])
+    torch.testing.assert_close(own, -total.detach() / 9)
+    want = [g / 3 for g in torch.autograd.grad(total, leaves)]
+    torch.testing.assert_close(grads, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("size_average", "reduce", "means"),
-    [
-        (None, True, "mean"),
-        (True, None, "mean"),
-        (False, None, "sum"),
-        (False, True, "sum"),
-        (True, False, "none"),
-        (None, False, "none"),
-    ],
-)
+    [(None, True, "mean"), (True, None, "mean"), (False, None, "sum"), (False, True, "sum"),
+        (True, False, "none"), (None, False, "none")],
+)  # fmt: skip
 def test_deprecated_arguments_warn_and_win(size_average, reduce, means):
     x, target = logits_and_ids(5, 17)
+    deprecated = {"size_average": size_average, "reduce": reduce}
     with pytest.warns(UserWarning, match=f"reduction='{means}'"):
-        got = lossfuse.cross_entropy(
-            x, target, size_average=size_average, reduce=reduce, reduction="sum"
-        )
+        got = lossfuse.cross_entropy(x, target, **deprecated, reduction="sum")
     assert torch.equal(got, lossfuse.cross_entropy(x, target, reduction=means))
 
 
-def test_inputs_are_not_written_to(place):
-    x, target = logits_and_ids(6, 300, device=place.device)
-    t = probabilities(6, 300, device=place.device)
-    before = [a.detach().clone() for a in (x, target, t)]
-    versions = [a._version for a in (x, target, t)]
-    (
-        lossfuse.cross_entropy(x, target, impl=place.impl)
-        + lossfuse.cross_entropy(x, t, impl=place.impl)
-    ).backward()
-    assert all(torch.equal(a, b) for a, b in zip((x, target, t), before, strict=True))
-    assert [a._version for a in (x, target, t)] == versions
+@SOFT
+@pytest.mark.parametrize("form", ["logits", "head"])
+def test_arguments_are_not_written(place, form, soft):
+    leaves, target = leaves_of(form, 6, 300, soft, place.device)
+    before = [t.detach().clone() for t in (*leaves, target)]
+    versions = [t._version for t in (*leaves, target)]
+    for reduction in ("none", "mean"):
+        loss_of(form, leaves, target, reduction=reduction, impl=place.impl).sum().backward()
+    assert all(map(torch.equal, before, (*leaves, target)))
+    assert [t._version for t in (*leaves, target)] == versions
 
 
-def test_repeated_runs_are_bitwise_equal(fast_place):
-    x, target = logits_and_ids(16, 5000, device=fast_place.device)
-    first, *later = (lossfuse.cross_entropy(x, target, impl=fast_place.impl) for _ in range(3))
-    (want,) = torch.autograd.grad(first, x)
-    for loss in later:
-        assert torch.equal(loss, first) and torch.equal(torch.autograd.grad(loss, x)[0], want)
+@FORM
+@pytest.mark.not_reference
+def test_repeated_runs_are_bitwise_equal(place, form):
+    leaves, target = leaves_of(form, 16, 5000, False, place.device)
+    first, *others = (
+        (loss.detach(), *torch.autograd.grad(loss, leaves))
+        for loss in (loss_of(form, leaves, target, impl=place.impl) for _ in range(3))
+    )
+    assert all(all(map(torch.equal, first, again)) for again in others)
 
 
-def test_autocast_changes_nothing(place):
+@SOFT
+def test_autocast_changes_nothing_of_logits(place, soft):
     x, target = logits_and_ids(5, 17, torch.bfloat16, device=place.device)
-    t = probabilities(5, 17, device=place.device)
-    for aim in (target, t):
-        want = lossfuse.cross_entropy(
-            x, aim, label_smoothing=0.1, lse_square_scale=0.1, impl=place.impl
-        )
-        with torch.autocast(place.device, dtype=torch.bfloat16):
-            got = lossfuse.cross_entropy(
-                x, aim, label_smoothing=0.1, lse_square_scale=0.1, impl=place.impl
-            )
-        (grad,) = torch.autograd.grad(got, x)
-        assert got.dtype == torch.float32 and torch.equal(got, want)
-        assert grad.dtype == torch.bfloat16 and torch.equal(grad, torch.autograd.grad(want, x)[0])
+    target = probabilities(5, 17, device=place.device) if soft else target
+    options = {"label_smoothing": 0.1, "lse_square_scale": 0.1, "impl": place.impl}
+    want = lossfuse.cross_entropy(x, target, **options)
+    with torch.autocast(place.device, dtype=torch.bfloat16):
+        got = lossfuse.cross_entropy(x, target, **options)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+    (grad,), (wanted,) = (torch.autograd.grad(loss, x) for loss in (got, want))
+    assert grad.dtype == torch.bfloat16 and torch.equal(grad, wanted)
 
 
-def test_module_is_the_function_and_a_torch_module(place):
+def test_the_module_is_the_function_and_a_torch_module(place):
     x, target = logits_and_ids(6, 9, device=place.device)
-    weight = class_weight(9, place.device)
-    target = target.where(target >= 0, 3)
+    weight, target = class_weight(9, place.device), target.where(target >= 0, 3)
     options = {
         "ignore_index": 3,
         "label_smoothing": 0.2,
@@ -198,19 +210,12 @@ def test_module_is_the_function_and_a_torch_module(place):
         "softcap": 9.0,
         "logit_scale": 2.0,
         "lse_square_scale": 0.1,
+        "impl": place.impl,
     }
-    module = lossfuse.CrossEntropyLoss(weight, **options, impl=place.impl)
+    module = lossfuse.CrossEntropyLoss(weight, **options)
     assert isinstance(module, torch.nn.CrossEntropyLoss)
-    assert (
-        list(module.state_dict())
-        == ["weight"]
-        == list(torch.nn.CrossEntropyLoss(weight).state_dict())
-    )
-    assert torch.equal(
-        module(x, target), lossfuse.cross_entropy(x, target, weight, **options, impl=place.impl)
-    )
-    mean = lossfuse.CrossEntropyLoss(reduction="mean", impl=place.impl)
-    assert torch.equal(
-        mean(x, target, normalizer=5),
-        lossfuse.cross_entropy(x, target, normalizer=5, impl=place.impl),
-    )
+    assert list(module.state_dict()) == ["weight"]
+    got, want = module(x, target), lossfuse.cross_entropy(x, target, weight, **options)
+    assert torch.equal(got, want)
+    mean = lossfuse.CrossEntropyLoss(impl=place.impl)(x, target, normalizer=5)
+    assert torch.equal(mean, lossfuse.cross_entropy(x, target, normalizer=5, impl=place.impl))

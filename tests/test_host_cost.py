@@ -1,5 +1,5 @@
-"""What a call costs the host beside its launches: no way through an operator's registration, unless
-somebody is there to see it."""
+"""The host's part of a call beside its launches: it goes through a registered operator only under a
+mode or a profiler."""
 
 import gc
 import sys
@@ -20,8 +20,8 @@ GRAD = pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 
 @pytest.fixture
 def no_launches(monkeypatch):
-    """All but the kernels, and the look at the ids, which only the CPU takes; of CPU tensors,
-    whether or not there is a GPU."""
+    """Everything but the kernels and the check of ids, which only the CPU has; of CPU tensors,
+    with or without a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     null = SimpleNamespace(
         row_loss=lambda logits, *_: (torch.empty(len(logits)), torch.empty(2, len(logits)))
@@ -31,15 +31,15 @@ def no_launches(monkeypatch):
 
 
 def functions_called(call):
-    """How many functions, of Python and of C, a call runs: what the host does, on whatever
-    processor and however busy."""
+    """The number of functions of Python and of C that a call runs, which depends on no processor
+    and no load."""
     called = 0
 
     def count(frame, event, arg):
         nonlocal called
         called += event in ("call", "c_call")
 
-    # what is done once is done
+    # one-time work comes first
     call()
     gc.collect()
     gc.disable()
@@ -63,19 +63,17 @@ def test_a_call_runs_few_functions(no_launches, grad, most):
 @GRAD
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_an_eager_call_goes_through_no_operator(fast_place, reduction, inplace, grad):
-    x, target = logits_and_ids(4, 19, device=fast_place.device)
-    passed = set()
+@pytest.mark.not_reference
+def test_an_eager_call_goes_through_no_operator(place, reduction, inplace, grad):
+    x, target = logits_and_ids(4, 19, device=place.device)
+    given, passed = {"reduction": reduction, "inplace": inplace, "impl": place.impl}, set()
 
     def watch(frame, event, arg):
         if frame.f_code.co_filename.endswith(("torch/_ops.py", "torch/_library/autograd.py")):
             passed.add(frame.f_code.co_name)
 
     def call():
-        z = x * 1.0 if grad else x.detach()
-        loss = lossfuse.cross_entropy(
-            z, target, reduction=reduction, inplace=inplace, impl=fast_place.impl
-        ).sum()
+        loss = lossfuse.cross_entropy(x * 1.0 if grad else x.detach(), target, **given).sum()
         if grad:
             loss.backward()
 
@@ -88,24 +86,22 @@ def test_an_eager_call_goes_through_no_operator(fast_place, reduction, inplace, 
     assert passed == set()
 
 
-class Dispatched(TorchDispatchMode):
+class Recorded:
     def __init__(self):
         super().__init__()
         self.names = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def record(self, func, types, args=(), kwargs=None):
         self.names.add(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Called(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.names = set()
+class Dispatched(Recorded, TorchDispatchMode):
+    __torch_dispatch__ = Recorded.record
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.names.add(str(func))
-        return func(*args, **(kwargs or {}))
+
+class Called(Recorded, TorchFunctionMode):
+    __torch_function__ = Recorded.record
 
 
 @GRAD
@@ -131,9 +127,10 @@ def test_a_profile_names_the_operators():
     assert "lossfuse::row_loss" in {event.name for event in profile.events()}
 
 
-def test_memory_that_holds_the_negatives(fast_place):
+@pytest.mark.not_reference
+def test_memory_that_holds_the_negatives(place):
     """The dispatcher makes the numbers of such a view; a kernel would read their negatives."""
-    x, target = logits_and_ids(4, 19, device=fast_place.device)
+    x, target = logits_and_ids(4, 19, device=place.device)
     negative = torch._neg_view(x.detach())
-    got = lossfuse.cross_entropy(negative, target, impl=fast_place.impl)
+    got = lossfuse.cross_entropy(negative, target, impl=place.impl)
     torch.testing.assert_close(got, F.cross_entropy(-x.detach(), target))

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMPUTE = "import torch, lossfuse; x = torch.randn(3, 5); t = torch.tensor([1, 2, 0]); print(float(lossfuse.cross_entropy(x, t)))"
+COMPUTE = """
+import torch, lossfuse
+print(float(lossfuse.cross_entropy(torch.randn(3, 5), torch.tensor([1, 2, 0]))))
+"""
 
 
 def python(code: str, cwd: Path = ROOT, **env: str) -> str:
@@ -51,7 +54,8 @@ import torch, lossfuse
 model = torch.nn.Sequential()
 model.lm_head = torch.nn.Linear(4, 7)
 report = lossfuse.fuse_lm_head(model)
-torch.nn.functional.cross_entropy(model.lm_head(torch.randn(3, 4)), torch.tensor([1, 2, 0])).backward()
+logits = model.lm_head(torch.randn(3, 4))
+torch.nn.functional.cross_entropy(logits, torch.tensor([1, 2, 0])).backward()
 print(report)
 """
     assert (
@@ -139,15 +143,14 @@ def test_the_wheel_built_from_the_sdist_computes_a_loss(tmp_path):
     # (editable installs) do not run
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    packages = str(Path(__import__("torch").__file__).parent.parent)
-    code = (
-        f"import sys; sys.path[:] = [{str(site)!r}] + [p for p in sys.path if 'site-packages' not in p] + [{packages!r}]\n"
-        + COMPUTE
-    )
-    code += (
-        "\nassert lossfuse.__file__.startswith("
-        + repr(str(site))
-        + "); import lossfuse.kernels.launch, importlib.util as u"
-    )
-    code += "\nassert u.find_spec('lossfuse.perf.__main__')"
+    torch_at = str(Path(__import__("torch").__file__).parent.parent)
+    code = f"""
+import sys
+others = [p for p in sys.path if 'site-packages' not in p]
+sys.path[:] = [{str(site)!r}, *others, {torch_at!r}]
+{COMPUTE}
+assert lossfuse.__file__.startswith({str(site)!r})
+import lossfuse.kernels.launch, importlib.util
+assert importlib.util.find_spec('lossfuse.perf.__main__')
+"""
     assert float(python(code, cwd=tmp_path)) > 0

@@ -1,5 +1,10 @@
-"""An interrupt anywhere in a call: logits are what they were or are known to be gone, and the next
-call is right."""
+"""A KeyboardInterrupt just before logits are written and during the write: they are unchanged or
+marked as consumed, and the next call is right."""
+
+import contextlib
+import ctypes
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import lossfuse
-from interrupts import AtLine, lines
 from lossfuse import targets
 from lossfuse.backends import threads, torch_rows
 from lossfuse.ops.inplace import Consumed
@@ -15,159 +19,155 @@ from rows import logits_and_ids
 
 N, V = 6, 40
 X, TARGET = logits_and_ids(N, V)
+PACKAGE = str(Path(lossfuse.__file__).parent)
+
+
+class AtLine:
+    """Raises KeyboardInterrupt at the ``n``-th line of the package; counts lines otherwise, and
+    calls ``look`` at each."""
+
+    def __init__(self, n=0, look=lambda: None):
+        self.n, self.look, self.seen = n, look, 0
+
+    def __enter__(self):
+        sys.settrace(self.traced)
+        return self
+
+    def __exit__(self, *exception):
+        sys.settrace(None)
+
+    def traced(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            self.seen += 1
+            self.look()
+            if self.seen == self.n:
+                raise KeyboardInterrupt(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return self.traced
 
 
 class Step:
-    """One training step whose logits somebody else can still see."""
+    """A training step whose logits the caller can still see afterwards."""
 
-    def __init__(self, call, impl="torch"):
-        self.call, self.impl = call, impl
+    def __init__(self, loss, view=False):
+        self.loss, self.view, self.logits = loss, view, None
 
     def __call__(self):
-        """What a step gives."""
-        self.leaf = X.detach().clone().requires_grad_()
-        # whoever has logits, or what they are a view of
-        self.seen = [self.leaf.view(2, 3, V) * 1.0]
-        return self.call(self)
+        leaf = X.detach().clone().requires_grad_()
+        self.whole = leaf.view(2, 3, V) * 1.0 if self.view else leaf * 1.0
+        self.logits = self.whole.view(N, V) if self.view else self.whole
+        self.address = self.whole.data_ptr()
+        loss = self.loss(self.logits)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf, torch.full_like(loss, 3.0))]
 
-    @property
-    def logits(self):
-        self.seen.append(self.seen[0].view(N, V))
-        return self.seen[1]
+    def memory(self):
+        """The bytes of the logits; a tensor that shares them would forbid the write."""
+        return ctypes.string_at(self.address, 4 * N * V) if self.logits is not None else b""
 
-    @property
-    def unviewed(self):
-        self.seen = [self.leaf * 1.0]
-        return self.seen[0]
 
-    def loss(self, logits, **options):
-        return lossfuse.cross_entropy(logits, TARGET, impl=self.impl, **options)
+def cross_entropy(**options):
+    return lambda z: lossfuse.cross_entropy(z, TARGET, impl="torch", **options)
 
-    def grad(self, loss):
-        return [loss.detach(), *torch.autograd.grad(loss, self.leaf, torch.full_like(loss, 3.0))]
+
+def labels(z):
+    given = {"impl": "torch", "inplace": True}
+    return lossfuse.binary_cross_entropy_with_logits(z, X.detach().sigmoid(), **given)
 
 
 STEPS = {
-    "in place": lambda s: s.grad(s.loss(s.unviewed, inplace=True)),
-    "a view in place": lambda s: s.grad(s.loss(s.logits, inplace=True)),
-    "none, in place": lambda s: s.grad(s.loss(s.unviewed, inplace=True, reduction="none")),
-    "none, a view in place": lambda s: s.grad(s.loss(s.logits, inplace=True, reduction="none")),
-    "new memory": lambda s: s.grad(s.loss(s.logits)),
-    "statistics": lambda s: s.grad(
-        lossfuse.cross_entropy_stats(s.logits, TARGET, impl=s.impl).entropy
-    ),
-    "head": lambda s: s.grad(
-        lossfuse.linear_cross_entropy(s.logits, X.detach(), TARGET % N, impl=s.impl)
-    ),
-    "labels": lambda s: s.grad(
-        lossfuse.binary_cross_entropy_with_logits(s.logits, X.detach().sigmoid(), impl=s.impl)
-    ),
-    "labels in place": lambda s: s.grad(
-        lossfuse.binary_cross_entropy_with_logits(
-            s.logits, X.detach().sigmoid(), impl=s.impl, inplace=True
-        )
-    ),
+    "in place": Step(cross_entropy(inplace=True)),
+    "a view in place": Step(cross_entropy(inplace=True), view=True),
+    "none in place": Step(cross_entropy(inplace=True, reduction="none")),
+    "none of a view in place": Step(cross_entropy(inplace=True, reduction="none"), view=True),
+    "labels in place": Step(labels),
 }
 
 
-def assert_whole_or_gone(t):
-    """Half a gradient is nobody's logits."""
-    if isinstance(t, Consumed):
-        with pytest.raises(RuntimeError, match="were consumed"):
-            t.sum()
-    else:
-        assert torch.equal(t.view(N, V), X.detach())
+def line_of_the_write(step):
+    """The number of the first line at which the logits have changed."""
+    before, found = X.detach().numpy().tobytes(), []
+
+    def look():
+        if not found and step.logits is not None and step.memory() != before:
+            found.append(lines.seen)
+
+    step.logits = None
+    with AtLine(look=look) as lines:
+        step()
+    return found[0]
 
 
-def check(step, every=1, files=()):
-    """How many interrupts there were."""
-    want = step()
-    count, done = lines(step, files), 0
-    before = torch.get_num_threads()
-    for n in range(1 + count % every, count + 1, every):
-        try:
-            with AtLine(n, files):
-                step()
-        except KeyboardInterrupt as interrupt:
-            # as long as somebody has the traceback, nothing in its frames has ended
-            kept = interrupt
-        else:
-            # who waits for threads does so in more steps or fewer
-            continue
-        where, done = str(kept), done + 1
-        try:
-            for t in step.seen:
-                assert_whole_or_gone(t)
-            assert (
-                not threads._making.locked()
-                and torch.get_num_threads() == before
-                and torch.is_grad_enabled()
-            )
-            del kept
-            assert not targets.debugging()
-            for got, again in zip(want, step(), strict=True):
-                assert torch.equal(got, again)
-        except AssertionError as error:
-            raise AssertionError(f"interrupted at {where}: {error}") from error
-    assert done >= 0.9 * count // every
-    return done
-
-
-# what writes over logits; the others only have to end well
-THRIFTY = {"in place": 1, "a view in place": 4, "none, a view in place": 8, "labels in place": 2}
-
-
-@pytest.mark.parametrize(
-    ("name", "every"),
-    [*THRIFTY.items(), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in STEPS)],
-    ids=str,
-)
-def test_every_line(name, every):
-    assert check(Step(STEPS[name]), every) > 10
-
-
-@pytest.mark.parametrize(
-    "name", ["in place", pytest.param("none, in place", marks=pytest.mark.slow)]
-)
-def test_every_line_where_threads_share_the_work(name, monkeypatch):
-    """From the making of the threads on; those that write have stopped before anybody is told."""
-    monkeypatch.setattr(torch_rows, "THREAD_LEAST_BYTES", 64)
+@pytest.fixture
+def one_row_blocks(monkeypatch):
+    """So that a write has several blocks."""
     monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 4 * V)
+
+
+@pytest.mark.usefixtures("one_row_blocks")
+@pytest.mark.parametrize("during", [False, True], ids=["before", "during"])
+@pytest.mark.parametrize("name", STEPS)
+def test_an_interrupted_write_leaves_logits_whole_or_consumed(name, during):
+    step = STEPS[name]
+    want, threads_before = step(), torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt), AtLine(line_of_the_write(step) - (not during)):
+        step()
+    untouched = step.memory() == X.detach().numpy().tobytes()
+    assert untouched == (not during), "the interrupt was not where it should be"
+    for t in {step.whole, step.logits}:
+        if during or isinstance(t, Consumed):
+            with pytest.raises(RuntimeError, match="were consumed"):
+                t.sum()
+        else:
+            assert torch.equal(t.view(N, V), X.detach())
+    assert torch.get_num_threads() == threads_before and torch.is_grad_enabled()
+    assert not threads._making.locked()
+    assert all(map(torch.equal, want, step()))
+
+
+@pytest.mark.usefixtures("one_row_blocks")
+def test_an_interrupted_write_has_stopped_in_every_thread(monkeypatch):
+    monkeypatch.setattr(torch_rows, "THREAD_LEAST_BYTES", 64)
     monkeypatch.setattr(threads, "workers", lambda: 3)
-    shared = []
-    real = threads.run
-    monkeypatch.setattr(
-        threads, "run", lambda tasks, count: shared.append(count) or real(tasks, count)
-    )
+    step, real = STEPS["in place"], threads.run
+    want = step()
 
-    def step(s):
-        threads._forget()
-        return STEPS[name](s)
+    def run(tasks, count):
+        assert count == 3 and len(tasks) > 3
 
-    assert check(Step(step), files=("backends/threads", "autograd", "consumed")) > 30 and set(
-        shared
-    ) == {3}
+        def interrupt():
+            raise KeyboardInterrupt
+
+        return real([*tasks[:2], interrupt, *tasks[2:]], count)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threads, "run", run)
+        step()
+    written = step.memory()
+    with pytest.raises(RuntimeError, match="were consumed"):
+        step.logits.sum()
+    threads.run([int] * 5, 3)
+    assert step.memory() == written
+    assert all(map(torch.equal, want, step()))
 
 
-def test_debugging_ends_with_its_block():
-    """Interrupted in it; no block is safe from an interrupt while it is left."""
-
-    def debugged(step):
+def test_debugging_of_targets_ends_with_its_block():
+    def debugged():
         with lossfuse.debug_targets():
-            return step.grad(step.loss(step.logits))
+            lossfuse.cross_entropy(X, TARGET)
 
-    assert (
-        check(Step(debugged), 10, files=("functional", "inputs", "autograd", "ops", "backends")) > 5
-    )
+    with AtLine() as lines:
+        debugged()
+    with pytest.raises(KeyboardInterrupt), AtLine(lines.seen // 2):
+        debugged()
+    assert not targets.debugging()
 
 
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        g = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
         self.body, self.lm_head = nn.Linear(8, 8), nn.Linear(8, V)
-        for p in self.parameters():
-            nn.init.normal_(p, generator=g)
 
     def forward(self, x):
         return self.lm_head(self.body(x))
@@ -175,67 +175,47 @@ class Model(nn.Module):
 
 def train(model):
     model.zero_grad()
-    logits = model(X.detach()[:, :8])
-    F.cross_entropy(logits, TARGET).backward()
+    F.cross_entropy(model(X.detach()[:, :8]), TARGET).backward()
     return [p.grad for p in model.parameters()]
 
 
-def assert_same_gradients(got, want):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-FILES = ("lm_head", "lazy", "linear", "ops")
-
-
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_line_of_a_step_of_a_fused_head(every):
-    want = train(Model())
-    model = Model()
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_an_interrupted_step_of_a_fused_head_can_be_repeated(share):
+    want, model = train(Model()), Model()
     report = lossfuse.fuse_lm_head(model)
-    train(model)
-    count = lines(lambda: train(model), FILES)
-    for n in range(1 + count % every, count + 1, every):
-        with pytest.raises(KeyboardInterrupt), AtLine(n, FILES):
-            train(model)
-        fused = report.fused["cross_entropy"]
-        assert_same_gradients(train(model), want)
-        assert report.fused["cross_entropy"] == fused + 1 and not report.made
-    assert count > 50
+    with AtLine() as lines:
+        train(model)
+    with pytest.raises(KeyboardInterrupt), AtLine(int(share * lines.seen)):
+        train(model)
+    torch.testing.assert_close(train(model), want)
+    assert report.fused["cross_entropy"] >= 2 and not report.made
 
 
-@pytest.mark.parametrize(
-    "own", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "a forward of its own"]
-)
-def test_every_line_of_fusing_and_undoing(own):
-    """Each can be called again, and undone nothing is left."""
+@pytest.mark.parametrize("own", [False, True], ids=["", "a forward of its own"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_interrupted_fusing_can_be_repeated_and_undone(own, share):
+    forward = lambda x: F.linear(x, head.weight, head.bias)  # noqa: E731
 
-    def made():
+    def model_and_head():
         model = Model()
         if own:
-            model.lm_head.forward = mine
-        return model
+            model.lm_head.forward = forward
+        return model, model.lm_head
 
-    def mine(x):
-        return F.linear(x, head.weight, head.bias)
-
-    def both():
+    def fuse_and_undo():
         lossfuse.fuse_lm_head(model, row_wise=own)
         lossfuse.unfuse_lm_head(model)
 
-    model = made()
-    head = model.lm_head
-    both()
-    count = lines(both, FILES)
-    assert count > 30
-    for n in range(1, count + 1):
-        model = made()
-        head = model.lm_head
-        with pytest.raises(KeyboardInterrupt) as raised, AtLine(n, FILES):
-            both()
-        report = lossfuse.fuse_lm_head(model, row_wise=own)
-        train(model)
-        assert report.fused["cross_entropy"] == 1, raised.value
-        lossfuse.unfuse_lm_head(model)
-        assert head.__dict__.get("forward") is (mine if own else None), raised.value
-        assert not model._forward_pre_hooks and not model._forward_hooks, raised.value
+    model, head = model_and_head()
+    fuse_and_undo()
+    with AtLine() as lines:
+        fuse_and_undo()
+    model, head = model_and_head()
+    with contextlib.suppress(KeyboardInterrupt), AtLine(int(share * lines.seen)):
+        fuse_and_undo()
+    report = lossfuse.fuse_lm_head(model, row_wise=own)
+    train(model)
+    assert report.fused["cross_entropy"] == 1
+    lossfuse.unfuse_lm_head(model)
+    assert head.__dict__.get("forward") is (forward if own else None)
+    assert not model._forward_pre_hooks and not model._forward_hooks

@@ -1,5 +1,4 @@
-"""The memory profiler: bytes exact, places named, recording always off afterwards, pictures that no
-name can break."""
+"""The memory profiler: exact bytes, named places, recording always ended, safe pictures."""
 
 import html
 import io
@@ -14,25 +13,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-for name in ("altair", "pandas", "rich", "vl_convert"):
-    pytest.importorskip(name)
+import perf_commands  # noqa: F401  # isort: skip
+import pandas as pd
+from rich.console import Console
 
-import pandas as pd  # noqa: E402
-from rich.console import Console  # noqa: E402
-
-import lossfuse  # noqa: E402
-from browsers import browser, opened  # noqa: E402
-from lossfuse.perf import memory, memory_view  # noqa: E402
-from lossfuse.perf.memory import Alive, Change, MemoryProfile, profile_memory  # noqa: E402
-from lossfuse.perf.memory_view import load_step, save, timeline_chart  # noqa: E402
-from lossfuse.perf.pages import THEMES  # noqa: E402
+import lossfuse
+from browsers import browser, opened, phone
+from lossfuse.perf import memory, memory_view
+from lossfuse.perf.memory import Alive, Change, MemoryProfile, profile_memory
+from lossfuse.perf.memory_view import load_step, save, timeline_chart
+from lossfuse.perf.pages import THEMES
 
 N, V = 64, 1000
 LOGITS_BYTES = 4 * N * V
 
 
 def on_cpu(fn, **kwargs):
-    return profile_memory(fn, device="cpu", **kwargs)
+    """A consistent profile: the timeline adds up, and the peak is the sum of its places."""
+    profile = profile_memory(fn, device="cpu", **kwargs)
+    require_consistent(profile)
+    return profile
 
 
 def loss_step(loss_fn, rows=N):
@@ -46,24 +46,14 @@ def loss_step(loss_fn, rows=N):
 
 
 def require_consistent(profile):
-    held, places = 0, {}
-    for change in profile.timeline:
-        held += change.change
-        places[change.where] = places.get(change.where, 0) + change.change
-        assert change.bytes == held >= 0
-    times = [change.ms for change in profile.timeline]
+    steps, sizes = profile.timeline, [group.bytes for group in profile.alive]
+    assert [c.bytes for c in steps] == list(itertools.accumulate(c.change for c in steps))
+    assert profile.peak_bytes == max(c.bytes for c in steps) == sum(sizes)
+    assert profile.end_bytes == steps[-1].bytes and min(c.bytes for c in steps) >= 0
+    times = [change.ms for change in steps]
     assert times == sorted(times) and times[0] == 0
-    assert (
-        profile.peak_bytes
-        == max(change.bytes for change in profile.timeline)
-        == sum(group.bytes for group in profile.alive)
-    )
-    assert profile.end_bytes == held == sum(places.values())
-    assert [group.bytes for group in profile.alive] == sorted(
-        (group.bytes for group in profile.alive), reverse=True
-    )
-    if profile.alive:
-        assert sum(group.share for group in profile.alive) == pytest.approx(1)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(group.share for group in profile.alive) == pytest.approx(1 if sizes else 0)
 
 
 def test_known_allocations_to_the_byte():
@@ -75,20 +65,16 @@ def test_known_allocations_to_the_byte():
         return b, c
 
     profile = on_cpu(step)
-    require_consistent(profile)
     assert [change.bytes for change in profile.timeline] == [0, 4000, 6400, 2400, 2407, 2407]
     assert (profile.peak_bytes, profile.end_bytes, profile.device) == (6400, 2407, "cpu")
-    assert [(group.bytes, group.count, group.share) for group in profile.alive] == [
-        (4000, 1, 0.625),
-        (2400, 1, 0.375),
-    ]
-    line = step.__code__.co_firstlineno
-    assert [group.where.split(", ")[0] for group in profile.alive] == ["ones", "ones"]
-    for group, offset in zip(profile.alive, (1, 2), strict=True):
-        assert group.where.endswith(f"test_memory_profile.py:{line + offset} in step")
-        assert group.stack[:2] == ("empty", "ones") and "profile_memory" not in " ".join(
-            group.stack
-        )
+    alive = [(group.bytes, group.count, group.share) for group in profile.alive]
+    assert alive == [(4000, 1, 0.625), (2400, 1, 0.375)]
+    first = step.__code__.co_firstlineno
+    for line, group in enumerate(profile.alive, first + 1):
+        assert group.where.startswith("ones, ")
+        assert group.where.endswith(f"test_memory_profile.py:{line} in step")
+        assert group.stack[:2] == ("empty", "ones")
+        assert "profile_memory" not in " ".join(group.stack)
 
 
 def test_allocations_of_one_place_are_one_group():
@@ -99,103 +85,79 @@ def test_allocations_of_one_place_are_one_group():
 @pytest.mark.parametrize("fn", [lambda: None, lambda: torch.empty(0)], ids=["nothing", "no-bytes"])
 def test_a_call_that_allocates_nothing(fn, tmp_path):
     profile = on_cpu(fn)
-    require_consistent(profile)
     assert (profile.peak_bytes, profile.end_bytes, profile.alive) == (0, 0, ())
     save(profile, tmp_path / "nothing.png")
     memory_view.show(profile, Console(file=io.StringIO()))
 
 
-def test_memory_from_before_the_call_lowers_nothing():
-    kept = [torch.ones(100_000) for _ in range(3)]
+def test_only_allocations_of_the_recorded_call_count():
+    older, calls = [torch.ones(100_000) for _ in range(3)], []
 
     def step():
-        kept.clear()
+        older.clear()
         return torch.ones(10)
 
-    profile = on_cpu(step, warmup=0)
-    require_consistent(profile)
-    assert profile.peak_bytes == 40
-
-
-def test_a_recorded_call_after_another_starts_from_zero():
-    kept = []
-    first = on_cpu(lambda: kept.append(torch.ones(1000)), warmup=0)
-    # freed where nobody records: its address may be given out again in the second
-    kept.clear()
+    assert on_cpu(step, warmup=0).peak_bytes == 40
+    first = on_cpu(lambda: older.append(torch.ones(1000)), warmup=0)
+    # freed while nothing records: its address may be reused in the next call
+    older.clear()
     second = on_cpu(lambda: [torch.ones(1000) for _ in range(4)], warmup=0)
-    require_consistent(second)
     assert (first.end_bytes, second.peak_bytes) == (4000, 16000)
-
-
-def test_warmup_comes_first_and_results_are_dropped():
-    calls = []
-    profile = on_cpu(lambda: calls.append(1) or torch.ones(5), warmup=3)
+    assert on_cpu(lambda: calls.append(1) or torch.ones(5), warmup=3).end_bytes == 20
     assert len(calls) == 4
-    assert profile.end_bytes == 20
 
 
-def test_torch_cross_entropy_holds_three_times_the_logits():
+def test_torch_cross_entropy_takes_three_times_the_logits():
     profile = on_cpu(loss_step(F.cross_entropy))
-    require_consistent(profile)
     # three scalars at most: the loss, the total weight, the gradient of the loss
     assert 3 * LOGITS_BYTES <= profile.peak_bytes <= 3 * LOGITS_BYTES + 12
     assert profile.end_bytes == LOGITS_BYTES
-    forward, *backward = profile.alive[:3]
     assert [group.bytes for group in profile.alive[:3]] == [LOGITS_BYTES] * 3
-    assert forward.where.startswith("_log_softmax, ") and "backward" not in forward.where
-    # no Python runs in these; they are traced to the line whose backward they are
-    assert [group.where for group in backward] == [
-        f"{operator}, backward of {forward.where.split(', ')[1]}"
-        for operator in ("nll_loss_backward", "_log_softmax_backward_data")
-    ]
+    forward, *backward = (group.where.partition(", ") for group in profile.alive[:3])
+    assert forward[0] == "_log_softmax" and "backward" not in forward[2]
+    # the backward runs no Python; it is traced to the line of the forward
+    operators = ("nll_loss_backward", "_log_softmax_backward_data")
+    assert backward == [(operator, ", ", f"backward of {forward[2]}") for operator in operators]
 
 
-def test_lossfuse_holds_the_gradient_and_little_else():
-    profile = on_cpu(loss_step(lossfuse.cross_entropy, 1024))
-    require_consistent(profile)
-    logits_bytes = 4 * 1024 * V
+def test_lossfuse_takes_little_more_than_the_gradient():
+    profile, logits_bytes = on_cpu(loss_step(lossfuse.cross_entropy, 1024)), 4 * 1024 * V
     assert logits_bytes < profile.peak_bytes < 1.1 * logits_bytes
     assert profile.alive[0].bytes == profile.end_bytes == logits_bytes
     assert "lossfuse/" in profile.alive[0].where
 
 
 class Nested(torch.autograd.Function):
-    """Backward inside backward, as reentrant checkpointing does it; autograd moves to other threads
-    when it is deep."""
+    """Backward inside backward, as in reentrant checkpointing; autograd changes threads if deep."""
 
     @staticmethod
-    def forward(ctx, x, depth):
-        ctx.depth = depth
+    def forward(ctx, x, depth, found):
+        ctx.depth, ctx.found = depth, found
         return x.clone()
 
     @staticmethod
     def backward(ctx, dx):
         if ctx.depth == 0:
-            NESTED.append((threading.get_native_id(), torch.ones(12345)))
+            ctx.found.append((threading.get_native_id(), torch.ones(12345)))
         else:
             with torch.enable_grad():
-                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).sum().backward()
-        return dx, None
+                leaf = torch.ones(1, requires_grad=True)
+                Nested.apply(leaf, ctx.depth - 1, ctx.found).sum().backward()
+        return dx, None, None
 
 
-NESTED = []
-
-
-def test_autograd_threads_are_seen():
-    NESTED.clear()
-    profile = on_cpu(
-        lambda: Nested.apply(torch.ones(1, requires_grad=True), 62).sum().backward(), warmup=0
-    )
-    ((thread, _),) = NESTED
+def test_allocations_of_autograd_threads_are_seen():
+    found, leaf = [], torch.ones(1, requires_grad=True)
+    profile = on_cpu(lambda: Nested.apply(leaf, 62, found).sum().backward(), warmup=0)
+    ((thread, _),) = found
     assert thread != threading.get_native_id()
     largest = profile.alive[0]
     assert 4 * 12345 <= largest.bytes < 5 * 12345
-    assert largest.where == "ones, backward, NestedBackward", (
-        "its line is another thread's, and numbers of nodes are each thread's own"
-    )
+    # its forward line is unknown: each thread numbers its own nodes
+    assert largest.where == "ones, backward, NestedBackward"
 
 
-def test_errors_pass_through_and_end_the_recording():
+def test_an_exception_passes_through_and_ends_the_recording():
     def step():
         torch.ones(10)
         raise KeyError("mine")
@@ -205,7 +167,7 @@ def test_errors_pass_through_and_end_the_recording():
     assert on_cpu(lambda: torch.ones(10)).peak_bytes == 40
 
 
-def test_another_profiler_is_left_alone():
+def test_another_profiler_is_not_ended():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         with pytest.raises(RuntimeError, match="recording already"):
             on_cpu(lambda: None)
@@ -223,106 +185,80 @@ def test_bad_arguments_are_named():
             profile_memory(lambda: None, device="cuda:0")
 
 
-def python_frame(line, function, file="/somewhere/train.py"):
-    return {"filename": file, "line": line, "name": function}
+def frame(name, line=0, file="??"):
+    return {"filename": file, "line": line, "name": name}
 
 
-def native_frame(name):
-    return {"filename": "??", "line": 0, "name": name}
-
-
-def trace(action, addr, size, us, frames=None):
-    return {"action": action, "addr": addr, "size": size, "time_us": us, "stream": 0} | (
-        {} if frames is None else {"frames": frames}
-    )
-
-
-def snapshot():
-    torch_file = torch.nn.functional.__file__
+def cuda_trace():
+    """Two devices' traces as ``torch.cuda.memory._snapshot`` returns them."""
+    step = frame("step", 12, "/somewhere/train.py")
     forward = [
-        native_frame("at::detail::empty_generic(c10::ArrayRef<long>)"),
-        native_frame("at::_ops::empty_strided::call(c10::ArrayRef<c10::SymInt>)"),
-        native_frame(
-            "at::_ops::_log_softmax::redispatch(c10::DispatchKeySet, at::Tensor const&, long, bool)"
-        ),
-        native_frame("at::_ops::cross_entropy_loss::call(at::Tensor const&)"),
-        python_frame(3555, "cross_entropy", torch_file),
-        python_frame(12, "step"),
-        python_frame(120, "profile_memory", memory.__file__),
-        python_frame(1, "<module>"),
+        frame("at::detail::empty_generic(c10::ArrayRef<long>)"),
+        frame("at::_ops::empty_strided::call(c10::ArrayRef<c10::SymInt>)"),
+        frame("at::_ops::_log_softmax::redispatch(c10::DispatchKeySet, at::Tensor const&, long)"),
+        frame("at::_ops::cross_entropy_loss::call(at::Tensor const&)"),
+        frame("cross_entropy", 3555, F.__file__),
+        step,
+        frame("profile_memory", 120, memory.__file__),
+        frame("<module>", 1, "/somewhere/train.py"),
     ]
     backward = [
-        native_frame("at::_ops::_log_softmax_backward_data::call(at::Tensor const&)"),
-        native_frame(
-            "torch::autograd::generated::LogSoftmaxBackward0::apply(std::vector<at::Tensor>&&)"
-        ),
-        native_frame(
-            "torch::autograd::Engine::evaluate_function(std::shared_ptr<torch::autograd::GraphTask>&)"
-        ),
+        frame("at::_ops::_log_softmax_backward_data::call(at::Tensor const&)"),
+        frame("torch::autograd::generated::LogSoftmaxBackward0::apply(std::vector<at::Tensor>&&)"),
+        frame("torch::autograd::Engine::evaluate_function(std::shared_ptr<GraphTask>&)"),
     ]
     entries = [
-        trace("free_requested", 0x10, 5000, 1_000_000),
-        trace("free_completed", 0x10, 5000, 1_000_000),
-        trace("segment_alloc", 0x1000, 2 << 20, 1_000_100, forward),
-        trace("alloc", 0x1000, 1000, 1_001_000, forward),
-        trace(
-            "alloc", 0x2000, 300, 1_002_000, [python_frame(20, "helper"), python_frame(12, "step")]
-        ),
-        trace("free_requested", 0x2000, 300, 1_003_000),
-        # another stream still uses 0x2000 here
-        trace("alloc", 0x3000, 700, 1_004_000, backward),
-        trace("free_completed", 0x2000, 300, 1_005_000),
-        trace("free_requested", 0x1000, 1000, 1_006_000),
-        trace("free_completed", 0x1000, 1000, 1_006_000),
-        trace("alloc", 0x1000, 50, 1_007_000),
-        trace("oom", 0, 1 << 40, 1_008_000, forward),
-        trace("snapshot", 0, 0, 1_009_000),
+        ("free_requested", 0x10, 5000, 0, None),
+        ("free_completed", 0x10, 5000, 0, None),
+        ("segment_alloc", 0x1000, 2 << 20, 0.1, forward),
+        ("alloc", 0x1000, 1000, 1, forward),
+        ("alloc", 0x2000, 300, 2, [frame("helper", 20, "/somewhere/train.py"), step]),
+        ("free_requested", 0x2000, 300, 3, None),
+        # another stream still uses 0x2000
+        ("alloc", 0x3000, 700, 4, backward),
+        ("free_completed", 0x2000, 300, 5, None),
+        ("free_requested", 0x1000, 1000, 6, None),
+        ("free_completed", 0x1000, 1000, 6, None),
+        ("alloc", 0x1000, 50, 7, None),
+        ("oom", 0, 1 << 40, 8, forward),
+        ("snapshot", 0, 0, 9, None),
     ]
-    return {
-        "segments": [],
-        "device_traces": [[trace("alloc", 0x1000, 9999, 1_000_000, forward)], entries],
-    }
+    traces = [[("alloc", 0x1000, 9999, 0, forward)], entries]
+    keys = ("action", "addr", "size", "time_us", "frames")
+    for trace in traces:
+        for i, (action, addr, size, ms, frames) in enumerate(trace):
+            trace[i] = dict(
+                zip(keys, (action, addr, size, 10**6 + int(1000 * ms), frames), strict=True)
+            )
+            if frames is None:
+                del trace[i]["frames"]
+    return {"segments": [], "device_traces": traces}
 
 
-def test_cuda_trace_is_replayed():
-    profile = memory._replay(
-        memory._cuda_events(snapshot(), 1), 1_000_000_000, 1_010_000_000, "cuda:1"
-    )
+def test_a_cuda_trace_is_replayed():
+    events = memory._cuda_events(cuda_trace(), 1)
+    profile = memory._replay(events, 1_000_000_000, 1_010_000_000, "cuda:1")
     require_consistent(profile)
-    steps = [
-        (1.0, 1000),
-        (2.0, 1300),
-        (4.0, 2000),
-        (5.0, 1700),
-        (6.0, 700),
-        (7.0, 750),
-        (10.0, 750),
-    ]
-    assert [(change.ms, change.bytes) for change in profile.timeline] == [(0, 0), *steps]
+    steps = [(0, 0), (1, 1000), (2, 1300), (4, 2000), (5, 1700), (6, 700), (7, 750), (10, 750)]
+    assert [(change.ms, change.bytes) for change in profile.timeline] == steps
     assert (profile.peak_bytes, profile.peak_ms, profile.end_bytes) == (2000, 4.0, 750)
     assert [(group.bytes, group.where) for group in profile.alive] == [
         (1000, "_log_softmax, /somewhere/train.py:12 in step"),
         (700, "_log_softmax_backward_data, backward, LogSoftmaxBackward0"),
         (300, "/somewhere/train.py:20 in helper"),
     ]
-    assert profile.alive[0].stack == (
-        "empty_strided",
-        "_log_softmax",
-        "cross_entropy_loss",
-        "torch/nn/functional.py:3555 in cross_entropy",
-        "/somewhere/train.py:12 in step",
-    )
+    *operators, torch_line, user_line = profile.alive[0].stack
+    assert operators == ["empty_strided", "_log_softmax", "cross_entropy_loss"]
+    assert torch_line == "torch/nn/functional.py:3555 in cross_entropy"
+    assert user_line == "/somewhere/train.py:12 in step"
     assert profile.timeline[-2].where == "unknown"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_agrees_with_the_allocator():
-    device = torch.device("cuda")
-    logits, target = (
-        torch.randn(512, 4000, device=device, requires_grad=True),
-        torch.randint(0, 4000, (512,), device=device),
-    )
+def test_a_profile_agrees_with_the_cuda_allocator():
+    logits = torch.randn(512, 4000, device="cuda", requires_grad=True)
+    target = torch.randint(0, 4000, (512,), device="cuda")
 
     def step():
         logits.grad = None
@@ -338,13 +274,11 @@ def test_cuda_agrees_with_the_allocator():
     want = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     profile = profile_memory(step)
     require_consistent(profile)
-    assert profile.peak_bytes == want
-    assert profile.end_bytes == logits.nbytes
+    assert (profile.peak_bytes, profile.end_bytes) == (want, logits.nbytes)
     assert any("in step" in group.where for group in profile.alive)
     assert not torch._C._cuda_isHistoryEnabled()
-
     with pytest.raises(torch.OutOfMemoryError):
-        profile_memory(lambda: torch.empty(1 << 50, dtype=torch.uint8, device=device), warmup=0)
+        profile_memory(lambda: torch.empty(1 << 50, dtype=torch.uint8, device="cuda"), warmup=0)
     assert not torch._C._cuda_isHistoryEnabled()
     torch.cuda.memory._record_memory_history()
     try:
@@ -360,74 +294,58 @@ NASTY = "</script><script>alert('<b>&\"')</script>[bold]"
 
 @pytest.fixture(scope="module")
 def nasty():
-    """A profile with a name made to break a page, and more places than are shown."""
-    changes, held = [Change(0.0, 0, 0, "")], 0
-    for i in range(9):
-        held += 1000 - i
-        changes.append(Change(i + 1.0, held, 1000 - i, NASTY if i == 0 else f"place {i}"))
-    alive = tuple(
-        Alive(change.where, change.change, 1, change.change / held, (NASTY, "[bold]"))
-        for change in changes[1:]
-    )
-    changes.append(Change(12.0, held - 992, -992, "place 8"))
-    return MemoryProfile("cpu", held, 9.0, changes[-1].bytes, tuple(changes), alive)
+    """A profile with a name that would break a page, and more places than are shown."""
+    names = [NASTY, *(f"place {i}" for i in range(1, 9))]
+    sizes = list(itertools.accumulate(1000 - i for i in range(9)))
+    peak = sizes[-1]
+    changes = [Change(0.0, 0, 0, "")]
+    changes += [Change(i + 1.0, sizes[i], 1000 - i, name) for i, name in enumerate(names)]
+    alive = [Alive(c.where, c.change, 1, c.change / peak, (NASTY, "[bold]")) for c in changes[1:]]
+    changes.append(Change(12.0, peak - 992, -992, "place 8"))
+    return MemoryProfile("cpu", peak, 9.0, peak - 992, tuple(changes), tuple(alive))
 
 
-def test_html_is_offline_and_no_name_escapes_into_it(nasty, tmp_path):
+@pytest.fixture
+def page(nasty, tmp_path):
     save(nasty, tmp_path / "memory.html")
-    page = (tmp_path / "memory.html").read_text(encoding="utf-8")
+    return (tmp_path / "memory.html").read_text(encoding="utf-8")
+
+
+def test_no_name_breaks_out_of_a_page(page):
     assert NASTY not in page and "</script><script>alert" not in page
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
-    assert (
-        NASTY in json.dumps(json.loads(data)).replace('\\"', '"') and html.escape(NASTY) in page
-    ), "the name itself must survive"
+    assert NASTY in json.dumps(json.loads(data)).replace('\\"', '"') and html.escape(NASTY) in page
     assert "source: false" in page, "view source would write the spec unescaped"
     assert '<script src="http' not in page and 'type="text/javascript" src=' not in page
 
 
 @browser
-def test_the_page_has_a_title_fits_a_phone_and_names_what_is_grey(nasty, tmp_path):
-    save(nasty, tmp_path / "memory.html")
-    page = (tmp_path / "memory.html").read_text(encoding="utf-8")
-    dom, console = opened(
-        page, tmp_path, "", "--window-size=390,844", "--blink-settings=preferredColorScheme=0"
-    )
-    assert (
-        not console
-        and 'data-drawn="1"' in dom
-        and "<title>Peak memory: 8.8 KiB beyond the start</title>" in dom
-    )
+def test_a_page_fits_a_phone_and_follows_its_theme(page, tmp_path):
+    dom, console = opened(page, tmp_path, "", *phone)
+    assert not console and 'data-drawn="1"' in dom
+    assert "<title>Peak memory: 8.8 KiB beyond the start</title>" in dom
     shown = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", dom, flags=re.DOTALL)
     # chromium's narrowest window has 485 pixels
     assert max(float(width) for width in re.findall(r'<svg[^>]* width="([\d.]+)"', shown)) <= 485
-    assert (
-        "other allocations (2 places)" in shown
-        and "peak 8.8 KiB" in shown
-        and html.escape(NASTY, quote=False) in shown
-    )
+    for text in ("other allocations (2 places)", "peak 8.8 KiB", html.escape(NASTY, quote=False)):
+        assert text in shown
     assert THEMES["dark"]["ink"] in shown and THEMES["light"]["ink"] not in shown
-    # every label has room for itself and a gap, in pixels of 12 pixels' type
-    labels = re.findall(
-        r'<text [^>]*transform="translate\(([\d.]+),[\d.]+\)"[^>]*opacity="1">([\d.,]+)</text>',
-        shown,
-    )
-    across = sorted({float(x): text for x, text in labels if float(x) >= 0}.items())
-    assert len(across) > 2 and all(
-        b - a > 7 * len(text) for (a, text), (b, _) in itertools.pairwise(across)
-    )
+    # no label overlaps the next, at 12 pixels a line
+    label = r'<text [^>]*transform="translate\(([\d.]+),[\d.]+\)"[^>]*opacity="1">([\d.,]+)</text>'
+    across = sorted({float(x): text for x, text in re.findall(label, shown)}.items())
+    gaps = [b - a - 7 * len(text) for (a, text), (b, _) in itertools.pairwise(across)]
+    assert len(gaps) > 1 and min(gaps) > 0
 
 
-def test_what_is_gone_by_the_peak_is_counted_among_the_others():
+def test_memory_freed_before_the_peak_is_counted_among_the_others():
     profile = on_cpu(lambda: (torch.zeros(500).sum().item(), torch.ones(1000)))
-    held = memory_view._held_at_peak(profile)
-    assert [(one.label, one.bytes) for one in held] == [
-        (profile.alive[0].where, 4000),
-        ("other allocations, up to 2.0 KiB at another time", 0),
-    ]
+    shown = [(one.label, one.bytes) for one in memory_view._largest_at_peak(profile)]
+    others = "other allocations, up to 2.0 KiB at another time"
+    assert shown == [(profile.alive[0].where, 4000), (others, 0)]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".csv"])
-def test_saved_by_suffix(suffix, nasty, tmp_path):
+def test_the_suffix_chooses_the_format(suffix, nasty, tmp_path):
     path = tmp_path / f"memory{suffix}"
     path.write_text("an older one")
     save(nasty, str(path))
@@ -445,55 +363,52 @@ def test_saved_by_suffix(suffix, nasty, tmp_path):
 def test_a_failed_save_leaves_the_older_file(nasty, tmp_path, monkeypatch):
     path = tmp_path / "memory.csv"
     path.write_text("an older one")
-    monkeypatch.setattr(
-        memory_view.os, "replace", lambda partial, path: 1 / len(partial.read_text()[:0])
-    )
+    fails = lambda *_: 1 / 0  # noqa: E731
+    monkeypatch.setattr(memory_view.os, "replace", fails)
     with pytest.raises(ZeroDivisionError):
         save(nasty, path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["an older one"]
 
 
 @pytest.mark.parametrize("file", ["memory.pdf", "memory"])
-def test_unknown_suffix_is_said(file, nasty, tmp_path):
-    with pytest.raises(
-        ValueError, match=rf"{file}' ends in .*, expected one of \.png, \.svg, \.html, \.csv"
-    ):
+def test_an_unknown_suffix_is_refused(file, nasty, tmp_path):
+    expected = rf"{file}' ends in .*, expected one of \.png, \.svg, \.html, \.csv"
+    with pytest.raises(ValueError, match=expected):
         save(nasty, tmp_path / file)
 
 
-def test_no_spike_is_lost_in_the_picture():
-    # 20,000 changes of one byte in 2 ms, and in between one large allocation for 100 ns
+def test_a_picture_shows_every_spike():
+    # 20,000 changes of one byte in 2 ms, and one large allocation for 100 ns
     events = [memory._Event(100 * i, i // 2, (i + 1) % 2, "small", ()) for i in range(20_000)]
-    events[7776:7778] = [
-        memory._Event(777_600, -1, 1000, "spike", ()),
-        memory._Event(777_700, -1, 0, "spike", ()),
+    spike = [
+        memory._Event(ns, -1, size, "spike", ()) for ns, size in ((777_600, 1000), (777_700, 0))
     ]
+    events[7776:7778] = spike
     profile = memory._replay(events, 0, 2_000_000, "cpu")
     require_consistent(profile)
     assert (profile.peak_bytes, profile.peak_ms) == (1000, 0.7776)
-    frame = memory_view._held_by(profile, ["spike"])
+    frame = memory_view._bytes_over_time(profile, ["spike"])
     assert len(frame) < 5000, "more rows than Altair takes"
-    assert frame[frame["ms"] == profile.peak_ms]["bytes"].sum() == profile.peak_bytes
-    assert frame[frame["ms"] == 2.0]["bytes"].sum() == profile.end_bytes
+    totals = frame.groupby("ms")["bytes"].sum()
+    assert (totals[profile.peak_ms], totals[2.0]) == (profile.peak_bytes, profile.end_bytes)
     timeline_chart(profile).to_dict()
 
 
-def test_chart_shows_seven_places_and_the_rest(nasty):
+def test_a_chart_shows_seven_places_and_the_rest(nasty):
     spec = timeline_chart(nasty).to_dict()
     (bars,) = (rows for rows in spec["datasets"].values() if "count" in rows[0])
-    assert [row["label"] for row in bars] == [group.where for group in nasty.alive[:7]] + [
-        "other allocations (2 places)"
-    ]
+    named = [group.where for group in nasty.alive[:7]]
+    assert [row["label"] for row in bars] == [*named, "other allocations (2 places)"]
     assert bars[-1]["bytes"] == sum(group.bytes for group in nasty.alive[7:])
 
 
-def test_show_prints_names_as_they_are(nasty):
+def test_names_are_printed_as_they_are(nasty):
     out = io.StringIO()
     memory_view.show(nasty, Console(file=out, width=200), top=4)
     printed = out.getvalue()
-    assert "peak 8.8 KiB beyond the start, after 9.0 ms" in printed
-    assert NASTY in printed and "place 3" in printed
-    assert "and 5 more" in printed and "place 4" not in printed
+    for text in ("peak 8.8 KiB beyond the start, after 9.0 ms", NASTY, "place 3", "and 5 more"):
+        assert text in printed
+    assert "place 4" not in printed
 
 
 MODULE = """
@@ -520,10 +435,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("device")
-def test_main_loads_measures_shows_and_writes(folder, capsys):
+def test_the_command_loads_measures_shows_and_saves(folder, capsys):
     profile = memory_view.main("my_train_step:step", folder / "out.csv", 1)
-    assert profile.peak_bytes == 4096
-    assert (folder / "out.csv").exists()
+    assert profile.peak_bytes == 4096 and (folder / "out.csv").exists()
     printed = capsys.readouterr().out
     assert "4.0 KiB" in printed and "my_train_step.py" in printed
     assert load_step("my_train_step:Deep.step")().nbytes == 1024
@@ -531,28 +445,25 @@ def test_main_loads_measures_shows_and_writes(folder, capsys):
         memory_view.main("my_train_step:step", folder / "out.gif")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    {
-        "no colon": ("my_train_step", r"step is 'my_train_step', expected module:function"),
-        "no attribute": ("my_train_step:", r"expected module:function"),
-        "no module": (":step", r"expected module:function"),
-        "a path": ("./my_train_step.py:step", r"expected module:function"),
-        "absent": ("my_absent.part:step", r"there is no module 'my_absent'"),
-        "missing": ("my_train_step:Deep.other", r"'Deep' has no attribute 'other'"),
-        "no callable": ("my_train_step:number", r"is int, expected something to call"),
-        "arguments": (
-            "my_train_step:Deep.needs",
-            r"without arguments, but missing a required argument: 'a'",
-        ),
-    }.values(),
-)
-def test_a_step_that_cannot_be_is_named(text, message, folder):
-    with pytest.raises(ValueError, match=message):
+BAD_STEPS = {
+    "my_train_step": r"step is 'my_train_step', expected module:function",
+    "my_train_step:": r"expected module:function",
+    ":step": r"expected module:function",
+    "./my_train_step.py:step": r"expected module:function",
+    "my_absent.part:step": r"there is no module 'my_absent'",
+    "my_train_step:Deep.other": r"'Deep' has no attribute 'other'",
+    "my_train_step:number": r"is int, expected something to call",
+    "my_train_step:Deep.needs": r"without arguments, but missing a required argument: 'a'",
+}
+
+
+@pytest.mark.parametrize("text", BAD_STEPS)
+def test_a_step_that_cannot_be_loaded_is_named(text, folder):
+    with pytest.raises(ValueError, match=BAD_STEPS[text]):
         load_step(text)
 
 
-def test_errors_in_the_users_module_are_not_hidden(folder):
+def test_exceptions_of_the_users_module_are_raised(folder):
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         load_step("my_broken_step:step")
     with pytest.raises(AttributeError, match="on purpose"):

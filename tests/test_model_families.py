@@ -4,6 +4,8 @@ was. None has code of its own here.
 What a family does between head and loss is said beside it; it is why the family is in the list.
 """
 
+# ruff: noqa: C408 (tables of keywords are shorter)
+
 import copy
 import functools
 import warnings
@@ -21,58 +23,18 @@ transformers = pytest.importorskip("transformers")
 B, T, V = 2, 12, 515
 # rows of a chunk of logits: fewer than a twelfth of them
 OPTIONS = lossfuse.LinearOptions(chunk_bytes=2 * 528 * 4)
-SMALL = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT = {
-    "vocab_size": V,
-    "n_embd": 32,
-    "n_layer": 1,
-    "n_head": 2,
-    "n_positions": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-SEQ2SEQ = {
-    "vocab_size": V,
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-    "dropout": 0.0,
-}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-T5 = {
-    "vocab_size": V,
-    "d_model": 32,
-    "d_kv": 16,
-    "d_ff": 48,
-    "num_layers": 1,
-    "num_heads": 2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-    "dropout_rate": 0.0,
-}
+SMALL = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+GPT = dict(vocab_size=V, n_embd=32, n_layer=1, n_head=2, n_positions=64, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2)  # fmt: skip
+SEQ2SEQ = dict(vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1,
+    encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    decoder_start_token_id=2, dropout=0.0)  # fmt: skip
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)  # fmt: skip
+T5 = dict(vocab_size=V, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, pad_token_id=0,
+    eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,184 +53,82 @@ class Family:
 
 FAMILIES = [
     Family("LlamaForCausalLM", "nothing"),
-    Family("LlamaForCausalLM", "nothing, tied", {"tie_word_embeddings": True}),
+    Family("LlamaForCausalLM", "nothing, tied", dict(tie_word_embeddings=True)),
     Family("MistralForCausalLM", "nothing", rare=True),
-    Family(
-        "MixtralForCausalLM",
-        "nothing; experts and their loss",
-        {"num_local_experts": 4, "output_router_logits": True},
-    ),
+    Family("MixtralForCausalLM", "nothing; experts and their loss", dict(num_local_experts=4,
+        output_router_logits=True)),
     Family("Qwen2ForCausalLM", "nothing", rare=True),
     Family("Qwen3ForCausalLM", "nothing", rare=True),
     Family("Qwen3MoeForCausalLM", "nothing; experts", MOE, rare=True),
     Family("GemmaForCausalLM", "nothing, tied", rare=True),
-    Family("Gemma2ForCausalLM", "soft cap, tied", {"final_logit_softcapping": 3.0}),
-    Family("Gemma3ForCausalLM", "soft cap", {"final_logit_softcapping": 3.0}),
+    Family("Gemma2ForCausalLM", "soft cap, tied", dict(final_logit_softcapping=3.0)),
+    Family("Gemma3ForCausalLM", "soft cap", dict(final_logit_softcapping=3.0)),
     Family("PhiForCausalLM", "nothing; a bias in the head"),
     Family("Phi3ForCausalLM", "nothing", rare=True),
-    Family("GraniteForCausalLM", "divided by a scale", {"logits_scaling": 3.0}),
-    Family("CohereForCausalLM", "times a scale, tied", {"logit_scale": 0.3}),
-    Family("Cohere2ForCausalLM", "times a scale, tied", {"logit_scale": 0.3}, rare=True),
-    Family(
-        "GPT2LMHeadModel",
-        "nothing, tied",
-        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-        base=GPT,
-    ),
-    Family(
-        "GPTNeoXForCausalLM", "nothing; the head is embed_out", {"hidden_dropout": 0.0}, rare=True
-    ),
-    Family(
-        "GPTJForCausalLM", "nothing; a bias in the head", {"rotary_dim": 8}, base=GPT, rare=True
-    ),
-    Family(
-        "GPTNeoForCausalLM",
-        "a cast to float32",
-        {"num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
-        rare=True,
-    ),
-    Family(
-        "OPTForCausalLM", "contiguous", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
-    ),
-    Family("BloomForCausalLM", "nothing, tied", {"n_layer": 1, "n_head": 2}, rare=True),
-    Family(
-        "FalconForCausalLM",
-        "nothing",
-        base={k: v for k, v in SMALL.items() if k != "head_dim"},
-        rare=True,
-    ),
+    Family("GraniteForCausalLM", "divided by a scale", dict(logits_scaling=3.0)),
+    Family("CohereForCausalLM", "times a scale, tied", dict(logit_scale=0.3)),
+    Family("Cohere2ForCausalLM", "times a scale, tied", dict(logit_scale=0.3), rare=True),
+    Family("GPT2LMHeadModel", "nothing, tied", dict(resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0), base=GPT),
+    Family("GPTNeoXForCausalLM", "nothing; the head is embed_out", dict(hidden_dropout=0.0),
+        rare=True),
+    Family("GPTJForCausalLM", "nothing; a bias in the head", dict(rotary_dim=8), base=GPT,
+        rare=True),
+    Family("GPTNeoForCausalLM", "a cast to float32", dict(num_layers=1, num_heads=2,
+        attention_types=[[["global"], 1]]), rare=True),
+    Family("OPTForCausalLM", "contiguous", dict(ffn_dim=48, word_embed_proj_dim=32,
+        dropout=0.0)),
+    Family("BloomForCausalLM", "nothing, tied", dict(n_layer=1, n_head=2), rare=True),
+    Family("FalconForCausalLM", "nothing", base={k: v for k, v in SMALL.items() if k !=
+        "head_dim"}, rare=True),
     Family("StableLmForCausalLM", "nothing", rare=True),
     Family("OlmoForCausalLM", "nothing", rare=True),
     Family("Olmo2ForCausalLM", "nothing", rare=True),
     Family("GlmForCausalLM", "nothing", rare=True),
-    Family(
-        "Starcoder2ForCausalLM",
-        "nothing",
-        {"residual_dropout": 0.0, "embedding_dropout": 0.0},
-        rare=True,
-    ),
-    Family("MambaForCausalLM", "a cast to float32", {"state_size": 8}),
-    Family("FalconMambaForCausalLM", "a cast to float32", {"state_size": 8}, rare=True),
-    Family(
-        "Mamba2ForCausalLM",
-        "a cast to float32",
-        {"num_heads": 4, "state_size": 8, "n_groups": 1, "chunk_size": 8},
-        rare=True,
-    ),
-    Family(
-        "RecurrentGemmaForCausalLM",
-        "soft cap by another name",
-        {"logits_soft_cap": 3.0, "lru_width": 32},
-        rare=True,
-    ),
-    Family(
-        "NanoChatForCausalLM",
-        "soft cap by a third name",
-        {"final_logit_softcapping": 3.0},
-        rare=True,
-    ),
-    Family(
-        "GptOssForCausalLM",
-        "nothing; experts",
-        {"num_local_experts": 4, "num_experts_per_tok": 2},
-        rare=True,
-    ),
+    Family("Starcoder2ForCausalLM", "nothing", dict(residual_dropout=0.0,
+        embedding_dropout=0.0), rare=True),
+    Family("MambaForCausalLM", "a cast to float32", dict(state_size=8)),
+    Family("FalconMambaForCausalLM", "a cast to float32", dict(state_size=8), rare=True),
+    Family("Mamba2ForCausalLM", "a cast to float32", dict(num_heads=4, state_size=8, n_groups=1,
+        chunk_size=8), rare=True),
+    Family("RecurrentGemmaForCausalLM", "soft cap by another name", dict(logits_soft_cap=3.0,
+        lru_width=32), rare=True),
+    Family("NanoChatForCausalLM", "soft cap by a third name", dict(final_logit_softcapping=3.0),
+        rare=True),
+    Family("GptOssForCausalLM", "nothing; experts", dict(num_local_experts=4,
+        num_experts_per_tok=2), rare=True),
     Family("Ernie4_5ForCausalLM", "nothing", rare=True),
     Family("SmolLM3ForCausalLM", "nothing", rare=True),
     Family("HeliumForCausalLM", "nothing", rare=True),
-    Family(
-        "BertLMHeadModel",
-        "nothing; a head of layers before the product",
-        {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        rare=True,
-    ),
-    Family(
-        "DeepseekV3ForCausalLM",
-        "nothing; experts",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "head_dim": 8,
-            "num_key_value_heads": 2,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-        },
-        rare=True,
-    ),
-    Family(
-        "FalconH1ForCausalLM",
-        "times a scale by another name",
-        {
-            "lm_head_multiplier": 0.3,
-            "mamba_d_ssm": 32,
-            "mamba_n_heads": 4,
-            "mamba_d_state": 8,
-            "mamba_chunk_size": 8,
-            "mamba_d_head": 8,
-            "mamba_n_groups": 1,
-        },
-        rare=True,
-    ),
-    Family(
-        "XGLMForCausalLM",
-        "nothing; labels padded",
-        {
-            "d_model": 32,
-            "ffn_dim": 48,
-            "num_layers": 1,
-            "attention_heads": 2,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-        },
-        rare=True,
-    ),
-    Family(
-        "CTRLLMHeadModel",
-        "nothing; a bias in the head",
-        {"dff": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
-        base=GPT,
-        rare=True,
-    ),
-    Family(
-        "InklingForCausalLM",
-        "classes cut off",
-        {
-            "unpadded_vocab_size": V - 5,
-            "swa_num_attention_heads": 2,
-            "swa_num_key_value_heads": 1,
-            "swa_head_dim": 16,
-            "d_rel": 4,
-            "rel_extent": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-        },
-        rare=True,
-    ),
-    Family(
-        "T5ForConditionalGeneration", "hidden states scaled; its own loss", base=T5, seq2seq=True
-    ),
-    Family(
-        "MT5ForConditionalGeneration", "its own loss, not tied", base=T5, seq2seq=True, rare=True
-    ),
+    Family("BertLMHeadModel", "nothing; a head of layers before the product",
+        dict(is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        rare=True),
+    Family("DeepseekV3ForCausalLM", "nothing; experts", dict(n_routed_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, head_dim=8, num_key_value_heads=2, qk_nope_head_dim=8, v_head_dim=8,
+        n_group=1, topk_group=1, first_k_dense_replace=1), rare=True),
+    Family("FalconH1ForCausalLM", "times a scale by another name", dict(lm_head_multiplier=0.3,
+        mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8, mamba_chunk_size=8, mamba_d_head=8,
+        mamba_n_groups=1), rare=True),
+    Family("XGLMForCausalLM", "nothing; labels padded", dict(d_model=32, ffn_dim=48,
+        num_layers=1, attention_heads=2, dropout=0.0, attention_dropout=0.0), rare=True),
+    Family("CTRLLMHeadModel", "nothing; a bias in the head", dict(dff=48, resid_pdrop=0.0,
+        embd_pdrop=0.0), base=GPT, rare=True),
+    Family("InklingForCausalLM", "classes cut off", dict(unpadded_vocab_size=V - 5,
+        swa_num_attention_heads=2, swa_num_key_value_heads=1, swa_head_dim=16, d_rel=4,
+        rel_extent=16, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+        rare=True),
+    Family("T5ForConditionalGeneration", "hidden states scaled; its own loss", base=T5,
+        seq2seq=True),
+    Family("MT5ForConditionalGeneration", "its own loss, not tied", base=T5, seq2seq=True,
+        rare=True),
     Family("BartForConditionalGeneration", "a buffer is added", base=SEQ2SEQ, seq2seq=True),
-    Family(
-        "PegasusForConditionalGeneration",
-        "a buffer is added",
-        base=SEQ2SEQ,
-        seq2seq=True,
-        rare=True,
-    ),
-    Family("M2M100ForConditionalGeneration", "its own loss", base=SEQ2SEQ, seq2seq=True, rare=True),
+    Family("PegasusForConditionalGeneration", "a buffer is added", base=SEQ2SEQ, seq2seq=True,
+        rare=True),
+    Family("M2M100ForConditionalGeneration", "its own loss", base=SEQ2SEQ, seq2seq=True,
+        rare=True),
     Family("BartForCausalLM", "nothing", base=SEQ2SEQ, rare=True),
-]
+]  # fmt: skip
 
 
 def names(families):
@@ -385,7 +245,7 @@ def fused():
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_loss_and_gradients_in_float32(family, fused):
+def test_loss_and_gradients_equal_the_stock_model_in_float32(family, fused):
     """Tight, for every parameter, without a tensor of logits; and made on demand they are the
     model's own, bit for bit."""
     model = built(family)
@@ -421,7 +281,7 @@ def test_loss_and_gradients_in_float32(family, fused):
 @pytest.mark.parametrize(
     "family", [f for f in ALL if not f.values[0].seq2seq or f.values[0].model.startswith("Bart")]
 )
-def test_generation(family, fused):
+def test_generate_equals_the_stock_model(family, fused):
     model = built(family)
     ids = batch(family)["input_ids"][:1, :4]
     told = {
@@ -443,7 +303,7 @@ def test_generation(family, fused):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
-def test_as_near_the_truth_in_bfloat16(family, fused):
+def test_bfloat16_is_as_precise_as_the_stock_model(family, fused):
     """The truth is the float32 model of the same rounded parameters; stock bfloat16 is off by its
     rounding, and we by no more."""
     built(family)

@@ -1,4 +1,4 @@
-"""Processes: forked and spawned ones compute what their parent does, and one that ends has nothing to say."""
+"""Forked and spawned processes compute the numbers of their parent, and a process ends quietly."""
 
 import os
 import subprocess
@@ -22,25 +22,23 @@ from lossfuse.backends import threads, torch_rows
 torch_rows.THREAD_LEAST_BYTES, torch_rows.CPU_BLOCK_BYTES = 1 << 10, 1 << 13
 threads.workers = lambda: 3
 # Python 3.12 knows what this does
-warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 
 def check(where):
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 8, generator=g).requires_grad_() for rows in (60, 40))
-    ids = torch.randint(0, 40, (60,), generator=g)
-    logits = hidden @ weight.T
-    for inplace in (False, True):
-        (got,) = torch.autograd.grad(lossfuse.cross_entropy(logits * 1.0, ids, inplace=inplace), logits, retain_graph=True)
-        (want,) = torch.autograd.grad(F.cross_entropy(logits, ids), logits, retain_graph=True)
-        torch.testing.assert_close(got, want)
-    got = torch.autograd.grad(lossfuse.linear_cross_entropy(hidden, weight, ids), (hidden, weight))
-    torch.testing.assert_close(got, torch.autograd.grad(F.cross_entropy(logits, ids), (hidden, weight)))
+    ids, leaves = torch.randint(0, 40, (60,), generator=g), (hidden, weight)
+    want = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, ids), leaves)
+    losses = [lossfuse.cross_entropy(hidden @ weight.T, ids, inplace=i) for i in (False, True)]
+    for loss in (*losses, lossfuse.linear_cross_entropy(hidden, weight, ids)):
+        torch.testing.assert_close(torch.autograd.grad(loss, leaves), want)
     print(where, flush=True)
 
 
 def check_alone(where):
-    # as a DataLoader's workers do: a forked process has none of OpenMP's threads, for which torch's own operators would wait
+    # as a DataLoader's workers do: a forked process has none of OpenMP's threads, for which torch's
+    # own operators would wait
     torch.set_num_threads(1)
     check(where)
 
@@ -72,7 +70,8 @@ if __name__ == "__main__":
     assert threads._pool is not None
     children("after first use")
     for how in sys.argv[1:]:
-        child((torch.multiprocessing if how.startswith("torch") else multiprocessing).get_context("spawn"), how, "after first use")
+        of = torch.multiprocessing if how.startswith("torch") else multiprocessing
+        child(of.get_context("spawn"), how, "after first use")
     threading.Thread(target=after_main).start()
 """
 
@@ -80,40 +79,21 @@ if __name__ == "__main__":
 def run(tmp_path, *arguments):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": str(ROOT)
-    }
-    # a backward starts autograd's thread for every GPU, and with those torch's backward refuses to run after a fork
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [sys.executable, str(path), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=2000,
-    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # a backward starts autograd's thread for every GPU, and with those torch's backward refuses to
+    # run after a fork
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(path), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2000)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
 
-FORKED = [
-    f"{how} {when}"
-    for when in ("after import", "after first use")
-    for how in ("fork", "torch's fork")
-]
-
-
 def expected(*spawned):
-    forked = FORKED if hasattr(os, "fork") else []
-    return sorted(
-        [
-            *forked,
-            "here",
-            *(f"{how} after first use" for how in spawned),
-            "a thread after the main one",
-            "at exit",
-        ]
-    )
+    whens = ("after import", "after first use") if hasattr(os, "fork") else ()
+    forked = [f"{how} {when}" for when in whens for how in ("fork", "torch's fork")]
+    spawned = [f"{how} after first use" for how in spawned]
+    return sorted([*forked, *spawned, "here", "a thread after the main one", "at exit"])
 
 
 def test_forks_and_the_end_of_a_process(tmp_path):

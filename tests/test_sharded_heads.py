@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -304,6 +305,18 @@ def with_a_frozen_head():
     return model
 
 
+class Checkpointed(Tiny):
+    """Head and loss are computed again in the backward."""
+
+    def forward(self, ids, targets):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return None, checkpoint(
+            lambda x: ce(self.lm_head(self.norm(x)), targets), x, use_reentrant=False
+        )
+
+
 class Doubled(torch.autograd.Function):
     """Does not ask what it is given."""
 
@@ -454,87 +467,37 @@ def a_llama(**options):
     same_as_stock(layout, lambda run, b: run(b[0]), model=wrapper, fused={"cross_entropy": 1})
 
 
-OTHERS = {
-    "computed again": lambda: (
-        same_as_stock(
-            HEAD_ALONE, LOSSES["inside"], model=Checkpointed(), fused={"cross_entropy": 1}
-        )
-        and None
+ONE, TWO, SIN = {"cross_entropy": 1}, {"cross_entropy": 1, "sum": 1}, {"sin": 1}
+UNUSED = ddp(find_unused_parameters=True)
+# layout, loss, model, what is fused, what is materialized
+STEPS = {
+    "computed again": (HEAD_ALONE, "inside", Checkpointed, ONE, {}),
+    "computed again, a group": (GROUP, "inside", Checkpointed, ONE, {}),
+    "two reads": (HEAD_ALONE, two_reads, Tiny, TWO, {}),
+    "two reads of a group": (GROUP, two_reads, Tiny, TWO, {}),
+    "made": (HEAD_ALONE, made, Tiny, {}, SIN),
+    "made of a group": (GROUP, made, Tiny, {}, SIN),
+    "made of a root": (fsdp2(), made, Tiny, {}, SIN),
+    "made and read": (GROUP, made_and_read, Tiny, ONE, SIN),
+    "made under DDP": (UNUSED, made, Tiny, {}, SIN),
+    "made and read under DDP": (UNUSED, made_and_read, Tiny, ONE, SIN),
+    "one rank counts": (GROUP, one_rank_counts, Tiny, ONE, {}),
+    "frozen": (HEAD_ALONE, "outside", with_a_frozen_head, ONE, {}),
+    "unasked": (GROUP, unasked, Tiny, {}, {"flatten": 1}),
+    "not linear, in root": (fsdp2(*BLOCKS), "outside", with_a_head_that_is_not_linear, ONE, {}),
+    "not linear, a group": (HEAD_ALONE, "outside", with_a_head_that_is_not_linear, ONE, {}),
+    "not linear, with norm": (GROUP, "outside", with_a_head_that_is_not_linear, ONE, {}),
+    "not linear, groups in it": (
+        fsdp2("lm_head.base"), "outside", with_a_head_that_is_not_linear, {}, {"forward": 1}
     ),
-    "computed again, a group": lambda: (
-        same_as_stock(GROUP, LOSSES["inside"], model=Checkpointed(), fused={"cross_entropy": 1})
-        and None
-    ),
-    "two reads": lambda: (
-        same_as_stock(HEAD_ALONE, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None
-    ),
-    "two reads of a group": lambda: (
-        same_as_stock(GROUP, two_reads, fused={"cross_entropy": 1, "sum": 1}) and None
-    ),
-    "made": lambda: same_as_stock(HEAD_ALONE, made, made={"sin": 1}) and None,
-    "made of a group": lambda: same_as_stock(GROUP, made, made={"sin": 1}) and None,
-    "made of a root": lambda: same_as_stock(fsdp2(), made, made={"sin": 1}) and None,
-    "made and read": lambda: (
-        same_as_stock(GROUP, made_and_read, fused={"cross_entropy": 1}, made={"sin": 1}) and None
-    ),
-    "made under DDP": lambda: (
-        same_as_stock(ddp(find_unused_parameters=True), made, made={"sin": 1}) and None
-    ),
-    "made and read under DDP": lambda: (
-        same_as_stock(
-            ddp(find_unused_parameters=True),
-            made_and_read,
-            fused={"cross_entropy": 1},
-            made={"sin": 1},
-        )
-        and None
-    ),
-    "one rank counts": lambda: (
-        same_as_stock(GROUP, one_rank_counts, fused={"cross_entropy": 1}) and None
-    ),
-    "frozen": lambda: (
-        same_as_stock(
-            HEAD_ALONE, LOSSES["outside"], model=with_a_frozen_head(), fused={"cross_entropy": 1}
-        )
-        and None
-    ),
-    "unasked": lambda: same_as_stock(GROUP, unasked, made={"flatten": 1}) and None,
-    "not linear, in root": lambda: (
-        same_as_stock(
-            fsdp2(*BLOCKS),
-            LOSSES["outside"],
-            model=with_a_head_that_is_not_linear(),
-            fused={"cross_entropy": 1},
-        )
-        and None
-    ),
-    "not linear, a group": lambda: (
-        same_as_stock(
-            HEAD_ALONE,
-            LOSSES["outside"],
-            model=with_a_head_that_is_not_linear(),
-            fused={"cross_entropy": 1},
-        )
-        and None
-    ),
-    "not linear, with norm": lambda: (
-        same_as_stock(
-            GROUP,
-            LOSSES["outside"],
-            model=with_a_head_that_is_not_linear(),
-            fused={"cross_entropy": 1},
-        )
-        and None
-    ),
-    "not linear, groups in it": lambda: (
-        same_as_stock(
-            fsdp2("lm_head.base"),
-            LOSSES["outside"],
-            model=with_a_head_that_is_not_linear(),
-            made={"forward": 1},
-        )
-        and None
-    ),
+}  # fmt: skip
+
+
+def one_case(layout, loss, model, fused, made):
+    same_as_stock(layout, LOSSES.get(loss, loss), model=model(), fused=fused, made=made)
+
+
+OTHERS = {name: partial(one_case, *row) for name, row in STEPS.items()} | {
     "bfloat16": lambda: mixed_precision(lambda **o: fsdp2(*BLOCKS, "lm_head", **o)),
     "bfloat16, norm and head": lambda: mixed_precision(
         lambda **o: fsdp2(*BLOCKS, ("norm", "lm_head"), **o)
@@ -647,18 +610,6 @@ def in_calibrated(layout):
     return wrapped
 
 
-class Checkpointed(Tiny):
-    """Head and loss are computed again in the backward."""
-
-    def forward(self, ids, targets):
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x)
-        return None, checkpoint(
-            lambda x: ce(self.lm_head(self.norm(x)), targets), x, use_reentrant=False
-        )
-
-
 def read_as_dtensor(run, b):
     z = run(b[0])
     if not hasattr(z, "placements"):
@@ -718,58 +669,6 @@ def a_parallel_llama(first):
     )
 
 
-ONE = {"cross_entropy": 1}
-PARALLEL = {
-    "to replicas": lambda: same_of_classes(to_replicas, LOSSES["outside"], fused=ONE),
-    "to replicas, none": lambda: same_of_classes(to_replicas, LOSSES["none"], fused=ONE),
-    "to replicas, a cap": lambda: same_of_classes(
-        to_replicas, LOSSES["inside"], model=Tiny(bias=True, cap=3.0), first=False, fused=ONE
-    ),
-    "no bias": lambda: same_of_classes(to_replicas, LOSSES["inside"], model=Tiny(), fused=ONE),
-    "two reads": lambda: same_of_classes(
-        to_replicas, two_reads, fused={"cross_entropy": 1, "sum": 1}
-    ),
-    "options": lambda: same_of_classes(
-        to_replicas,
-        options_and_probabilities,
-        fused={"cross_entropy": 2, "logsumexp": 1},
-        allowed=math.inf,
-    ),
-    "gradients of what is whole": lambda: same_of_classes(
-        in_calibrated(to_replicas),
-        lambda run, b: run(b[0]),
-        model=Calibrated(),
-        fused=ONE,
-        allowed=math.inf,
-    ),
-    "frozen": lambda: same_of_classes(
-        to_replicas, LOSSES["outside"], model=with_a_frozen_head(), fused=ONE
-    ),
-    "made": lambda: same_of_classes(to_replicas, made, fused={}, made={"sin": 1}),
-    "made and read": lambda: same_of_classes(
-        to_replicas, made_and_read, fused=ONE, made={"sin": 1}
-    ),
-    "a DTensor": lambda: same_of_classes(
-        as_dtensor, read_as_dtensor, fused={"cross_entropy": 1, "argmax": 1}
-    ),
-    "a DTensor, made": lambda: same_of_classes(
-        as_dtensor, made_of_a_dtensor, fused={}, made={"sin": 1}
-    ),
-    "loss_parallel": lambda: same_of_classes(as_dtensor, under_loss_parallel, fused=ONE),
-    "local classes": lambda: same_of_classes(
-        cut_locally, of_local_classes, fused={}, made={"to_local": 1}
-    ),
-    "a head that is not linear": lambda: same_of_classes(
-        to_replicas_inside,
-        LOSSES["outside"],
-        model=with_a_head_that_is_not_linear(),
-        made={"forward": 1},
-    ),
-    "transformers": lambda: a_parallel_llama(first=False),
-    "transformers, fused before": lambda: a_parallel_llama(first=True),
-}
-
-
 def to_replicas_inside(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -785,6 +684,53 @@ def _placement(name, *args):
     import torch.distributed.tensor
 
     return getattr(torch.distributed.tensor, name)(*args)
+
+
+ANY = {"allowed": math.inf}
+
+
+def biased():
+    return Tiny(bias=True)
+
+
+# layout, loss, model, what is fused, what is materialized, and what else differs
+CLASS_STEPS = {
+    "to replicas": (to_replicas, "outside", biased, ONE, {}),
+    "to replicas, none": (to_replicas, "none", biased, ONE, {}),
+    "to replicas, a cap": (
+        to_replicas, "inside", lambda: Tiny(bias=True, cap=3.0), ONE, {}, {"first": False}
+    ),
+    "no bias": (to_replicas, "inside", Tiny, ONE, {}),
+    "two reads": (to_replicas, two_reads, biased, TWO, {}),
+    "options": (
+        to_replicas, options_and_probabilities, biased,
+        {"cross_entropy": 2, "logsumexp": 1}, {}, ANY,
+    ),
+    "gradients of what is whole": (
+        in_calibrated(to_replicas), lambda run, b: run(b[0]), Calibrated, ONE, {}, ANY
+    ),
+    "frozen": (to_replicas, "outside", with_a_frozen_head, ONE, {}),
+    "made": (to_replicas, made, biased, {}, SIN),
+    "made and read": (to_replicas, made_and_read, biased, ONE, SIN),
+    "a DTensor": (as_dtensor, read_as_dtensor, biased, {"cross_entropy": 1, "argmax": 1}, {}),
+    "a DTensor, made": (as_dtensor, made_of_a_dtensor, biased, {}, SIN),
+    "loss_parallel": (as_dtensor, under_loss_parallel, biased, ONE, {}),
+    "local classes": (cut_locally, of_local_classes, biased, {}, {"to_local": 1}),
+    "a head that is not linear": (
+        to_replicas_inside, "outside", with_a_head_that_is_not_linear, {}, {"forward": 1}
+    ),
+}  # fmt: skip
+
+
+def one_case_of_classes(layout, loss, model, fused, made, more=None):
+    loss = LOSSES.get(loss, loss)
+    same_of_classes(layout, loss, model=model(), fused=fused, made=made, **(more or {}))
+
+
+PARALLEL = {name: partial(one_case_of_classes, *row) for name, row in CLASS_STEPS.items()} | {
+    "transformers": lambda: a_parallel_llama(first=False),
+    "transformers, fused before": lambda: a_parallel_llama(first=True),
+}
 
 
 # --- four ranks in two dimensions
@@ -821,26 +767,18 @@ def hybrid(model):
 
 
 SQUARE = {
-    "hybrid": lambda: same_as_stock(hybrid, LOSSES["outside"], fused=ONE) and None,
-    "both, root": lambda: same_of_classes(
-        two_dimensions(), LOSSES["outside"], fused=ONE, allowed=math.inf
-    ),
-    "both, head": lambda: same_of_classes(
-        two_dimensions(("lm_head",)), LOSSES["outside"], fused=ONE, allowed=math.inf
-    ),
-    "both, head, none": lambda: same_of_classes(
-        two_dimensions(("lm_head",)), LOSSES["none"], fused=ONE, allowed=math.inf
-    ),
-    "both, norm and head": lambda: same_of_classes(
-        two_dimensions(("norm", "lm_head")),
-        LOSSES["inside"],
-        first=False,
-        fused=ONE,
-        allowed=math.inf,
-    ),
-    "both, made": lambda: same_of_classes(
-        two_dimensions(("norm", "lm_head")), made, made={"sin": 1}
-    ),
+    "hybrid": partial(one_case, hybrid, "outside", Tiny, ONE, {}),
+    "both, root": partial(one_case_of_classes, two_dimensions(), "outside", biased, ONE, {}, ANY),
+} | {
+    f"both, {name}": partial(
+        one_case_of_classes, two_dimensions(group), loss, biased, fused, made, ANY | more
+    )
+    for name, group, loss, fused, made, more in (
+        ("head", ("lm_head",), "outside", ONE, {}, {}),
+        ("head, none", ("lm_head",), "none", ONE, {}, {}),
+        ("norm and head", ("norm", "lm_head"), "inside", ONE, {}, {"first": False}),
+        ("made", ("norm", "lm_head"), made, {}, SIN, {}),
+    )
 }
 
 
@@ -851,19 +789,16 @@ def compiled(layout):
     return lambda model: (torch.compile(layout(model)[0], backend="aot_eager"), None)
 
 
+def capped():
+    return Tiny(cap=3.0)
+
+
 COMPILED = {
-    "FSDP2, head": lambda: (
-        same_as_stock(compiled(HEAD_ALONE), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE)
-        and None
-    ),
-    "FSDP2, norm and head": lambda: (
-        same_as_stock(compiled(GROUP), LOSSES["outside"], model=Tiny(cap=3.0), fused=ONE) and None
-    ),
-    "DDP": lambda: (
-        same_as_stock(compiled(ddp()), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE) and None
-    ),
-    "classes cut": lambda: same_of_classes(
-        compiled(to_replicas), LOSSES["inside"], model=Tiny(cap=3.0), fused=ONE, allowed=math.inf
+    "FSDP2, head": partial(one_case, compiled(HEAD_ALONE), "inside", capped, ONE, {}),
+    "FSDP2, norm and head": partial(one_case, compiled(GROUP), "outside", capped, ONE, {}),
+    "DDP": partial(one_case, compiled(ddp()), "inside", capped, ONE, {}),
+    "classes cut": partial(
+        one_case_of_classes, compiled(to_replicas), "inside", capped, ONE, {}, ANY
     ),
 }
 
@@ -913,7 +848,7 @@ def under_deepspeed(stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed(stage):
+def test_deepspeed_stages_equal_one_process(stage):
     pytest.importorskip("deepspeed")
     on_ranks(2, under_deepspeed, stage)
 
@@ -936,17 +871,17 @@ def a_case(case):
 EVERY_OTHER = [("use", name) for name in OTHERS] + [("classes cut", name) for name in PARALLEL]
 
 
-def test_two_ranks():
+def test_layouts_equal_one_process_on_two_ranks():
     cases_on_ranks(2, a_case, [("layout", *case) for case in SHORT] + EVERY_OTHER[::2])
 
 
 @pytest.mark.slow
-def test_two_ranks_everything():
+def test_every_layout_equals_one_process_on_two_ranks():
     cases_on_ranks(2, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER)
 
 
 @pytest.mark.slow
-def test_four_ranks():
+def test_every_layout_equals_one_process_on_four_ranks():
     more = [("square", name) for name in SQUARE] + [("compiled", name) for name in COMPILED]
     cases_on_ranks(
         4, a_case, [("layout", *case) for case in CASES] + EVERY_OTHER + more, timeout=5000.0

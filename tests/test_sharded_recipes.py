@@ -15,8 +15,8 @@ from ranks import TIMEOUT
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {
     "distributed": [
-        "A slice of the logits",
-        "A slice of the head",
+        "A shard of the logits",
+        "A shard of the head",
         "DTensor",
         "Sequence and context parallelism",
     ],

@@ -1,5 +1,5 @@
-"""torch's switches for a whole process, or a stretch of it: what they do not speak of stays the
-same to the bit."""
+"""torch's switches, for a process or a block: results that they do not speak of stay the same, bit
+for bit."""
 
 import contextlib
 
@@ -18,29 +18,24 @@ def switched(switch, on, off):
         switch(off)
 
 
+swap = torch.__future__.set_swap_module_params_on_conversion
 SWITCHES = {
-    "default dtype float64": lambda: switched(
-        torch.set_default_dtype, torch.float64, torch.float32
-    ),
-    "default dtype float16": lambda: switched(
-        torch.set_default_dtype, torch.float16, torch.float32
-    ),
-    "default dtype bfloat16": lambda: switched(
-        torch.set_default_dtype, torch.bfloat16, torch.float32
-    ),
+    **{
+        f"default {dtype}": lambda dtype=dtype: switched(
+            torch.set_default_dtype, dtype, torch.float32
+        )
+        for dtype in (torch.float64, torch.float16, torch.bfloat16)
+    },
     "default device": lambda: switched(torch.set_default_device, "meta", None),
     "a device as context": lambda: torch.device("meta"),
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
     "backward in the caller's thread": lambda: torch.autograd.set_multithreading_enabled(False),
     "views replayed": lambda: torch.autograd._force_original_view_tracking(True),
-    "parameters swapped": lambda: switched(
-        torch.__future__.set_swap_module_params_on_conversion, True, False
-    ),
-    "memory as it comes": lambda: switched(torch.use_deterministic_algorithms, False, True),
+    "parameters swapped": lambda: switched(swap, True, False),
+    "uninitialized memory": lambda: switched(torch.use_deterministic_algorithms, False, True),
     "autocast, off": lambda: torch.autocast("cpu", enabled=False),
 }
-# what is saved is somebody else's then, and gradients are formed in the backward, with other
-# roundings
+# they take saved tensors, and gradients are computed in the backward, with other roundings
 HOOKS = {
     "saved on the CPU": torch.autograd.graph.save_on_cpu,
     "saved tensors may be written": torch.autograd.graph.allow_mutation_on_saved_tensors,
@@ -49,25 +44,24 @@ HOOKS = {
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_a_switch_changes_nothing(switch, thrifty_place):
-    there = public.tensors(thrifty_place.device, torch.bfloat16)
+@pytest.mark.slow_interpreted
+def test_a_switch_changes_nothing(switch, place):
+    there = public.tensors(place.device, torch.bfloat16)
     for name, call in public.CALLS.items():
-        want = call(there, thrifty_place.impl)
+        want = call(there, place.impl)
         with SWITCHES[switch]():
-            got = call(there, thrifty_place.impl)
-        assert [(t.dtype, t.device, t.shape) for t in got] == [
-            (t.dtype, t.device, t.shape) for t in want
-        ], name
-        assert all(map(torch.equal, got, want)), name
+            got = call(there, place.impl)
+        kinds = [[(t.dtype, t.device, t.shape) for t in made] for made in (got, want)]
+        assert kinds[0] == kinds[1] and all(map(torch.equal, got, want)), name
 
 
 @pytest.mark.parametrize("hooks", HOOKS)
-def test_saved_elsewhere(hooks, thrifty_place):
-    there = public.tensors(thrifty_place.device)
+@pytest.mark.slow_interpreted
+def test_saved_elsewhere(hooks, place):
+    there = public.tensors(place.device)
     for name, call in public.CALLS.items():
-        want = call(there, thrifty_place.impl)
+        want = call(there, place.impl)
         with HOOKS[hooks]():
-            got = call(there, thrifty_place.impl)
-        torch.testing.assert_close(
-            got, want, rtol=1e-5, atol=1e-7, msg=lambda said, name=name: f"{name}: {said}"
-        )
+            got = call(there, place.impl)
+        say = lambda said, name=name: f"{name}: {said}"  # noqa: E731
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7, msg=say)

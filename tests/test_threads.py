@@ -1,5 +1,5 @@
-"""Blocks in threads of their own: the same numbers, errors and modes as in one thread, and nothing
-left behind."""
+"""Blocks in several threads: the numbers, errors and modes of one thread, and nothing left
+behind."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def test_the_numbers_are_those_of_one_thread(dtype, options, soft, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
-def test_temporaries_of_all_threads_together_stay_what_they_are():
+def test_temporaries_of_all_threads_together_are_those_of_one():
     for n, v, itemsize in ((1024, 32000, 2), (4096, 128256, 2), (64, 262144, 4)):
         for temporaries in (1, 7):
             alone = torch_rows.block_rows(n, v, itemsize, 4, True, temporaries)
@@ -80,31 +80,19 @@ def test_an_error_in_a_thread_is_raised_and_the_next_call_works():
     assert threads.run([lambda i=i: i * i for i in range(20)], 3) == [i * i for i in range(20)]
 
 
-def test_the_number_of_threads_of_everybody_else_stays():
+def test_the_number_of_threads_of_others_stays():
     before = torch.get_num_threads()
     threads._forget()
     threads.run([int] * 5, 3)
-    seen = []
-    fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-    fresh.start()
-    fresh.join()
-    assert torch.get_num_threads() == before and seen == [before]
+    assert torch.get_num_threads() == before and together([torch.get_num_threads]) == [before]
 
 
 def test_several_callers_at_once():
     x, target = logits_and_ids(200, 400)
     x = x.detach()
     want = lossfuse.cross_entropy(x, target)
-    got = []
-    callers = [
-        threading.Thread(target=lambda: got.append(lossfuse.cross_entropy(x, target)))
-        for _ in range(6)
-    ]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join(600)
-    assert len(got) == 6 and all(torch.equal(loss, want) for loss in got)
+    got = together([lambda: lossfuse.cross_entropy(x, target)] * 6)
+    assert all(torch.equal(loss, want) for loss in got)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -130,8 +118,10 @@ def often():
 
 
 @pytest.mark.parametrize("name", public.CALLS)
-def test_every_function_in_several_threads(thrifty_fast_place, often, name):
-    impl, device = thrifty_fast_place.impl, thrifty_fast_place.device
+@pytest.mark.not_reference
+@pytest.mark.slow_interpreted
+def test_every_function_in_several_threads(place, often, name):
+    impl, device = place.impl, place.device
     size = {"n": 6, "v": 40} if impl == "triton" and device == "cpu" else {"n": 100, "v": 400}
     call, seeds = public.CALLS[name], range(4)
     cases = [public.tensors(device, seed=seed, **size) for seed in seeds]
@@ -215,7 +205,7 @@ def test_without_threads_the_caller_does_the_work(monkeypatch):
         patch.setattr(threading.Thread, "start", start)
         assert threads.run([lambda i=i: i * i for i in range(20)], 3) == [i * i for i in range(20)]
     assert len(started) == 2 and torch.get_num_threads() == before
-    # the one that did start waits for nobody
+    # the one that did start is not left waiting
     started[0].join(600)
     assert not started[0].is_alive()
     seen = together([torch.get_num_threads])
@@ -289,7 +279,7 @@ def test_a_pool_interrupted_while_it_is_made(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(threading.Barrier, "wait", wait)
         threads.run([int] * 5, 3)
-    # nobody waits for a barrier, or the process would never end
+    # no thread waits for a barrier, or the process would never end
     assert (
         threading.active_count() <= alive
         and torch.get_num_threads() == before

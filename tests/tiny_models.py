@@ -1,5 +1,7 @@
 """Models and batches of transformers that train in milliseconds, without a download."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,3 +53,11 @@ def examples(n: int, length: int = 12) -> list[dict[str, Tensor]]:
         labels[: i % (length - 3)] = -100
         made.append({"input_ids": ids, "labels": labels})
     return made
+
+
+def idioms(arguments: str, names: dict[str, Any], table: str) -> dict[str, Callable[..., Any]]:
+    """Functions of ``arguments`` by their expressions: one a line, or several with semicolons; an
+    indented line continues the one before it."""
+    found = [" ".join(text.split()) for text in re.split(r";|\n(?! )", table) if text.strip()]
+    assert len(set(found)) == len(found)
+    return {text: eval(f"lambda {arguments}: {text}", names) for text in found}

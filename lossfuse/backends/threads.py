@@ -1,14 +1,14 @@
-"""Blocks of rows shared out among threads that each compute alone.
+"""Blocks of rows in threads that each run their operators single-threaded.
 
-An operator's own threads meet at its end, and where one core is taken by somebody else (a data
-loader, another process) every operator of every block waits for it: six times slower than torch,
-which has few long operators, was seen on two cores. Threads that meet once do not."""
+torch's own threads synchronize at the end of every operator. If another process (a data loader)
+takes a core, every operator of every block waits for that core: up to six times the time of torch's
+loss, which has few long operators, on two cores. These threads synchronize once."""
 
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -21,107 +21,113 @@ _making = threading.Lock()
 
 
 def workers() -> int:
-    """As many as an operator would use here; 1 where whoever watches this thread's operators must
-    see them all."""
+    """Number of threads an operator would use; 1 under a dispatch mode or the profiler, which see
+    the operators of their own thread only."""
     watched = _get_current_dispatch_mode() is not None or torch._C._autograd._profiler_enabled()
     return 1 if watched else torch.get_num_threads()
 
 
 def run(tasks: Sequence[Callable[[], T]], count: int) -> list[T]:
-    """The results of all tasks, by ``count`` threads, or by the caller where no thread is to be
-    had.
+    """The results of all tasks, computed by ``count`` threads, or by the caller if no thread can be
+    started.
 
     An exception is raised after every thread has stopped.
     """
-    inference = torch.is_inference_mode_enabled()
-    todo = iter(enumerate(tasks))
-    results: dict[int, T] = {}
-    errors: list[BaseException] = []
-    changed = threading.Condition()
-    busy, over = 0, False
-
-    def work() -> None:
-        nonlocal busy, over
-        # modes belong to threads
-        with torch.inference_mode(inference), torch.no_grad():
-            while True:
-                with changed:
-                    i, task = (-1, None) if over else next(todo, (-1, None))
-                    if task is None:
-                        over = True
-                        changed.notify_all()
-                        return
-                    busy += 1
-                try:
-                    results[i] = task()
-                except BaseException as error:
-                    errors.append(error)
-                    over = True
-                finally:
-                    with changed:
-                        busy -= 1
-                        changed.notify_all()
-
-    def wait() -> None:
-        with changed:
-            changed.wait_for(lambda: over and busy == 0)
-
-    asked = 0
+    queue = _Queue(tasks)
+    submitted = 0
     try:
         try:
-            pool = _pool_of(count)
+            pool = _get_pool(count)
             for _ in range(min(count, len(tasks))):
-                pool.submit(work)
-                asked += 1
+                pool.submit(queue.work)
+                submitted += 1
         except RuntimeError:
-            # no more threads: the process ends, or has as many as it may have
-            if asked == 0:
+            # no thread can be started: the interpreter shuts down, or a limit is reached
+            if submitted == 0:
                 return [task() for task in tasks]
-        wait()
+        queue.wait()
     except BaseException:
-        # an interrupt: nobody may go on writing into the caller's memory, nor may another one let
-        # them
-        over = True
+        # an interrupt: wait until no thread writes into the caller's memory, also through further
+        # interrupts
+        queue.stopping = True
         while True:
             try:
-                wait()
+                queue.wait()
                 break
             except KeyboardInterrupt:
                 pass
         raise
-    if errors:
-        raise errors[0]
-    return [results[i] for i in range(len(tasks))]
+    if queue.errors:
+        raise queue.errors[0]
+    return [queue.results[i] for i in range(len(tasks))]
 
 
-def _pool_of(count: int) -> ThreadPoolExecutor:
+class _Queue(Generic[T]):
+    """Tasks that threads take one by one, until none is left or one has failed."""
+
+    def __init__(self, tasks: Sequence[Callable[[], T]]) -> None:
+        self._inference = torch.is_inference_mode_enabled()
+        self._todo = iter(enumerate(tasks))
+        self._changed = threading.Condition()
+        self._busy = 0
+        self.stopping = False
+        self.results: dict[int, T] = {}
+        self.errors: list[BaseException] = []
+
+    def work(self) -> None:
+        # these modes are thread-local
+        with torch.inference_mode(self._inference), torch.no_grad():
+            while True:
+                with self._changed:
+                    i, task = (-1, None) if self.stopping else next(self._todo, (-1, None))
+                    if task is None:
+                        self.stopping = True
+                        self._changed.notify_all()
+                        return
+                    self._busy += 1
+                try:
+                    self.results[i] = task()
+                except BaseException as error:
+                    self.errors.append(error)
+                    self.stopping = True
+                finally:
+                    with self._changed:
+                        self._busy -= 1
+                        self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Until no thread works on a task and none will start one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.stopping and self._busy == 0)
+
+
+def _get_pool(count: int) -> ThreadPoolExecutor:
     global _pool, _size
     with _making:
         if _pool is None or _size < count:
-            mine = torch.get_num_threads()
-            together = threading.Barrier(count + 1)
+            num_threads = torch.get_num_threads()
+            started = threading.Barrier(count + 1)
             pool = ThreadPoolExecutor(count, thread_name_prefix="lossfuse")
             try:
                 for _ in range(count):
-                    pool.submit(_alone, together)
-                together.wait()
+                    pool.submit(_use_one_thread, started)
+                started.wait()
             except BaseException:
-                # those that are there would wait for the others until the process ends, which waits
-                # for them
-                together.abort()
+                # threads that have started would wait for the others forever
+                started.abort()
                 pool.shutdown()
                 raise
             finally:
-                # the number is of the thread, but a thread that never set one starts with what was
-                # set last anywhere
-                torch.set_num_threads(mine)
+                # the setting is thread-local, but a thread that never set it inherits the last one
+                # of any thread
+                torch.set_num_threads(num_threads)
             _pool, _size = pool, count
         return _pool
 
 
-def _alone(together: threading.Barrier) -> None:
+def _use_one_thread(started: threading.Barrier) -> None:
     torch.set_num_threads(1)
-    together.wait()
+    started.wait()
 
 
 def _forget() -> None:
@@ -129,6 +135,6 @@ def _forget() -> None:
     _pool, _making = None, threading.Lock()
 
 
-# a forked process has the pool and none of its threads
+# a forked process has the pool, but not its threads
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)

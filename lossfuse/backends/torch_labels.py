@@ -1,8 +1,8 @@
 """Binary cross entropy by torch code over blocks of rows that fit a cache.
 
-Each label is a loss of its own, so a block is read once and its gradient written where it stays.
-Listed ids are dealt with apart: all labels are taken for zeros, and the few that are ones are put
-right, in the sum and in the gradient, before anybody adds them up."""
+No label depends on another, so a block is read once and its gradient written once. Against ids, a
+block is computed as if all labels were 0; then the entries of the ids are overwritten, in the
+losses before they are summed and in the gradient."""
 
 import functools
 
@@ -20,26 +20,28 @@ from .torch_rows import (
     threads_for,
 )
 
-# a block and what is made of it, alive at once
+# temporaries of the size of a block that are live at once: against ids, and against a dense target
 LISTED_BLOCKS, DENSE_BLOCKS = 2, 6
-# beyond it exp(-x) is nothing to x, in float64 too
+# of softplus: beyond it exp(-x) is below float64's epsilon relative to x
 THRESHOLD = 40.0
 
 
-def sigmoid_loss_and_grads(
+def label_loss_and_grads(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
     ignore_index: int,
     *,
-    loss: Tensor | None,
-    dloss: Tensor | None,
-    dlogits: Tensor | None,
-    dtarget: Tensor | None,
+    loss: Tensor | None = None,
+    dloss: Tensor | None = None,
+    dlogits: Tensor | None = None,
+    dtarget: Tensor | None = None,
 ) -> None:
-    """Fill what is given: ``loss`` (N, V), or (N, 1) with the sums of rows; gradients (N, V).
-    ``dlogits`` may be ``logits``."""
+    """Fill ``loss`` and the gradients that are given.
+
+    ``loss`` is (N, V), or (N, 1) for the sums of rows; gradients are (N, V). ``dlogits`` may be
+    ``logits``."""
     n, v = logits.shape
     if n == 0 or v == 0:
         if loss is not None:
@@ -61,7 +63,7 @@ def sigmoid_loss_and_grads(
     )
     elementwise = loss is not None and loss.shape == logits.shape and v > 1
 
-    def part(first: int, last: int) -> None:
+    def fill_rows(first: int, last: int) -> None:
         scratch = torch.empty(temporaries, rows, width, dtype=dtype, device=logits.device)
         for i in range(first, last, rows):
             for j in range(0, v, width):
@@ -71,29 +73,31 @@ def sigmoid_loss_and_grads(
                     for a in (logits, weight, pos_weight, dloss, dlogits, dtarget)
                 )
                 assert x is not None
-                room = scratch[:, : x.shape[0], : x.shape[1]]
+                buffers = scratch[:, : x.shape[0], : x.shape[1]]
                 if listed:
-                    made = _listed(
-                        x, target[block[0]], w, pw, ignore_index, d, dx, loss is not None, room
+                    block_loss = _listed(
+                        x, target[block[0]], w, pw, ignore_index, d, dx, loss is not None, buffers
                     )
                 else:
-                    made = _dense(x, target[block], w, pw, d, dx, dt, loss is not None, room)
-                if loss is None or made is None:
+                    block_loss = _dense(
+                        x, target[block], w, pw, d, dx, dt, loss is not None, buffers
+                    )
+                if loss is None or block_loss is None:
                     continue
                 if elementwise:
-                    loss[block].copy_(made)
+                    loss[block].copy_(block_loss)
                 elif j == 0:
-                    torch.sum(made, 1, keepdim=True, out=loss[block[0]])
+                    torch.sum(block_loss, 1, keepdim=True, out=loss[block[0]])
                 else:
-                    loss[block[0]] += made.sum(1, keepdim=True)
+                    loss[block[0]] += block_loss.sum(1, keepdim=True)
 
     if count == 1:
-        part(0, n)
+        fill_rows(0, n)
         return
-    # several parts for each thread, whole blocks, for when one of them is held up
+    # several parts per thread, each of whole blocks, so that a delayed thread has less left to do
     length = max(rows, -(-n // (4 * count * rows)) * rows)
     threads.run(
-        [functools.partial(part, i, min(i + length, n)) for i in range(0, n, length)], count
+        [functools.partial(fill_rows, i, min(i + length, n)) for i in range(0, n, length)], count
     )
 
 
@@ -107,15 +111,14 @@ def block_shape(
     count: int,
     whole_rows: bool,
 ) -> tuple[int, int]:
-    """(rows, labels) of a block, with so many temporaries of a block alive at once in each of
-    ``count`` threads."""
+    """(rows, labels) of a block: ``count`` threads hold ``temporaries`` blocks each."""
     size = min(
         CPU_BLOCK_BYTES if cpu else DEVICE_BLOCK_BYTES,
         max(TEMPORARY_BYTES, n * v * itemsize // TEMPORARY_SHARE),
     )
-    most = max(1, size // (temporaries * count * work_itemsize))
-    width = v if whole_rows else min(v, most)
-    return max(1, min(n, most // width)), width
+    block = max(1, size // (temporaries * count * work_itemsize))
+    width = v if whole_rows else min(v, block)
+    return max(1, min(n, block // width)), width
 
 
 def _listed(
@@ -129,16 +132,17 @@ def _listed(
     need_loss: bool,
     scratch: Tensor,
 ) -> Tensor | None:
-    """Losses of a block of whole rows against the ids (n, P) of the labels that are 1, in
-    ``scratch`` (2, n, V); the gradient filled."""
+    """Losses of a block of whole rows against the ids (n, P) of the labels that are 1.
+
+    Computed in ``scratch`` (2, n, V); fills ``dlogits``."""
     v = logits.shape[1]
     loss, work = scratch[0], scratch[1]
     x = logits if logits.dtype == work.dtype else work.copy_(logits)
     given = ids != ignore_index
     valid = given & (ids >= 0) & (ids < v)
     bad = (given & ~valid).any(1, keepdim=True)
-    # padding repeats the row's largest id, and what is written twice is written alike; id 0 stays a
-    # zero in a row without any
+    # padding becomes the row's largest id, whose entry is then written twice with the same value.
+    # A row without ids writes the entry of label 0 as a zero's
     y = torch.where(valid, ids, torch.where(valid, ids, 0).amax(1, keepdim=True))
     valid = valid.any(1, keepdim=True)
     x_y = x.gather(1, y)
@@ -148,7 +152,7 @@ def _listed(
         torch.ops.aten.softplus.out(x, 1.0, THRESHOLD, out=loss)
         # 0 * x is NaN for infinite x, as torch's loss is
         loss.scatter_(1, y, torch.where(valid, factor * up + 0.0 * x_y, down))
-        if _may_be(bad | _unbounded(x)):
+        if _may_have_any(bad | _unbounded(x)):
             loss.masked_fill_(bad | (x == -torch.inf), torch.nan)
         if weight is not None:
             loss.mul_(weight)
@@ -157,7 +161,7 @@ def _listed(
         dx = torch.sigmoid(x, out=dlogits if direct else work)
         dx.scatter_(1, y, torch.where(valid, -factor * torch.sigmoid(-x_y), torch.sigmoid(x_y)))
         dx.mul_(dloss if weight is None else dloss * weight)
-        if _may_be(bad):
+        if _may_have_any(bad):
             dx.masked_fill_(bad, torch.nan)
         if not direct:
             dlogits.copy_(dx)
@@ -175,12 +179,14 @@ def _dense(
     need_loss: bool,
     scratch: Tensor,
 ) -> Tensor | None:
-    """Losses of a block against its targets, in ``scratch`` (6, n, v); the gradients filled."""
-    # new memory for every block would take longer than what is done in it
-    loss, work, no, tail, x_room, t_room = scratch
+    """Losses of a block against a dense target.
+
+    Computed in ``scratch`` (6, n, v), since allocating takes longer than computing a block; fills
+    the gradients."""
+    loss, work, no, tail, x_buffer, t_buffer = scratch
     x, t = (
-        a if a.dtype == room.dtype else room.copy_(a)
-        for a, room in ((logits, x_room), (target, t_room))
+        a if a.dtype == buffer.dtype else buffer.copy_(a)
+        for a, buffer in ((logits, x_buffer), (target, t_buffer))
     )
     factor = None if pos_weight is None else pos_weight.to(x.dtype)
     yes = t if factor is None else t * factor
@@ -195,7 +201,7 @@ def _dense(
         loss.addcmul_(no, torch.clamp(x, min=0.0, out=work)).addcmul_(
             yes, torch.clamp(x, max=0.0, out=work), value=-1.0
         )
-        if _may_be(_unbounded(x)):
+        if _may_have_any(_unbounded(x)):
             loss.masked_fill_(x == -torch.inf, torch.nan)
         if weight is not None:
             loss.mul_(weight)
@@ -210,7 +216,7 @@ def _dense(
                 (factor * (tail - x.clamp(max=0.0)) - (tail + x.clamp(min=0.0))).mul_(scale)
             )
     if dlogits is not None:
-        # sigmoid(x) - t in two parts, each with all its digits
+        # (1 - t) * sigmoid(x) - t * sigmoid(-x): does not cancel for a t of 0 or 1
         no.mul_(torch.sigmoid(x, out=work)).addcmul_(
             yes, torch.neg(x, out=work).sigmoid_(), value=-1.0
         )
@@ -222,11 +228,10 @@ def _dense(
 
 
 def _unbounded(x: Tensor) -> Tensor:
-    """(n, 1): rows with a logit of -inf, and those of a NaN, whose minimum says nothing."""
+    """(n, 1) True for rows with a logit of -inf or NaN."""
     return ~(x.amin(1, keepdim=True) > -torch.inf)
 
 
-def _may_be(mask: Tensor) -> bool:
-    """Whether a mask has anything in it: looked up on the CPU, taken for granted elsewhere rather
-    than synchronise."""
+def _may_have_any(mask: Tensor) -> bool:
+    """False on the CPU if the mask is all False; always True elsewhere, to not synchronize."""
     return mask.device.type != "cpu" or bool(mask.any())

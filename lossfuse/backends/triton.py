@@ -1,4 +1,4 @@
-"""Rows and a spec -> launches of our Triton kernels. The only importer of ``lossfuse.kernels``."""
+"""Rows and a spec -> launches of Triton kernels. The only importer of ``lossfuse.kernels``."""
 
 from typing import TypedDict
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..kernels import (
     fused_rows,
+    label_rows,
     linear_rows,
     log_softmax_rows,
     scale_rows,
-    sigmoid_rows,
     soft_target_rows,
     softmax_rows,
 )
@@ -28,8 +28,15 @@ class _Options(_RowOptions):
     lse_square_scale: float | None
 
 
+class _HeadOptions(TypedDict):
+    ignore_index: int
+    scale: float | None
+    softcap: float | None
+    lse_square_scale: float | None
+
+
 def _row_options(spec: LossSpec) -> _RowOptions:
-    """What is not asked for is None, so that no code is made for it."""
+    """Absent options are None, so that Triton compiles no code for them."""
     return {
         "scale": spec.logit_scale,
         "softcap": spec.softcap,
@@ -46,34 +53,34 @@ def _has_unit_stride(t: Tensor) -> bool:
 
 
 def _unit_stride(t: Tensor) -> Tensor:
-    """Kernels step through a row one element at a time; other layouts are copied once."""
+    """Kernels take rows of stride 1; other layouts are copied once."""
     return t if _has_unit_stride(t) else t.contiguous()
+
+
+def _fp32(class_weight: Tensor | None) -> Tensor | None:
+    return None if class_weight is None else class_weight.to(torch.float32).contiguous()
 
 
 def _operands(
     logits: Tensor, target: Tensor, class_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    weight = None if class_weight is None else class_weight.to(torch.float32).contiguous()
-    return (
-        _unit_stride(logits),
-        _unit_stride(target) if target.is_floating_point() else target.contiguous(),
-        weight,
-    )
+    target = _unit_stride(target) if target.is_floating_point() else target.contiguous()
+    return _unit_stride(logits), target, _fp32(class_weight)
 
 
 def row_loss(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec
 ) -> tuple[Tensor, Tensor]:
-    """(N,) losses, and the statistics ``row_grads`` takes."""
+    """(N,) losses, and the statistics that ``row_grads`` needs."""
     operands = _operands(logits, target, class_weight)
     if target.is_floating_point():
         return soft_target_rows.row_loss(*operands, **_options(spec))
     return softmax_rows.row_loss(*operands, ignore_index=spec.ignore_index, **_options(spec))
 
 
-def _room(x: Tensor, logits: Tensor, dlogits: Tensor | None) -> Tensor | None:
-    """Where kernels put the gradient: ``dlogits``, or rows with unit stride to be copied there;
-    ``x`` is ``logits`` or such a copy."""
+def _grad_buffer(x: Tensor, logits: Tensor, dlogits: Tensor | None) -> Tensor | None:
+    """``dlogits``, or memory with rows of stride 1 to be copied there: ``x``, if it is a copy of
+    ``logits``."""
     if dlogits is None or _has_unit_stride(dlogits):
         return dlogits
     return x if x is not logits else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -83,24 +90,24 @@ def row_grads(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
-    kept: Tensor,
+    saved: Tensor,
     upstream: Upstream,
     spec: LossSpec,
-    dlogits: Tensor | None,
-    dtarget: Tensor | None,
+    dlogits: Tensor | None = None,
+    dtarget: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are given; ``dlogits`` may be ``logits``."""
     x, t, weight = _operands(logits, target, class_weight)
-    room = _room(x, logits, dlogits)
-    dlse, dlogprob, dentropy = (None if t is None else t.contiguous() for t in upstream[1:])
+    buffer = _grad_buffer(x, logits, dlogits)
+    dlse, dlogprob, dentropy = (None if d is None else d.contiguous() for d in upstream[1:])
     if target.is_floating_point():
         soft_target_rows.row_grads(
             x,
             t,
             weight,
-            kept,
+            saved,
             upstream.loss,
-            dlogits=room,
+            dlogits=buffer,
             dtarget=dtarget,
             dlse=dlse,
             dlogprob=dlogprob,
@@ -108,14 +115,14 @@ def row_grads(
             num_classes=spec.num_classes,
             **_options(spec),
         )
-    elif room is not None:
+    elif buffer is not None:
         softmax_rows.row_grads(
             x,
             t,
             weight,
-            kept,
+            saved,
             upstream.loss,
-            dlogits=room,
+            dlogits=buffer,
             dlse=dlse,
             dlogprob=dlogprob,
             dentropy=dentropy,
@@ -124,8 +131,12 @@ def row_grads(
             ignore_index=spec.ignore_index,
             **_options(spec),
         )
-    if dlogits is not None and room is not None and room is not dlogits:
-        dlogits.copy_(room)
+    _copy_back(buffer, dlogits)
+
+
+def _copy_back(buffer: Tensor | None, dlogits: Tensor | None) -> None:
+    if dlogits is not None and buffer is not None and buffer is not dlogits:
+        dlogits.copy_(buffer)
 
 
 def row_loss_and_grads(
@@ -134,22 +145,22 @@ def row_loss_and_grads(
     class_weight: Tensor | None,
     dloss: Tensor,
     spec: LossSpec,
-    dlogits: Tensor | None,
-    dtarget: Tensor | None,
+    dlogits: Tensor | None = None,
+    dtarget: Tensor | None = None,
 ) -> Tensor:
-    """(N,) losses, and the gradients that are given filled; ``dlogits`` may be ``logits``."""
+    """(N,) losses; fills the gradients that are given. ``dlogits`` may be ``logits``."""
     if dlogits is None or target.is_floating_point():
-        loss, stats = row_loss(logits, target, class_weight, spec)
-        row_grads(logits, target, class_weight, stats, Upstream(dloss), spec, dlogits, dtarget)
+        loss, saved = row_loss(logits, target, class_weight, spec)
+        operands = logits, target, class_weight, saved, Upstream(dloss), spec
+        row_grads(*operands, dlogits=dlogits, dtarget=dtarget)
         return loss
     x, t, weight = _operands(logits, target, class_weight)
-    room = _room(x, logits, dlogits)
-    assert room is not None
+    buffer = _grad_buffer(x, logits, dlogits)
+    assert buffer is not None
     loss = fused_rows.row_loss_and_grads(
-        x, t, weight, dloss, dlogits=room, ignore_index=spec.ignore_index, **_options(spec)
+        x, t, weight, dloss, dlogits=buffer, ignore_index=spec.ignore_index, **_options(spec)
     )
-    if room is not dlogits:
-        dlogits.copy_(room)
+    _copy_back(buffer, dlogits)
     return loss
 
 
@@ -159,30 +170,29 @@ def row_stats(
     class_weight: Tensor | None,
     spec: LossSpec,
     wants: Wants,
-    upstream: Upstream | None,
-    dlogits: Tensor | None,
-    dtarget: Tensor | None,
+    upstream: Upstream | None = None,
+    dlogits: Tensor | None = None,
+    dtarget: Tensor | None = None,
 ) -> RowStats:
-    """Statistics of N rows, and then the gradients that are given filled; ``dlogits`` may be
+    """Statistics of N rows; then fills the gradients that are given. ``dlogits`` may be
     ``logits``."""
-    operands, options = (
-        _operands(logits, target, class_weight),
-        {**wants._asdict(), **_options(spec)},
-    )
+    operands = _operands(logits, target, class_weight)
+    options = {**wants._asdict(), **_options(spec)}
     if target.is_floating_point():
-        made = RowStats(*soft_target_rows.row_stats(*operands, **options))
+        stats = RowStats(*soft_target_rows.row_stats(*operands, **options))
     else:
-        made = RowStats(
+        stats = RowStats(
             *softmax_rows.row_stats(*operands, ignore_index=spec.ignore_index, **options)
         )
     if upstream is None or (dlogits is None and dtarget is None):
-        return made
+        return stats
+    rows = logits, target, class_weight
     if upstream.only_loss and upstream.loss is not None:
-        # what is made of the loss alone reads its row only once more
-        row_loss_and_grads(logits, target, class_weight, upstream.loss, spec, dlogits, dtarget)
+        # the kernel of the loss alone reads the logits once, not twice
+        row_loss_and_grads(*rows, upstream.loss, spec, dlogits=dlogits, dtarget=dtarget)
     else:
-        row_grads(logits, target, class_weight, made.kept, upstream, spec, dlogits, dtarget)
-    return made
+        row_grads(*rows, stats.saved, upstream, spec, dlogits=dlogits, dtarget=dtarget)
+    return stats
 
 
 def shard_rows(
@@ -191,15 +201,12 @@ def shard_rows(
     class_weight: Tensor | None,
     spec: LossSpec,
     wants: Wants,
-    given: bool,
+    given: bool = False,
 ) -> ShardRows:
-    """What a shard's rows are merged by; ``given`` asks for the sums of the probabilities as
-    given."""
+    """Statistics of a shard's rows; ``given`` adds the sums over the probabilities as given."""
     assert spec.first_class is not None and spec.num_classes is not None
-    operands, options = (
-        _operands(logits, target, class_weight),
-        {**wants._asdict(), **_row_options(spec)},
-    )
+    operands = _operands(logits, target, class_weight)
+    options = {**wants._asdict(), **_row_options(spec)}
     soft = target.is_floating_point()
     if soft:
         stats, shard, argmax = soft_target_rows.shard_rows(
@@ -231,19 +238,45 @@ def shard_grads(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
-    kept: Tensor,
+    saved: Tensor,
     upstream: Upstream,
     spec: LossSpec,
-    dlogits: Tensor | None,
-    dtarget: Tensor | None,
+    dlogits: Tensor | None = None,
+    dtarget: Tensor | None = None,
 ) -> None:
-    """As ``row_grads``, of a shard's classes.
-
-    ``kept`` are five numbers of each row, (5, N), merged: its maximum, log-sum, mean shortfall,
-    weight of the target and sum of all class weights; against probabilities maximum, log-sum, mass,
-    mass as given, mean shortfall."""
+    """``row_grads`` over a shard's classes; ``saved`` (5, N) is ``merge.saved_rows`` of the merged
+    rows."""
     assert spec.first_class is not None and spec.num_classes is not None
-    row_grads(logits, target, class_weight, kept, upstream, spec, dlogits, dtarget)
+    operands = logits, target, class_weight, saved, upstream, spec
+    row_grads(*operands, dlogits=dlogits, dtarget=dtarget)
+
+
+def _head_operands(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None] | None:
+    """None if the loss needs all logits of a row, or the device does not run the kernels."""
+    if (
+        target.is_floating_point()
+        or spec.label_smoothing
+        or linear_rows.runs_on(hidden, weight) is not None
+    ):
+        return None
+    bias = None if bias is None else bias.contiguous()
+    return hidden, weight, bias, target.contiguous(), _fp32(class_weight)
+
+
+def _head_options(spec: LossSpec) -> _HeadOptions:
+    return {
+        "ignore_index": spec.ignore_index,
+        "scale": spec.logit_scale,
+        "softcap": spec.softcap,
+        "lse_square_scale": spec.lse_square_scale or None,
+    }
 
 
 def head_row_loss(
@@ -254,25 +287,10 @@ def head_row_loss(
     class_weight: Tensor | None,
     spec: LossSpec,
 ) -> Tensor | None:
-    """(N,) losses from a product whose logits stay in registers; None where there is no such
-    product, or the loss needs all logits."""
-    if (
-        target.is_floating_point()
-        or spec.label_smoothing
-        or linear_rows.runs_on(hidden, weight) is not None
-    ):
-        return None
-    return linear_rows.row_loss(
-        hidden,
-        weight,
-        None if bias is None else bias.contiguous(),
-        target.contiguous(),
-        None if class_weight is None else class_weight.to(torch.float32).contiguous(),
-        ignore_index=spec.ignore_index,
-        scale=spec.logit_scale,
-        softcap=spec.softcap,
-        lse_square_scale=spec.lse_square_scale or None,
-    )
+    """(N,) losses from a matrix product that leaves the logits in registers; None where it cannot
+    be used."""
+    operands = _head_operands(hidden, weight, bias, target, class_weight, spec)
+    return None if operands is None else linear_rows.row_loss(*operands, **_head_options(spec))
 
 
 def head_row_stats(
@@ -284,26 +302,12 @@ def head_row_stats(
     spec: LossSpec,
     wants: Wants,
 ) -> RowStats | None:
-    """Statistics from a product whose logits stay in registers; None as for ``head_row_loss``."""
-    if (
-        target.is_floating_point()
-        or spec.label_smoothing
-        or linear_rows.runs_on(hidden, weight) is not None
-    ):
+    """Statistics, with the kernel and the limits of ``head_row_loss``."""
+    operands = _head_operands(hidden, weight, bias, target, class_weight, spec)
+    if operands is None:
         return None
-    made = linear_rows.row_stats(
-        hidden,
-        weight,
-        None if bias is None else bias.contiguous(),
-        target.contiguous(),
-        None if class_weight is None else class_weight.to(torch.float32).contiguous(),
-        **wants._asdict(),
-        ignore_index=spec.ignore_index,
-        scale=spec.logit_scale,
-        softcap=spec.softcap,
-        lse_square_scale=spec.lse_square_scale or None,
-    )
-    return RowStats(*made, hidden.new_empty(0))
+    stats = linear_rows.row_stats(*operands, **wants._asdict(), **_head_options(spec))
+    return RowStats(*stats, hidden.new_empty(0))
 
 
 def multiply_in_place(t: Tensor, factor: Tensor) -> None:
@@ -311,92 +315,44 @@ def multiply_in_place(t: Tensor, factor: Tensor) -> None:
     scale_rows.multiply_in_place(t, factor)
 
 
-def sigmoid_loss_and_grads(
+def label_loss_and_grads(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
     ignore_index: int,
     *,
-    loss: Tensor | None,
-    dloss: Tensor | None,
-    dlogits: Tensor | None,
-    dtarget: Tensor | None,
+    loss: Tensor | None = None,
+    dloss: Tensor | None = None,
+    dlogits: Tensor | None = None,
+    dtarget: Tensor | None = None,
 ) -> None:
-    """Fill what is given; ``dlogits`` may be ``logits``."""
+    """Fill ``loss`` and the gradients that are given; ``dlogits`` may be ``logits``."""
     x = _unit_stride(logits)
-    t = _unit_stride(target) if target.is_floating_point() else target.contiguous()
-    room = _room(x, logits, dlogits)
-    sigmoid_rows.sigmoid_rows(
+    buffer = _grad_buffer(x, logits, dlogits)
+    label_rows.label_loss_and_grads(
         x,
-        t,
-        _side_by_side(weight),
-        _side_by_side(pos_weight),
+        _unit_stride(target) if target.is_floating_point() else target.contiguous(),
+        _unit_or_zero_stride(weight),
+        _unit_or_zero_stride(pos_weight),
         ignore_index=ignore_index,
         loss=loss,
-        dloss=None if dloss is None else _side_by_side(dloss.expand(logits.shape)),
-        dlogits=room,
+        dloss=None if dloss is None else _unit_or_zero_stride(dloss.expand(logits.shape)),
+        dlogits=buffer,
         dtarget=dtarget,
     )
-    if dlogits is not None and room is not None and room is not dlogits:
-        dlogits.copy_(room)
+    _copy_back(buffer, dlogits)
 
 
-def _side_by_side(t: Tensor | None) -> Tensor | None:
-    """A row of numbers side by side, or one number for all of it."""
+def _unit_or_zero_stride(t: Tensor | None) -> Tensor | None:
+    """``t`` with a last stride of 1, or of 0 for one number a row; other layouts are copied."""
     return t if t is None or t.stride(1) in (0, 1) else t.contiguous()
 
 
-def probability_loss_and_grads(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    *,
-    loss: Tensor | None,
-    dloss: Tensor | None,
-    dinput: Tensor | None,
-    dtarget: Tensor | None,
-) -> None:
-    """Fill what is given, all but ``loss`` (N, V)."""
-    sigmoid_rows.sigmoid_rows(
-        _unit_stride(input),
-        _unit_stride(target),
-        _side_by_side(weight),
-        None,
-        ignore_index=-100,
-        loss=loss,
-        dloss=None if dloss is None else _side_by_side(dloss.expand(input.shape)),
-        dlogits=dinput,
-        dtarget=dtarget,
-        probabilities=True,
-    )
-
-
 def log_softmax(logits: Tensor, logp: Tensor, stats: Tensor) -> None:
-    """Fill both."""
+    """Fill ``logp``, and the ``stats`` that ``log_softmax_grad`` takes."""
     log_softmax_rows.log_softmax(_unit_stride(logits), logp, stats)
 
 
 def log_softmax_grad(logits: Tensor, stats: Tensor, dlogp: Tensor, dlogits: Tensor) -> None:
-    """Fill ``dlogits``."""
     log_softmax_rows.log_softmax_grad(_unit_stride(logits), stats, _unit_stride(dlogp), dlogits)
-
-
-def nll(logp: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
-    """(N,) losses; one number is read of each row, so its strides do not matter."""
-    return log_softmax_rows.nll(
-        logp, target.contiguous(), _fp32(class_weight), ignore_index=ignore_index
-    )
-
-
-def nll_grad(
-    target: Tensor, class_weight: Tensor | None, dloss: Tensor, ignore_index: int, dlogp: Tensor
-) -> None:
-    """Fill ``dlogp``."""
-    log_softmax_rows.nll_grad(
-        target.contiguous(), _fp32(class_weight), dloss, dlogp, ignore_index=ignore_index
-    )
-
-
-def _fp32(class_weight: Tensor | None) -> Tensor | None:
-    return None if class_weight is None else class_weight.to(torch.float32).contiguous()

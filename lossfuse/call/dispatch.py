@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..inputs import HeadRows, Rows, torch_func_active
 from ..ops.head_chunks import Needs
@@ -73,19 +74,33 @@ def _refuse_shard(rows: Rows | HeadRows, reason: str | None) -> None:
         )
 
 
-def pick_or_torch(
-    impl: str, input: Tensor, target: Tensor | None = None, weight: Tensor | None = None
-) -> str:
-    """Return the name of the implementation where torch has the operator: "torch" unless another is
-    named."""
+def pick_log_softmax(impl: str, input: Tensor) -> str:
+    """The implementation of ``log_softmax``.
+
+    "auto" takes the kernel where its gradient is more accurate: on a GPU, for half-precision input
+    that requires grad. torch's backward computes the probabilities from the rounded
+    log-probabilities, the kernel's from the logits. Under autocast torch returns float32, which is
+    accurate too, and elsewhere torch's operator supports more: tensor subclasses, ``torch.func``,
+    forward mode, export.
+    """
     _require_known(impl)
-    if impl == "triton":
-        _require_none(
-            impl,
-            _reason_for_reference({"weight": weight}, input, target)
-            or _triton_obstacle(input, target),
+    if impl == "auto":
+        device = input.device.type
+        rounded = input.dtype in (torch.bfloat16, torch.float16)
+        differentiated = input.requires_grad and torch.is_grad_enabled()
+        if not (rounded and differentiated and device in TRITON_DEVICES):
+            return "torch"
+        plain = not (
+            is_traceable_wrapper_subclass(input)
+            or torch.is_autocast_enabled(device)
+            or torch.compiler.is_exporting()
+            or is_jit_tracing()
         )
-    return "torch" if impl == "auto" else impl
+        supported = not (_reason_for_reference({}, input) or _triton_obstacle(input, None))
+        return "triton" if plain and supported else "torch"
+    if impl == "triton":
+        _require_none(impl, _reason_for_reference({}, input) or _triton_obstacle(input, None))
+    return impl
 
 
 def _require_known(impl: str) -> None:

@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.head_chunks import chunk_rows
-from .deferred_call import Shaping, Source, require_unchanged, version_of
-from .lazy_logits import Carried, LazyLogits, Program, Step, lazy_logits
+from .deferred_call import DeferredCall, require_unchanged, version_of
+from .expression import Carried, Program, Step
+from .lazy_logits import LazyLogits, lazy_logits
+from .transform import LogitTransform
 
 _keys = itertools.count()
 
@@ -35,7 +37,7 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 def together(x: LazyLogits, other: LazyLogits) -> bool:
     """Return True if two lazy tensors have the same rows of the same call of a head."""
     if (
-        x._source is not other._source
+        x._call is not other._call
         or x._class_dim != other._class_dim
         or not same_memory(x._rows, other._rows)
     ):
@@ -56,10 +58,10 @@ def joined_leaves(lazies: Sequence[LazyLogits]) -> tuple[Tensor, ...]:
 
 
 def step(
-    func: Callable[..., Any], *args: Any, shaping: Shaping | None = None, **kwargs: Any
+    func: Callable[..., Any], *args: Any, transform: LogitTransform | None = None, **kwargs: Any
 ) -> Any:
     """Record ``func``, which works row by row and keeps the classes last, on lazy logits;
-    ``shaping`` if the linear form knows it.
+    ``transform`` if the linear form knows it.
 
     NotImplemented if an argument does not go along with the rows.
     """
@@ -67,7 +69,7 @@ def step(
     lazies = [a for a in leaves if isinstance(a, LazyLogits)]
     x = lazies[0]
     if any(not together(x, other) for other in lazies[1:]) or (
-        shaping is None and x._source.cut is not None
+        transform is None and x._call.shard is not None
     ):
         return NotImplemented
     carried = {key: t for other in lazies for key, t in other._carried.items()}
@@ -78,7 +80,7 @@ def step(
     for a in leaves:
         if isinstance(a, LazyLogits):
             inside.append(Program(a._program))
-            like.append((2, a._shaping.num_classes, a._shaping.dtype))
+            like.append((2, a._transform.num_classes, a._transform.dtype))
             continue
         if not isinstance(a, Tensor):
             inside.append(a)
@@ -99,12 +101,12 @@ def step(
             inside.append(fitted)
             like.append((len(fitted), fitted.dtype) if fitted.dim() else fitted)
     args, kwargs = tree_unflatten(inside, tree)
-    if shaping is None:
+    if transform is None:
         made = _made_like(func, like, tree, x, autocast is not None)
         if made is None:
             return NotImplemented
-        shaping = replace(
-            x._shaping,
+        transform = replace(
+            x._transform,
             num_classes=made.shape[1],
             dtype=made.dtype,
             kind="other",
@@ -116,9 +118,9 @@ def step(
     program = Step(func, args, kwargs, torch.is_grad_enabled(), autocast, tuple(watched))
     rows = next((other._rows for other in lazies if other._of_head), x._rows)
     class_dim = None if x._classes_last else x._class_dim
-    ends = ends if shaping.dtype.is_floating_point else []
+    ends = ends if transform.dtype.is_floating_point else []
     return lazy_logits(
-        x._source, shaping, rows, class_dim, leaves=tuple(ends), program=program, carried=carried
+        x._call, transform, rows, class_dim, leaves=tuple(ends), program=program, carried=carried
     )
 
 
@@ -143,7 +145,7 @@ def _fitted(t: Tensor, x: LazyLogits) -> Tensor | None:
         return None
     t = t.reshape(*([1] * (dims - t.dim())), *t.shape).movedim(x._class_dim, -1)
     lead, width = x._rows.shape[:-1], t.shape[-1]
-    if width not in (1, x._shaping.num_classes) or any(
+    if width not in (1, x._transform.num_classes) or any(
         n not in (1, rows) for n, rows in zip(t.shape[:-1], lead, strict=True)
     ):
         return None
@@ -222,7 +224,7 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
     Args:
         beside: for each row a part of a tensor, ``(*rows, ...)``, or lazy logits of the same rows.
     """
-    source, lead = x._source, x._rows.shape[:-1]
+    call, lead = x._call, x._rows.shape[:-1]
     lazies = [x, *(b for b in beside if isinstance(b, LazyLogits))]
     of_head = any(z._of_head for z in lazies)
     rows = next((z._rows for z in lazies if z._of_head), x._rows)
@@ -238,9 +240,9 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
 
     def part(hidden: Tensor, start: int) -> Any:
         # in the backward again
-        source.require_unchanged()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and of_head), source.as_called():
-            logits = source.run(hidden)
+        call.require_unchanged()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and of_head), call.as_called():
+            logits = call.run(hidden)
         stop, memo = start + len(hidden), dict[int, Tensor]()
         here = {key: t(start, stop) for key, t in carried.items()}
         return func(
@@ -250,10 +252,10 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
             )
         )
 
-    with source.present(), source.random():
-        source.require_unchanged()
-        source.read = source.read or (of_head and torch.is_grad_enabled())
-        step = rows_of_a_chunk(source, rows, source.widest)
+    with call.unsharded(), call.random():
+        call.require_unchanged()
+        call.read = call.read or (of_head and torch.is_grad_enabled())
+        step = rows_of_a_chunk(call, rows, call.widest)
         starts = range(0, max(1, len(rows)), step)
         wanted = (
             torch.is_grad_enabled()
@@ -275,10 +277,10 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
     return type(parts[0])(made)
 
 
-def rows_of_a_chunk(source: Source, rows: Tensor, num_classes: int) -> int:
+def rows_of_a_chunk(call: DeferredCall, rows: Tensor, num_classes: int) -> int:
     """A quarter of the rows a linear head takes: values and what is computed of them are V wide
     too."""
-    options, cpu = source.forward.finder.options, rows.device.type == "cpu"
+    options, cpu = call.forward.fuser.options, rows.device.type == "cpu"
     step = chunk_rows(len(rows), rows.shape[-1], num_classes, rows.dtype, options, cpu=cpu)
     if options.chunk_bytes is None:
         step = min(step, max(-(-step // 4), (64 << 20) // (4 * num_classes) if cpu else 1))

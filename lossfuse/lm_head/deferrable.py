@@ -119,7 +119,7 @@ _AO_WEIGHTS = {
 # granularities at which an activation is quantized row by row
 _ROW_GRANULARITIES = {"PerRow", "PerToken"}
 
-VOUCH = "; if it computes every row alone, keeps no state and has no side effects, say so with fuse_lm_head(model, row_wise=True)"
+HINT_ROW_WISE = "; if it computes every row alone, keeps no state and has no side effects, say so with fuse_lm_head(model, row_wise=True)"
 
 
 def obstacle(head: nn.Module, forward: Callable[..., Any] | None, *, row_wise: bool) -> str | None:
@@ -131,14 +131,14 @@ def obstacle(head: nn.Module, forward: Callable[..., Any] | None, *, row_wise: b
     if row_wise:
         return None
     if forward is not None and not is_own_forward(head, forward):
-        return f"the forward of its {type(head).__name__} has been replaced by {getattr(forward, '__qualname__', forward)}{VOUCH}"
+        return f"the forward of its {type(head).__name__} has been replaced by {getattr(forward, '__qualname__', forward)}{HINT_ROW_WISE}"
     if isinstance(head, nn.ParameterList | nn.ParameterDict | nn.ModuleList | nn.ModuleDict):
         return f"a {type(head).__name__} has no forward"
     first = True
     for name, m in head.named_modules():
         why = _obstacle_of(m, first) or (None if m is head else _outside_changes(m))
         if why is not None:
-            return f"{_named(m, name)} {why}{VOUCH}"
+            return f"{_named(m, name)} {why}{HINT_ROW_WISE}"
         first = first and not isinstance(m, nn.Linear | nn.LayerNorm | nn.RMSNorm)
     return None
 

@@ -3,13 +3,12 @@
 Whoever wants them later gets them from the head's own forward, or is told that what it takes has
 changed since."""
 
-import math
 import types
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Protocol, cast
 
@@ -20,10 +19,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..spec import LinearOptions
 from .deferrable import HeadState, is_own_forward
-from .fsdp import Lenders, Lent, held, is_plain_linear, lent
-from .tensor_parallel import Cut
+from .fsdp import ShardedParam, ShardedParams, find_sharded_params, is_plain_linear, unsharded
+from .tensor_parallel import HeadShard
+from .transform import LogitTransform
 
-STALE = (
+ERR_STALE = (
     "these logits were never made, and {what} has been changed since the forward that would have made them; read what you need of them,"
     " as argmax for an accuracy, before that (before optimizer.step()), or lossfuse.unfuse_lm_head(model)"
 )
@@ -46,7 +46,7 @@ class LogitsReport:
     calls: int = field(default=0, repr=False, compare=False)
 
 
-class Finder(Protocol):
+class Fuser(Protocol):
     """The hook that knows which head a model has."""
 
     report: LogitsReport
@@ -62,9 +62,11 @@ class Finder(Protocol):
     def close(self) -> None:
         """Undo it."""
 
-    def finds(self, head: nn.Module) -> bool:
-        """Return True if ``head`` is still the model's output head; otherwise fuse the new one and
-        return False."""
+    def is_current_head(self, head: nn.Module) -> bool:
+        """Return True if ``head`` is still the model's output head."""
+
+    def fuse_current_head(self) -> None:
+        """Fuse the head that the model has now."""
 
     def not_deferred(self, why: str) -> None:
         """Count a call of the head that was wanted deferred, and say why it is not, once."""
@@ -74,16 +76,16 @@ class HeadForward:
     """A fused head, and the forward that it had."""
 
     def __init__(
-        self, head: nn.Module, instance_forward: Callable[..., Tensor] | None, finder: Finder
+        self, head: nn.Module, instance_forward: Callable[..., Tensor] | None, fuser: Fuser
     ) -> None:
         self.head = head
         self.instance_forward = instance_forward
-        self.finder = finder
+        self.fuser = fuser
         # classes and dtype of the logits of a head that must be asked, by what decides them, in the
         # state it was in
         self.known: dict[Any, tuple[int, torch.dtype]] = {}
         self.known_in: Any = None
-        self.lenders = Lenders()
+        self.sharded_params = ShardedParams()
 
     def original(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.instance_forward is not None:
@@ -104,7 +106,7 @@ class HeadForward:
             and type(head.bias) in PLAIN
         )
 
-    def leave(self, head: nn.Module) -> None:
+    def restore(self, head: nn.Module) -> None:
         """Give a head back the forward it had."""
         # at no time has it neither
         for slot in SLOTS:
@@ -136,15 +138,17 @@ def version_of(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-class Source:
+class DeferredCall:
     """One call of a head that has not been made: what it takes, as it was then."""
 
-    def __init__(self, forward: HeadForward, hidden: Tensor, cut: Cut | None = None) -> None:
+    def __init__(
+        self, forward: HeadForward, hidden: Tensor, shard: HeadShard | None = None
+    ) -> None:
         self.forward = forward
         self.hidden = hidden
-        self.cut = cut
+        self.shard = shard
         head, kind = forward.head, hidden.device.type
-        self.linear = forward.is_linear or cut is not None
+        self.linear = forward.is_linear or shard is not None
         self.weight: Tensor | None = cast(nn.Linear, head).weight if self.linear else None
         self.bias: Tensor | None = cast(nn.Linear, head).bias if self.linear else None
         # float64 is none of autocast's business
@@ -158,57 +162,59 @@ class Source:
         ]
         self.watch("the hidden states", hidden)
         # a linear head is its weight and bias; of any other, whatever its forward may look at
-        self.state = None if self.linear else HeadState(head, draws=forward.finder.row_wise)
+        self.state = None if self.linear else HeadState(head, draws=forward.fuser.row_wise)
         if self.state is not None:
             for what, t in self.state.tensors():
                 self.watch(what, t)
         # FSDP1 puts views in place of parameters
         operands = [t for t in (*self.parameters, self.weight, self.bias) if t is not None]
         self.needed = [(t, t.shape) for t in operands]
-        self.lent: list[Lent] = []
-        self.watch_lent(forward.lenders(self.parameters, forward.finder.outermost))
+        self.find_sharded_params: list[ShardedParam] = []
+        self.watch_sharded(forward.sharded_params(self.parameters, forward.fuser.outermost))
         # who waits for a backward to begin, and what has been read, whose backward that is
-        self.begins: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
+        self.backward_hooks: OrderedDict[int, Callable[[Any], Any]] = OrderedDict()
         self.results: list[weakref.ref[Tensor]] = []
         # in the metadata of nodes of the graph that are reads of these logits
         self.mark = object()
         # the logits themselves, once somebody has needed them, and when that was
-        self.made: Tensor | None = None
-        self.made_version = 0
+        self.logits: Tensor | None = None
+        self.logits_version = 0
         # whether a gradient goes past the logits
         self.read = False
         self.lazies: list[weakref.ref[Any]] = []
         # values of views of few classes, computed alone, with how many tensors view their memory;
         # the most classes of any of these logits
-        self.taken: list[tuple[Tensor, int]] = []
+        self.views: list[tuple[Tensor, int]] = []
         self.widest = 0
         # what has been read as their logsumexp, to be known again when it is subtracted: its
-        # version, rows and shaping
-        self.lses: list[tuple[weakref.ref[Tensor], int, Tensor, Shaping]] = []
+        # version, rows and transform
+        self.lses: list[tuple[weakref.ref[Tensor], int, Tensor, LogitTransform]] = []
 
     def watch(self, what: str, t: Tensor) -> None:
         self.watched.append((what, t, version_of(t)))
 
-    def watch_lent(self, found: list[Lent]) -> None:
+    def watch_sharded(self, found: list[ShardedParam]) -> None:
         """The parameters that an optimizer updates where the parameters of the head are copies of
         them."""
-        self.lent += found
+        self.find_sharded_params += found
         for one in found:
             self.watch("a parameter of the head", one.sharded)
 
-    def present(self) -> AbstractContextManager[None]:
-        return held(self.lent, self.needed)
+    def unsharded(self) -> AbstractContextManager[None]:
+        return unsharded(self.find_sharded_params, self.needed)
 
-    def tell(
+    def add_backward_hook(
         self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()
     ) -> RemovableHandle:
-        """``hook`` is called when a backward of anything made or read of these logits begins."""
-        handle = RemovableHandle(self.begins)
-        self.begins[handle.id] = hook
-        self.watch_lent(
-            lent(
+        """``hook`` is called when a backward of anything made or read of these logits backward_hooks."""
+        handle = RemovableHandle(self.backward_hooks)
+        self.backward_hooks[handle.id] = hook
+        self.watch_sharded(
+            find_sharded_params(
                 tuple(
-                    p for p in self.parameters if all(p is not one.parameter for one in self.lent)
+                    p
+                    for p in self.parameters
+                    if all(p is not one.parameter for one in self.find_sharded_params)
                 ),
                 modules,
             )
@@ -219,7 +225,7 @@ class Source:
                 t.register_hook(hook)
         return handle
 
-    def is_read(self, result: Any, *, past_logits: bool = True) -> None:
+    def mark_read(self, result: Any, *, past_logits: bool = True) -> None:
         """Tell those who wait for the backward of ``result``, whose gradient goes past the logits,
         or through them."""
         for t in tree_leaves(result):
@@ -233,10 +239,10 @@ class Source:
                     if node is not None:
                         node.metadata.setdefault(READS, set()).add(self.mark)
                 self.results.append(weakref.ref(t))
-                for hook in self.begins.values():
+                for hook in self.backward_hooks.values():
                     t.register_hook(hook)
 
-    def is_passed(self, outputs: Any) -> bool:
+    def is_bypassed_by(self, outputs: Any) -> bool:
         """Return True if the graph of ``outputs`` reads these logits without materializing them, so
         that they get no gradient from it."""
         todo: list[Any] = [
@@ -258,21 +264,21 @@ class Source:
         """Raise if what the logits are made of has changed; with ``calls_head``, also if the head
         has other parameters by now."""
         require_unchanged(self.watched)
-        if not (self.cut is not None or not self.linear if calls_head is None else calls_head):
+        if not (self.shard is not None or not self.linear if calls_head is None else calls_head):
             return
         # torch.func.functional_call puts others in their place for the time of a call
         if any(
             mine is not now
             for mine, now in zip_longest(self.parameters, self.forward.head.parameters())
         ):
-            raise RuntimeError(STALE.format(what="a parameter of the head"))
+            raise RuntimeError(ERR_STALE.format(what="a parameter of the head"))
         what = None if self.state is None else self.state.changed(self.forward.head)
         if what is not None:
-            raise RuntimeError(STALE.format(what=what))
+            raise RuntimeError(ERR_STALE.format(what=what))
 
     def run(self, hidden: Tensor) -> Tensor:
         """The head as it was at the call, of these hidden states."""
-        if self.linear and self.cut is None:
+        if self.linear and self.shard is None:
             assert self.weight is not None
             return nn.functional.linear(hidden, self.weight, self.bias)
         # the classes of its parameters may have functions of their own, which are off while a
@@ -342,23 +348,23 @@ class Source:
         with torch.set_grad_enabled(self.grad), self.as_called(), self.random():
             return self.run(self.hidden if hidden is None else hidden)
 
-    def make(self) -> Tensor:
-        if self.made is None:
-            self.made = self.original()
-            self.made_version = version_of(self.made)
-            self.is_read(self.made, past_logits=False)
-        elif version_of(self.made) != self.made_version:
-            raise RuntimeError(STALE.format(what="what was made of others like them"))
-        return self.made
+    def materialize(self) -> Tensor:
+        if self.logits is None:
+            self.logits = self.original()
+            self.logits_version = version_of(self.logits)
+            self.mark_read(self.logits, past_logits=False)
+        elif version_of(self.logits) != self.logits_version:
+            raise RuntimeError(ERR_STALE.format(what="what was made of others like them"))
+        return self.logits
 
 
-def is_same_head(a: Source, b: Source) -> bool:
+def is_same_head(a: DeferredCall, b: DeferredCall) -> bool:
     """Return True if two calls are of one linear head in the same state, so that joined rows are
     rows of one call."""
     if a is b:
         return True
     same = a.forward is b.forward and a.weight is b.weight and a.bias is b.bias
-    linear = a.linear and b.linear and a.cut is None and b.cut is None
+    linear = a.linear and b.linear and a.shard is None and b.shard is None
     if not (same and linear and (a.autocast, a.grad, a.trained) == (b.autocast, b.grad, b.trained)):
         return False
     versions = [
@@ -368,13 +374,13 @@ def is_same_head(a: Source, b: Source) -> bool:
     return versions[0] == versions[1]
 
 
-class JoinedCalls(Source):
+class JoinedCalls(DeferredCall):
     """Several calls of one linear head, whose rows have been joined.
 
     What is read of the joined rows is read of every call; the calls are run, where logits are
     materialized, each by itself."""
 
-    def __init__(self, calls: list[Source]) -> None:
+    def __init__(self, calls: list[DeferredCall]) -> None:
         self.calls = calls
         first = calls[0]
         self.forward, self.hidden, self.parameters, self.trained = (
@@ -383,30 +389,30 @@ class JoinedCalls(Source):
             first.parameters,
             first.trained,
         )
-        self.cut, self.linear, self.weight, self.bias, self.state = (
+        self.shard, self.linear, self.weight, self.bias, self.state = (
             None,
             True,
             first.weight,
             first.bias,
             None,
         )
-        self.autocast, self.grad, self.needed, self.lent = (
+        self.autocast, self.grad, self.needed, self.find_sharded_params = (
             first.autocast,
             first.grad,
             first.needed,
-            first.lent,
+            first.find_sharded_params,
         )
         self.watched = [one for call in calls for one in call.watched]
         self.lazies = _OfAll(calls)
-        self.taken, self.lses, self.widest = [], [], first.widest
+        self.views, self.lses, self.widest = [], [], first.widest
 
     @property
-    def made(self) -> Tensor | None:  # type: ignore[override]
-        return next((call.made for call in self.calls if call.made is not None), None)
+    def logits(self) -> Tensor | None:  # type: ignore[override]
+        return next((call.logits for call in self.calls if call.logits is not None), None)
 
     @property
-    def begins(self) -> "OrderedDict[int, Callable[[Any], Any]]":  # type: ignore[override]
-        return OrderedDict(item for call in self.calls for item in call.begins.items())
+    def backward_hooks(self) -> "OrderedDict[int, Callable[[Any], Any]]":  # type: ignore[override]
+        return OrderedDict(item for call in self.calls for item in call.backward_hooks.items())
 
     @property
     def read(self) -> bool:
@@ -417,25 +423,25 @@ class JoinedCalls(Source):
         for call in self.calls:
             call.read = value
 
-    def tell(
+    def add_backward_hook(
         self, hook: Callable[[Any], Any], modules: Iterable[nn.Module] = ()
     ) -> RemovableHandle:
         modules = tuple(modules)
-        handles = [call.tell(hook, modules) for call in self.calls]
+        handles = [call.add_backward_hook(hook, modules) for call in self.calls]
         return handles[0]
 
-    def is_read(self, result: Any, *, past_logits: bool = True) -> None:
+    def mark_read(self, result: Any, *, past_logits: bool = True) -> None:
         for call in self.calls:
-            call.is_read(result, past_logits=past_logits)
+            call.mark_read(result, past_logits=past_logits)
 
-    def is_passed(self, outputs: Any) -> bool:
-        return any(call.is_passed(outputs) for call in self.calls)
+    def is_bypassed_by(self, outputs: Any) -> bool:
+        return any(call.is_bypassed_by(outputs) for call in self.calls)
 
 
 class _OfAll(list["weakref.ref[Any]"]):
     """The lazy logits of joined calls, which a write to those of any of the calls has to know."""
 
-    def __init__(self, calls: list[Source]) -> None:
+    def __init__(self, calls: list[DeferredCall]) -> None:
         super().__init__()
         self.calls = calls
 
@@ -459,65 +465,4 @@ def _requiring_grad(flags: list[tuple[Tensor, bool]]) -> Iterator[None]:
 def require_unchanged(watched: Iterable[tuple[str, Tensor, int]]) -> None:
     for what, t, version in watched:
         if version_of(t) != version:
-            raise RuntimeError(STALE.format(what=what))
-
-
-@dataclass(frozen=True)
-class Shaping:
-    """What becomes of a row of the head's output ``x``: ``z = scale * x + bias``, or ``cap *
-    tanh(z)``, of the first classes.
-
-    ``kind`` says what of it a lazy tensor holds: "logits" z, or ``factor`` times one of "logp",
-    "p", "p logp", "p z"; or "other", what only the program of the lazy tensor says."""
-
-    num_classes: int
-    dtype: torch.dtype
-    scale: float = 1.0
-    bias: Tensor | None = None
-    cap: float | None = None
-    kind: str = "logits"
-    factor: float = 1.0
-    # where the model would have a DTensor
-    placements: tuple[Any, ...] | None = None
-
-    def times(self, c: float) -> "Shaping | None":
-        if c == 0.0 or not math.isfinite(c) or self.kind == "other":
-            return None
-        if self.kind != "logits":
-            return replace(self, factor=self.factor * c)
-        if self.cap is not None:
-            return replace(self, cap=self.cap * c)
-        return replace(
-            self, scale=self.scale * c, bias=None if self.bias is None else self.bias * c
-        )
-
-    def plus(self, bias: Tensor) -> "Shaping | None":
-        if self.kind != "logits" or self.cap is not None:
-            return None
-        bias = bias.flatten()
-        return replace(self, bias=bias if self.bias is None else self.bias + bias)
-
-    def cut(self, num_classes: int) -> "Shaping | None":
-        if self.kind != "logits":
-            return None
-        return replace(
-            self,
-            num_classes=num_classes,
-            bias=None if self.bias is None else self.bias[:num_classes],
-        )
-
-    @property
-    def options(self) -> dict[str, float | None]:
-        """As the losses take them."""
-        scale = self.scale if self.cap is None else self.scale * self.cap
-        return {
-            "logit_scale": None if scale == 1.0 else scale,
-            "softcap": None if self.cap is None else abs(self.cap),
-        }
-
-    def same_logits(self, other: "Shaping") -> bool:
-        mine, others = (
-            replace(s, kind="logits", factor=1.0, bias=None, dtype=torch.float32)
-            for s in (self, other)
-        )
-        return mine == others and self.bias is other.bias
+            raise RuntimeError(ERR_STALE.format(what=what))

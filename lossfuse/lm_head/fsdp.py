@@ -1,7 +1,7 @@
 """Heads whose parameters others move: FSDP2 frees them when the head's forward is over, and
 wrappers wait for a backward to begin.
 
-FSDP2 and DDP learn that a backward begins from hooks and functions they put on what a forward
+FSDP2 and DDP learn that a backward backward_hooks from hooks and functions they put on what a forward
 returns. No gradient comes by way of logits that are not made, so what is read off them has to tell.
 What is known of FSDP2 here beyond its ``unshard()`` and ``reshard()`` is which group holds a
 parameter, and the sharded parameter an optimizer writes to; of DDP, the name of its function."""
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-ABSENT = (
+ERR_PARAM_FREED = (
     "these logits were never made, and what they are made of, a parameter of the head of shape {shape}, holds no values any more; whoever"
     " partitions parameters has let go of it after the head's forward. FSDP2 (fully_shard) is asked for it again; for others call"
     " lossfuse.unfuse_lm_head(model)"
 )
 
 
-class Lent(NamedTuple):
+class ShardedParam(NamedTuple):
     """A parameter that one of FSDP2's groups lends to a head."""
 
     parameter: Tensor  # as the head's forward sees it
@@ -46,7 +46,7 @@ def is_plain_linear(head: nn.Module) -> bool:
     )
 
 
-def must_not_be_entered(head: nn.Module) -> str | None:
+def fsdp_obstacle(head: nn.Module) -> str | None:
     """Why a call of the head for the loss alone would go wrong: hooks of FSDP's groups in it,
     parameters that ZeRO-3 has put aside."""
     if any(isinstance(m, _fsdp("FullyShardedDataParallel")) for m in head.modules()):
@@ -60,29 +60,31 @@ def must_not_be_entered(head: nn.Module) -> str | None:
     )
 
 
-class Lenders:
+class ShardedParams:
     """Finds who lends a head its parameters, and remembers."""
 
     def __init__(self) -> None:
-        self.found: list[Lent] = []
+        self.found: list[ShardedParam] = []
         self.of: tuple[weakref.ref[Tensor], ...] = ()
 
-    def __call__(self, parameters: tuple[Tensor, ...], model: nn.Module) -> list[Lent]:
+    def __call__(self, parameters: tuple[Tensor, ...], model: nn.Module) -> list[ShardedParam]:
         if not _fsdp("FSDPModule"):
             return []
         if len(self.of) != len(parameters) or any(
             ref() is not p for ref, p in zip(self.of, parameters, strict=True)
         ):
-            self.found = lent(parameters, model.modules())
+            self.found = find_sharded_params(parameters, model.modules())
             self.of = tuple(weakref.ref(p) for p in parameters)
         return self.found
 
     def __reduce__(self) -> Any:
-        return Lenders, ()
+        return ShardedParams, ()
 
 
-def lent(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Lent]:
-    found: dict[int, Lent] = {}
+def find_sharded_params(
+    parameters: tuple[Tensor, ...], modules: Iterable[Any]
+) -> list[ShardedParam]:
+    found: dict[int, ShardedParam] = {}
     for module in modules:
         if not is_fsdp2(module):
             continue
@@ -94,12 +96,12 @@ def lent(parameters: tuple[Tensor, ...], modules: Iterable[Any]) -> list[Lent]:
         ):
             for p in parameters:
                 if getattr(entry, "_unsharded_param", None) is p:
-                    found.setdefault(id(p), Lent(p, entry.sharded_param, module))
+                    found.setdefault(id(p), ShardedParam(p, entry.sharded_param, module))
     return list(found.values())
 
 
 @contextmanager
-def held(found: list[Lent], needed: Iterable[tuple[Tensor, Any]]) -> Iterator[None]:
+def unsharded(found: list[ShardedParam], needed: Iterable[tuple[Tensor, Any]]) -> Iterator[None]:
     """With the values of what a head needs, of these shapes, wherever they have gone since the
     forward; as it was before, afterwards."""
     with ExitStack() as after:
@@ -110,7 +112,7 @@ def held(found: list[Lent], needed: Iterable[tuple[Tensor, Any]]) -> Iterator[No
                 after.callback(one.module.reshard)
         for p, shape in needed:
             if p.shape != shape or _is_absent(p):
-                raise RuntimeError(ABSENT.format(shape=tuple(shape)))
+                raise RuntimeError(ERR_PARAM_FREED.format(shape=tuple(shape)))
         yield
 
 
@@ -125,8 +127,8 @@ def _is_absent(p: Tensor) -> bool:
     )
 
 
-def modules_told(hook: Any) -> tuple[nn.Module, ...] | None:
-    """Of a hook for a tensor's gradient that only asks when the backward of these begins; None for
+def fsdp_hook_modules(hook: Any) -> tuple[nn.Module, ...] | None:
+    """Of a hook for a tensor's gradient that only asks when the backward of these backward_hooks; None for
     any other."""
     if isinstance(hook, partial):
         # FSDP1's
@@ -141,13 +143,13 @@ def modules_told(hook: Any) -> tuple[nn.Module, ...] | None:
     return tuple(getattr(owner, "_modules", ())) if told else None
 
 
-def told_by(node: Any) -> Callable[[Any], None] | None:
+def ddp_backward_hook(node: Any) -> Callable[[Any], None] | None:
     """Of DDP's function around outputs, which passes gradients on and asks when the backward
-    begins; None for any other."""
+    backward_hooks; None for any other."""
     if type(node).__name__ != "_DDPSinkBackward":
         return None
 
-    def tell(dloss: Any) -> None:
+    def hook(dloss: Any) -> None:
         node._forward_cls.backward(node, dloss)
 
-    return tell
+    return hook

@@ -19,9 +19,10 @@ from ..spec import LinearOptions, require_bool
 # what is recorded and what is read registers itself
 from . import fused_ops, lazy_logits, recorded_ops, row_ops, value_ops  # noqa: F401
 from .deferrable import obstacle
-from .deferred_call import SLOTS, HeadForward, LogitsReport, Shaping, Source, fused_forward
-from .fsdp import must_not_be_entered
-from .tensor_parallel import cut_of, is_cut
+from .deferred_call import SLOTS, DeferredCall, HeadForward, LogitsReport, fused_forward
+from .fsdp import fsdp_obstacle
+from .tensor_parallel import head_shard, is_sharded
+from .transform import LogitTransform
 
 HEAD_NAMES = ("lm_head", "output", "embed_out", "head", "unembed")
 
@@ -121,22 +122,22 @@ def fuse_lm_head(
     if head is None:
         model = _without_adapters(model)
     _require_head(model, head)
-    finder = _finder_of(model)
-    if finder is None:
-        finder = _HeadFinder(model)
-        model.register_forward_pre_hook(finder)
-    if finder.is_over not in model._forward_hooks.values():
-        model.register_forward_hook(finder.is_over)
-    finder.name, finder.options, finder.row_wise, finder.evaluation = (
+    fuser = _fuser_of(model)
+    if fuser is None:
+        fuser = HeadFuser(model)
+        model.register_forward_pre_hook(fuser)
+    if fuser.is_over not in model._forward_hooks.values():
+        model.register_forward_hook(fuser.is_over)
+    fuser.name, fuser.options, fuser.row_wise, fuser.evaluation = (
         head,
         options,
         row_wise,
         evaluation,
     )
-    finder.given = weakref.ref(given)
-    finder(model, ())
-    _compile_the_layers_alone(finder)
-    return finder.report
+    fuser.given = weakref.ref(given)
+    fuser(model, ())
+    _compile_the_layers_alone(fuser)
+    return fuser.report
 
 
 def unfuse_lm_head(model: nn.Module) -> None:
@@ -144,17 +145,17 @@ def unfuse_lm_head(model: nn.Module) -> None:
     Others stay as they are."""
     for module in list(model.modules()):
         finders = [
-            hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HeadFinder)
+            hook for hook in module._forward_pre_hooks.values() if isinstance(hook, HeadFuser)
         ]
         # one that was interrupted while it left
         finders += [
             f
             for hook in module._forward_hooks.values()
-            if isinstance(f := getattr(hook, "__self__", None), _HeadFinder)
+            if isinstance(f := getattr(hook, "__self__", None), HeadFuser)
         ]
         forward = fused_forward(module)
-        for finder in (*finders, *([] if forward is None else [forward.finder])):
-            finder.close()
+        for fuser in (*finders, *([] if forward is None else [forward.fuser])):
+            fuser.close()
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:
@@ -166,13 +167,13 @@ def _without_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def _finder_of(model: nn.Module) -> "_HeadFinder | None":
+def _fuser_of(model: nn.Module) -> "HeadFuser | None":
     # one that is closed was interrupted before it had left
     return next(
         (
             hook
             for hook in model._forward_pre_hooks.values()
-            if isinstance(hook, _HeadFinder) and not hook.closed
+            if isinstance(hook, HeadFuser) and not hook.closed
         ),
         None,
     )
@@ -249,18 +250,18 @@ def is_generating() -> bool:
     return False
 
 
-class LazyForward(HeadForward):
+class FusedForward(HeadForward):
     """The ``forward`` of a fused head: returns deferred logits, or calls the original."""
 
-    def __new__(cls, *args: Any) -> "LazyForward":
+    def __new__(cls, *args: Any) -> "FusedForward":
         # copies and unpickled ones come this way too
         _keep_outside_graphs(lazy_logits.LazyLogits, "__torch_function__")
         _keep_outside_graphs(cls, "__call__")
         return super().__new__(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        finder = self.finder
-        finder.report.calls += 1
+        fuser = self.fuser
+        fuser.report.calls += 1
         hidden: Any = args[0] if args else kwargs.get("input")
         plain = type(hidden) in (Tensor, nn.Parameter) or is_dtensor(hidden)
         plain = (
@@ -271,31 +272,32 @@ class LazyForward(HeadForward):
         )
         if not plain or torch_func_active() or tangents_possible() or not self._is_wanted(hidden):
             return self.original(*args, **kwargs)
-        if not finder.finds(self.head):
+        if not fuser.is_current_head(self.head):
+            fuser.fuse_current_head()
             # wrapped since, by an adapter
             return self.original(*args, **kwargs)
-        why = must_not_be_entered(self.head)
-        cut = None
-        if why is None and (is_dtensor(hidden) or is_cut(self.head)):
-            cut = cut_of(
+        why = fsdp_obstacle(self.head)
+        shard = None
+        if why is None and (is_dtensor(hidden) or is_sharded(self.head)):
+            shard = head_shard(
                 self.head,
                 hidden,
                 self.instance_forward,
                 self.head.__dict__.get("forward") is not self,
             )
-            why = "its parameters are sharded in a way that is not known" if cut is None else None
+            why = "its parameters are sharded in a way that is not known" if shard is None else None
         elif why is None and not self.is_linear:
-            why = obstacle(self.head, self.instance_forward, row_wise=finder.row_wise)
+            why = obstacle(self.head, self.instance_forward, row_wise=fuser.row_wise)
         if why is not None:
-            finder.not_deferred(why)
+            fuser.not_deferred(why)
             return self.original(*args, **kwargs)
-        source = Source(self, hidden, cut)
-        made = source.shape_of_logits()
+        call = DeferredCall(self, hidden, shard)
+        made = call.shape_of_logits()
         if made is None:
             return self.original(*args, **kwargs)
-        rows, placements = (hidden, None) if cut is None else (cut.rows, cut.placements)
-        shaping = Shaping(*made, placements=placements)
-        return lazy_logits.lazy_logits(source, shaping, rows, leaves=(hidden, *source.parameters))
+        rows, placements = (hidden, None) if shard is None else (shard.rows, shard.placements)
+        transform = LogitTransform(*made, placements=placements)
+        return lazy_logits.lazy_logits(call, transform, rows, leaves=(hidden, *call.parameters))
 
     def _is_wanted(self, hidden: Tensor) -> bool:
         """Return True if a loss may be read from this call: training with gradients, or evaluation
@@ -307,13 +309,13 @@ class LazyForward(HeadForward):
             and not torch.is_inference_mode_enabled()
         ):
             return True
-        return self.finder.evaluation and not is_generating()
+        return self.fuser.evaluation and not is_generating()
 
 
-class _HeadFinder:
+class HeadFuser:
     """A forward hook of a model: sees to it that the head it has now is the one that is fused."""
 
-    def __new__(cls, *args: Any) -> "_HeadFinder":
+    def __new__(cls, *args: Any) -> "HeadFuser":
         _keep_outside_graphs(cls, "__call__")
         return super().__new__(cls)
 
@@ -333,16 +335,15 @@ class _HeadFinder:
         # code objects of forwards that Dynamo leaves to Python
         self.uncompiled: list[CodeType] = []
 
-    def finds(self, head: nn.Module) -> bool:
-        """Return True if ``head`` is still the model's output head; otherwise fuse the new one and
-        return False."""
-        if self.closed:
-            # another wrapper still calls a head that has been unfused
-            return False
-        if find_lm_head(self.model, self.name) is head:
-            return True
-        self(self.model, ())
-        return False
+    def is_current_head(self, head: nn.Module) -> bool:
+        """Return True if ``head`` is still the model's output head and has not been unfused."""
+        return not self.closed and find_lm_head(self.model, self.name) is head
+
+    def fuse_current_head(self) -> None:
+        """Fuse the head that the model has now, after it was replaced."""
+        # closed: another wrapper still calls a head that has been unfused
+        if not self.closed:
+            self(self.model, ())
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if model is not self.model:
@@ -351,7 +352,7 @@ class _HeadFinder:
             for module in model.modules():
                 forward = fused_forward(module)
                 if forward is not None and forward.head is not module:
-                    forward.leave(module)
+                    forward.restore(module)
             return
         self.calls = self.report.calls if model.training and torch.is_grad_enabled() else None
         head = find_lm_head(self.model, self.name)
@@ -362,16 +363,16 @@ class _HeadFinder:
             return
         for module in head.modules():
             copied = fused_forward(module)
-            if copied is not None and copied.finder.closed:
-                copied.leave(module)
+            if copied is not None and copied.fuser.closed:
+                copied.restore(module)
         # within accelerate's hooks the weights are there
         slot = next((slot for slot in reversed(SLOTS) if slot in head.__dict__), "forward")
         known = fused_forward(head)
         if known is not None:
             # fused by way of another model that has it
-            self.report = known.finder.report
+            self.report = known.fuser.report
         else:
-            head.__dict__[slot] = LazyForward(head, head.__dict__.get(slot), self)
+            head.__dict__[slot] = FusedForward(head, head.__dict__.get(slot), self)
         self.fused = head
 
     def is_over(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -424,10 +425,10 @@ class _HeadFinder:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "given": None, "uncompiled": []}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_HeadFinder":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadFuser":
         """A model's copy is fused; a copy of the head alone, as PEFT's ``modules_to_save`` makes,
         is not, and copies no model."""
-        other = _HeadFinder(self.model)
+        other = HeadFuser(self.model)
         memo[id(self)] = other
         if id(self.model) in memo:
             other.__dict__.update(
@@ -440,7 +441,7 @@ class _HeadFinder:
     def release(self) -> None:
         forward = None if self.fused is None else fused_forward(self.fused)
         if self.fused is not None and forward is not None:
-            forward.leave(self.fused)
+            forward.restore(self.fused)
         self.fused = None
 
 
@@ -453,14 +454,14 @@ _disabled: set[Any] = set()
 _uncompiled: Counter[CodeType] = Counter()
 
 
-def _compile_the_layers_alone(finder: _HeadFinder) -> None:
+def _compile_the_layers_alone(fuser: HeadFuser) -> None:
     """Leave the forwards of a transformers model around its head to Python under ``torch.compile``.
 
     Dynamo would break them at the head and at every operation on its logits. The model without its
     head is a module of its own there, which is compiled as it is without fusing, in as many graphs.
     """
-    model = finder.outermost
-    if not hasattr(finder.model, "loss_function") or finder.fused is None:
+    model = fuser.outermost
+    if not hasattr(fuser.model, "loss_function") or fuser.fused is None:
         return
     try:
         # not public; without it there are more graphs
@@ -470,9 +471,9 @@ def _compile_the_layers_alone(finder: _HeadFinder) -> None:
     around = [
         m
         for m in model.modules()
-        if m is not finder.fused and any(inner is finder.fused for inner in m.modules())
+        if m is not fuser.fused and any(inner is fuser.fused for inner in m.modules())
     ]
-    loss: Any = finder.model.loss_function
+    loss: Any = fuser.model.loss_function
     parts = (
         [loss.__globals__.get(name) for name in loss.__code__.co_names]
         if isinstance(loss, FunctionType)
@@ -489,9 +490,9 @@ def _compile_the_layers_alone(finder: _HeadFinder) -> None:
             if (
                 isinstance(code, CodeType)
                 and not getattr(fn, "__module__", "torch").startswith("torch.")
-                and code not in finder.uncompiled
+                and code not in fuser.uncompiled
             ):
-                finder.uncompiled.append(code)
+                fuser.uncompiled.append(code)
                 _uncompiled[code] += 1
                 skip_code(code)
             fn = getattr(fn, "__wrapped__", None)

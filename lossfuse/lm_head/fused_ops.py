@@ -1,6 +1,7 @@
 """Losses and statistics read from deferred logits, computed by the linear form from the hidden
 states."""
 
+import inspect
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,10 @@ from ..ops.head_chunks import chunk_rows
 from ..spec import loss_spec, require_bool, resolve_reduction
 from ..statistics import LossStats
 from .chunked_reads import read_chunks, together
-from .deferred_call import Shaping
-from .lazy_logits import LazyLogits, T, handles, of_classes
+from .lazy_logits import LazyLogits, of_classes
 from .row_ops import gather, rows_along
+from .torch_functions import T, handles
+from .transform import LogitTransform
 from .value_ops import of_values, over_rows
 
 # no target is it
@@ -48,10 +50,10 @@ def _cross_entropy(
         "reduction": reduction,
         "label_smoothing": label_smoothing,
     }
-    kind, factor = input._shaping.kind, input._shaping.factor
+    kind, factor = input._transform.kind, input._transform.factor
     if kind == "logp" and factor == 1.0:
         # log_softmax of those is what they are
-        input = input._but(shaping=replace(input._shaping, kind="logits"))
+        input = input._with(transform=replace(input._transform, kind="logits"))
     elif kind != "logits":
         return loss_of_values(F.cross_entropy, input, target, options)
     if isinstance(target, LazyLogits):
@@ -59,53 +61,55 @@ def _cross_entropy(
     return _torchs(input, _loss(input, target, options))
 
 
-@handles(functional.cross_entropy, statistics.cross_entropy_stats)
-def _ours(input: Any, *args: Any, **options: Any) -> Any:
+@handles(functional.cross_entropy)
+def _our_cross_entropy(input: Any, *args: Any, **named: Any) -> Any:
+    given = _bound(functional.cross_entropy, input, *args, **named)
+    require_bool("inplace", given.pop("inplace"))
+    return _of_scaled_logits(given, None)
+
+
+@handles(statistics.cross_entropy_stats)
+def _our_cross_entropy_stats(input: Any, *args: Any, **named: Any) -> Any:
+    given = _bound(statistics.cross_entropy_stats, input, *args, **named)
+    reads = {name: given.pop(name) for name in ("entropy", "argmax")}
+    return _of_scaled_logits(given, reads)
+
+
+def _bound(function: Any, *args: Any, **named: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name, with defaults."""
+    bound = inspect.signature(function).bind(*args, **named)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _of_scaled_logits(options: dict[str, Any], reads: dict[str, bool] | None) -> Any:
+    """Compute our loss of deferred logits, or our statistics with ``reads``: scale and cap of the
+    call join those that were recorded."""
+    input, target = options.pop("input"), options.pop("target")
     if not isinstance(input, LazyLogits):
         return NotImplemented
-    names = (
-        "target",
-        "weight",
-        "size_average",
-        "ignore_index",
-        "reduce",
-        "reduction",
-        "label_smoothing",
-    )
-    options = {**dict(zip(names, args, strict=False)), **options}
-    target, scale, cap = (
-        options.pop("target"),
-        options.pop("logit_scale", None),
-        options.pop("softcap", None),
-    )
-    # before the two are taken for parts of what was recorded
+    scale, cap = options.pop("logit_scale"), options.pop("softcap")
+    # checked before they are joined
     loss_spec(-100, 0.0, cap, scale)
-    shaping: Shaping | None = input._shaping
+    transform: LogitTransform | None = input._transform
     options["reduction"] = resolve_reduction(
-        options.get("reduction", "mean"),
-        options.pop("size_average", None),
-        options.pop("reduce", None),
+        options["reduction"], options.pop("size_average"), options.pop("reduce")
     )
-    if input._shaping.kind != "logits" or (cap is not None and input._shaping.cap is not None):
+    if input._transform.kind != "logits" or (cap is not None and input._transform.cap is not None):
         return NotImplemented
     if scale is not None:
-        shaping = input._shaping.times(scale)
-    if cap is not None and shaping is not None:
-        inner = shaping.times(1.0 / cap)
-        shaping = None if inner is None else replace(inner, cap=cap)
-    if shaping is None:
+        transform = input._transform.times(scale)
+    if cap is not None and transform is not None:
+        inner = transform.times(1.0 / cap)
+        transform = None if inner is None else replace(inner, cap=cap)
+    if transform is None:
         return NotImplemented
-    # there are none to write over
-    require_bool("inplace", options.pop("inplace", False))
-    reads: dict[str, bool] = {
-        name: options.pop(name) for name in ("entropy", "argmax") if name in options
-    }
-    return _in_our_dtype(input, _loss(input._but(shaping=shaping), target, options, reads or None))
+    return _in_our_dtype(input, _loss(input._with(transform=transform), target, options, reads))
 
 
 def _in_our_dtype(input: LazyLogits, made: Any) -> Any:
     """float64 for logits of that dtype alone."""
-    if input._rows.dtype != torch.float64 or input._shaping.dtype == torch.float64:
+    if input._rows.dtype != torch.float64 or input._transform.dtype == torch.float64:
         return made
     return tree_map(
         lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, made
@@ -129,7 +133,7 @@ def _nll_loss(
     ):
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
-    if input._shaping.kind != "logp" or input._shaping.factor != 1.0:
+    if input._transform.kind != "logp" or input._transform.factor != 1.0:
         return loss_of_values(
             F.nll_loss,
             input,
@@ -153,18 +157,16 @@ def _our_nll_loss(
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
-    *,
-    impl: str = "auto",
 ) -> Any:
     if (
         not isinstance(input, LazyLogits)
-        or input._shaping.kind != "logp"
-        or input._shaping.factor != 1.0
+        or input._transform.kind != "logp"
+        or input._transform.factor != 1.0
         or target.is_floating_point()
     ):
         return NotImplemented
     reduction = resolve_reduction(reduction, size_average, reduce)
-    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "impl": impl}
+    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
     return _in_our_dtype(input, _loss(input, target, options))
 
 
@@ -186,13 +188,13 @@ def _gather(x: Any, dim: Any, index: Any = None, *, sparse_grad: bool = False) -
         return rows_along(x, dim, index) if whole else NotImplemented
     if not x._classes_last or index.shape[:-1] != x._rows.shape[:-1]:
         return NotImplemented
-    if index.shape[-1] != 1 or x._shaping.kind not in ("logits", "logp", "p"):
+    if index.shape[-1] != 1 or x._transform.kind not in ("logits", "logp", "p"):
         return gather(x, index)
     read = _stats(x, index[..., 0])
     value = read.target_logprob
-    if x._shaping.kind == "logits":
+    if x._transform.kind == "logits":
         value = value + read.lse
-    elif x._shaping.kind == "p":
+    elif x._transform.kind == "p":
         value = value.exp()
     return _result(x, value.unsqueeze(-1))
 
@@ -219,14 +221,14 @@ def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
     if not of_classes(x, dim):
         return NotImplemented
-    if x._shaping.kind != "logits":
+    if x._transform.kind != "logits":
         return of_values(torch.logsumexp, x, keepdim)
     lse = _result(x, _stats(x).lse)
     if not keepdim:
         return lse
     lse = lse.unsqueeze(x._class_dim)
     # to be known again when it is subtracted
-    x._source.lses.append((weakref.ref(lse), lse._version, x._rows, x._shaping))
+    x._call.lses.append((weakref.ref(lse), lse._version, x._rows, x._transform))
     return lse
 
 
@@ -234,7 +236,7 @@ def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
 def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if not of_classes(x, dim):
         return NotImplemented
-    if x._shaping.kind not in ("logits", "logp", "p") or x._shaping.factor <= 0.0:
+    if x._transform.kind not in ("logits", "logp", "p") or x._transform.factor <= 0.0:
         return of_values(torch.argmax, x, keepdim)
     with torch.no_grad():
         argmax = _stats(x, argmax=True).argmax
@@ -246,14 +248,14 @@ def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
 def _sum(
     x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    floating = x._shaping.dtype.is_floating_point
+    floating = x._transform.dtype.is_floating_point
     return over_rows(
         x,
         dim,
         keepdim,
         lambda: _row_sums(x),
         torch.sum,
-        dtype or (x._shaping.dtype if floating else torch.int64),
+        dtype or (x._transform.dtype if floating else torch.int64),
     )
 
 
@@ -261,40 +263,40 @@ def _sum(
 def _mean(
     x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    if not x._shaping.dtype.is_floating_point:
+    if not x._transform.dtype.is_floating_point:
         return NotImplemented
-    num_classes = x._shaping.num_classes
+    num_classes = x._transform.num_classes
     return over_rows(
-        x, dim, keepdim, lambda: _row_sums(x) / num_classes, torch.mean, dtype or x._shaping.dtype
+        x, dim, keepdim, lambda: _row_sums(x) / num_classes, torch.mean, dtype or x._transform.dtype
     )
 
 
 def _row_sums(x: LazyLogits) -> Tensor:
     """The sum over classes, in the dtype it is summed in."""
-    shaping = x._shaping
-    if shaping.kind not in ("logp", "p logp", "p z"):
+    transform = x._transform
+    if transform.kind not in ("logp", "p logp", "p z"):
         wide = (
             torch.float64
-            if shaping.dtype == torch.float64
+            if transform.dtype == torch.float64
             else torch.float32
-            if shaping.dtype.is_floating_point
+            if transform.dtype.is_floating_point
             else torch.int64
         )
         made: Tensor = read_chunks(x, lambda z: z.sum(-1, dtype=wide))
         return made
-    if shaping.kind == "logp":
+    if transform.kind == "logp":
         # a target that is spread evenly over all classes
         zeros = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
         value = _read(
             x, zeros, {"ignore_index": NO_ID, "reduction": "none", "label_smoothing": 1.0}, None
         )
         assert isinstance(value, Tensor)
-        value = value * -float(shaping.num_classes)
+        value = value * -float(transform.num_classes)
     else:
         read = _stats(x, entropy=True)
         assert read.entropy is not None
-        value = -read.entropy if shaping.kind == "p logp" else read.lse - read.entropy
-    return value * shaping.factor
+        value = -read.entropy if transform.kind == "p logp" else read.lse - read.entropy
+    return value * transform.factor
 
 
 def loss_of_values(func: Any, x: LazyLogits, target: Any, options: dict[str, Any]) -> Any:
@@ -303,23 +305,23 @@ def loss_of_values(func: Any, x: LazyLogits, target: Any, options: dict[str, Any
     weight, reduction = options.get("weight"), options["reduction"]
     soft = target.is_floating_point()
     classes_first = x._class_dim == min(x._rows.dim() - 1, 1)
-    if not classes_first or x._source.cut is not None or isinstance(weight, LazyLogits):
+    if not classes_first or x._call.shard is not None or isinstance(weight, LazyLogits):
         return NotImplemented
     lead = x._rows.shape[:-1]
     if isinstance(target, LazyLogits):
-        if not together(x, target) or target._shaping.num_classes != x._shaping.num_classes:
+        if not together(x, target) or target._transform.num_classes != x._transform.num_classes:
             return NotImplemented
         beside: Any = target
     else:
         beside = target.movedim(1, -1) if soft and target.dim() > 2 else target
         if (
-            tuple(beside.shape) != (*lead, x._shaping.num_classes)
+            tuple(beside.shape) != (*lead, x._transform.num_classes)
             if soft
             else tuple(beside.shape) != tuple(lead)
         ):
             return NotImplemented
     options = {**options, "reduction": "none"}
-    wide = torch.float64 if x._shaping.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if x._transform.dtype == torch.float64 else torch.float32
 
     def part(z: Tensor, t: Tensor) -> Tensor:
         return func(
@@ -334,7 +336,7 @@ def loss_of_values(func: Any, x: LazyLogits, target: Any, options: dict[str, Any
         ids = torch.empty(lead.numel(), 0, device=losses.device) if soft else target.reshape(-1)
         divisor = divisor_of(
             Targets(ids, weight, lead),
-            x._shaping.num_classes,
+            x._transform.num_classes,
             wide,
             options.get("ignore_index", -100),
             reduction,
@@ -352,8 +354,8 @@ def loss_of_values(func: Any, x: LazyLogits, target: Any, options: dict[str, Any
 
 def _result(x: LazyLogits, value: Tensor) -> Tensor:
     """As torch would have it: in the dtype of what it was read off."""
-    value = value if x._shaping.factor == 1.0 else value * x._shaping.factor
-    return value.to(x._shaping.dtype)
+    value = value if x._transform.factor == 1.0 else value * x._transform.factor
+    return value.to(x._transform.dtype)
 
 
 def _stats(
@@ -383,7 +385,7 @@ def _loss(
     ):
         return NotImplemented
     weight = options.get("weight")
-    if x._source.cut is not None and isinstance(weight, Tensor) and weight.requires_grad:
+    if x._call.shard is not None and isinstance(weight, Tensor) and weight.requires_grad:
         return NotImplemented
     if target.is_floating_point() and dims > 2:
         target = target.movedim(1, -1)
@@ -394,24 +396,24 @@ def _torchs(x: LazyLogits, loss: Any) -> Any:
     """A loss of torch has the dtype of its logits, which autocast makes float32; ours is
     float32."""
     if loss is NotImplemented or (
-        torch.is_autocast_enabled(x._rows.device.type) and x._shaping.dtype.itemsize < 4
+        torch.is_autocast_enabled(x._rows.device.type) and x._transform.dtype.itemsize < 4
     ):
         return loss
-    return loss.to(x._shaping.dtype)
+    return loss.to(x._transform.dtype)
 
 
 def _read(
     x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None
 ) -> Tensor | LossStats:
     """The linear form of these rows, or of chunks of a head that is not linear."""
-    source, shaping = x._source, x._shaping
-    options = {**options, **shaping.options}
-    with source.present(), source.as_called():
-        source.require_unchanged(calls_head=source.weight is None)
-        source.read = source.read or (x._of_head and torch.is_grad_enabled())
-        if source.weight is None:
+    call, transform = x._call, x._transform
+    options = {**options, **transform.options}
+    with call.unsharded(), call.as_called():
+        call.require_unchanged(calls_head=call.weight is None)
+        call.read = call.read or (x._of_head and torch.is_grad_enabled())
+        if call.weight is None:
             return _read_chunks(x, target, options, reads)
-        rows, weight, bias = x._rows, source.weight, source.bias
+        rows, weight, bias = x._rows, call.weight, call.bias
         if not x._of_head:
             # a view that was taken under no_grad requires grad all the same
             rows, weight, bias = (
@@ -419,18 +421,18 @@ def _read(
                 weight.detach(),
                 None if bias is None else bias.detach(),
             )
-        kept, added = slice(0, shaping.num_classes), shaping.bias
-        if source.cut is not None:
+        kept, added = slice(0, transform.num_classes), transform.bias
+        if call.shard is not None:
             weight, bias, added, target, kept = _of_this_rank(x, weight, bias, target, options)
         weight, bias = weight[kept], None if bias is None else bias[kept]
         if added is not None:
-            bias = added / shaping.scale if bias is None else bias + added / shaping.scale
+            bias = added / transform.scale if bias is None else bias + added / transform.scale
             bias = bias.to(weight.dtype)
-        call: Any = functional.linear_cross_entropy
+        function: Any = functional.linear_cross_entropy
         if reads is not None:
-            call, options = statistics.linear_cross_entropy_stats, {**options, **reads}
-        made: Tensor | LossStats = call(
-            rows, weight, target, linear_bias=bias, options=source.forward.finder.options, **options
+            function, options = statistics.linear_cross_entropy_stats, {**options, **reads}
+        made: Tensor | LossStats = function(
+            rows, weight, target, linear_bias=bias, options=call.forward.fuser.options, **options
         )
         return made
 
@@ -440,14 +442,14 @@ def _of_this_rank(
 ) -> Any:
     """Head, added bias, target and which classes are kept, where each rank has some of the classes;
     says so in ``options``."""
-    cut = x._source.cut
-    assert cut is not None
-    kept, shard = cut.shard(x._shaping.num_classes, len(weight))
+    head_shard = x._call.shard
+    assert head_shard is not None
+    kept, shard = head_shard.classes(x._transform.num_classes, len(weight))
     mine = slice(shard.start, shard.start + kept.stop)
     options["shard"] = shard
     # whole on every rank, and every rank makes a part of their gradient
     reduced = replace(shard, hidden_grad="reduced")
-    added = None if x._shaping.bias is None else shared(x._shaping.bias, reduced)[mine]
+    added = None if x._transform.bias is None else shared(x._transform.bias, reduced)[mine]
     if target.is_floating_point():
         target = shared(target, reduced)[..., mine]
     return weight.to_local(), None if bias is None else bias.to_local(), added, target, kept
@@ -458,24 +460,24 @@ def _read_chunks(
 ) -> Tensor | LossStats:
     """A head that is not linear makes a chunk of logits at a time, and makes it again in the
     backward."""
-    source, shaping = x._source, x._shaping
+    call, transform = x._call, x._transform
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer", None)
     ignore_index = options["ignore_index"]
     rows = x._rows.reshape(-1, x._rows.shape[-1])
     lead = x._rows.shape[:-1]
     t = (
-        target.reshape(-1, shaping.num_classes)
+        target.reshape(-1, transform.num_classes)
         if target.is_floating_point()
         else target.reshape(-1)
     )
 
     def part(hidden: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         # in the backward again
-        source.require_unchanged()
+        call.require_unchanged()
         with torch.set_grad_enabled(torch.is_grad_enabled() and x._of_head):
-            z = source.run(hidden)[:, : shaping.num_classes]
-        if shaping.bias is not None:
-            z = z + shaping.bias / shaping.scale
+            z = call.run(hidden)[:, : transform.num_classes]
+        if transform.bias is not None:
+            z = z + transform.bias / transform.scale
         if reads is None:
             return (functional.cross_entropy(z, t, reduction="none", **options),)
         read = statistics.cross_entropy_stats(z, t, reduction="none", **options, **wants)
@@ -484,21 +486,25 @@ def _read_chunks(
 
     wants: dict[str, Any] = reads or {}
     cpu = rows.device.type == "cpu"
-    chunking = source.forward.finder.options
-    step = chunk_rows(len(rows), rows.shape[-1], shaping.num_classes, rows.dtype, chunking, cpu=cpu)
+    chunking = call.forward.fuser.options
+    step = chunk_rows(
+        len(rows), rows.shape[-1], transform.num_classes, rows.dtype, chunking, cpu=cpu
+    )
     if chunking.chunk_bytes is None:
         # the linear form holds one tensor of a chunk's logits; a LoRA layer's terms, their sum and
         # its gradient are four. Freed blocks below 32 MiB stay in glibc's heap, in pieces
-        least = (64 << 20) // (4 * shaping.num_classes) if cpu else 1
+        least = (64 << 20) // (4 * transform.num_classes) if cpu else 1
         step = min(step, max(-(-step // 4), least))
-    with source.random():
+    with call.random():
         parts = [
             checkpoint(part, h, some, use_reentrant=False)
             for h, some in zip(rows.split(step), t.split(step), strict=True)
         ]
     losses, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
     of = Targets(t, options.get("weight"), lead)
-    divisor = divisor_of(of, shaping.num_classes, losses.dtype, ignore_index, reduction, normalizer)
+    divisor = divisor_of(
+        of, transform.num_classes, losses.dtype, ignore_index, reduction, normalizer
+    )
     loss = reduce_rows(losses, of, reduction, divisor)
     if reads is None:
         return loss

@@ -1,6 +1,6 @@
 """Elementwise operations between head and loss, recorded on deferred logits instead of computed.
 
-Scaling, caps, biases and softmax become part of the shaping, which the linear form knows. Other
+Scaling, caps, biases and softmax become part of the transform, which the linear form knows. Other
 functions that keep each row to itself are steps of the program, which runs on a chunk of rows.
 Handlers that cannot return NotImplemented, and the logits are made."""
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .. import family
 from .chunked_reads import joined_leaves, step, together
-from .deferred_call import Shaping
-from .lazy_logits import HANDLERS, LazyLogits, T, can_be, handles, of_classes, written
+from .lazy_logits import LazyLogits, can_be, of_classes, written
+from .torch_functions import HANDLERS, T, handles
+from .transform import LogitTransform
 
 
 def _number(c: Any) -> float | None:
@@ -44,12 +45,12 @@ def _plain(t: Any) -> bool:
 def _mul(x: Any, other: Any) -> Any:
     z, factor = (x, other) if isinstance(x, LazyLogits) else (other, x)
     if isinstance(factor, LazyLogits):
-        return step(torch.mul, x, other, shaping=_times_logarithm(z, factor))
+        return step(torch.mul, x, other, transform=_times_logarithm(z, factor))
     c = _number(factor)
     if c is None:
         scaled = _rows_times(z, factor, torch.mul)
         return step(torch.mul, x, other) if scaled is None else scaled
-    return step(torch.mul, x, other, shaping=z._shaping.times(c))
+    return step(torch.mul, x, other, transform=z._transform.times(c))
 
 
 @handles(T.div, T.__truediv__, torch.div, T.true_divide, torch.true_divide, T.divide, torch.divide)
@@ -62,13 +63,13 @@ def _div(x: Any, other: Any, *, rounding_mode: Any = None) -> Any:
             else _rows_times(x, other, torch.div)
         )
         return step(torch.div, x, other, rounding_mode=rounding_mode) if scaled is None else scaled
-    return step(torch.div, x, other, shaping=x._shaping.times(1.0 / c) if c else None)
+    return step(torch.div, x, other, transform=x._transform.times(1.0 / c) if c else None)
 
 
 def _rows_times(x: LazyLogits, factor: Any, func: Any) -> LazyLogits | None:
     """A factor for all rows or for each one, of logits that are linear in their hidden states,
     scales those; None if they are not."""
-    source, shaping = x._source, x._shaping
+    call, transform = x._call, x._transform
     if (
         not _plain(factor)
         or factor.dim() > x._rows.dim()
@@ -76,21 +77,21 @@ def _rows_times(x: LazyLogits, factor: Any, func: Any) -> LazyLogits | None:
     ):
         return None
     linear = (
-        source.weight is not None
-        and source.bias is None
-        and source.cut is None
-        and source.autocast is None
+        call.weight is not None
+        and call.bias is None
+        and call.shard is None
+        and call.autocast is None
     )
     alone = (
-        shaping.kind == "logits"
-        and shaping.bias is None
-        and shaping.cap is None
+        transform.kind == "logits"
+        and transform.bias is None
+        and transform.cap is None
         and x._classes_last
         and not x._carried
     )
     wide = (
         x._rows.dtype.itemsize >= 4
-        and torch.promote_types(factor.dtype, x._rows.dtype) == x._rows.dtype == shaping.dtype
+        and torch.promote_types(factor.dtype, x._rows.dtype) == x._rows.dtype == transform.dtype
     )
     one = factor.dim() == 0 or (factor.shape[-1] == 1 and factor.device == x._rows.device)
     learnt = factor.requires_grad and torch.is_grad_enabled()
@@ -101,50 +102,54 @@ def _rows_times(x: LazyLogits, factor: Any, func: Any) -> LazyLogits | None:
     rows = func(x._rows, factor)
     if rows.shape != x._rows.shape:
         return None
-    return x._but(rows=rows, leaves=(*x._leaves, factor) if learnt else None, copied=True)
+    return x._with(rows=rows, leaves=(*x._leaves, factor) if learnt else None, copied=True)
 
 
-def _times_logarithm(x: LazyLogits, other: LazyLogits) -> Shaping | None:
+def _times_logarithm(x: LazyLogits, other: LazyLogits) -> LogitTransform | None:
     """p * logp or p * z of the same logits, whose sum over classes is a statistic."""
-    if other._shaping.kind == "p":
+    if other._transform.kind == "p":
         x, other = other, x
-    kind = {"logp": "p logp", "logits": "p z"}.get(other._shaping.kind)
+    kind = {"logp": "p logp", "logits": "p z"}.get(other._transform.kind)
     alike = (
         together(x, other)
-        and x._shaping.same_logits(other._shaping)
+        and x._transform.same_logits(other._transform)
         and x._of_head == other._of_head
     )
     if (
-        x._shaping.kind != "p"
+        x._transform.kind != "p"
         or kind is None
         or not alike
         or len(joined_leaves([x, other])) != len(x._leaves)
     ):
         return None
-    dtype = torch.promote_types(x._shaping.dtype, other._shaping.dtype)
+    dtype = torch.promote_types(x._transform.dtype, other._transform.dtype)
     return replace(
-        x._shaping, kind=kind, factor=x._shaping.factor * other._shaping.factor, dtype=dtype
+        x._transform, kind=kind, factor=x._transform.factor * other._transform.factor, dtype=dtype
     )
 
 
 @handles(T.neg, T.__neg__, torch.neg, torch.negative, T.negative)
 def _neg(x: LazyLogits) -> Any:
-    return step(torch.neg, x, shaping=x._shaping.times(-1.0))
+    return step(torch.neg, x, transform=x._transform.times(-1.0))
 
 
 @handles(T.tanh, torch.tanh)
 def _tanh(x: LazyLogits) -> Any:
-    shaping = x._shaping
-    capped = replace(shaping, cap=1.0) if shaping.kind == "logits" and shaping.cap is None else None
-    return step(torch.tanh, x, shaping=capped)
+    transform = x._transform
+    capped = (
+        replace(transform, cap=1.0)
+        if transform.kind == "logits" and transform.cap is None
+        else None
+    )
+    return step(torch.tanh, x, transform=capped)
 
 
 @handles(T.add, T.__add__, T.__radd__, torch.add)
 def _add(x: Any, other: Any, *, alpha: Any = 1) -> Any:
     z, added = (x, other) if isinstance(x, LazyLogits) else (other, x)
-    shaping = _with_bias(z, added) if alpha == 1 else None
-    made = step(torch.add, x, other, alpha=alpha, shaping=shaping)
-    return _watched(made, added, shaping)
+    transform = _with_bias(z, added) if alpha == 1 else None
+    made = step(torch.add, x, other, alpha=alpha, transform=transform)
+    return _watched(made, added, transform)
 
 
 @handles(T.sub, T.__sub__, torch.sub, T.subtract, torch.subtract)
@@ -152,12 +157,12 @@ def _sub(x: Any, other: Any, *, alpha: Any = 1) -> Any:
     if not isinstance(x, LazyLogits) or isinstance(other, LazyLogits) or alpha != 1:
         return step(torch.sub, x, other, alpha=alpha)
     number = isinstance(other, int | float) and not isinstance(other, bool)
-    shaping = _normalised_by(x, other)
-    if shaping is None and (
+    transform = _normalised_by(x, other)
+    if transform is None and (
         number or (_plain(other) and not other.requires_grad and other.dtype != torch.bool)
     ):
-        shaping = _with_bias(x, -other)
-    return _watched(step(torch.sub, x, other, shaping=shaping), other, shaping)
+        transform = _with_bias(x, -other)
+    return _watched(step(torch.sub, x, other, transform=transform), other, transform)
 
 
 @handles(T.__rsub__, torch.rsub)
@@ -165,61 +170,61 @@ def _rsub(x: Any, other: Any, *, alpha: Any = 1) -> Any:
     return step(torch.rsub, x, other, alpha=alpha)
 
 
-def _normalised_by(x: LazyLogits, other: Any) -> Shaping | None:
+def _normalised_by(x: LazyLogits, other: Any) -> LogitTransform | None:
     """The logarithm of probabilities, if ``other`` is what has been read as the logsumexp of the
     same logits."""
     if not isinstance(other, Tensor):
         return None
-    for ref, version, rows, shaping in x._source.lses:
-        same = rows is x._rows and x._shaping.same_logits(shaping) and not x._carried
+    for ref, version, rows, transform in x._call.lses:
+        same = rows is x._rows and x._transform.same_logits(transform) and not x._carried
         if ref() is other and other._version == version and same:
             alike = (
                 other.requires_grad == (len(x._leaves) > 0)
-                and x._shaping.kind == "logits"
+                and x._transform.kind == "logits"
                 and x._classes_last
             )
-            return replace(x._shaping, kind="logp") if alike else None
+            return replace(x._transform, kind="logp") if alike else None
     return None
 
 
-def _with_bias(x: LazyLogits, other: Any) -> Shaping | None:
+def _with_bias(x: LazyLogits, other: Any) -> LogitTransform | None:
     if isinstance(other, int | float) and not isinstance(other, bool):
         other = torch.full(
-            (x._shaping.num_classes,), other, dtype=x._shaping.dtype, device=x._rows.device
+            (x._transform.num_classes,), other, dtype=x._transform.dtype, device=x._rows.device
         )
     one_row = _plain(other) and other.dim() > 0 and other.device == x._rows.device
     fits = (
         one_row
-        and other.numel() == other.shape[-1] == x._shaping.num_classes
+        and other.numel() == other.shape[-1] == x._transform.num_classes
         and other.dim() <= x._rows.dim()
     )
     if (
         not fits
         or not x._classes_last
-        or torch.promote_types(other.dtype, x._shaping.dtype) != x._shaping.dtype
+        or torch.promote_types(other.dtype, x._transform.dtype) != x._transform.dtype
     ):
         return None
     # it becomes a bias of the head, which must not cost it digits
-    operands = x._source.autocast or x._rows.dtype
-    if x._source.weight is not None and torch.promote_types(other.dtype, operands) != operands:
+    operands = x._call.autocast or x._rows.dtype
+    if x._call.weight is not None and torch.promote_types(other.dtype, operands) != operands:
         return None
-    return x._shaping.plus(other)
+    return x._transform.plus(other)
 
 
-def _watched(made: Any, other: Any, shaping: Shaping | None) -> Any:
-    if made is not NotImplemented and shaping is not None and _plain(other):
-        made._source.watch("what was added to them", other)
+def _watched(made: Any, other: Any, transform: LogitTransform | None) -> Any:
+    if made is not NotImplemented and transform is not None and _plain(other):
+        made._call.watch("what was added to them", other)
     return made
 
 
 @handles(T.exp, torch.exp)
 def _exp(x: LazyLogits) -> Any:
-    shaping = x._shaping
+    transform = x._transform
     return step(
         torch.exp,
         x,
-        shaping=replace(shaping, kind="p")
-        if shaping.kind == "logp" and shaping.factor == 1.0
+        transform=replace(transform, kind="p")
+        if transform.kind == "logp" and transform.factor == 1.0
         else None,
     )
 
@@ -232,17 +237,17 @@ def _normalised(kind: str, func: Any) -> Callable[..., Any]:
             dtype = _stacklevel
         if not of_classes(x, dim):
             return NotImplemented
-        shaping = x._shaping
-        if (shaping.kind != "logits" and (shaping.kind, shaping.factor) != ("logp", 1.0)) or (
+        transform = x._transform
+        if (transform.kind != "logits" and (transform.kind, transform.factor) != ("logp", 1.0)) or (
             dtype is not None and not can_be(x, dtype)
         ):
             return step(func, x, -1, dtype=dtype)
         # autocast computes them in float32, but on a CPU
         on = x._rows.device.type
-        autocast = on != "cpu" and torch.is_autocast_enabled(on) and x._shaping.dtype.itemsize < 4
-        dtype_made = dtype or (torch.float32 if autocast else x._shaping.dtype)
+        autocast = on != "cpu" and torch.is_autocast_enabled(on) and x._transform.dtype.itemsize < 4
+        dtype_made = dtype or (torch.float32 if autocast else x._transform.dtype)
         return step(
-            func, x, -1, dtype=dtype, shaping=replace(x._shaping, kind=kind, dtype=dtype_made)
+            func, x, -1, dtype=dtype, transform=replace(x._transform, kind=kind, dtype=dtype_made)
         )
 
     return handler
@@ -264,10 +269,10 @@ def _our_log_softmax(
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype) -> Any:
-    if dtype == x._shaping.dtype:
+    if dtype == x._transform.dtype:
         return x
-    known = can_be(x, dtype) and x._shaping.kind != "other"
-    return step(T.to, x, dtype, shaping=replace(x._shaping, dtype=dtype) if known else None)
+    known = can_be(x, dtype) and x._transform.kind != "other"
+    return step(T.to, x, dtype, transform=replace(x._transform, dtype=dtype) if known else None)
 
 
 @handles(T.float)
@@ -308,13 +313,13 @@ def _long(x: LazyLogits) -> Any:
 @handles(T.type)
 def _type(x: LazyLogits, dtype: Any = None, non_blocking: bool = False) -> Any:
     if dtype is None:
-        return torch.empty(0, dtype=x._shaping.dtype, device=x._rows.device).type()
+        return torch.empty(0, dtype=x._transform.dtype, device=x._rows.device).type()
     return _cast(x, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
 
 
 @handles(T.to)
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    dtype, device = x._shaping.dtype, x._rows.device
+    dtype, device = x._transform.dtype, x._rows.device
     copy = kwargs.get("copy", False) or sum(value is True for value in args) == 2
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.dtype):
@@ -328,7 +333,7 @@ def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     here = device.type == x._rows.device.type and device.index in (None, x._rows.device.index)
     if not here:
         return NotImplemented
-    return x._but(copied=True) if copy and dtype == x._shaping.dtype else _cast(x, dtype)
+    return x._with(copied=True) if copy and dtype == x._transform.dtype else _cast(x, dtype)
 
 
 @handles(T.type_as)
@@ -342,17 +347,17 @@ def _type_as(x: Any, other: Tensor) -> Any:
 
 @handles(T.contiguous)
 def _contiguous(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
-    return x._but()
+    return x._with()
 
 
 @handles(T.clone, torch.clone)
 def _clone(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
-    return x._but(copied=True)
+    return x._with(copied=True)
 
 
 @handles(T.detach, torch.detach)
 def _detach(x: LazyLogits) -> LazyLogits:
-    return x._but(rows=x._rows.detach(), leaves=())
+    return x._with(rows=x._rows.detach(), leaves=())
 
 
 # --- steps of the program

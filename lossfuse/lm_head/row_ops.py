@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .chunked_reads import joined_leaves, read_chunks, same_program, step
 from .deferred_call import JoinedCalls, is_same_head
-from .lazy_logits import LazyLogits, T, handles, lazy_logits, of_classes, written
+from .lazy_logits import LazyLogits, lazy_logits, of_classes, written
+from .torch_functions import T, handles
 
 # classes of a slice that are computed alone
 FEW = 64
@@ -36,7 +37,7 @@ def on_rows(
         return func(t.movedim(-1, at)).movedim(to, -1)
 
     carried = {key: moved(t) for key, t in x._carried.items()}
-    return x._but(rows=moved(x._rows), carried=carried, class_dim=to, copied=copied)
+    return x._with(rows=moved(x._rows), carried=carried, class_dim=to, copied=copied)
 
 
 def _dim(x: LazyLogits, dim: Any) -> int | None:
@@ -76,7 +77,9 @@ def _narrow(x: LazyLogits, dim: int, start: Any, length: int) -> Any:
     d = _dim(x, dim)
     if d is None:
         return _of_classes_alone(
-            x, dim, slice(start % x._shaping.num_classes, start % x._shaping.num_classes + length)
+            x,
+            dim,
+            slice(start % x._transform.num_classes, start % x._transform.num_classes + length),
         )
     return on_rows(x, lambda t: t.narrow(d, start, length))
 
@@ -103,7 +106,7 @@ def _pieces(x: LazyLogits, dim: int, lengths: Any) -> tuple[LazyLogits, ...]:
     made, start = [], 0
     for length in lengths:
         piece = on_rows(x, lambda t, s=start, n=length: t.narrow(dim, s, n))  # type: ignore[misc]
-        piece._expression.is_call(T.narrow, (x, dim, start, length), {})
+        piece._expression.record(T.narrow, (x, dim, start, length), {})
         made.append(piece)
         start += length
     return tuple(made)
@@ -117,7 +120,7 @@ def _unbind(x: LazyLogits, dim: int = 0) -> Any:
     made = []
     for i in range(x.shape[d]):
         row = _select(x, d, i)
-        row._expression.is_call(T.select, (x, d, i), {})
+        row._expression.record(T.select, (x, d, i), {})
         made.append(row)
     return tuple(made)
 
@@ -168,7 +171,7 @@ def _view(x: LazyLogits, *shape: Any) -> Any:
     sizes = _ints(shape)
     if not x._classes_last or not sizes:
         return NotImplemented
-    rows, num_classes = math.prod(x._rows.shape[:-1]), x._shaping.num_classes
+    rows, num_classes = math.prod(x._rows.shape[:-1]), x._transform.num_classes
     lead, last = list(sizes[:-1]), sizes[-1]
     known = math.prod(n for n in lead if n != -1)
     if last == -1:
@@ -236,7 +239,7 @@ def _expand(x: LazyLogits, *sizes: Any, implicit: bool = False) -> Any:
         shape is None
         or not x._classes_last
         or len(shape) < x._rows.dim()
-        or shape[-1] not in (-1, x._shaping.num_classes)
+        or shape[-1] not in (-1, x._transform.num_classes)
     ):
         return NotImplemented
     return on_rows(x, lambda t: t.expand(*shape[:-1], -1), len(shape) - 1)
@@ -261,7 +264,7 @@ def _broadcast_tensors(*tensors: Any) -> Any:
         lazy = _expand(t, shape)
         if lazy is NotImplemented:
             return NotImplemented
-        lazy._expression.is_call(T.expand, (t, shape), {})
+        lazy._expression.record(T.expand, (t, shape), {})
         made.append(lazy)
     return tuple(made)
 
@@ -344,22 +347,22 @@ def _alike(tensors: Any) -> bool:
     first = tensors[0] if isinstance(tensors, tuple | list) and len(tensors) > 0 else None
     if not isinstance(first, LazyLogits) or not all(isinstance(t, LazyLogits) for t in tensors):
         return False
-    shaping, head = first._shaping, first._of_head
+    transform, head = first._transform, first._of_head
     for t in tensors:
-        s = t._shaping
+        s = t._transform
         same = (
-            is_same_head(t._source, first._source)
+            is_same_head(t._call, first._call)
             and t._class_dim == first._class_dim
             and t._of_head == head
             and t._carried.keys() == first._carried.keys()
         )
         same = same and (s.kind, s.factor, s.dtype, s.placements) == (
-            shaping.kind,
-            shaping.factor,
-            shaping.dtype,
-            shaping.placements,
+            transform.kind,
+            transform.factor,
+            transform.dtype,
+            transform.placements,
         )
-        if not same or not s.same_logits(shaping) or not same_program(t._program, first._program):
+        if not same or not s.same_logits(transform) or not same_program(t._program, first._program):
             return False
     return True
 
@@ -372,15 +375,15 @@ def _together(tensors: Any, func: Callable[[list[Tensor]], Tensor], at: int, to:
 
     carried = {key: moved([t._carried[key] for t in tensors]) for key in first._carried}
     rows = moved([t._rows for t in tensors])
-    calls = list({id(t._source): t._source for t in tensors}.values())
-    source = calls[0] if len(calls) == 1 else JoinedCalls(calls)
-    made: LazyLogits = first._but(
+    calls = list({id(t._call): t._call for t in tensors}.values())
+    call = calls[0] if len(calls) == 1 else JoinedCalls(calls)
+    made: LazyLogits = first._with(
         rows=rows,
         carried=carried,
         class_dim=to,
         leaves=joined_leaves(tensors),
         copied=True,
-        source=source,
+        call=call,
     )
     return made
 
@@ -465,7 +468,7 @@ def _getitem(x: LazyLogits, index: Any) -> Any:
         items[at],
         items[:at],
         items[at + 1 :],
-        x._shaping.num_classes,
+        x._transform.num_classes,
     )
     if _takes(of_class) > 1:
         return NotImplemented
@@ -502,7 +505,7 @@ def _rows_of(x: LazyLogits, before: list[Any]) -> Any:
 
 def _view_of_classes(x: LazyLogits, item: Any) -> Any:
     """Some classes of all rows, as a view of them."""
-    num_classes, shaping = x._shaping.num_classes, x._shaping
+    num_classes, transform = x._transform.num_classes, x._transform
     if isinstance(item, Tensor):
         item = int(item)
     if isinstance(item, int):
@@ -520,16 +523,16 @@ def _view_of_classes(x: LazyLogits, item: Any) -> Any:
                 T.__getitem__,
                 x,
                 (slice(None), item),
-                shaping=shaping.cut(len(kept)) if first else None,
+                transform=transform.first_classes(len(kept)) if first else None,
             )
             if made is not NotImplemented:
                 made._memory = x._memory
             return made
-    if x._source.cut is not None:
+    if x._call.shard is not None:
         return NotImplemented
     made = lazy_logits(
-        x._source,
-        shaping,
+        x._call,
+        transform,
         x._rows,
         leaves=x._leaves,
         program=x._program,
@@ -538,24 +541,24 @@ def _view_of_classes(x: LazyLogits, item: Any) -> Any:
         shape=shape,
     )
     made._memory = x._memory
-    alone = x._but()
-    alone._expression.is_call(T.view_as, (x, x), {})
-    made._take = lambda: classes_of(alone, item)
+    alone = x._with()
+    alone._expression.record(T.view_as, (x, x), {})
+    made._compute_view = lambda: classes_of(alone, item)
     return made
 
 
 def _is_few(x: LazyLogits, n: int) -> bool:
-    return n <= FEW and 2 * n <= x._source.widest
+    return n <= FEW and 2 * n <= x._call.widest
 
 
 def _classes(x: Any, item: Any) -> Any:
     """Some classes of all rows, as a copy."""
-    if x is NotImplemented or x._source.cut is not None:
+    if x is NotImplemented or x._call.shard is not None:
         return NotImplemented
     if not isinstance(item, Tensor):
         return classes_of(x, item)
     if item.dtype == torch.bool:
-        if item.shape != (x._shaping.num_classes,):
+        if item.shape != (x._transform.num_classes,):
             return NotImplemented
         item = item.nonzero()[:, 0]
     if item.numel() == 0 or (item.dim() == 1 and not _is_few(x, len(item))):
@@ -585,7 +588,7 @@ def _rows_and_classes(x: LazyLogits, before: list[Any], ids: Tensor) -> Any:
     y = _getitem(x, (*index, slice(None)))
     if y is NotImplemented:
         return NotImplemented
-    ids = torch.where(ids < 0, ids + x._shaping.num_classes, ids)
+    ids = torch.where(ids < 0, ids + x._transform.num_classes, ids)
     made = gather(y, ids.expand(y._rows.shape[:-1]).unsqueeze(-1))
     return NotImplemented if made is NotImplemented else made.squeeze(-1)
 
@@ -605,7 +608,7 @@ def _setitem(x: Any, index: Any, value: Any) -> Any:
         return NotImplemented
     if isinstance(value, Tensor) and value.requires_grad:
         return NotImplemented
-    mask = torch.zeros(x._shaping.num_classes, dtype=torch.bool, device=x._rows.device)
+    mask = torch.zeros(x._transform.num_classes, dtype=torch.bool, device=x._rows.device)
     mask[items[-1]] = True
     return written(
         x,
@@ -620,21 +623,21 @@ def _setitem(x: Any, index: Any, value: Any) -> Any:
 def classes_of(x: LazyLogits, item: int | slice | Tensor) -> Tensor:
     """The values of some classes of all rows, from their rows of the weight alone if the head is
     linear."""
-    source, shaping = x._source, x._shaping
-    if source.weight is None or shaping.kind != "logits":
+    call, transform = x._call, x._transform
+    if call.weight is None or transform.kind != "logits":
         made: Tensor = read_chunks(x, lambda z: z[:, item])
         return made
-    with source.present(), source.as_called():
-        source.require_unchanged()
-        source.read = source.read or (x._of_head and torch.is_grad_enabled())
-        rows, weight, bias = x._rows, source.weight, source.bias
+    with call.unsharded(), call.as_called():
+        call.require_unchanged()
+        call.read = call.read or (x._of_head and torch.is_grad_enabled())
+        rows, weight, bias = x._rows, call.weight, call.bias
         if not x._of_head:
             rows, weight, bias = (
                 rows.detach(),
                 weight.detach(),
                 None if bias is None else bias.detach(),
             )
-        n = shaping.num_classes
+        n = transform.num_classes
         ids: Any = (
             slice(item, item + 1)
             if isinstance(item, int)
@@ -643,9 +646,9 @@ def classes_of(x: LazyLogits, item: int | slice | Tensor) -> Tensor:
             else item
         )
         z = F.linear(rows, weight[:n][ids], None if bias is None else bias[:n][ids])
-        z = z if shaping.scale == 1.0 else z * shaping.scale
-        z = z if shaping.bias is None else z + shaping.bias[ids]
-        z = (z if shaping.cap is None else shaping.cap * torch.tanh(z)).to(shaping.dtype)
+        z = z if transform.scale == 1.0 else z * transform.scale
+        z = z if transform.bias is None else z + transform.bias[ids]
+        z = (z if transform.cap is None else transform.cap * torch.tanh(z)).to(transform.dtype)
     if isinstance(item, int):
         return z.squeeze(-1)
     return z.unflatten(-1, item.shape) if isinstance(item, Tensor) else z
@@ -653,7 +656,7 @@ def classes_of(x: LazyLogits, item: int | slice | Tensor) -> Tensor:
 
 def gather(x: LazyLogits, index: Tensor) -> Any:
     """The values of K classes for each row."""
-    if x._source.cut is not None:
+    if x._call.shard is not None:
         return NotImplemented
     return read_chunks(x, lambda z, ids: z.gather(-1, ids), index)
 
@@ -663,7 +666,7 @@ def rows_along(x: LazyLogits, dim: int, index: Tensor) -> Any:
     d = _dim(x, dim)
     if d is None or not x._classes_last or index.dim() != x._rows.dim():
         return NotImplemented
-    if index.shape[-1] not in (1, x._shaping.num_classes) or (
+    if index.shape[-1] not in (1, x._transform.num_classes) or (
         index.shape[-1] > 1 and index.stride(-1) != 0
     ):
         return NotImplemented

@@ -15,7 +15,7 @@ from ..spec import VocabShard
 from .fsdp import is_plain_linear
 
 
-class Cut(NamedTuple):
+class HeadShard(NamedTuple):
     """A call of a head that has some of the classes on this rank."""
 
     rows: Tensor  # hidden states, whole; their gradient is this rank's part
@@ -25,7 +25,7 @@ class Cut(NamedTuple):
         tuple[Any, ...] | None
     )  # of the logits as the head's forward leaves them; None if they are whole and plain
 
-    def shard(self, num_classes: int, of: int) -> tuple[slice, VocabShard]:
+    def classes(self, num_classes: int, of: int) -> tuple[slice, VocabShard]:
         """Which of the rank's own classes, and which of the first ``num_classes`` they are; ``of``,
         the classes of the head."""
         even = VocabShard.even(of, self.mesh.get_group(self.dim))
@@ -42,11 +42,13 @@ def _tensor() -> Any:
     return sys.modules.get("torch.distributed.tensor")
 
 
-def is_cut(head: nn.Module) -> bool:
+def is_sharded(head: nn.Module) -> bool:
     return _tensor() is not None and any(is_dtensor(p) for p in head.parameters())
 
 
-def cut_of(head: nn.Module, hidden: Any, instance_forward: Any, wrapped: bool) -> Cut | None:
+def head_shard(
+    head: nn.Module, hidden: Any, instance_forward: Any, wrapped: bool
+) -> HeadShard | None:
     """How this call is cut; None where it is none that is known. ``wrapped``, somebody has put
     something around the fused head."""
     weight: Any = head._parameters.get("weight")
@@ -76,7 +78,7 @@ def cut_of(head: nn.Module, hidden: Any, instance_forward: Any, wrapped: bool) -
     ):
         return None
     parts = [placement.Partial() if i in cuts else replicate for i in range(mesh.ndim)]
-    return Cut(hidden.to_local(grad_placements=parts), mesh, cuts[0], placements)
+    return HeadShard(hidden.to_local(grad_placements=parts), mesh, cuts[0], placements)
 
 
 def _as_transformers(head: nn.Module, hidden: Any, forward: Any, replicate: Any) -> Any:

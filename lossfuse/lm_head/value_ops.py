@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..spec import resolve_reduction
 from .chunked_reads import read_chunks, step
-from .lazy_logits import HANDLERS, LazyLogits, T, handles, of_classes
+from .lazy_logits import LazyLogits, of_classes
+from .torch_functions import HANDLERS, T, handles
 
 
 def of_values(
@@ -24,7 +25,7 @@ def of_values(
 ) -> Any:
     """``func(logits, *args, dim=classes)``, one result for each row; or several where it ``keeps``
     the dimension."""
-    if x._source.cut is not None:
+    if x._call.shard is not None:
         return NotImplemented
     made = read_chunks(x, lambda z: func(z, *args, dim=-1, **options))
     if keeps or not keepdim:
@@ -51,7 +52,7 @@ def over_rows(
     """A reduction over classes, and over rows as far as ``dim`` says, by ``func`` of what it is for
     each row."""
     dims = x._rows.dim()
-    if x._source.cut is not None and x._shaping.kind not in ("logp", "p logp", "p z"):
+    if x._call.shard is not None and x._transform.kind not in ("logp", "p logp", "p z"):
         return NotImplemented
     chosen = dim if isinstance(dim, tuple | list) else range(dims) if dim is None else (dim,)
     if len(chosen) == 0:
@@ -105,7 +106,7 @@ def _extreme(func: Any, pairwise: Any, each: Any) -> Callable[..., Any]:
             return NotImplemented
         if dim is not None:
             return of_values(func, x, keepdim) if of_classes(x, dim) else NotImplemented
-        if x._source.cut is not None or x.numel() == 0:
+        if x._call.shard is not None or x.numel() == 0:
             return NotImplemented
         # the gradient is shared by all that are equal, in whichever rows
 
@@ -219,7 +220,7 @@ def _multi_margin_loss(
         isinstance(input, LazyLogits)
         and input._rows.dim() == 2
         and input._classes_last
-        and input._source.cut is None
+        and input._call.shard is None
     )
     if (
         not plain

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..spec import LossSpec
-from .inplace import GONE, Owner, is_sole_owner
+from .inplace import ERR_LOGITS_CONSUMED, Owner, is_sole_owner
 from .library import multiply_
 
 ERR_SECOND_BACKWARD = (
     "a second backward, and a backward with create_graph=True, need the logits again, but"
-    f" {GONE}; pass inplace=False"
+    f" {ERR_LOGITS_CONSUMED}; pass inplace=False"
 )
 
 

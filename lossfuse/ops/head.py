@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..row_types import Upstream, Wants
 from ..spec import LinearOptions, LossSpec
-from ..targets import values_are_at_hand
-from ..vocab_parallel.backend import look_together
+from ..targets import values_are_readable
+from ..vocab_parallel.backend import check_ranks_agree
 from . import head_chunks
 from .gradients import is_plain, multiply
 from .head_chunks import Gradients, Head, Needs
@@ -130,8 +130,8 @@ def _checked_spec(operands: HeadOperands, args: OpArgs) -> LossSpec:
     spec = args.checked_spec(len(operands.weight), operands.target)
     # ranks compare all rows at once where values can be read or debug_targets() asks for it: a
     # chunk does not know how many chunks the other ranks have
-    if spec.group is not None and values_are_at_hand(operands.target):
-        look_together(operands.target, len(operands.weight), spec)
+    if spec.group is not None and values_are_readable(operands.target):
+        check_ranks_agree(operands.target, len(operands.weight), spec)
     return spec
 
 

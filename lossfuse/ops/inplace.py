@@ -1,4 +1,4 @@
-"""``inplace=True``: which logits may be written, and what becomes of the tensor that held them."""
+"""``inplace=True``: which logits may be overwritten, and errors of later uses of their tensor."""
 
 import warnings
 import weakref
@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ..inputs import Rows
 
-GONE = "these logits were consumed by a loss of lossfuse with inplace=True and their memory holds a gradient"
+ERR_LOGITS_CONSUMED = (
+    "these logits were consumed by a loss of lossfuse with inplace=True and their memory holds a"
+    " gradient"
+)
 
-# what may still be asked of a tensor that holds no logits any more: nothing that reads them
+# functions of a consumed tensor that read no values
 _HARMLESS = {
     "__dir__",
     "__hash__",
@@ -42,11 +45,10 @@ _ATTRIBUTES_THAT_READ = {"data", "T", "mT", "H", "mH", "real", "imag"}
 
 
 class Consumed(Tensor):
-    """What the caller's tensor is afterwards: it knows its shape, its place in the graph and
-    nothing else."""
+    """The class of the caller's tensor after its logits were overwritten: shape and graph still
+    work, every use of the values raises."""
 
-    # a view that was written makes itself a new place in the graph, which the loss is not attached
-    # to
+    # the edge before the write, which gives a view a new grad_fn that the loss does not depend on
     _edge: torch.autograd.graph.GradientEdge | None = None
 
     @classmethod
@@ -58,19 +60,20 @@ class Consumed(Tensor):
             else None
         )
         if name in ("__repr__", "__format__"):
-            return f"<{GONE}>"
+            return f"<{ERR_LOGITS_CONSUMED}>"
         edge = args[0]._edge if args and isinstance(args[0], cls) else None
         if attribute == "grad_fn" and name == "__get__" and edge is not None:
             return edge.node
         if name in ("register_hook", "retain_grad") and edge is not None:
-            raise RuntimeError(f"{GONE}; on a view, {name} before the loss")
+            raise RuntimeError(f"{ERR_LOGITS_CONSUMED}; on a view, {name} before the loss")
         harmless = name in _HARMLESS or name in ("register_hook", "retain_grad")
         harmless |= (
             name == "__get__" and attribute not in _ATTRIBUTES_THAT_READ
         ) or attribute == "grad"
         if not harmless and name not in _ALIASES:
             raise RuntimeError(
-                f"{GONE}; use them before the loss, keep a copy, or pass inplace=False"
+                f"{ERR_LOGITS_CONSUMED}; use them before the loss, keep a copy, or pass"
+                " inplace=False"
             )
         if name == "grad":
             args = tuple(_in_graph(a) for a in args)
@@ -83,8 +86,7 @@ class Consumed(Tensor):
 
 
 def _in_graph(argument: Any) -> Any:
-    """Consumed views among the inputs of ``torch.autograd.grad``, by where they were in the
-    graph."""
+    """Replace consumed views among the inputs of ``torch.autograd.grad`` by their edges."""
     if isinstance(argument, list | tuple):
         return type(argument)(map(_in_graph, argument))
     return (
@@ -95,35 +97,37 @@ def _in_graph(argument: Any) -> Any:
 
 
 def may_consume(input: Tensor, rows: Rows) -> bool:
-    """Whether the memory of the logits is theirs alone to be written; warns where it is not, so
-    that the call is right without.
+    """True if the gradient may overwrite the logits. Warns if not, because another tensor shares
+    their memory.
 
     Raises ValueError for leaves and for elements that share memory.
     """
     for t, what in ((input, "a leaf"), (input._base, "a view of a leaf")):
         if t is not None and t.is_leaf and t.requires_grad:
             raise ValueError(
-                f"inplace=True writes the gradient over input, but input is {what} that requires grad; pass inplace=False"
+                f"inplace=True writes the gradient over input, but input is {what} that requires"
+                " grad; pass inplace=False"
             )
     if _may_overlap(input):
         raise ValueError(
-            f"inplace=True writes the gradient over input, but input has shape {tuple(input.shape)} and strides {input.stride()}, so that"
-            " elements share memory; pass inplace=False or input.contiguous()"
+            "inplace=True writes the gradient over input, but input has shape"
+            f" {tuple(input.shape)} and strides {input.stride()}, so that elements share memory;"
+            " pass inplace=False or input.contiguous()"
         )
     if type(input) is Tensor and not shares_memory(input, rows):
-        # the copy is nobody else's
+        # the rows are a copy, which no other tensor shares
         return True
-    why = _why_not(input, rows)
-    if why is not None and not torch.compiler.is_compiling():
+    reason = _reason_against(input, rows)
+    if reason is not None and not torch.compiler.is_compiling():
         warnings.warn(
-            f"inplace=True has no effect: {why}. The gradient gets memory of its own.",
+            f"inplace=True has no effect: {reason}. The gradient gets its own memory.",
             UserWarning,
             stacklevel=4,
         )
-    return why is None
+    return reason is None
 
 
-def _why_not(input: Tensor, rows: Rows) -> str | None:
+def _reason_against(input: Tensor, rows: Rows) -> str | None:
     if type(input) is not Tensor:
         return f"input is a {type(input).__name__}, not a plain Tensor"
     if input._base is not None and input._base.numel() != input.numel():
@@ -133,24 +137,26 @@ def _why_not(input: Tensor, rows: Rows) -> str | None:
     if rows.soft and rows.target.untyped_storage()._cdata == rows.logits.untyped_storage()._cdata:
         return "target lies in the memory of input"
     if not is_sole_owner(input, input._base, rows.logits):
-        return "another tensor shares the memory of input (a view, a detached alias, or an output that was saved for a backward)"
+        return (
+            "another tensor shares the memory of input (a view, a detached alias, or an output that"
+            " was saved for a backward)"
+        )
     return None
 
 
 def is_sole_owner(*tensors: Tensor | None) -> bool:
-    """Whether no tensor beside these, and what they are views of, holds their memory."""
+    """True if only these tensors, and those they are views of, share their memory."""
     known = {id(t): t for t in tensors if t is not None}
     known |= {id(t._base): t._base for t in list(known.values()) if t._base is not None}
     storage = next(iter(known.values())).untyped_storage()
-    # not public, and where it is missing nobody is known to be alone; the python storage itself is
-    # one more
+    # private API; without it, assume that the storage is shared. The Python storage object holds
+    # one more reference
     count = getattr(torch._C, "_storage_Use_Count", None)
     return count is not None and bool(count(storage._cdata) <= len(known) + 1)
 
 
 def _may_overlap(t: Tensor) -> bool:
-    """Whether two indices can be one address; some exotic strides that cannot are taken for
-    such."""
+    """True if two indices can have one address, and for some exotic strides without such a pair."""
     if t.is_contiguous():
         return False
     reach = 0
@@ -163,13 +169,13 @@ def _may_overlap(t: Tensor) -> bool:
 
 
 def shares_memory(input: Tensor, rows: Rows) -> bool:
-    """False where the layout was copied to rows, so that the copy is what is consumed."""
+    """False if the rows are a copy of the layout: then the copy is consumed."""
     return input.untyped_storage()._cdata == rows.logits.untyped_storage()._cdata
 
 
 class Owner:
-    """The tensors through which the caller sees the logits, as long as there are any; made before
-    the logits are written."""
+    """Weak references to the caller's tensors of the logits, taken before the logits are
+    overwritten."""
 
     def __init__(self, input: Tensor, rows: Rows) -> None:
         mine = (input, input._base) if shares_memory(input, rows) else ()
@@ -183,7 +189,7 @@ class Owner:
         return [t for ref, _ in self._tensors if (t := ref()) is not None]
 
     def mark(self) -> None:
-        """Later uses of the values raise."""
+        """Make later uses of the values raise."""
         for ref, edge in self._tensors:
             t = ref()
             if t is not None and type(t) is Tensor:
@@ -191,7 +197,7 @@ class Owner:
                 cast(Consumed, t)._edge = edge
 
     def unmark(self) -> None:
-        """They were not written."""
+        """Undo ``mark``, as the logits were not overwritten."""
         for t in self.alive():
             if type(t) is Consumed:
                 cast(Tensor, t).__class__ = Tensor

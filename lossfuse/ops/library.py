@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..spec import LossSpec, loss_spec
 from ..targets import require_ids_in_range
-from ..vocab_parallel.backend import Sharded, all_sum_over, keep_order
+from ..vocab_parallel.backend import Sharded, all_sum_over, disable_inductor_reordering
 
 _BACKENDS = {"triton": "..backends.triton", "torch": "..backends.torch_rows"}
 # for rows whose classes are sharded across ranks
@@ -105,7 +105,7 @@ def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     def traced(*args: Any) -> Any:
         *_, group, _ = args
         if isinstance(group, str):
-            keep_order()
+            disable_inductor_reordering()
         return fake(*args)
 
     library.impl(name, kernel, "CompositeExplicitAutograd")

@@ -1,5 +1,4 @@
-"""Matrix products whose operands are narrower than their result, where a device has them and where
-it has not."""
+"""Matrix products whose operands are narrower than their result, also on devices without them."""
 
 import functools
 from collections.abc import Iterator
@@ -7,13 +6,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# of a block of the weight that is converted for a product: enough rows for the product, few enough
-# for a cache
+# of a block of the weight that is converted to another dtype: large enough for a fast product,
+# small enough for a cache
 BLOCK_BYTES = 16 << 20
 
 
-def mixes(device: torch.device) -> bool:
-    """Whether products of half-precision operands come out in fp32 there."""
+def mm_returns_fp32(device: torch.device) -> bool:
+    """True if ``torch.mm`` of half-precision operands can return fp32."""
     return device.type == "cuda"
 
 
@@ -22,76 +21,73 @@ def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def narrow_on_cpu(dtype: torch.dtype, d: int, v: int) -> bool:
-    """Whether a CPU multiplies hidden states (N, D) and a weight (V, D) of a dtype as they are,
-    without a conversion to float32.
+def cpu_multiplies_bf16(dtype: torch.dtype, d: int, v: int) -> bool:
+    """True if hidden states (N, D) and a weight (V, D) of a dtype are multiplied on a CPU without
+    conversion to float32.
 
-    With AMX products in bfloat16 take a fifth of the time of those in float32; without its
-    instructions more than ten times as long. oneDNN's AMX kernels (3.12, in torch 2.13) read the
-    left operand in tiles of 32 columns. Beyond its last column they read the next row or memory
-    that was never written and multiply that by 0, so a NaN there spreads. Hence the inner
-    dimensions must be whole tiles."""
+    With AMX, products in bfloat16 take a fifth of the time of those in float32; without it, more
+    than ten times as long. oneDNN's AMX kernels (3.12, in torch 2.13) read the left operand in
+    tiles of 32 columns. Beyond its last column they read the next row, or memory that was never
+    written, and multiply it by 0, which spreads a NaN. So the inner dimensions must be whole
+    tiles."""
     return dtype == torch.bfloat16 and d % 32 == 0 and v % 32 == 0 and _has_amx()
 
 
 def block_classes(v: int, width: int, dtype: torch.dtype, wide: torch.dtype) -> int:
-    """The classes whose rows of a weight are converted to ``wide`` at a time, with ``width``
-    numbers each: all where nothing is."""
-    return (
-        max(1, v)
-        if dtype == wide
-        else max(1, min(v, BLOCK_BYTES // (max(width, 1) * wide.itemsize)))
-    )
+    """Classes of a block that is converted from ``dtype`` to ``wide`` at a time, ``width`` numbers
+    each; all classes if the dtypes are equal."""
+    if dtype == wide:
+        return max(1, v)
+    return max(1, min(v, BLOCK_BYTES // (max(width, 1) * wide.itemsize)))
 
 
 class Weight:
-    """A weight (V, D) as products take it: block by block in the dtype of the other operand, in the
-    same memory.
+    """A weight (V, D) in blocks of classes, converted to the dtype of a matrix product; all blocks
+    share their memory.
 
-    ``rows``: of logits that are converted with a block of classes, 0 for none.
+    ``converted_rows``: rows of logits that are converted with each block, 0 for none.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int = 0) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, converted_rows: int = 0) -> None:
         v, d = weight.shape
         self._weight = weight
-        # beside such a block of the weight there are as large ones of the logits' gradient and of
-        # the weight's
-        width = 4 * max(d, rows) if rows else d
+        # the logits, their gradient and that of the weight then have converted blocks too
+        width = 4 * max(d, converted_rows) if converted_rows else d
         self._step = block_classes(v, width, weight.dtype, dtype)
-        # one piece for all: a CPU's allocator keeps what is given back in pieces of this size
-        self._room = (
-            None
-            if weight.dtype == dtype
-            else torch.empty(self._step, d, dtype=dtype, device=weight.device)
-        )
-        self.whole = self._step >= v
+        # allocated once: a CPU's allocator does not return freed blocks of this size to the system
+        self._buffer = None
+        if weight.dtype != dtype:
+            self._buffer = torch.empty(self._step, d, dtype=dtype, device=weight.device)
+        self.single_block = self._step >= v
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(classes, their rows); the rows are good until the next."""
+        """(classes, their rows of the weight) in turn; the next block overwrites the rows."""
         # a weight without classes is one block too, whose products are 0
         for start in range(0, max(1, len(self._weight)), self._step):
             classes = slice(start, min(start + self._step, len(self._weight)))
             block = self._weight[classes]
-            yield classes, block if self._room is None else self._room[: len(block)].copy_(block)
+            if self._buffer is not None:
+                block = self._buffer[: len(block)].copy_(block)
+            yield classes, block
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """``out = a @ b``, or ``out += a @ b``, summed in fp32 at least and rounded once, to the dtype
-    of ``out``."""
+    """``out = a @ b``, or ``out += a @ b``; accumulated in fp32 or wider and rounded once, to the
+    dtype of ``out``."""
     if out.dtype == a.dtype:
         if add:
             out.addmm_(a, b)
         else:
             torch.mm(a, b, out=out)
-    elif a.dtype.itemsize < out.dtype.itemsize and mixes(out.device):
+    elif a.dtype.itemsize < out.dtype.itemsize and mm_returns_fp32(out.device):
         if add:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         wide = max(out.dtype, a.dtype, key=lambda dtype: dtype.itemsize)
-        made = torch.mm(a.to(wide), b.to(wide))
+        result = torch.mm(a.to(wide), b.to(wide))
         if add:
-            out.add_(made)
+            out.add_(result)
         else:
-            out.copy_(made)
+            out.copy_(result)

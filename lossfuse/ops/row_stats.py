@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..row_types import RowStats, Upstream, Wants
 from ..spec import LossSpec
-from ..vocab_parallel.merge import KEPT_ROWS
+from ..vocab_parallel.merge import SAVED_ROWS
 from .gradients import (
     is_plain,
     multiply,
@@ -64,7 +64,7 @@ def as_tensors(stats: RowStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor,
     loss = stats.loss
     entropy = loss.new_empty(0) if stats.entropy is None else stats.entropy
     argmax = loss.new_empty(0, dtype=torch.int64) if stats.argmax is None else stats.argmax
-    return loss, stats.lse, stats.target_logprob, entropy, argmax, stats.kept
+    return loss, stats.lse, stats.target_logprob, entropy, argmax, stats.saved
 
 
 def new_stats(rows: Tensor, wants: Wants) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -87,7 +87,7 @@ def mark_stats(ctx: Any, wants: Wants, entropy: Tensor, argmax: Tensor, *others:
 def _new_saved(logits: Tensor, target: Tensor, wants: Wants, args: OpArgs) -> Tensor:
     """Allocate the numbers per row that the backend of ``args`` saves for a gradient."""
     if args.group is not None:
-        n_saved = KEPT_ROWS
+        n_saved = SAVED_ROWS
     elif args.impl == "torch":
         n_saved = 0
     else:

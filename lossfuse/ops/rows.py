@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..row_types import Upstream
 from ..spec import LossSpec
-from ..vocab_parallel.merge import KEPT_ROWS
+from ..vocab_parallel.merge import SAVED_ROWS
 from .gradients import (
     formed_gradients,
     only_needed,
@@ -71,7 +71,7 @@ def _row_loss_fake(
 ) -> tuple[Tensor, Tensor]:
     args, loss = OpArgs(*options), new_loss(logits)
     if args.group is not None:
-        n_stats = KEPT_ROWS
+        n_stats = SAVED_ROWS
     elif args.impl == "torch":
         n_stats = 0
     else:

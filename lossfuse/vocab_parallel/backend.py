@@ -1,11 +1,11 @@
-"""Losses whose classes are cut among the ranks of a group: what goes over the wire, and a backend
-made of one for a shard.
+"""Losses whose classes are sharded across the ranks of a group: the communication, and a backend
+that wraps the backend of one shard.
 
-A forward gathers a few numbers a row from every rank, in one collective; merged (``merge``), they
-are the same on every rank, and a gradient is made of them without another. With them goes what
-tells whether the ranks do the same thing: where their shards lie, what their options are, how their
-targets sum up, whether one of them is bad. On a CPU, and within ``debug_targets``, every rank looks
-at it and raises the same error; elsewhere all that is returned is NaN."""
+A forward gathers a few numbers of each row from all ranks in one collective. The merged numbers
+(``merge``) are the same on every rank, so a gradient needs no further communication. A fingerprint
+of the call travels with them: the classes of the shard, the options, a checksum of the targets and
+the first bad target. On a CPU, and within ``debug_targets``, every rank compares the fingerprints
+and raises the same error. Elsewhere that would synchronize, and all results are NaN instead."""
 
 import sys
 import zlib
@@ -18,17 +18,16 @@ from torch import Tensor
 
 from ..row_types import RowStats, ShardRows, Upstream, Wants
 from ..spec import LossSpec
-from ..targets import debugging, values_are_at_hand
-from .merge import kept, merge, nothing, row_loss, row_stats
+from ..targets import debugging, values_are_readable
+from .merge import empty_shard, merge, row_loss, row_stats, saved_rows
 
-# of a rank: where its classes lie, its options, what its targets sum up to, row of its first bad
-# target (or -1), that target
-HEADER_INTS = 5
+# position of the shard, options, checksum of the targets, row of the first bad target (or -1),
+# that target
+FINGERPRINT_INTS = 5
 
 
 class Sharded:
-    """What ``ops`` asks of a backend, where rows are cut: ``backend`` for this shard, the group for
-    the rows."""
+    """A backend for sharded rows: ``backend`` computes the local classes, the group merges them."""
 
     def __init__(self, backend: ModuleType) -> None:
         self.backend = backend
@@ -36,27 +35,34 @@ class Sharded:
     def row_loss(
         self, logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: LossSpec
     ) -> tuple[Tensor, Tensor]:
-        row, weight_sum = self._rows(
-            logits, target, class_weight, spec, Wants(False, False), given=False
-        )
+        wants = Wants(entropy=False, argmax=False)
+        row, weight_sum = self._merged_rows(logits, target, class_weight, spec, wants)
         assert spec.num_classes is not None
-        return row_loss(row, target, weight_sum, spec, spec.num_classes), kept(row, weight_sum)
+        loss = row_loss(row, target, weight_sum, spec, spec.num_classes)
+        return loss, saved_rows(row, weight_sum)
 
     def row_grads(
         self,
         logits: Tensor,
         target: Tensor,
         class_weight: Tensor | None,
-        kept: Tensor,
+        saved: Tensor,
         upstream: Upstream,
         spec: LossSpec,
-        dlogits: Tensor | None,
-        dtarget: Tensor | None,
+        dlogits: Tensor | None = None,
+        dtarget: Tensor | None = None,
     ) -> None:
         """Fill the gradients that are given; ``dlogits`` may be ``logits``."""
         if logits.numel():
             self.backend.shard_grads(
-                logits, target, class_weight, kept, upstream, spec, dlogits, dtarget
+                logits,
+                target,
+                class_weight,
+                saved,
+                upstream,
+                spec,
+                dlogits=dlogits,
+                dtarget=dtarget,
             )
 
     def row_loss_and_grads(
@@ -66,11 +72,12 @@ class Sharded:
         class_weight: Tensor | None,
         dloss: Tensor,
         spec: LossSpec,
-        dlogits: Tensor | None,
-        dtarget: Tensor | None,
+        dlogits: Tensor | None = None,
+        dtarget: Tensor | None = None,
     ) -> Tensor:
-        loss, kept = self.row_loss(logits, target, class_weight, spec)
-        self.row_grads(logits, target, class_weight, kept, Upstream(dloss), spec, dlogits, dtarget)
+        loss, saved = self.row_loss(logits, target, class_weight, spec)
+        operands = logits, target, class_weight, saved, Upstream(dloss), spec
+        self.row_grads(*operands, dlogits=dlogits, dtarget=dtarget)
         return loss
 
     def row_stats(
@@ -80,120 +87,122 @@ class Sharded:
         class_weight: Tensor | None,
         spec: LossSpec,
         wants: Wants,
-        upstream: Upstream | None,
-        dlogits: Tensor | None,
-        dtarget: Tensor | None,
+        upstream: Upstream | None = None,
+        dlogits: Tensor | None = None,
+        dtarget: Tensor | None = None,
     ) -> RowStats:
-        row, weight_sum = self._rows(logits, target, class_weight, spec, wants, given=True)
+        row, weight_sum = self._merged_rows(logits, target, class_weight, spec, wants, given=True)
         assert spec.num_classes is not None
-        made = row_stats(row, target, weight_sum, spec, spec.num_classes)
+        stats = row_stats(row, target, weight_sum, spec, spec.num_classes)
         if upstream is not None:
-            self.row_grads(
-                logits, target, class_weight, made.kept, upstream, spec, dlogits, dtarget
-            )
-        return made
+            operands = logits, target, class_weight, stats.saved, upstream, spec
+            self.row_grads(*operands, dlogits=dlogits, dtarget=dtarget)
+        return stats
 
     def head_row_loss(self, *arguments: Any) -> None:
-        """Products whose logits stay in registers know nothing of shards."""
+        """None: the kernels that leave the logits in registers do not support shards."""
 
     def head_row_stats(self, *arguments: Any) -> None:
-        """As ``head_row_loss``."""
+        """None, for the reason of ``head_row_loss``."""
 
     def multiply_in_place(self, t: Tensor, factor: Tensor) -> None:
         self.backend.multiply_in_place(t, factor)
 
-    def _rows(
+    def _merged_rows(
         self,
         logits: Tensor,
         target: Tensor,
         class_weight: Tensor | None,
         spec: LossSpec,
         wants: Wants,
-        given: bool,
+        given: bool = False,
     ) -> tuple[ShardRows, Tensor]:
-        """(N,) of whole rows, and the sum of all class weights."""
+        """Statistics of all classes of (N,) rows, and the sum of all class weights."""
         assert spec.first_class is not None and spec.group is not None
         (n, v), soft = logits.shape, target.is_floating_point()
-        like = torch.empty(
-            0,
-            dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32,
-            device=logits.device,
-        )
-        looked_at = values_are_at_hand(target)
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        like = torch.empty(0, dtype=dtype, device=logits.device)
+        compares = values_are_readable(target)
         if debugging():
             _require_same_rows(n, like, spec.group)
         rows = (
-            self.backend.shard_rows(logits, target, class_weight, spec, wants, given)
+            self.backend.shard_rows(logits, target, class_weight, spec, wants, given=given)
             if logits.numel()
-            else nothing(n, like, soft, class_weight is not None, spec, wants, given)
+            else empty_shard(n, like, soft, class_weight is not None, spec, wants, given)
         )
         if rows.argmax is not None:
             rows = rows._replace(argmax=rows.argmax + spec.first_class)
-        header = _as_floats(_header(target, v, spec, looked_at), like.dtype)
+
+        fingerprint = _as_floats(_fingerprint(target, v, spec, compares), dtype)
         columns = [
-            t.to(like.dtype) if t.is_floating_point() else _as_floats(t, like.dtype)
+            t.to(dtype) if t.is_floating_point() else _as_floats(t, dtype)
             for t in rows
             if t is not None
         ]
-        weight_sum = [] if class_weight is None else [class_weight.sum(dtype=like.dtype)[None]]
-        gathered = gather(torch.cat([header, *weight_sum, *columns]), spec.group)
+        weight_sum = [] if class_weight is None else [class_weight.sum(dtype=dtype)[None]]
+        sent = [fingerprint, *weight_sum, *columns]
+        gathered = gather(torch.cat(sent), spec.group)
 
-        parts = list(gathered.split([len(header), *(len(t) for t in (*weight_sum, *columns))], 1))
+        parts = list(gathered.split([len(t) for t in sent], 1))
         ints = _as_ints(parts.pop(0))
-        weight_sums = parts.pop(0)[:, 0] if weight_sum else (ints[:, 0] % 2**31).to(like.dtype)
+        # without class weights, the number of classes of each shard
+        weight_sums = parts.pop(0)[:, 0] if weight_sum else (ints[:, 0] % 2**31).to(dtype)
         shards = ShardRows(*(None if t is None else parts.pop(0) for t in rows))  # type: ignore[arg-type]
         if shards.argmax is not None:
             shards = shards._replace(argmax=_as_ints(shards.argmax))
-        agreed = _agree(ints, spec, looked_at)
-        whole = merge(shards, weight_sums)
-        return whole._replace(
-            log_sum=torch.where(agreed, whole.log_sum, torch.nan)
-        ), weight_sums.sum()
+        agree = _all_equal(ints, spec, raises=compares)
+        row = merge(shards, weight_sums)
+        row = row._replace(log_sum=torch.where(agree, row.log_sum, torch.nan))
+        return row, weight_sums.sum()
 
 
-def look_together(target: Tensor, v: int, spec: LossSpec) -> None:
-    """Raise, on every rank alike, what the ranks find where they compare themselves, before
-    anything is computed."""
+def check_ranks_agree(target: Tensor, v: int, spec: LossSpec) -> None:
+    """Raise the same error on every rank if their calls differ, before anything is computed."""
     assert spec.group is not None
-    looked_at = values_are_at_hand(target)
+    compares = values_are_readable(target)
     if debugging():
         _require_same_rows(len(target), target, spec.group)
-    _agree(gather(_header(target, v, spec, looked_at), spec.group), spec, looked_at=True)
+    ints = gather(_fingerprint(target, v, spec, compares), spec.group)
+    _all_equal(ints, spec, raises=True)
 
 
-def keep_order() -> None:
-    """Inductor orders operators by the memory they take, by which ranks with unequal shards would
-    gather in unequal orders."""
+def disable_inductor_reordering() -> None:
+    """Turn off Inductor's ``reorder_for_peak_memory`` for this process.
+
+    That pass, on by default in torch 2.13, orders operators by the memory they take, so ranks with
+    shards of unequal sizes would issue their collectives in unequal orders. Remove this when the
+    pass keeps the order of collectives.
+    """
     config: Any = sys.modules.get("torch._inductor.config")
     if getattr(config, "reorder_for_peak_memory", False):
         config.reorder_for_peak_memory = False
 
 
 def process_group(name: str) -> Any:
-    """By the name a VocabShard keeps of it."""
+    """The process group with the name that a VocabShard stores."""
     from torch.distributed import distributed_c10d
 
-    # what functional collectives do with a name; not public
+    # private; functional collectives resolve names this way
     resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     return resolve(name)
 
 
 def even_classes(spec: LossSpec) -> int:
-    """Of the largest shard, were all even: what every rank knows alike."""
+    """The largest number of classes of a rank if all shards were even: the same on every rank."""
     assert spec.num_classes is not None and spec.group is not None
     return -(-spec.num_classes // process_group(spec.group).size())
 
 
-def gather(mine: Tensor, group: str) -> Tensor:
+def gather(local: Tensor, group: str) -> Tensor:
     """(K, ...) -> (P, K, ...) from all ranks."""
     import torch.distributed as dist
 
     of = process_group(group)
-    everyones = mine.new_empty(of.size(), *mine.shape)
-    # torch 2.13 has a new name for it
-    one_for_all = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    one_for_all(everyones.flatten(0, 1), mine, group=of)
-    return everyones
+    gathered = local.new_empty(of.size(), *local.shape)
+    # renamed in torch 2.13
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered.flatten(0, 1), local, group=of)
+    return gathered
 
 
 def all_sum_over(t: Tensor, group: str) -> Tensor:
@@ -206,44 +215,42 @@ def all_sum_over(t: Tensor, group: str) -> Tensor:
 
 
 def _require_same_rows(n: int, like: Tensor, group: str) -> None:
-    """What a gather of different sizes would make of it is a crash or a wait without end; for
-    ``debug_targets``, which waits anyway."""
+    """Raise if the ranks have unequal numbers of rows, with which the gather crashes or hangs. It
+    synchronizes, as ``debug_targets`` does."""
     counts = gather(torch.tensor([n], device=like.device), group)[:, 0].tolist()
     if len(set(counts)) > 1:
         raise ValueError(
-            f"the ranks of shard.group have {counts} rows; each takes the same rows, with its own classes of them"
+            f"the ranks of shard.group have {counts} rows; expected the same rows on all ranks,"
+            " each with its own classes"
         )
 
 
-def _header(target: Tensor, v: int, spec: LossSpec, looked_at: bool) -> Tensor:
-    """(HEADER_INTS,) int64; bad targets only where they are looked at, since elsewhere their rows
-    are NaN."""
-    place = torch.full((1,), (spec.first_class or 0) * 2**31 + v, device=target.device)
-    chosen = torch.full((1,), _options_of(spec), device=target.device)
+def _fingerprint(target: Tensor, v: int, spec: LossSpec, finds_bad: bool) -> Tensor:
+    """(FINGERPRINT_INTS,) int64; with ``finds_bad`` also the first bad target, which
+    synchronizes."""
+    position = torch.full((1,), (spec.first_class or 0) * 2**31 + v, device=target.device)
+    options = torch.full((1,), _hash_of_options(spec), device=target.device)
     none = torch.full((2,), -1, device=target.device)
     if target.is_floating_point() or len(target) == 0:
-        return torch.cat([place, chosen, none[:1], none])
-    # odd factors, all of them different, so that neither an exchange of two rows nor another id
-    # goes unseen; powers, since of a line of factors two exchanges cancel where they are as far
-    # apart
+        return torch.cat([position, options, none[:1], none])
+    # a checksum with an odd factor for each row, all of them different, so that it changes when two
+    # rows are exchanged or an id changes. Fifth powers: with factors in an arithmetic sequence, two
+    # exchanges of rows equally far apart would cancel
     first, step = 0x9E3779B97F4A7C15 >> 3 | 1, 0x85EBCA77C2B2AE3D >> 30 & ~1
     factors = torch.arange(first, first + step * len(target), step, device=target.device)[
         : len(target)
     ].pow_(5)
-    total = (target * factors).sum(0, keepdim=True)
-    if not looked_at:
-        return torch.cat([place, chosen, total, none])
+    checksum = (target * factors).sum(0, keepdim=True)
+    if not finds_bad:
+        return torch.cat([position, options, checksum, none])
     bad = (
         (target != spec.ignore_index) & ((target < 0) | (target >= (spec.num_classes or 0)))
     ).nonzero()[:1, 0]
-    return torch.cat(
-        [place, chosen, total, bad, target[bad]] if len(bad) else [place, chosen, total, none]
-    )
+    return torch.cat([position, options, checksum, *([bad, target[bad]] if len(bad) else [none])])
 
 
-def _options_of(spec: LossSpec) -> int:
-    """A number for what the ranks must have alike; of texts, since those of numbers and None differ
-    between processes."""
+def _hash_of_options(spec: LossSpec) -> int:
+    """Of the repr: hash(None) differs between processes."""
     numbers = (spec.label_smoothing, spec.softcap, spec.logit_scale, spec.lse_square_scale)
     text = repr(
         (
@@ -256,50 +263,55 @@ def _options_of(spec: LossSpec) -> int:
 
 
 def _as_floats(ints: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bits of int64 under another name, two for one in float32, since a collective has one
-    dtype."""
+    """The bits of int64 viewed as floats, two for one in float32: a collective has one dtype."""
     return ints.view(dtype)
 
 
 def _as_ints(floats: Tensor) -> Tensor:
-    # copied to the start of memory of its own and seen as one line: wider numbers take neither any
-    # offset nor any stride
+    # a copy: a view of a wider dtype needs an aligned offset and contiguous memory
     flat = floats.clone(memory_format=torch.contiguous_format).flatten()
     return flat.view(torch.int64).view(len(floats), -1)
 
 
-def _agree(ints: Tensor, spec: LossSpec, looked_at: bool) -> Tensor:
-    """Whether all ranks do the same thing, (); what is looked at every rank raises alike."""
+def _all_equal(fingerprints: Tensor, spec: LossSpec, raises: bool) -> Tensor:
+    """() True if the shards cover all classes once and the ranks have equal options and targets.
+
+    ``raises``: raise an error if not, which synchronizes."""
     assert spec.num_classes is not None
-    places, chosen, sums, rows, targets = ints.unbind(1)
-    # by their starts, where they have the same the empty ones first
-    places = places.sort().values
-    starts, sizes = places >> 31, places % 2**31
-    tiles = F.pad(starts, (0, 1), value=spec.num_classes) == F.pad(starts + sizes, (1, 0))
-    same_options, same_targets = chosen == chosen[0], sums == sums[0]
-    # on a CPU, or inside debug_targets: nothing is waited for that was not asked for
-    if looked_at:
+    positions, options, checksums, bad_rows, bad_targets = fingerprints.unbind(1)
+    # sorted by start; an empty shard comes before the one with the same start
+    positions = positions.sort().values
+    starts, sizes = positions >> 31, positions % 2**31
+    covers = F.pad(starts, (0, 1), value=spec.num_classes) == F.pad(starts + sizes, (1, 0))
+    same_options, same_targets = options == options[0], checksums == checksums[0]
+    if raises:
         if not bool(same_options.all()):
             raise ValueError(
-                "the ranks of shard.group differ in num_classes, ignore_index, label_smoothing, softcap, logit_scale or lse_square_scale;"
-                " all of them pass the same"
+                "the ranks of shard.group differ in num_classes, ignore_index, label_smoothing,"
+                " softcap, logit_scale or lse_square_scale; expected the same on all ranks"
             )
-        if not bool(tiles.all()):
-            held = ", ".join(
-                f"[{start}, {start + size})"
-                for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
-            )
+        if not bool(covers.all()):
+            slices = zip(starts.tolist(), sizes.tolist(), strict=True)
+            held = ", ".join(f"[{start}, {start + size})" for start, size in slices)
             raise ValueError(
-                f"shard: the ranks hold the classes {held}; expected each of [0, {spec.num_classes}) once"
+                f"shard: the ranks hold the classes {held}; expected each of"
+                f" [0, {spec.num_classes}) once"
             )
-        for rank, (row, bad) in enumerate(zip(rows.tolist(), targets.tolist(), strict=True)):
-            if row >= 0:
-                raise IndexError(
-                    f"target of row {row} is {bad} on rank {rank} of the group but there are {spec.num_classes} classes;"
-                    f" expected an id in [0, {spec.num_classes}) or ignore_index={spec.ignore_index}"
-                )
+        _require_good_targets(bad_rows, bad_targets, spec)
         if not bool(same_targets.all()):
             raise ValueError(
-                "target differs between the ranks of shard.group; each takes the same rows, with its own classes of them"
+                "target differs between the ranks of shard.group; expected the same rows on all"
+                " ranks, each with its own classes"
             )
-    return tiles.all() & same_options.all() & same_targets.all()
+    return covers.all() & same_options.all() & same_targets.all()
+
+
+def _require_good_targets(bad_rows: Tensor, bad_targets: Tensor, spec: LossSpec) -> None:
+    pairs = zip(bad_rows.tolist(), bad_targets.tolist(), strict=True)
+    for rank, (row, bad) in enumerate(pairs):
+        if row >= 0:
+            raise IndexError(
+                f"target of row {row} is {bad} on rank {rank} of the group but there are"
+                f" {spec.num_classes} classes; expected an id in [0, {spec.num_classes}) or"
+                f" ignore_index={spec.ignore_index}"
+            )

@@ -1,24 +1,23 @@
-"""Rows that are cut by classes: from what each shard says of a row to what the row is. No
-communication here.
+"""From the statistics of shards to those of whole rows, without communication.
 
-Shards are merged about the largest of their maxima, each moved by its distance from it, so that an
-offset common to a row cancels exactly and ``log_sum`` keeps its digits near 0. Shards are summed in
-the order they come, so that every rank has the same numbers."""
+Shards are merged relative to the largest of their maxima, each shifted by its distance from it. An
+offset common to a row therefore cancels exactly, and ``log_sum`` stays accurate near 0. Shards are
+summed in the order of the ranks, so that all ranks compute the same numbers."""
 
 import torch
 from torch import Tensor
 
-from ..row_types import RowStats, ShardRows, Wants, log_sum_exp, no_class
+from ..row_types import RowStats, ShardRows, Wants, log_sum_exp, mask_row, no_class
 from ..spec import LossSpec
 
-# rows of numbers that a gradient of a shard is made from
-KEPT_ROWS = 5
+# numbers that ``saved_rows`` has of each row
+SAVED_ROWS = 5
 
 
-def nothing(
+def empty_shard(
     n: int, like: Tensor, soft: bool, weighted: bool, spec: LossSpec, wants: Wants, given: bool
 ) -> ShardRows:
-    """What a shard without classes says of N rows, in the dtype of ``like``."""
+    """Statistics of N rows over no class, in the dtype of ``like``."""
     zero = like.new_zeros(n)
 
     def only_if(condition: bool) -> Tensor | None:
@@ -39,54 +38,48 @@ def nothing(
 
 
 def merge(shards: ShardRows, weight_sums: Tensor) -> ShardRows:
-    """(P, N) of P shards -> (N,) of the row they make up, which is a shard in its turn.
+    """(P, N) of P shards -> (N,) of all their classes together.
 
-    ``argmax`` is counted from the first class of the row; ``weight_sums`` (P,) are the class
-    weights of each shard, summed."""
-    # a shard without a finite logit is below all others, whatever stands for its maximum
+    ``argmax`` counts from the first class of the row; ``weight_sums`` (P,) are the sums of each
+    shard's class weights."""
+    # the maximum of a shard without a finite logit is below all others, even if it is LOWEST
     tops = torch.where(shards.log_sum == -torch.inf, -torch.inf, shards.row_max)
     row_max = tops.amax(0)
     below = torch.where(row_max == -torch.inf, 0.0, row_max - tops)
     log_masses = shards.log_sum - below
-    # one shard's own maximum is the row's, and what it has beyond that may be next to nothing
+    # the shard with the row's maximum is left out of the sum, as the others may add next to nothing
     first = tops.argmax(0, keepdim=True)
     others = log_masses.exp().scatter(0, first, 0.0).sum(0)
     log_sum = torch.log1p(others + torch.expm1(shards.log_sum.gather(0, first)[0]))
 
-    def summed(t: Tensor | None) -> Tensor | None:
+    def total(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.sum(0)
 
-    def lowered(shortfall: Tensor | None, mass: Tensor) -> Tensor | None:
-        # a shard without mass may lie infinitely far below
-        return (
-            None
-            if shortfall is None
-            else (shortfall + torch.where(mass == 0.0, 0.0, mass * below)).sum(0)
-        )
+    def total_shortfall(shortfall: Tensor | None, mass: Tensor | None) -> Tensor | None:
+        if shortfall is None or mass is None:
+            return None
+        # a shard without mass may be infinitely far below
+        return (shortfall + torch.where(mass == 0.0, 0.0, mass * below)).sum(0)
 
     mean_shortfall = argmax = None
     if shards.mean_shortfall is not None:
         share = (log_masses - log_sum).exp()
-        mean_shortfall = torch.where(
-            share == 0.0, 0.0, share * (shards.mean_shortfall + below)
-        ).sum(0)
+        terms = torch.where(share == 0.0, 0.0, share * (shards.mean_shortfall + below))
+        mean_shortfall = terms.sum(0)
     if shards.argmax is not None:
-        # of shards with the row's maximum the first class; of a row with a NaN, some class
+        # the first class of all shards with the row's maximum; for a NaN row, some class
         argmax = torch.where(below == 0.0, shards.argmax, shards.argmax.gather(0, first)).amin(0)
-    given = shards.given_mass is not None
     return ShardRows(
         row_max=row_max,
         log_sum=log_sum,
-        target_logit=summed(shards.target_logit),
-        target_weight=summed(shards.target_weight),
-        mass=summed(shards.mass),
-        shortfall=lowered(
+        target_logit=total(shards.target_logit),
+        target_weight=total(shards.target_weight),
+        mass=total(shards.mass),
+        shortfall=total_shortfall(
             shards.shortfall, weight_sums[:, None] if shards.mass is None else shards.mass
         ),
-        given_mass=summed(shards.given_mass),
-        given_shortfall=lowered(shards.given_shortfall, shards.given_mass)
-        if given and shards.given_mass is not None
-        else None,
+        given_mass=total(shards.given_mass),
+        given_shortfall=total_shortfall(shards.given_shortfall, shards.given_mass),
         mean_shortfall=mean_shortfall,
         argmax=argmax,
     )
@@ -95,8 +88,7 @@ def merge(shards: ShardRows, weight_sums: Tensor) -> ShardRows:
 def row_loss(
     row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int
 ) -> Tensor:
-    """(N,) losses of whole rows, as ``LossSpec`` states them; against ids ``target`` (N,) says
-    which rows count."""
+    """(N,) losses of merged rows, as ``LossSpec`` defines them."""
     if row.mass is not None:
         assert row.shortfall is not None
         loss = row.mass * row.log_sum + row.shortfall
@@ -112,31 +104,26 @@ def row_loss(
     if spec.lse_square_scale:
         lse = row.row_max + row.log_sum
         loss = loss + spec.lse_square_scale * lse * lse
-    return loss if row.mass is not None else _unless_unread(loss, target, spec, num_classes)
+    return loss if row.mass is not None else mask_row(loss, *_status(target, spec, num_classes))
 
 
 def row_stats(
     row: ShardRows, target: Tensor, weight_sum: Tensor, spec: LossSpec, num_classes: int
 ) -> RowStats:
-    """``row_loss`` and the statistics of N whole rows; what their gradients take is ``kept``."""
+    """Statistics of merged rows; ``saved`` is ``saved_rows``."""
     loss = row_loss(row, target, weight_sum, spec, num_classes)
     lse = log_sum_exp(row.row_max, row.log_sum)
+    entropy = None if row.mean_shortfall is None else row.log_sum + row.mean_shortfall
+    argmax = row.argmax
     if row.mass is not None:
         assert row.given_mass is not None and row.given_shortfall is not None
         logprob = -(row.given_mass * row.log_sum + row.given_shortfall)
     else:
-        logprob = -_nll(row)
-    entropy = None if row.mean_shortfall is None else row.log_sum + row.mean_shortfall
-    argmax = row.argmax
-    if row.mass is None:
-        lse, logprob = (_unless_unread(t, target, spec, num_classes) for t in (lse, logprob))
-        entropy = None if entropy is None else _unless_unread(entropy, target, spec, num_classes)
-        argmax = (
-            None
-            if argmax is None
-            else torch.where(_counts(target, spec, num_classes), argmax, no_class(spec))
-        )
-    return RowStats(loss, lse, logprob, entropy, argmax, kept(row, weight_sum))
+        valid, ignored = _status(target, spec, num_classes)
+        lse, logprob = (mask_row(t, valid, ignored) for t in (lse, -_nll(row)))
+        entropy = None if entropy is None else mask_row(entropy, valid, ignored)
+        argmax = None if argmax is None else torch.where(valid, argmax, no_class(spec))
+    return RowStats(loss, lse, logprob, entropy, argmax, saved_rows(row, weight_sum))
 
 
 def _nll(row: ShardRows) -> Tensor:
@@ -144,21 +131,14 @@ def _nll(row: ShardRows) -> Tensor:
     return (row.row_max - row.target_logit) + row.log_sum
 
 
-def _counts(target: Tensor, spec: LossSpec, num_classes: int) -> Tensor:
-    return (target != spec.ignore_index) & (target >= 0) & (target < num_classes)
+def _status(target: Tensor, spec: LossSpec, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(valid, ignored) of rows against ids; neither if the target is out of range."""
+    ignored = target == spec.ignore_index
+    return ~ignored & (target >= 0) & (target < num_classes), ignored
 
 
-def _unless_unread(t: Tensor, target: Tensor, spec: LossSpec, num_classes: int) -> Tensor:
-    """A number of each row; 0 if the row is ignored, NaN if its target is bad."""
-    return torch.where(
-        target == spec.ignore_index,
-        0.0,
-        torch.where(_counts(target, spec, num_classes), t, torch.nan),
-    )
-
-
-def kept(row: ShardRows, weight_sum: Tensor) -> Tensor:
-    """(5, N), what gradients of shards are made from: maximum and log-sum, and
+def saved_rows(row: ShardRows, weight_sum: Tensor) -> Tensor:
+    """(5, N) that the gradients of shards need: maximum and log-sum, then
 
     - against ids the mean shortfall, the weight of the target, the sum of all class weights;
     - against probabilities the mass, the given mass, the mean shortfall.

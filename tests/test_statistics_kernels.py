@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_formula_close, assert_gradient_close, gradient_terms
-from options import EVERYTHING, OPTIONS, options_of
+from options import EVERYTHING, options_of
 from rows import logits_and_ids, probabilities
 
 pytest.importorskip("triton")
@@ -22,8 +22,6 @@ INF, NAN = float("inf"), float("nan")
 LOWEST = torch.finfo(torch.float32).min
 NAMES = ("loss", "lse", "logprob", "entropy")
 # those that shape or weigh a row
-ROW_OPTIONS = [name for name in OPTIONS if name not in ("sum", "none", "normalizer")]
-COMBINATIONS = [(), *((name,) for name in ROW_OPTIONS), EVERYTHING]
 SIZES = [1, 2, 127, 2048, 5000]
 
 
@@ -161,16 +159,6 @@ def check(x, target, w=None, options=None, ignore_index=-100, names=NAMES):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
-def test_every_option(device, names, soft):
-    w, options = options_of(names, 127, device)
-    x, target = case(soft, 3, 127, device)
-    got = check(x, target, w, options)
-    if "softcap" not in names:
-        assert torch.equal(got["argmax"], first_largest(x, target, options))
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize("v", SIZES)
 def test_sizes(device, v, soft):
     x, target = case(soft, 2, v, device)
@@ -182,16 +170,6 @@ def test_sizes(device, v, soft):
 def test_every_option_over_several_blocks(device, soft):
     w, options = options_of(EVERYTHING, 5000, device)
     check(*case(soft, 2, 5000, device), w, options)
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize(
-    "names", [*((name,) for name in NAMES), ("loss", "entropy"), NAMES[1:]], ids="+".join
-)
-@pytest.mark.parametrize("given", [(), EVERYTHING], ids=["plain", "every option"])
-def test_upstreams_alone_and_together(device, names, given, soft):
-    w, options = options_of(given, 40, device)
-    check(*case(soft, 2, 40, device), w, options, names=names)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
@@ -215,21 +193,6 @@ def test_what_is_not_asked_for_is_none_and_changes_nothing(device, soft):
         grads(x, target, None, few, upstream, {})[0],
         grads(x, target, None, both["stats"], upstream, {})[0],
     )
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-def test_no_rows(device, soft):
-    x = torch.zeros(0, 7, device=device)
-    target = (
-        torch.zeros(0, 7, device=device)
-        if soft
-        else torch.zeros(0, dtype=torch.long, device=device)
-    )
-    got = ours(x, target)
-    assert {len(got[name]) for name in (*NAMES, "argmax")} == {0} and got[
-        "argmax"
-    ].dtype == torch.int64
-    grads(x, target, None, got["stats"], upstreams(0, NAMES, device), {})
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
@@ -297,27 +260,6 @@ def test_classes_that_cannot_be(device, where, soft):
     assert (dx[:, where] == 0.0).all()
 
 
-def test_a_target_that_cannot_be(device):
-    x, target = case(False, 3, 200, device, ignored=0.0)
-    x[torch.arange(3), target] = -INF
-    got = ours(x, target)
-    assert got["logprob"].tolist() == [-INF] * 3 and got["loss"].tolist() == [INF] * 3
-    assert_formula_close(got["entropy"], oracle(x.double(), target, None, {})["entropy"])
-    # as the gradient of the loss: the target keeps its -1 times what comes from above
-    upstream = upstreams(3, ("lse", "logprob", "entropy"), device)
-    dx, _ = grads(x, target, None, got["stats"], upstream, {})
-    assert torch.equal(dx[torch.arange(3), target], upstream["logprob"]) and dx.isfinite().all()
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("v", [1, 130, 2500])
-def test_rows_of_no_finite_logit(device, v, soft):
-    x, target = torch.full((2, v), -INF, device=device), case(soft, 2, v, device, ignored=0.0)[1]
-    got = ours(x, target)
-    assert got["argmax"].tolist() == [0, 0] and got["lse"].tolist() == [-INF] * 2
-    assert all(got[name].isnan().all() for name in ("loss", "logprob", "entropy"))
-
-
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @pytest.mark.parametrize("v", [1, 130, 2500])
 def test_rows_filled_with_the_lowest_number(device, v, soft):
@@ -338,19 +280,6 @@ def test_rows_filled_with_the_lowest_number(device, v, soft):
     assert_formula_close(-got["logprob"], want)
     dx, _ = grads(x, target, None, got["stats"], upstreams(3, ("entropy",), device), {})
     assert (dx == 0.0).all()
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize("at", [0, 2499])
-def test_undefined_rows(device, at, value, soft):
-    x, target = case(soft, 3, 2500, device, ignored=0.0)
-    x[1, at] = value
-    got = ours(x, target)
-    for name in NAMES:
-        undefined = got[name] == INF if name == "lse" and value == INF else got[name].isnan()
-        assert undefined.tolist() == [False, True, False], name
-    assert 0 <= got["argmax"][1] < 2500
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
@@ -380,64 +309,6 @@ def test_the_first_of_ties(device, at, scale, soft):
     got = ours(x, target, options=options)
     assert got["argmax"].tolist() == [at[0]]
     assert_formula_close(got["entropy"], oracle(x.double(), target, None, options)["entropy"])
-
-
-def test_equal_logits(device):
-    x = torch.full((2, 2500), 3.0, device=device)
-    target = torch.tensor([0, 2499], device=device)
-    got = check(x, target)
-    assert got["argmax"].tolist() == [0, 0]
-    # the entropy has its maximum here, to the last digit
-    dx, _ = grads(x, target, None, got["stats"], upstreams(2, ("entropy",), device), {})
-    assert (dx == 0.0).all()
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("margin", [5.0, 17.0, 80.0])
-@pytest.mark.parametrize("v", [130, 2500])
-def test_a_confident_row_keeps_its_digits(device, v, margin, soft):
-    x = torch.zeros(3, v, device=device)
-    y = torch.tensor([0, v // 2, v - 1], device=device)
-    x[torch.arange(3), y] = margin
-    target = torch.nn.functional.one_hot(y, v).float() if soft else y
-    got = ours(x, target)
-    leaf = x.double().requires_grad_()
-    # log1p where log_softmax has no digits left
-    others = (v - 1) * torch.exp(-torch.tensor(margin, dtype=torch.float64))
-    log_sum = torch.log1p(others)
-    entropy = log_sum + others * margin / (1.0 + others)
-    rtol = 1e-5 if GPU else 1e-6
-    for value, want in (
-        (got["entropy"], entropy),
-        (got["logprob"], -log_sum),
-        (got["loss"], log_sum),
-    ):
-        torch.testing.assert_close(value.cpu().double(), want.expand(3), rtol=rtol, atol=0.0)
-    upstream = {"entropy": torch.ones(3, device=device)}
-    dx, _ = grads(x, target, None, got["stats"], upstream, {})
-    p_y, p = torch.exp(-log_sum), torch.exp(-margin - log_sum)
-    at_y, at_others = -p_y * (entropy - log_sum), -p * (entropy - log_sum - margin)
-    want_dx = torch.full(leaf.shape, at_others.item(), dtype=torch.float64, device=device)
-    want_dx[torch.arange(3), y] = at_y.item()
-    assert_gradient_close(dx, want_dx)
-    dx, _ = grads(x, target, None, got["stats"], {"logprob": torch.ones(3, device=device)}, {})
-    want_dx = torch.full(leaf.shape, -p.item(), dtype=torch.float64, device=device)
-    want_dx[torch.arange(3), y] = (others / (1.0 + others)).item()
-    assert_gradient_close(dx, want_dx, terms=1.2e-2 if soft and margin < 10 else 0.0)
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
-@pytest.mark.parametrize("offset", [2.0**24, -(2.0**24)])
-def test_a_common_offset_cancels_exactly(device, offset, soft):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randint(-4, 5, (2, 2500), generator=g).float().to(device) * 2
-    target = case(soft, 2, 2500, device, ignored=0.0)[1]
-    near, far = ours(x, target), ours(x + offset, target)
-    for name in ("loss", "logprob", "entropy", "argmax"):
-        assert torch.equal(near[name], far[name]), name
-    upstream = upstreams(2, NAMES, device)
-    near_dx, _ = grads(x, target, None, near["stats"], upstream, {})
-    assert torch.equal(grads(x + offset, target, None, far["stats"], upstream, {})[0], near_dx)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
@@ -473,7 +344,12 @@ def test_one_upstream_for_all_rows(device, soft):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [])], ids=str)
-def test_half_precision(device, dtype):
-    x, target = case(False, 4, 2500, device, dtype)
-    check(x, target)
+def test_rows_beyond_two_to_the_31_elements(device):
+    # pages that are never touched cost nothing
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory = torch.empty(2 * 1200_000_000 + 64, dtype=torch.float16, device=device)
+    x, target = case(False, 3, 40, device, torch.float16, ignored=0.0)
+    rows = memory.as_strided((3, 40), (1200_000_000, 1))
+    rows.copy_(x)
+    far, near = ours(rows, target), ours(x, target)
+    assert all(torch.equal(far[name], near[name]) for name in NAMES)

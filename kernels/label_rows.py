@@ -1,11 +1,10 @@
-"""Binary cross entropy of rows and its gradient, in one read and one write.
+"""Binary cross entropy of rows of logits and its gradient, in one read and one write.
 
-The rows are logits or, with another formula in the same loop, probabilities. No element needs
-another element of its row, so one kernel computes the loss, the gradient or both, and the gradient
-may be written over the logits. The target is a tensor like the logits, or the ids of the labels
-that are 1: then each program looks for the ids in its block, and the tensor of zeros and ones is
-never materialized. A reduced loss is stored as one sum per block; the launcher adds them up in a
-fixed order.
+No element needs another element of its row, so one kernel computes the loss, the gradient or both,
+and the gradient may be written over the logits. The target is a tensor like the logits, or the ids
+of the labels that are 1: then each program looks for the ids in its block, and the tensor of zeros
+and ones is never materialized. A reduced loss is stored as one sum per block; the launcher adds
+them up in a fixed order.
 
 N rows, V labels, B blocks of a row, at most P ids a row. A row with an id outside [0, V) that is
 not ``ignore_index`` is NaN.
@@ -17,15 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device_of, row_blocks
-from .tile_math import (
-    label_grad,
-    label_loss,
-    label_target_grad,
-    probability_grad,
-    probability_loss,
-    probability_target_grad,
-    sigmoid_parts,
-)
+from .tile_math import label_grad, label_loss, label_target_grad, sigmoid_parts
 
 # largest block of ids
 MOST_IDS = 256
@@ -67,7 +58,7 @@ def listed_tile(ids_ptr, start, P, V, ignore_index, BLOCK_V: tl.constexpr, BLOCK
 
 
 @triton.jit(do_not_specialize=CHANGING)
-def sigmoid_rows_kernel(
+def label_rows_kernel(
     logits_ptr,  # (N, V) any float dtype
     target_ptr,  # (N, V) any float dtype, or None
     ids_ptr,  # (N, P) int64, or None
@@ -92,7 +83,6 @@ def sigmoid_rows_kernel(
     ignore_index,
     BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    PROBABILITIES: tl.constexpr,  # logits_ptr holds probabilities; without pos_weight and ids
 ):
     """One block of a row per program."""
     blocks = tl.cdiv(V, BLOCK_V)
@@ -115,10 +105,9 @@ def sigmoid_rows_kernel(
     if weight_ptr is not None:
         weight = broadcast_tile(weight_ptr, row, stride_weight_n, stride_weight_v, offs_v, mask_v)
 
-    if not PROBABILITIES:
-        p, not_p, tail = sigmoid_parts(x)
+    p, not_p, tail = sigmoid_parts(x)
     if loss_ptr is not None or sums_ptr is not None:
-        loss = probability_loss(x, t) if PROBABILITIES else label_loss(x, t, pos_weight, tail)
+        loss = label_loss(x, t, pos_weight, tail)
         if weight is not None:
             loss = loss * weight
         if loss_ptr is not None:
@@ -130,19 +119,14 @@ def sigmoid_rows_kernel(
         if weight is not None:
             dloss = dloss * weight
         if dlogits_ptr is not None:
-            grad = probability_grad(x, t) if PROBABILITIES else label_grad(t, pos_weight, p, not_p)
-            dx = grad * dloss
+            dx = label_grad(t, pos_weight, p, not_p) * dloss
             tl.store(
                 dlogits_ptr + row * stride_dlogits_n + offs_v,
                 dx.to(dlogits_ptr.dtype.element_ty),
                 mask=mask_v,
             )
         if dtarget_ptr is not None:
-            target_grad = (
-                probability_target_grad(x) if PROBABILITIES
-                else label_target_grad(x, pos_weight, tail)
-            )  # fmt: skip
-            dt = target_grad * dloss
+            dt = label_target_grad(x, pos_weight, tail) * dloss
             tl.store(
                 dtarget_ptr + row * V + offs_v,
                 dt.to(dtarget_ptr.dtype.element_ty),
@@ -157,7 +141,7 @@ def _row_strides(t: Tensor | None) -> tuple[int, int | None]:
     return t.stride(0), 1 if t.stride(1) else None
 
 
-def sigmoid_rows(
+def label_loss_and_grads(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -168,15 +152,13 @@ def sigmoid_rows(
     dloss: Tensor | None,
     dlogits: Tensor | None,
     dtarget: Tensor | None,
-    probabilities: bool = False,
 ) -> None:
     """Fill the outputs that are given; the gradients need ``dloss``.
 
     ``loss`` is (N, V), or (N, 1) for the sums of rows; ``dlogits`` and ``dtarget`` are (N, V).
     ``dlogits`` may be ``logits``. ``target`` is (N, V) of a float dtype, or contiguous ids (N, P).
     ``weight``, ``pos_weight`` and ``dloss`` are (N, V) with a last stride of 0 or 1, logits, target
-    and dlogits (N, V) have unit last stride, ``loss`` and ``dtarget`` are contiguous. With
-    ``probabilities`` the logits are probabilities.
+    and dlogits (N, V) have unit last stride, ``loss`` and ``dtarget`` are contiguous.
     """
     n, v = logits.shape
     if n == 0 or v == 0:
@@ -194,14 +176,14 @@ def sigmoid_rows(
         if blocks > 1:
             sums = torch.empty(n, blocks, dtype=torch.float32, device=logits.device)
     with on_device_of(logits):
-        sigmoid_rows_kernel[(n * blocks,)](
+        label_rows_kernel[(n * blocks,)](
             logits, dense, ids, weight, pos_weight, dloss,
             loss if elementwise else None, sums, dlogits, dtarget,
             logits.stride(0), 0 if dense is None else dense.stride(0),
             *_row_strides(weight), *_row_strides(pos_weight), *_row_strides(dloss),
             0 if dlogits is None else dlogits.stride(0), v, num_ids, ignore_index,
             BLOCK_V=config.block_v, BLOCK_P=min(MOST_IDS, max(16, 1 << (num_ids - 1).bit_length())),
-            PROBABILITIES=probabilities, num_warps=config.num_warps,
+            num_warps=config.num_warps,
         )  # fmt: skip
     if loss is not None and sums is not None and sums is not loss:
         torch.sum(sums, 1, keepdim=True, out=loss)

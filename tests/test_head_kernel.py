@@ -1,13 +1,14 @@
-"""Losses of rows out of hidden states and a head, without logits: the tiles at sizes the
-interpreter can do, and what they refuse."""
+"""The kernel that computes losses and statistics of a head without materializing logits: tiles at
+sizes the interpreter can do, refused inputs, and its use by the public function."""
 
-import itertools
 import math
 import threading
 
 import pytest
 import torch
 
+import lossfuse
+from closeness import assert_formula_close, assert_product_close
 from conftest import nothing_waits
 from lossfuse import reference
 from lossfuse.spec import LossSpec
@@ -24,16 +25,7 @@ INF, NAN = float("inf"), float("nan")
 # would round to tf32
 DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.float32, torch.float16]
 TILE_V = linear_rows.TILE.block_v
-OPTIONS = {
-    "bias": {},
-    "weight": {},
-    "softcap": {"softcap": 9.0},
-    "scale": {"logit_scale": -0.7},
-    "z-loss": {"lse_square_scale": 1e-2},
-    "other ignore_index": {"ignore_index": 2},
-}
 # no option, each, every pair, all
-COMBINATIONS = [c for n in (0, 1, 2, len(OPTIONS)) for c in itertools.combinations(OPTIONS, n)]
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
@@ -117,7 +109,7 @@ def oracle_stats(hidden, weight, target, bias=None, **options):
     """(lse, log-probability of the target, entropy) in float64, largest class; of rows without a
     target what ``row_stats`` says."""
     spec = LossSpec(**options)
-    z = reference.shaped(logits_of(hidden, weight, bias), spec)
+    z = reference.transform_logits(logits_of(hidden, weight, bias), spec)
     ignored, bad = (
         target == spec.ignore_index,
         ((target < 0) | (target >= len(weight))) & (target != spec.ignore_index),
@@ -148,73 +140,9 @@ def check(hidden, weight, target, bias=None, class_weight=None, **options):
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("n", "v", "d"),
-    [
-        (1, 1, 1),
-        (1, 7, 8),
-        (3, TILE_V, 64),  # one tile, exactly full
-        (5, TILE_V - 1, 65),  # one class and one step less or more
-        (128, TILE_V + 1, 63),
-        (129, 2 * TILE_V, 129),
-        (130, TILE_V + 64, 40),  # a quarter of a tile
-        (7, 1001, 100),
-    ],
-)
-def test_sizes(device, n, v, d, dtype):
-    check(*head(n, v, d, dtype, device))
-
-
 def test_more_rows_of_tiles_than_are_taken_at_a_time(device):
     n = linear_rows.TILE.block_n * linear_rows.TILE.group + 100
     check(*head(n, 2 * TILE_V + 3, 16, device=device))
-
-
-def test_no_rows(device):
-    hidden, weight, target = head(1, 9, 8, device=device)
-    assert ours(hidden[:0], weight, target[:0]).shape == (0,)
-    for t in our_stats(hidden[:0], weight, target[:0]):
-        assert t.shape == (0,)
-
-
-@pytest.mark.parametrize("given", COMBINATIONS, ids=lambda c: "+".join(c) or "plain")
-def test_options_and_pairs(device, given):
-    hidden, weight, target = head(6, 300, 24, device=device)
-    options = {}
-    for name in given:
-        options |= OPTIONS[name]
-    target = target.where(target != -100, options.get("ignore_index", -100))
-    target[1] = options.get("ignore_index", -100)
-    bias = (
-        torch.randn(300, generator=torch.Generator().manual_seed(1)).to(device)
-        if "bias" in given
-        else None
-    )
-    check(
-        hidden,
-        weight,
-        target,
-        bias,
-        class_weight(300, device) if "weight" in given else None,
-        **options,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_option_and_a_bias_like_the_weight(device, dtype):
-    hidden, weight, target = head(6, 300, 24, dtype, device)
-    bias = torch.linspace(-2, 2, 300, device=device).to(dtype)
-    check(
-        hidden,
-        weight,
-        target,
-        bias,
-        class_weight(300, device),
-        softcap=9.0,
-        logit_scale=0.7,
-        lse_square_scale=1e-2,
-    )
 
 
 STATISTICS = {
@@ -241,13 +169,30 @@ def test_statistics(device, case):
     bias = torch.linspace(-2, 2, v, device=device) if options.pop("bias", False) else None
     class_weights = class_weight(v, device) if options.pop("weight", False) else None
     target = target.where(target != -100, options.get("ignore_index", -100))
-    target[:3] = torch.tensor([v, -7, options.get("ignore_index", -100)])
+    target[:4] = torch.tensor([v, -7, 2**40, options.get("ignore_index", -100)])
     check_stats(hidden, weight, target, bias, class_weights, **options)
 
 
-@pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 1), (3, TILE_V, 65), (129, TILE_V + 1, 40)])
-def test_sizes_of_statistics(device, n, v, d):
-    check_stats(*head(n, v, d, DTYPES[1], device))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "v", "d"),
+    [
+        (1, 1, 1),
+        (1, 7, 8),
+        (3, TILE_V, 64),  # one tile, exactly full
+        (5, TILE_V - 1, 65),  # one class and one step less or more
+        (129, 2 * TILE_V, 129),
+        (130, TILE_V + 64, 40),  # a quarter of a tile
+    ],
+)
+def test_sizes(device, n, v, d, dtype):
+    check_stats(*head(n, v, d, dtype, device))
+
+
+def test_no_rows(device):
+    hidden, weight, target = head(1, 9, 8, device=device)
+    for t in our_stats(hidden[:0], weight, target[:0]):
+        assert t.shape == (0,)
 
 
 def test_statistics_of_more_parts_than_are_merged_at_a_time(device, monkeypatch):
@@ -280,32 +225,6 @@ def test_the_first_of_equal_classes(device, at):
     assert got[4].tolist() == [at[0], at[0], 0]
 
 
-@pytest.mark.parametrize("margin", [5.0, 17.0, 40.0])
-def test_entropy_of_a_confident_row_keeps_its_digits(device, margin):
-    at = torch.tensor([0, 270, 599], device=device)
-    weight = torch.zeros(600, 8)
-    weight[at.cpu(), torch.arange(3)] = margin
-    hidden, weight = (
-        on_16_bytes(torch.eye(3, 8), DTYPES[0], device),
-        on_16_bytes(weight, DTYPES[0], device),
-    )
-    _, _, _, entropy, classes = our_stats(hidden, weight, at)
-    others = 599 * math.exp(-margin)
-    want = math.log1p(others) + others * margin / (1 + others)
-    assert entropy.tolist() == pytest.approx([want] * 3, rel=1e-5) and torch.equal(classes, at)
-
-
-@pytest.mark.parametrize("where", [slice(0, TILE_V), slice(64, 128), slice(1, None)], ids=str)
-def test_statistics_of_tiles_and_parts_without_a_finite_logit(device, where):
-    v = TILE_V + 70
-    hidden, weight, target = head(3, v, 24, device=device, ignored=0.0)
-    bias = torch.zeros(v, device=device)
-    bias[where] = -INF
-    # and a target that cannot be
-    target[0], target[1] = bias.isfinite().nonzero()[-1], bias.isinf().nonzero()[0]
-    assert check_stats(hidden, weight, target, bias)[2][1] == -INF
-
-
 def test_logits_far_apart_have_an_entropy(device):
     """Tops of 1e36 and -3e38, whose difference is finite, times a number of classes is not."""
     bias = torch.full((3 * TILE_V,), -3e38, device=device)
@@ -313,22 +232,6 @@ def test_logits_far_apart_have_an_entropy(device):
     hidden, weight, target = head(1, len(bias), 8, device=device, ignored=0.0)
     _, _, _, entropy, classes = our_stats(hidden, weight, target, bias)
     assert entropy.tolist() == pytest.approx([math.log(2)]) and classes.tolist() == [TILE_V]
-
-
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_statistics_of_undefined_rows(device, value):
-    hidden, weight, target = head(3, 300, 24, device=device, ignored=0.0)
-    target[0] = -100
-    bias = torch.zeros(300, device=device)
-    bias[slice(None) if value == -INF else slice(100, 101)] = value
-    loss, lse, target_logprob, entropy, classes = our_stats(hidden, weight, target, bias)
-    assert loss[0] == lse[0] == target_logprob[0] == entropy[0] == 0.0 and classes[0] == -1
-    for t in (loss, target_logprob, entropy):
-        assert t[1:].isnan().all()
-    torch.testing.assert_close(
-        lse[1:], torch.full((2,), value, device=device), rtol=0, atol=0, equal_nan=True
-    )
-    assert ((classes[1:] >= 0) & (classes[1:] < 300)).all()
 
 
 @pytest.mark.parametrize("at", [(3, 5), (3, 100), (3, TILE_V + 7), (200, 2 * TILE_V + 1)], ids=str)
@@ -359,17 +262,6 @@ def test_ignored_rows_may_hold_anything(device, poison, options):
     assert_close(got, want)
 
 
-def test_bad_targets_are_nan_and_read_nothing(device):
-    hidden, weight, _ = head(7, 300, 24, device=device)
-    target = torch.tensor([0, 300, 511, -5, 2**40, -(2**63), 299], device=device)
-    for options in ({}, {"lse_square_scale": 0.1}):
-        loss = ours(hidden, weight, target, class_weight=class_weight(300, device), **options)
-        assert loss.isnan().tolist() == [False, True, True, True, True, True, False]
-        assert_close(
-            loss, oracle(hidden, weight, target, class_weight=class_weight(300, device), **options)
-        )
-
-
 @pytest.mark.parametrize(
     "where",
     [
@@ -389,8 +281,8 @@ def test_tiles_and_parts_without_a_finite_logit(device, options, where):
     bias = torch.zeros(v, device=device)
     bias[where] = -INF if options.get("logit_scale", 1.0) > 0 else INF
     at = bias.isfinite().nonzero()[:, 0]
-    check(hidden, weight, at[[0, len(at) // 2, -1]], bias, **options)
-    # a target that cannot be
+    check_stats(hidden, weight, at[[0, len(at) // 2, -1]], bias, **options)
+    # a target without a finite logit
     target[:] = bias.isinf().nonzero()[0]
     assert ours(hidden, weight, target, bias, **options).tolist() == [INF] * 3
 
@@ -411,14 +303,6 @@ def test_undefined_rows_are_undefined(device, value, at):
     hidden[1, 3] = value
     loss = ours(hidden, weight, target)
     assert loss.isnan().tolist() == [False, True, False, False]
-
-
-def test_rows_of_no_finite_logit_are_nan(device):
-    hidden, weight, target = head(3, 300, 24, device=device, ignored=0.0)
-    target[0] = -100
-    assert ours(
-        hidden, weight, target, torch.full((300,), -INF, device=device)
-    ).isnan().tolist() == [False, True, True]
 
 
 def whole_numbers(n, v, d, device):
@@ -459,35 +343,6 @@ def test_a_confident_target_keeps_its_digits(device, v, margin):
     assert loss.tolist() == pytest.approx([math.log1p((v - 1) * math.exp(-margin))] * 3, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_confident_rows_of_rounded_products(device, dtype):
-    """The target's logit and the maximum are the same number, so what is left is the sum of the
-    others."""
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(700, 96, generator=g) / 96**0.5
-    target = torch.tensor([3, 255, 256, 450, 699])
-    hidden, weight = (
-        on_16_bytes(weight[target] * 30, dtype, device),
-        on_16_bytes(weight, dtype, device),
-    )
-    want = oracle(hidden, weight, target.to(device))
-    assert want.max() < 1e-5
-    # logits of size 30 are off by some fp32 units, and a loss as small as this by as much of itself
-    torch.testing.assert_close(
-        ours(hidden, weight, target.to(device)).double(), want, rtol=1e-4, atol=0
-    )
-
-
-@pytest.mark.parametrize("at", [(0, 300), (0, 1), (5, 64, 128, 255, 256), (255, 256)], ids=str)
-def test_ties_of_the_maximum_in_one_and_in_several_parts(device, at):
-    weight = torch.full((303, 8), -20.0)
-    weight[list(at)] = 3.0
-    hidden = torch.zeros(2, 8)
-    hidden[:, 0] = 1.0
-    target = torch.tensor([at[0], 100], device=device)
-    check(on_16_bytes(hidden, DTYPES[0], device), on_16_bytes(weight, DTYPES[0], device), target)
-
-
 def test_rows_beyond_two_to_the_31_elements(device):
     # pages that nobody touches cost nothing
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -520,12 +375,6 @@ def test_neither_programs_nor_chunks_change_a_bit(device, monkeypatch):
     assert torch.equal(ours(hidden, weight, target, bias), want)
     stats = our_stats(hidden, weight, target, bias)
     assert all(torch.equal(a, b) for a, b in zip(stats, want_stats, strict=True))
-
-
-def test_leaves_are_taken_as_they_are(device):
-    hidden, weight, target = head(3, 40, 8, device=device)
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    assert not ours(hidden, weight, target).requires_grad
 
 
 REFUSED = {
@@ -630,3 +479,130 @@ def test_real_sizes_in_little_memory_without_waiting(device, v, options):
     rows = slice(0, n, 37)
     want = oracle(hidden[rows], weight, target[rows], **options)
     torch.testing.assert_close(loss[rows].double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_statistics_of_undefined_rows(device, value):
+    hidden, weight, target = head(3, 300, 24, device=device, ignored=0.0)
+    target[0] = -100
+    bias = torch.zeros(300, device=device)
+    bias[slice(None) if value == -INF else slice(100, 101)] = value
+    loss, lse, target_logprob, entropy, classes = our_stats(hidden, weight, target, bias)
+    assert loss[0] == lse[0] == target_logprob[0] == entropy[0] == 0.0 and classes[0] == -1
+    for t in (loss, target_logprob, entropy):
+        assert t[1:].isnan().all()
+    torch.testing.assert_close(
+        lse[1:], torch.full((2,), value, device=device), rtol=0, atol=0, equal_nan=True
+    )
+    assert ((classes[1:] >= 0) & (classes[1:] < 300)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_confident_rows_of_rounded_products(device, dtype):
+    """The target's logit and the maximum are the same number, so what is left is the sum of the
+    others."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(700, 96, generator=g) / 96**0.5
+    target = torch.tensor([3, 255, 256, 450, 699])
+    hidden, weight = (
+        on_16_bytes(weight[target] * 30, dtype, device),
+        on_16_bytes(weight, dtype, device),
+    )
+    want = oracle(hidden, weight, target.to(device))
+    assert want.max() < 1e-5
+    # logits of size 30 are off by some fp32 units, and a loss as small as this by as much of itself
+    torch.testing.assert_close(
+        ours(hidden, weight, target.to(device)).double(), want, rtol=1e-4, atol=0
+    )
+
+
+# --- through the public function, where no gradient is needed
+
+PUBLIC_OPTIONS = {
+    "plain": {},
+    "cap and scale": {"softcap": 9.0, "logit_scale": -0.7},
+    "z-loss": {"lse_square_scale": 1e-2},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "ignored rows dropped": {"options": lossfuse.LinearOptions(drop_ignored=True)},
+    "ignored rows kept": {"options": lossfuse.LinearOptions(drop_ignored=False)},
+}
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """How many rows the product got."""
+    rows = []
+    row_loss = linear_rows.row_loss
+
+    def watched(hidden, *rest, **options):
+        rows.append(len(hidden))
+        return row_loss(hidden, *rest, **options)
+
+    monkeypatch.setattr(linear_rows, "row_loss", watched)
+    return rows
+
+
+def public_inputs(device, n=70, d=24, v=300):
+    g = torch.Generator().manual_seed(0)
+    # the product takes no fp32 on a GPU
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=g).to(dtype).to(device) for shape in ((n, d), (v, d), (v,))
+    )
+    target = torch.randint(0, v, (n,), generator=g)
+    target[::7] = -100
+    obstacle = None if device == "cpu" else linear_rows._device_obstacle(torch.device(device))
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    return hidden, weight, bias, target.to(device)
+
+
+@pytest.mark.parametrize("name", PUBLIC_OPTIONS)
+def test_a_loss_without_gradient_never_materializes_logits(used, device, name):
+    hidden, weight, bias, target = public_inputs(device)
+    class_weight = torch.rand(300, generator=torch.Generator().manual_seed(1)).to(device)
+    given = {"linear_bias": bias, "weight": class_weight, **PUBLIC_OPTIONS[name]}
+    got = lossfuse.linear_cross_entropy(hidden, weight, target, impl="triton", **given)
+    given |= {"linear_bias": bias.double(), "impl": "reference"}
+    want = lossfuse.linear_cross_entropy(hidden.double(), weight.double(), target, **given)
+    assert_formula_close(got, want)
+    # looking for ignored rows costs nothing on a CPU
+    dropped = name == "ignored rows dropped" or (device == "cpu" and name != "ignored rows kept")
+    assert used == [60 if dropped else 70]
+
+
+BEYOND = {
+    "label_smoothing": lambda hidden: 0.1,
+    "linear_weight": lambda hidden: torch.randn(24, 300).to(hidden).T,
+    "target": lambda hidden: torch.rand(70, 300).to(hidden),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_options_that_the_kernel_lacks_are_computed_in_chunks(used, device, name):
+    hidden, weight, _, target = public_inputs(device)
+    given = {"linear_weight": weight, "target": target, name: BEYOND[name](hidden)}
+    got = lossfuse.linear_cross_entropy(hidden, impl="triton", **given)
+    want = lossfuse.linear_cross_entropy(hidden, impl="reference", **given)
+    assert_formula_close(got, want)
+    assert used == []
+
+
+def test_per_token_losses_have_a_backward(used, device):
+    """Their forward needs no gradient either; the backward makes the logits again."""
+    hidden, weight, _, target = public_inputs(device)
+    operands = [hidden.requires_grad_(), weight.requires_grad_()]
+    grads = []
+    for impl in ("triton", "reference"):
+        loss = lossfuse.linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
+        grads.append(
+            torch.autograd.grad((loss * torch.linspace(-1, 1, 70, device=device)).sum(), operands)
+        )
+    assert used == [60 if device == "cpu" else 70]
+    for got, want in zip(*grads, strict=True):
+        if got.dtype == torch.float32:
+            assert_formula_close(got, want)
+        else:
+            # the gradient of the logits is rounded before the products
+            assert_product_close(got, want)

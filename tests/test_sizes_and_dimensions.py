@@ -1,8 +1,9 @@
-"""Tier 2: is this regime computed right? Real vocabularies and dtypes; every gradient entry
-relative to itself."""
+"""Losses of logits at real vocabularies and dtypes, every gradient entry relative to itself, and of
+any dimensions."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lossfuse
 import program
@@ -120,3 +121,65 @@ def test_more_than_two_to_the_31_elements(fast_place):
 def test_more_rows_than_a_grid_dimension_holds(fast_place):
     x, target = logits_and_ids(70000, 5, device=fast_place.device)
     check(fast_place, x, target, reduction="none")
+
+
+def both(thrifty_place, x, target, weight=None, **options):
+    """(loss, gradient) of torch and ours on leaves of their own, ours with the strides of ``x``."""
+    found = []
+    # torch's sums of losses of K dimensions are not deterministic on CUDA, and raise
+    for f, device, extra in (
+        (F.cross_entropy, "cpu", {}),
+        (lossfuse.cross_entropy, x.device, {"impl": thrifty_place.impl}),
+    ):
+        leaf = x.detach().to(device).requires_grad_()
+        loss = f(
+            leaf,
+            target.to(device),
+            None if weight is None else weight.to(device),
+            **options,
+            **extra,
+        )
+        (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.5))
+        found.append((loss, grad))
+    (want, want_grad), (got, got_grad) = found
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got_grad.cpu(), want_grad, rtol=1e-5, atol=1e-6)
+    return got, got_grad
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("batch", [(), (4,), (4, 3), (2, 3, 4), (2, 1, 3, 2)], ids=str)
+def test_dimensions(thrifty_place, batch, reduction):
+    c = 7
+    x = torch.randn(*batch[:1], c, *batch[1:], device=thrifty_place.device)
+    target = torch.randint(0, c, batch, device=thrifty_place.device)
+    if target.dim():
+        target[..., 0] = -100
+    weight = torch.rand(c, device=thrifty_place.device)
+    got, _ = both(thrifty_place, x, target, weight, reduction=reduction)
+    assert got.shape == (batch if reduction == "none" else ())
+    both(
+        thrifty_place,
+        x,
+        torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1),
+        weight,
+        reduction=reduction,
+    )
+
+
+@pytest.mark.parametrize("to_rows", ["transpose", "movedim"])
+def test_batch_time_vocabulary(thrifty_place, to_rows):
+    """The usual idiom of a transformer, (B, T, V) seen as (B, V, T)."""
+    x = torch.randn(2, 5, 33, device=thrifty_place.device)
+    x = x.transpose(1, 2) if to_rows == "transpose" else x.movedim(2, 1)
+    both(thrifty_place, x, torch.randint(0, 33, (2, 5), device=thrifty_place.device))
+
+
+def test_a_slice_of_a_larger_buffer_leaves_its_neighbours_alone(thrifty_place):
+    buffer = torch.randn(6, 40, device=thrifty_place.device)
+    before = buffer.clone()
+    x = buffer[1:5, 4:33].requires_grad_()
+    _, target = logits_and_ids(4, 29, device=thrifty_place.device)
+    (grad,) = torch.autograd.grad(lossfuse.cross_entropy(x, target, impl=thrifty_place.impl), x)
+    assert grad.shape == (4, 29) and not grad.isnan().any()
+    assert torch.equal(buffer, before)
