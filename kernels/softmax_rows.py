@@ -320,7 +320,7 @@ def row_parts_kernel(
     target_ptr,  # (N,) int64
     class_weight_ptr,  # (V,) fp32, or None
     parts_ptr,  # (N, PARTS, PART_STATS) fp32, output
-    firsts_ptr,  # (N, PARTS) int32, output
+    groups_ptr,  # (N, PARTS) int32, output
     stride_logits_n,
     lead,
     V,
@@ -357,13 +357,13 @@ def row_parts_kernel(
         tl.store(part_ptr + 3, part_mass)
         tl.store(part_ptr + 4, part_shortfall)
     if FIRST:
-        tl.store(firsts_ptr + at, tl.min(tl.where(top == part_top, first, NO_CLASS), 0))
+        tl.store(groups_ptr + at, tl.min(tl.where(top == part_top, first, NO_CLASS), 0))
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def merge_parts_kernel(
     parts_ptr,  # as row_parts_kernel fills them, as the next
-    firsts_ptr,
+    groups_ptr,
     logits_ptr,  # from here on as in row_loss_kernel
     target_ptr,
     class_weight_ptr,
@@ -401,7 +401,7 @@ def merge_parts_kernel(
         mass = tl.load(part_ptr + 3)
         shortfall = tl.load(part_ptr + 4)
     if argmax_ptr is not None:
-        first = tl.load(firsts_ptr + at)
+        first = tl.load(groups_ptr + at)
     store_row(
         tl.load(part_ptr), tl.load(part_ptr + 1), spread, first, mass, shortfall,
         logits_ptr, target_ptr, class_weight_ptr, loss_ptr, lse_ptr, logprob_ptr, entropy_ptr,
@@ -761,15 +761,15 @@ def _launch(
             )  # fmt: skip
             return
         part_stats = torch.empty(n, parts, 5, dtype=torch.float32, device=logits.device)
-        firsts = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
+        groups = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
         scale, softcap, smoothing = options["scale"], options["softcap"], options["smoothing"]
         row_parts_kernel[(n, parts)](
-            logits, target, class_weight, part_stats, firsts, logits.stride(0), lead, v,
+            logits, target, class_weight, part_stats, groups, logits.stride(0), lead, v,
             ignore_index, first_class, num_classes, scale, softcap, smoothing,
             SPREAD=entropy is not None, FIRST=argmax is not None, PARTS=parts, **shape, **launch,
         )  # fmt: skip
         merge_parts_kernel[(n,)](
-            part_stats, firsts, logits, target, class_weight, *outputs, logits.stride(0), n, v,
+            part_stats, groups, logits, target, class_weight, *outputs, logits.stride(0), n, v,
             ignore_index, first_class, num_classes, **options, GROUP=group, PARTS=parts,
             num_warps=1, **UNFUSED,
         )  # fmt: skip
