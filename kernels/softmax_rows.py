@@ -44,6 +44,7 @@ from .row_access import (
     weight_sum,
 )
 from .tile_math import (
+    LOWEST,
     NO_CLASS,
     entropy_grad,
     exp_flushed,
@@ -144,7 +145,7 @@ def sweep_row(
         top = higher(top, edge_z)
         # -1 for -inf, 0 for any other number
         excess = exp_flushed(edge_z - top) - 1.0
-        first = tl.where(excess == 0.0, edge_v, NO_CLASS)
+        first = tl.where(edge_z >= LOWEST, edge_v, NO_CLASS)
         if smoothing is not None:
             mass = class_weights(class_weight_ptr, edge_v, is_edge)
             shortfall = tl.where(mass == 0.0, 0.0, mass * (top - edge_z))

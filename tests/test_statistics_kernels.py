@@ -287,13 +287,14 @@ def test_rows_filled_with_the_lowest_number(device, v, soft):
 
 @pytest.mark.parametrize("at", [(0, 1), (7, 2055), (2047, 4096)], ids=str)
 def test_several_infinite_logits(device, at, soft):
-    """In several lanes and blocks; a NaN beside them is a NaN."""
-    x, target = case(soft, 3, 5000, device, ignored=0.0)
+    """In several lanes and blocks, or everywhere; a NaN beside them is a NaN."""
+    x, target = case(soft, 4, 5001, device, ignored=0.0)
     x[:2, at] = INF
     x[1, 2048] = NAN
+    x[3] = INF
     got = ours(x, target)
     assert got["lse"][0] == INF and got["lse"][1].isnan() and got["lse"][2].isfinite()
-    assert got["argmax"][0] == at[0]
+    assert got["argmax"][0] == at[0] and got["argmax"][3] == 0
 
 
 @pytest.mark.parametrize(
