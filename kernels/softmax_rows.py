@@ -87,14 +87,18 @@ def fold_groups(
     LANES: tl.constexpr = top.shape[0]
     GROUP: tl.constexpr = z.shape[0] // top.shape[0]
     z = tl.reshape(z, (LANES, GROUP))
-    top_before = top
+    top_before, has_finite = top, excess != -1.0
     top, excess, spread, first = group_update(top, excess, spread, first, z, start, SPREAD, FIRST)
     if w is not None:
         w = tl.reshape(w, (LANES, GROUP))
-        moved = tl.where(mass == 0.0, 0.0, mass * (top - top_before))
+        # about the top before, then all moved to the new one: triton 3.7.1 does not compile the
+        # other order for AMD
+        about = tl.where(has_finite & (mass != 0.0), top_before, top)
         # a class of zero mass adds 0 even if its logit is -inf
-        added = tl.sum(tl.where(w == 0.0, 0.0, w * (top[:, None] - z)), 1)
-        mass, shortfall = mass + tl.sum(w, 1), shortfall + moved + added
+        added = tl.sum(tl.where(w == 0.0, 0.0, w * (about[:, None] - z)), 1)
+        mass = mass + tl.sum(w, 1)
+        moved = tl.where(mass == 0.0, 0.0, mass * (top - about))
+        shortfall = shortfall + added + moved
     return top, excess, spread, first, mass, shortfall
 
 
@@ -157,7 +161,7 @@ def sweep_row(
         size = tl.cdiv(tl.cdiv(inner, BLOCK_V), PARTS)
         start, stop = part * size, tl.minimum((part + 1) * size, full_blocks)
 
-    for block in tl.range(start, stop, num_stages=3 if not SPREAD else 2):
+    for block in tl.range(start, stop, num_stages=2 if SPREAD or smoothing is not None else 3):
         v = block * BLOCK_V
         w = None
         if smoothing is not None:
