@@ -24,6 +24,7 @@ from .launch import (
     LossOptions,
     family,
     fused_plan,
+    limits_registers,
     multiprocessors,
     on_device_of,
     resident_programs,
@@ -551,6 +552,7 @@ def _split_rows(
     logits, _, _, _, dloss, _, dlogits = operands
     n, v = logits.shape
     k = plan.slices
+    most_registers = plan.most_registers if limits_registers(logits.device) else None
     words = torch.zeros(n, k, dtype=torch.int64, device=logits.device)
     smooth_words = None if options["smoothing"] is None else torch.zeros_like(words)
 
@@ -560,7 +562,7 @@ def _split_rows(
             logits.stride(0), dlogits.stride(0), dloss.stride(0), lead, rows, v, k, rows_in_flight,
             ignore_index, **options, SLICE=plan.block_v,
             K_BLOCK=words_block(k, warp_size(logits.device)), GROUP=16 // logits.element_size(),
-            PHASE=phase, num_warps=plan.num_warps, maxnreg=plan.most_registers,
+            PHASE=phase, num_warps=plan.num_warps, maxnreg=most_registers,
             launch_cooperative_grid=phase == 0, **UNFUSED,
         )  # fmt: skip
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Classes per block, warps per program, and registers per thread if they are limited."""
+    """Classes per block, warps per program, and the limit of registers per thread, if any, on GPUs
+    before Blackwell."""
 
     block_v: int
     num_warps: int
@@ -51,21 +52,22 @@ def row_blocks(v: int) -> LaunchConfig:
 
 
 @functools.cache
-def stats_blocks(v: int) -> LaunchConfig:
-    """Blocks of the statistics of rows against class ids: 16 classes a thread."""
+def stats_blocks(v: int, *, shaping: bool) -> LaunchConfig:
+    """Blocks of the statistics of rows against class ids: 16 classes a thread, or 8 where a softcap
+    or smoothing needs registers for each."""
     config = row_blocks(v)
-    block_v = min(max(128, 1 << max(v - 1, 0).bit_length()), 4096)
-    return LaunchConfig(block_v, max(1, block_v // 512)) if v > 2048 else config
+    return config if v <= 2048 or shaping else LaunchConfig(4096, 8)
 
 
 @functools.cache
 def grad_blocks(v: int, *, shaping: bool) -> LaunchConfig:
     """Blocks of the gradient from statistics: 32 classes a thread, or 8 where a softcap, smoothing
     or an entropy needs registers for each."""
-    row_blocks(v)
-    most, a_thread = (2048, 8) if shaping else (8192, 32)
-    block_v = min(max(128, 1 << max(v - 1, 0).bit_length()), most)
-    return LaunchConfig(block_v, max(1, block_v // (32 * a_thread)))
+    config = row_blocks(v)
+    if shaping:
+        return config
+    block_v = min(max(128, 1 << max(v - 1, 0).bit_length()), 8192)
+    return LaunchConfig(block_v, max(1, block_v // 1024))
 
 
 # programs an SM that hide the latency of memory, for rows that are split because they are few
@@ -204,6 +206,12 @@ def multiprocessors(device: torch.device) -> int:
         return 1
     properties: Any = torch.get_device_module(device).get_device_properties(device)
     return int(getattr(properties, "multi_processor_count", 64))
+
+
+@functools.cache
+def limits_registers(device: torch.device) -> bool:
+    """True if ``LaunchConfig.most_registers`` applies: on Blackwell it spills four times as much."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 10
 
 
 @functools.cache

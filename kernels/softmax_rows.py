@@ -161,7 +161,8 @@ def sweep_row(
         size = tl.cdiv(tl.cdiv(inner, BLOCK_V), PARTS)
         start, stop = part * size, tl.minimum((part + 1) * size, full_blocks)
 
-    for block in tl.range(start, stop, num_stages=2 if SPREAD or smoothing is not None else 3):
+    stages: tl.constexpr = 1 if smoothing is not None else 2 if SPREAD else 3
+    for block in tl.range(start, stop, num_stages=stages):
         v = block * BLOCK_V
         w = None
         if smoothing is not None:
@@ -175,7 +176,12 @@ def sweep_row(
     v = full_blocks * BLOCK_V
     mine = v < inner
     if PARTS > 1:
-        mine = mine & (start <= full_blocks) & (stop == full_blocks) & ((part + 1) * size > full_blocks)
+        mine = (
+            mine
+            & (start <= full_blocks)
+            & (stop == full_blocks)
+            & ((part + 1) * size > full_blocks)
+        )
     if mine:
         mask_v = v + offs_v < inner
         w = None
@@ -483,9 +489,7 @@ def grad_block(
             edge_x, edge_w, valid, e_coef, smoothing_coef, dentropy, at_max, log_sum,
             mean_shortfall, scale, softcap, smoothing,
         )  # fmt: skip
-        tl.store(
-            dlogits_row_ptr + edge_pos, edge_dx.to(dlogits_ptr.dtype.element_ty), mask=is_edge
-        )
+        tl.store(dlogits_row_ptr + edge_pos, edge_dx.to(dlogits_ptr.dtype.element_ty), mask=is_edge)
     if in_block:
         # the target's entry, over the one that some thread has stored: cheaper than a comparison
         # for every class
@@ -750,7 +754,8 @@ def _launch(
     n, v = logits.shape
     if n == 0:
         return
-    config = stats_blocks(v)
+    shaping = options["softcap"] is not None or options["smoothing"] is not None
+    config = stats_blocks(v, shaping=shaping)
     group = 16 // logits.element_size()
     lead = logits.data_ptr() % 16 // logits.element_size()
     edges = lead > 0 or v % group > 0 or (n > 1 and logits.stride(0) % group > 0)

@@ -156,7 +156,8 @@ class Launch:
 
 def stats_launches(dtype: str, given: tuple[str, ...], absent: Any = ()) -> Iterator[Launch]:
     """Kernels of statistics: against ids, of aligned rows and others, and against probabilities."""
-    ids, blocks = stats_blocks(V), row_blocks(V)
+    shaping = bool({"softcap", "smoothing"} & set(given))
+    ids, blocks = stats_blocks(V, shaping=shaping), row_blocks(V)
     shape = {"BLOCK_V": ids.block_v, "GROUP": 16 // (4 if dtype == "fp32" else 2)}
     nones = dict.fromkeys(absent)
     for edges in (False, True):
@@ -232,7 +233,7 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
                 "PHASE": 0,
             }
             options = {"launch_cooperative_grid": True, **UNFUSED}
-            if plan.most_registers is not None:
+            if plan.most_registers is not None and target in ("sm_80", "sm_90"):
                 options["maxnreg"] = plan.most_registers
             # compiled for rows of any alignment
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)

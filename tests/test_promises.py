@@ -73,7 +73,7 @@ def narrow_blocks(monkeypatch):
     monkeypatch.setattr(soft_target_rows, "row_blocks", lambda v: narrow)
     monkeypatch.setattr(softmax_rows, "grad_blocks", lambda v, shaping: narrow)
     # a lane takes 4 classes, and the edges of a row take 8 lanes
-    monkeypatch.setattr(softmax_rows, "stats_blocks", lambda v: launch.LaunchConfig(32, 1))
+    monkeypatch.setattr(softmax_rows, "stats_blocks", lambda v, shaping: launch.LaunchConfig(32, 1))
 
 
 def extreme(name, *values, **how):
