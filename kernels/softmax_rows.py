@@ -817,7 +817,7 @@ def row_grads(
     if dloss is None:
         # options of the loss alone
         class_weight, smoothing, lse_square_scale = None, None, None
-    shaping = not softcap is smoothing is dentropy is None
+    shaping = softcap is not None or smoothing is not None or dentropy is not None
     config = grad_blocks(v, shaping=shaping)
     whole_row = narrower_over(logits, dlogits)
     _, lead, most_lead = alignment(logits, dlogits)
