@@ -87,13 +87,14 @@ def fold_groups(
     LANES: tl.constexpr = top.shape[0]
     GROUP: tl.constexpr = z.shape[0] // top.shape[0]
     z = tl.reshape(z, (LANES, GROUP))
-    top_before, has_finite = top, excess != -1.0
+    top_before, excess_before = top, excess
     top, excess, spread, first = group_update(top, excess, spread, first, z, start, SPREAD, FIRST)
     if w is not None:
         w = tl.reshape(w, (LANES, GROUP))
         # about the top before, then all moved to the new one: triton 3.7.1 does not compile the
         # other order for AMD
-        about = tl.where(has_finite & (mass != 0.0), top_before, top)
+        about = tl.where(excess_before == -1.0, top, top_before)
+        about = tl.where(mass == 0.0, top, about)
         # a class of zero mass adds 0 even if its logit is -inf
         added = tl.sum(tl.where(w == 0.0, 0.0, w * (about[:, None] - z)), 1)
         mass = mass + tl.sum(w, 1)
