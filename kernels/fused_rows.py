@@ -24,14 +24,22 @@ from .launch import (
     LossOptions,
     family,
     fused_plan,
+    limits_registers,
     multiprocessors,
     on_device_of,
     resident_programs,
+    warp_size,
 )
 from .row_access import (
     IGNORED,
+    aligned_row_ptr,
+    alignment,
     class_of,
     class_weights,
+    edge_elements,
+    in_whole_groups,
+    lead_of,
+    load_slice,
     mask_row,
     narrower_over,
     padding,
@@ -258,79 +266,15 @@ def wait_for_words(word_ptr, ks, K, PHASE: tl.constexpr):
 
 
 @triton.jit
-def lead_of(row, stride, lead, GROUP: tl.constexpr):
-    """Elements from the 16-byte boundary at or before a row to the row."""
-    return tl.cast(((row % GROUP) * (stride % GROUP) + lead) % GROUP, tl.int32)
+def load_target(target_ptr, row, N):
+    """The target of a row; not a class beyond the last row."""
+    return tl.load(target_ptr + row, mask=row < N, other=-1)
 
 
 @triton.jit
-def aligned_row_ptr(ptr, row, stride, row_lead):
-    """The 16-byte boundary at or before a row. Positions in a row are counted from there."""
-    return tl.multiple_of(ptr + (tl.cast(row, tl.int64) * stride - row_lead), 16)
-
-
-@triton.jit
-def in_whole_groups(pos, base, lead, V, GROUP: tl.constexpr):
-    """Mask of the positions of a slice whose group of 16 bytes is wholly the row's.
-
-    It is the same for all positions of a group, so that accesses stay vectorized.
-    """
-    group = pos // GROUP
-    first_group = (lead + GROUP - 1) // GROUP - base // GROUP
-    return (group >= first_group) & (group < (lead + V) // GROUP - base // GROUP)
-
-
-@triton.jit
-def edge_elements(base, lead, V, SLICE: tl.constexpr, GROUP: tl.constexpr):
-    """(positions, mask) of the row's elements in groups that it shares with its neighbors.
-
-    These are at most its first and its last group; the mask holds for those in this slice.
-    """
-    q = tl.arange(0, 2 * GROUP)
-    pos = tl.where(q < GROUP, q, (lead + V) // GROUP * GROUP + q - GROUP)
-    shared = tl.where(q < GROUP, only_if(lead > 0, pos >= lead), pos < lead + V)
-    return pos, shared & (pos >= base) & (pos < base + SLICE)
-
-
-@triton.jit
-def load_class(target_ptr, row, N, V, ignore_index):
-    """``class_of`` the target of a row; not valid beyond the last row."""
-    return class_of(tl.load(target_ptr + row, mask=row < N, other=-1), V, ignore_index)
-
-
-@triton.jit
-def load_slice(
-    logits_ptr,
-    row,
-    y,
-    stride,
-    lead,
-    V,
-    scale,
-    softcap,
-    base,
-    SLICE: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """(logits of whole groups, of edge elements, of the target or 0 if it is not in the slice)."""
-    row_lead = lead_of(row, stride, lead, GROUP)
-    row_ptr = aligned_row_ptr(logits_ptr, row, stride, row_lead)
-    valid = y >= 0
-    pos = tl.arange(0, SLICE)
-    x = tl.load(
-        row_ptr + base + pos,
-        mask=only_if(valid, in_whole_groups(pos, base, row_lead, V, GROUP)),
-        other=padding(scale, softcap),
-    )
-    edge_pos, is_edge = edge_elements(base, row_lead, V, SLICE, GROUP)
-    edge_x = tl.load(
-        row_ptr + edge_pos,
-        mask=only_if(valid, is_edge),
-        other=padding(scale, softcap),
-    )
-    y_pos = tl.where(valid, y + row_lead, -1)
-    x_y = target_logit(row_ptr, y_pos, (y_pos >= base) & (y_pos < base + SLICE))
-    return x, edge_x, x_y
+def load_dloss(dloss_ptr, row, stride_dloss, N):
+    """The upstream gradient of a row, in its own dtype."""
+    return tl.load(dloss_ptr + tl.cast(row, tl.int64) * stride_dloss, mask=row < N, other=0.0)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -371,13 +315,18 @@ def split_row_kernel(
     weighted: tl.constexpr = smoothing is not None and class_weight_ptr is not None
     w_sum = weight_sum(class_weight_ptr, class_weight_sum_ptr, V, smoothing)
 
-    y = load_class(target_ptr, first_row, N, V, ignore_index)
-    y_next = load_class(target_ptr, first_row + rows_in_flight, N, V, ignore_index)
+    y = class_of(load_target(target_ptr, first_row, N), V, ignore_index)
+    target_next = load_target(target_ptr, first_row + rows_in_flight, N)
+    dloss_next = load_dloss(dloss_ptr, first_row, stride_dloss, N)
     x, edge_x, x_y = load_slice(
-        logits_ptr, first_row, y, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP
+        logits_ptr, first_row, y >= 0, y, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP
     )  # fmt: skip
     for row in range(first_row, N, rows_in_flight):
         row_64 = tl.cast(row, tl.int64)
+        # loaded a row ago, converted here: a conversion next to the load would wait for it, and
+        # with it for the loads of the next row's slice, which are issued together
+        y_next = class_of(target_next, V, ignore_index)
+        dloss = dloss_next.to(tl.float32)
         valid = y >= 0
         row_lead = lead_of(row, stride_dlogits_n, lead, GROUP)
         in_groups = in_whole_groups(pos, base, row_lead, V, GROUP)
@@ -413,13 +362,13 @@ def split_row_kernel(
 
         next_row = row + rows_in_flight
         x_next, edge_x_next, x_y_next = load_slice(
-            logits_ptr, next_row, y_next, stride_logits_n, lead, V, scale, softcap,
+            logits_ptr, next_row, y_next >= 0, y_next, stride_logits_n, lead, V, scale, softcap,
             base, SLICE, GROUP,
         )  # fmt: skip
-        y_after = load_class(target_ptr, row + 2 * rows_in_flight, N, V, ignore_index)
+        target_next = load_target(target_ptr, next_row + rows_in_flight, N)
+        dloss_next = load_dloss(dloss_ptr, next_row, stride_dloss, N)
 
         if PHASE != 1:
-            dloss = tl.load(dloss_ptr + row_64 * stride_dloss).to(tl.float32)
             w_y = None
             if class_weight_ptr is not None:
                 w_y = target_weight(class_weight_ptr, y, valid)
@@ -496,7 +445,7 @@ def split_row_kernel(
                 mask=mine,
             )
         x, edge_x, x_y = x_next, edge_x_next, x_y_next
-        y, y_next = y_next, y_after
+        y = y_next
 
 
 # plans by all that Triton specializes a kernel by, and all that ``fused_plan`` depends on
@@ -530,7 +479,7 @@ def row_loss_and_grads(
         "smoothing": smoothing,
         "lse_square_scale": lse_square_scale,
     }
-    wide, lead, most_lead = _alignment(logits, dlogits)
+    wide, lead, most_lead = alignment(logits, dlogits)
     if softcap is not None and narrower_over(logits, dlogits):
         # split_row_kernel would load logits again that other programs have overwritten
         most_lead = None
@@ -554,14 +503,16 @@ def row_loss_and_grads(
         operands = (logits, target, class_weight, class_weight_sum, dloss, loss, dlogits)
         with on_device_of(logits):
             if plan.kind == "split":
-                plan = _split_rows(plan, operands, lead, ignore_index, options)
+                launched = _split_rows(plan, operands, lead, ignore_index, options)
+                _plans[key] = launched or plan
+                plan = launched or SWEEPS
             else:
                 whole_row_kernel[(n,)](
                     *operands, logits.stride(0), dlogits.stride(0), dloss.stride(0), v,
                     ignore_index, **options, BLOCK_V=plan.block_v, num_warps=plan.num_warps,
                     **UNFUSED,
                 )  # fmt: skip
-    _plans[key] = plan
+    _plans.setdefault(key, plan)
     if plan.kind == "sweeps":
         rows = (logits, target, class_weight)
         loss, stats = softmax_rows.row_loss(*rows, ignore_index=ignore_index, **options)
@@ -571,39 +522,14 @@ def row_loss_and_grads(
     return loss
 
 
-def _alignment(logits: Tensor, dlogits: Tensor) -> tuple[bool, int, int | None]:
-    """(wide, lead, most_lead).
-
-    ``wide`` and ``most_lead`` are as in ``fused_plan``; ``lead`` is that of the first row.
-    """
-    n, v = logits.shape
-    size = logits.element_size()
-    group = 16 // size
-    strides = (logits.stride(0), dlogits.stride(0)) if n > 1 else (0, 0)
-    leads = (
-        logits.data_ptr() % 16 // size,
-        dlogits.data_ptr() % 16 // dlogits.element_size(),
-    )
-    aligned = leads == (0, 0)
-    wide = aligned and v % 16 == 0 and strides[0] % 16 == 0 and strides[1] % 16 == 0
-    if dlogits.element_size() != size:
-        # groups of 16 bytes hold other classes in the gradient: rows must start at a boundary
-        aligned = aligned and strides[0] % group == 0
-        aligned = aligned and strides[1] * dlogits.element_size() % 16 == 0
-        return wide, leads[0], 0 if aligned else None
-    if leads[0] != leads[1] or (strides[0] - strides[1]) % group:
-        return wide, leads[0], None
-    return wide, leads[0], group - 1 if strides[0] % group else leads[0]
-
-
-def words_block(k: int) -> int:
-    """K_BLOCK for ``k`` slices: at least one lane of a warp for each word, and a full warp.
+def words_block(k: int, lanes: int) -> int:
+    """K_BLOCK for ``k`` slices and warps of ``lanes``: at least one lane of a warp for each word, and a full warp.
 
     With fewer words than lanes, two lanes load the same word and may see different values. Lanes
     of a warp could then leave the loop of ``wait_for_words`` at different times, and the warp would
     wait for itself: Triton reduces the condition over as many lanes as there are words (3.6, 3.7).
     """
-    return max(32, triton.next_power_of_2(k))
+    return max(lanes, triton.next_power_of_2(k))
 
 
 def programs_run_together(device: torch.device) -> bool:
@@ -617,14 +543,16 @@ def _split_rows(
     lead: int,
     ignore_index: int,
     options: LossOptions,
-) -> FusedPlan:
-    """Launch ``split_row_kernel`` and return the plan with what is known of its occupancy.
+) -> FusedPlan | None:
+    """Launch ``split_row_kernel`` and return the plan with its occupancy.
 
-    If the programs of one row cannot all be resident, launch nothing and return ``SWEEPS``.
+    If the device cannot hold all programs of a row, launch nothing and return ``SWEEPS``; None if
+    it could, but does not now, because others use it too.
     """
-    logits, dloss, dlogits = operands[0], operands[4], operands[6]
+    logits, _, _, _, dloss, _, dlogits = operands
     n, v = logits.shape
     k = plan.slices
+    most_registers = plan.most_registers if limits_registers(logits.device) else None
     words = torch.zeros(n, k, dtype=torch.int64, device=logits.device)
     smooth_words = None if options["smoothing"] is None else torch.zeros_like(words)
 
@@ -632,8 +560,9 @@ def _split_rows(
         return split_row_kernel[(programs,)](
             *operands, words, smooth_words,
             logits.stride(0), dlogits.stride(0), dloss.stride(0), lead, rows, v, k, rows_in_flight,
-            ignore_index, **options, SLICE=plan.block_v, K_BLOCK=words_block(k),
-            GROUP=16 // logits.element_size(), PHASE=phase, num_warps=plan.num_warps,
+            ignore_index, **options, SLICE=plan.block_v,
+            K_BLOCK=words_block(k, warp_size(logits.device)), GROUP=16 // logits.element_size(),
+            PHASE=phase, num_warps=plan.num_warps, maxnreg=most_registers,
             launch_cooperative_grid=phase == 0, **UNFUSED,
         )  # fmt: skip
 
@@ -648,17 +577,20 @@ def _split_rows(
         if resident is None:
             # a launch of one program over no rows compiles and loads the kernel
             resident = resident_programs(launch(0, 1, 1, 0), logits.device)
+        if resident < k:
+            return SWEEPS
         while resident >= k:
             rows_in_flight = min(n, resident // k)
             try:
                 launch(n, rows_in_flight, rows_in_flight * k, 0)
                 return replace(plan, resident=resident)
             except RuntimeError as error:
-                # too large for what the driver has left, because others use the device too
+                # too large for what others have left of the device
                 if "cooperative" not in str(error):
                     raise
                 resident -= multiprocessors(logits.device)
     except RuntimeError as error:
         if "not supported" not in str(error):
             raise
-    return SWEEPS
+        return SWEEPS
+    return None

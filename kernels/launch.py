@@ -14,10 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Classes per block and warps per program."""
+    """Classes per block, warps per program, and the limit of registers per thread, if any, on GPUs
+    before Blackwell."""
 
     block_v: int
     num_warps: int
+    most_registers: int | None = None
 
 
 class LossOptions(TypedDict):
@@ -49,6 +51,39 @@ def row_blocks(v: int) -> LaunchConfig:
     return LaunchConfig(block_v, max(1, block_v // 256))
 
 
+@functools.cache
+def stats_blocks(v: int, *, shaping: bool) -> LaunchConfig:
+    """Blocks of the statistics of rows against class ids: 16 classes a thread, or 8 where a softcap
+    or smoothing needs registers for each."""
+    config = row_blocks(v)
+    return config if v <= 2048 or shaping else LaunchConfig(4096, 8)
+
+
+@functools.cache
+def grad_blocks(v: int, *, shaping: bool) -> LaunchConfig:
+    """Blocks of the gradient from statistics: 32 classes a thread, or 8 where a softcap, smoothing
+    or an entropy needs registers for each."""
+    config = row_blocks(v)
+    if shaping:
+        return config
+    block_v = min(max(128, 1 << max(v - 1, 0).bit_length()), 8192)
+    return LaunchConfig(block_v, max(1, block_v // 1024))
+
+
+# programs an SM that hide the latency of memory, for rows that are split because they are few
+PROGRAMS_AN_SM = 4
+MOST_PARTS = 64
+
+
+def row_parts(n: int, v: int, config: LaunchConfig, device: torch.device) -> int:
+    """Parts of a row, each of a program of its own, so that few rows fill the device; a power of
+    two."""
+    parts, room = 1, PROGRAMS_AN_SM * multiprocessors(device)
+    while 2 * parts * n <= room and 2 * parts * config.block_v <= v and parts < MOST_PARTS:
+        parts *= 2
+    return parts
+
+
 @dataclass(frozen=True)
 class FusedTable:
     """Blocks of the fused kernels, for one family of devices and one size of logit.
@@ -67,16 +102,17 @@ class FusedTable:
 FUSED_TABLES: dict[tuple[str, int, bool], FusedTable] = {
     # bf16. Rows of 8192 with 8 warps 0.983, of 16000 with 16 warps 0.982. Slices of 16384 with 4
     # warps 0.961 at 128256, 0.943 at 32001, 0.918 at 262147; of 8192 0.946 at 151643; of 4096 with
-    # 4 warps 0.940 at 50304, 0.900 at 50257
+    # 4 warps 0.940 at 50304, 0.900 at 50257. These were measured with 4 programs an SM of 8192 and
+    # 6 of 4096, which need the limits: a dozen registers are spilled, once a row (triton 3.7.1)
     ("nvidia", 2, False): FusedTable(
         rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16)),
-        slices=(LaunchConfig(16384, 4), LaunchConfig(8192, 4), LaunchConfig(4096, 4)),
+        slices=(LaunchConfig(16384, 4), LaunchConfig(8192, 4, 128), LaunchConfig(4096, 4, 80)),
     ),
-    # rows of 8192 with 32 warps 0.988, of 32000 with 32 warps 0.975; between them 32 warps spill
-    # (triton 3.6). Slices of 8192 with 4 warps 0.973 at 65536, 0.961 at 128256; of 4096 or 8192
+    # rows of 32000 with 32 warps 0.975, of 8192 with 32 warps 0.988 in a prototype; here 8 warps
+    # issue 17 instructions an element and 32 warps 46. Between them 32 warps spill (triton 3.6). Slices of 8192 with 4 warps 0.973 at 65536, 0.961 at 128256; of 4096 or 8192
     # with 4 or 8 warps 0.961 at 32001, 0.952 at 50257, 0.917 at 262147
     ("nvidia", 4, False): FusedTable(
-        rows=(LaunchConfig(8192, 32), LaunchConfig(16384, 16), LaunchConfig(32768, 32)),
+        rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16), LaunchConfig(32768, 32)),
         slices=(LaunchConfig(8192, 4), LaunchConfig(4096, 4)),
     ),
     # not measured: no spills on sm_80 to sm_100, two programs an SM; rows of 16384 spill with 16
@@ -112,6 +148,7 @@ class FusedPlan:
     block_v: int = 0
     num_warps: int = 0
     slices: int = 0
+    most_registers: int | None = None
     # programs resident on the device at once; known once the kernel is compiled
     resident: int | None = None
 
@@ -149,7 +186,7 @@ def fused_plan(
     fills = [v / (k * c.block_v) for k, c in counts]
     best = next((i for i, fill in enumerate(fills) if fill >= LEAST_FILL), fills.index(max(fills)))
     k, config = counts[best]
-    return FusedPlan("split", config.block_v, config.num_warps, k)
+    return FusedPlan("split", config.block_v, config.num_warps, k, config.most_registers)
 
 
 @functools.cache
@@ -169,6 +206,21 @@ def multiprocessors(device: torch.device) -> int:
         return 1
     properties: Any = torch.get_device_module(device).get_device_properties(device)
     return int(getattr(properties, "multi_processor_count", 64))
+
+
+@functools.cache
+def limits_registers(device: torch.device) -> bool:
+    """True if ``LaunchConfig.most_registers`` applies: on Blackwell it spills four times as much."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 10
+
+
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Lanes of a warp (a wavefront on AMD)."""
+    if device.type == "cpu":
+        return 32
+    properties: Any = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "warp_size", 32))
 
 
 def resident_programs(compiled: Any, device: torch.device) -> int:

@@ -29,6 +29,7 @@ from .tile_math import (
     exp_flushed,
     first_join,
     first_merge,
+    halves,
     id_loss,
     log1p_from_minus_one,
     lse_join,
@@ -53,12 +54,6 @@ def tile_at(i, rows_of_tiles, columns_of_tiles, GROUP: tl.constexpr):
     size = tl.minimum(rows_of_tiles - first, GROUP)
     rest = i % (GROUP * columns_of_tiles)
     return first + rest % size, rest // size
-
-
-@triton.jit
-def halves(t):
-    """The left and the right half of a tile."""
-    return tl.split(tl.permute(tl.reshape(t, (t.shape[0], 2, t.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile_math import shaped
+from .tile_math import only_if, shaped
 
 # in place of a class
 IGNORED = tl.constexpr(-1)
@@ -111,6 +111,108 @@ def shaped_tile(x, mask_v, scale, softcap):
     if scale is not None or softcap is not None:
         z = tl.where(mask_v, z, -float("inf"))
     return z
+
+
+# Rows that do not start on 16 bytes: groups of 16 bytes that are wholly the row's are loaded and
+# stored at once, the elements of groups shared with the rows beside it one by one
+
+
+@triton.jit
+def lead_of(row, stride, lead, GROUP: tl.constexpr):
+    """Elements from the 16-byte boundary at or before a row to the row."""
+    return tl.cast(((row % GROUP) * (stride % GROUP) + lead) % GROUP, tl.int32)
+
+
+@triton.jit
+def aligned_row_ptr(ptr, row, stride, row_lead):
+    """The 16-byte boundary at or before a row. Positions in a row are counted from there."""
+    return tl.multiple_of(ptr + (tl.cast(row, tl.int64) * stride - row_lead), 16)
+
+
+@triton.jit
+def in_whole_groups(pos, base, lead, V, GROUP: tl.constexpr):
+    """Mask of the positions of a slice whose group of 16 bytes is wholly the row's.
+
+    It is the same for all positions of a group, so that accesses stay vectorized.
+    """
+    group = pos // GROUP
+    first_group = (lead + GROUP - 1) // GROUP - base // GROUP
+    return (group >= first_group) & (group < (lead + V) // GROUP - base // GROUP)
+
+
+@triton.jit
+def edge_elements(base, lead, V, SLICE: tl.constexpr, GROUP: tl.constexpr):
+    """(positions, mask) of the row's elements in groups that it shares with its neighbors.
+
+    These are at most its first and its last group; the mask holds for those in this slice.
+    """
+    q = tl.arange(0, 2 * GROUP)
+    pos = tl.where(q < GROUP, q, (lead + V) // GROUP * GROUP + q - GROUP)
+    shared = tl.where(q < GROUP, only_if(lead > 0, pos >= lead), pos < lead + V)
+    return pos, shared & (pos >= base) & (pos < base + SLICE)
+
+
+@triton.jit
+def load_slice(
+    logits_ptr,
+    row,
+    valid,
+    y,
+    stride,
+    lead,
+    V,
+    scale,
+    softcap,
+    base,
+    SLICE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """(logits of whole groups, of edge elements, of the target or 0 if it is not in the slice).
+
+    ``y`` is negative if the target is not local. Nothing is read of a row that is not valid.
+    """
+    row_lead = lead_of(row, stride, lead, GROUP)
+    row_ptr = aligned_row_ptr(logits_ptr, row, stride, row_lead)
+    pos = tl.arange(0, SLICE)
+    x = tl.load(
+        row_ptr + base + pos,
+        mask=only_if(valid, in_whole_groups(pos, base, row_lead, V, GROUP)),
+        other=padding(scale, softcap),
+    )
+    edge_pos, is_edge = edge_elements(base, row_lead, V, SLICE, GROUP)
+    edge_x = tl.load(
+        row_ptr + edge_pos,
+        mask=only_if(valid, is_edge),
+        other=padding(scale, softcap),
+    )
+    y_pos = tl.where(y >= 0, y + row_lead, -1)
+    x_y = target_logit(row_ptr, y_pos, (y_pos >= base) & (y_pos < base + SLICE))
+    return x, edge_x, x_y
+
+
+def alignment(logits: Tensor, dlogits: Tensor) -> tuple[bool, int, int | None]:
+    """(wide, lead, most_lead).
+
+    ``wide`` and ``most_lead`` are as in ``fused_plan``; ``lead`` is that of the first row.
+    """
+    n, v = logits.shape
+    size = logits.element_size()
+    group = 16 // size
+    strides = (logits.stride(0), dlogits.stride(0)) if n > 1 else (0, 0)
+    leads = (
+        logits.data_ptr() % 16 // size,
+        dlogits.data_ptr() % 16 // dlogits.element_size(),
+    )
+    aligned = leads == (0, 0)
+    wide = aligned and v % 16 == 0 and strides[0] % 16 == 0 and strides[1] % 16 == 0
+    if dlogits.element_size() != size:
+        # groups of 16 bytes hold other classes in the gradient: rows must start at a boundary
+        aligned = aligned and strides[0] % group == 0
+        aligned = aligned and strides[1] * dlogits.element_size() % 16 == 0
+        return wide, leads[0], 0 if aligned else None
+    if leads[0] != leads[1] or (strides[0] - strides[1]) % group:
+        return wide, leads[0], None
+    return wide, leads[0], group - 1 if strides[0] % group else leads[0]
 
 
 def narrower_over(logits: Tensor, dlogits: Tensor) -> bool:

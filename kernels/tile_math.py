@@ -46,6 +46,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 # in place of a +inf maximum: +inf - HIGHEST is +inf, where +inf - +inf is NaN
 HIGHEST = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
+# a distance from the top at which exp is 0
+FAR = tl.constexpr(200.0)
 # in place of "no class seen yet": above every class
 NO_CLASS = tl.constexpr(2147483647)
 
@@ -154,6 +156,95 @@ def lse_finish(top, ties, rest):
     log_sum = log1p_from_minus_one(others + (count - 1.0))
     log_sum = tl.where(row_max == float("inf"), float("nan"), log_sum)
     return tl.where(others == others, row_max, float("nan")), log_sum
+
+
+@triton.jit
+def higher(a, b):
+    """The maximum, or NaN if one of the two is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def halves(t):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(t, (t.shape[0], 2, t.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def below_sums(z, top, SPREAD: tl.constexpr):
+    """Per lane, the sums of exp(z - top) and, with SPREAD, of exp(z - top) * (top - z) over the
+    columns of a tile (L, R), or of one column (L,)."""
+    below = z - (top if len(z.shape) == 1 else top[:, None])
+    e = exp_flushed(below)
+    weighted = tl.zeros_like(e)
+    if SPREAD:
+        # bounded, so that an e of 0 removes a logit of -inf from the sum
+        weighted = e * tl.minimum(-below, FAR)
+    if len(z.shape) == 1:
+        return e, weighted
+    else:
+        return tl.sum(e, 1), tl.sum(weighted, 1)
+
+
+@triton.jit
+def group_start(LANES: tl.constexpr):
+    """(top, excess, spread, first) of each lane before the first tile."""
+    top = tl.full([LANES], LOWEST, tl.float32)
+    excess = tl.full([LANES], -1.0, tl.float32)
+    return top, excess, tl.zeros([LANES], tl.float32), tl.full([LANES], NO_CLASS, tl.int32)
+
+
+@triton.jit
+def group_update(top, excess, spread, first, z, start, SPREAD: tl.constexpr, FIRST: tl.constexpr):
+    """Fold a tile (L, R) into (top, excess, spread, first): a lane takes R neighboring classes, R
+    being 4 or 8, the first of which is ``start`` (L,).
+
+    Of two logits the lower one is added to the sum of exponentials and the higher one goes on, so
+    that the largest is never added, and ties need no count. A lane's ``first`` is the ``start`` of
+    the first group that has its ``top``. A NaN makes top, excess and spread NaN.
+    """
+    a, b = halves(z)
+    winner, lower = higher(a, b), tl.minimum(a, b)
+    if z.shape[1] == 8:
+        a, b = halves(winner)
+        winner, lower_2 = higher(a, b), tl.minimum(a, b)
+    a, b = tl.split(winner)
+    winner, lower_1 = higher(a, b), tl.minimum(a, b)
+    new_top, lower_0 = higher(winner, top), tl.minimum(winner, top)
+
+    e, weighted = below_sums(lower, new_top, SPREAD)
+    if z.shape[1] == 8:
+        e_2, weighted_2 = below_sums(lower_2, new_top, SPREAD)
+        e, weighted = e + e_2, weighted + weighted_2
+    e_1, weighted_1 = below_sums(lower_1, new_top, SPREAD)
+    e_0, weighted_0 = below_sums(lower_0, new_top, SPREAD)
+    # the excess counts all logits but the old top, which is lower_0 if there is a new one
+    rescale = exp_flushed(top - new_top)
+    if SPREAD:
+        moved = spread + tl.minimum(new_top - top, FAR) * excess
+        spread = moved * rescale + (weighted + (weighted_1 + weighted_0))
+    if FIRST:
+        # a lane that has seen no finite logit has an excess of -1, and its top may be one
+        reached = (winner > top) | ((winner == top) & (excess == -1.0))
+        first = tl.where(reached, start, first)
+    return new_top, excess * rescale + (e + (e_1 + e_0)), spread, first
+
+
+@triton.jit
+def group_merge(top, excess):
+    """``lse_merge`` of lanes, whose top may be NaN: then both are NaN."""
+    merged_top, merged_excess = lse_merge(top, excess)
+    any_nan = tl.max((top != top).to(tl.int32), 0) > 0
+    return tl.where(any_nan, float("nan"), merged_top), merged_excess
+
+
+@triton.jit
+def group_finish(top, excess):
+    """Lanes to (row_max, log_sum, excess) of the row: all NaN for a NaN logit; for +inf the last
+    two."""
+    row_max, excess = group_merge(top, excess)
+    excess = tl.where(row_max == float("inf"), float("nan"), excess)
+    return row_max, log1p_from_minus_one(excess), excess
 
 
 @triton.jit

@@ -69,6 +69,7 @@ def cross_entropy(
             ``weight``.
         normalizer: divisor of "mean", such as the number of tokens of the global batch: a positive
             number, or a 0-d tensor on the CPU or on the device of ``input``. Does not synchronize.
+            Cheaper than a division of the loss, whose gradient is then multiplied once more.
         inplace: overwrite the logits with their gradient, in the forward for "mean" and "sum"; in
             the backward for "none", for float16, and if the upstream gradient is not one number.
             See below.
@@ -121,11 +122,13 @@ def cross_entropy(
     ``p - 1`` at the target is computed before rounding and stays accurate for confident
     predictions.
 
-    Memory: O(N), and one tensor like ``input`` for the gradient unless ``inplace``. On the CPU the
-    gradient of "mean" and "sum" is formed in the forward, except for float16, whose gradient must
-    be multiplied by the loss scale before it is rounded; temporaries there take at most 3 MiB or
-    4 % of the logits, whichever is more, if a row is below 512 KiB. Layouts whose rows have no
-    single stride, such as ``(N, C, d)``, are copied once.
+    Memory: O(N), and one tensor like ``input`` for the gradient unless ``inplace``. For "mean" and
+    "sum" the forward forms the gradient, from the same read of the logits (on a GPU against class
+    ids), except for float16, whose gradient must be multiplied by the loss scale before it is
+    rounded. The backward then returns it; an upstream gradient other than 1, such as that of a loss
+    that is divided afterwards, costs one more pass over it, which ``normalizer`` avoids. On a CPU
+    temporaries take at most 3 MiB or 4 % of the logits, whichever is more, if a row is below
+    512 KiB. Layouts whose rows have no single stride, such as ``(N, C, d)``, are copied once.
 
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for
     softmax", arXiv:1805.02867; z-loss is de Brebisson and Vincent, arXiv:1604.08859.

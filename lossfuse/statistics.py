@@ -136,7 +136,9 @@ def _stats(
     normalizer: float | Tensor | None,
 ) -> LossStats:
     divisor = denominator(rows, spec, reduction, normalizer)
-    if forms_gradient_in_forward(implementation, rows, reduction, divisor, consume=False):
+    if forms_gradient_in_forward(
+        implementation, rows, reduction, divisor, consume=False, statistics=True
+    ):
         total, *stats = implementation.stats_total(rows, spec, wants, divisor)
     else:
         loss, *stats = implementation.row_stats(rows, spec, wants)

@@ -25,7 +25,14 @@ from lossfuse.kernels import (
     soft_target_rows,
     softmax_rows,
 )
-from lossfuse.kernels.launch import FUSED_TABLES, UNFUSED, fused_plan, row_blocks
+from lossfuse.kernels.launch import (
+    FUSED_TABLES,
+    UNFUSED,
+    fused_plan,
+    grad_blocks,
+    row_blocks,
+    stats_blocks,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -126,6 +133,7 @@ POINTERS = {
     "words_ptr": "*i64",
     "smooth_words_ptr": "*i64",
     "firsts_ptr": "*i32",
+    "groups_ptr": "*i32",
     "argmax_ptr": "*i64",
 }
 
@@ -146,41 +154,55 @@ class Launch:
         return self.kernel.fn.__name__
 
 
+def stats_launches(dtype: str, given: tuple[str, ...], absent: Any = ()) -> Iterator[Launch]:
+    """Kernels of statistics: against ids, of aligned rows and others, and against probabilities."""
+    shaping = bool({"softcap", "smoothing"} & set(given))
+    ids, blocks = stats_blocks(V, shaping=shaping), row_blocks(V)
+    shape = {"BLOCK_V": ids.block_v, "GROUP": 16 // (4 if dtype == "fp32" else 2)}
+    nones = dict.fromkeys(absent)
+    for edges in (False, True):
+        constants = shape | {"EDGES": edges, **nones}
+        yield Launch(softmax_rows.row_loss_kernel, ids.num_warps, constants, wide=not edges)
+    parts = {"PARTS": 4, "SPREAD": "entropy_ptr" in given, "FIRST": "argmax_ptr" in given}
+    constants = shape | parts | {"EDGES": True}
+    yield Launch(softmax_rows.row_parts_kernel, ids.num_warps, constants, wide=False)
+    constants = {"GROUP": shape["GROUP"], "PARTS": 4, **nones}
+    yield Launch(softmax_rows.merge_parts_kernel, 1, constants)
+    constants = {"BLOCK_V": blocks.block_v, **nones}
+    yield Launch(soft_target_rows.soft_row_loss_kernel, blocks.num_warps, constants)
+
+
+def grads_launches(dtype: str, given: tuple[str, ...]) -> Iterator[Launch]:
+    narrower = "to" in dtype
+    shaping = bool({"softcap", "smoothing", "dentropy_ptr"} & set(given))
+    ids, blocks = grad_blocks(V, shaping=shaping), row_blocks(V)
+    constants = {"BLOCK_V": ids.block_v, "GROUP": 16 // (4 if "fp32" in dtype else 2)}
+    for edges in (False,) if narrower else (False, True):
+        more = {"EDGES": edges, "WHOLE_ROW": narrower}
+        kernel = softmax_rows.row_grads_kernel
+        yield Launch(kernel, ids.num_warps, constants | more, wide=not edges)
+    constants = {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower}
+    yield Launch(soft_target_rows.soft_row_grads_kernel, blocks.num_warps, constants)
+
+
 def sweeps(dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
     """(options, arguments given, launch). A narrower gradient has no loss kernel of its own."""
-    blocks = row_blocks(V)
-    narrower = "to" in dtype
-    for options, given in (
-        OPTION_SETS | {"statistics": (*OPTION_SETS["every option"], *STATISTICS)}
-    ).items():
-        if not narrower:
-            for kernel in (softmax_rows.row_loss_kernel, soft_target_rows.soft_row_loss_kernel):
-                yield options, given, Launch(kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v})
-        for kernel in (softmax_rows.row_grads_kernel, soft_target_rows.soft_row_grads_kernel):
-            yield (
-                options,
-                given,
-                Launch(
-                    kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower}
-                ),
-            )
+    with_statistics = {
+        "entropy and argmax": STATISTICS,
+        "statistics": (*OPTION_SETS["every option"], *STATISTICS),
+    }
+    for options, given in (OPTION_SETS | with_statistics).items():
+        if "to" not in dtype:
+            for launch in stats_launches(dtype, given):
+                yield options, given, launch
+        for launch in grads_launches(dtype, given):
+            yield options, given, launch
     for options, given in SHARD_SETS.items():
-        if not narrower:
-            for kernel in (softmax_rows.row_loss_kernel, soft_target_rows.soft_row_loss_kernel):
-                constants = {"BLOCK_V": blocks.block_v, **dict.fromkeys(SHARD_ABSENT)}
-                yield (
-                    options,
-                    (*given, *SHARD, "shard_ptr"),
-                    Launch(kernel, blocks.num_warps, constants),
-                )
-        for kernel in (softmax_rows.row_grads_kernel, soft_target_rows.soft_row_grads_kernel):
-            yield (
-                options,
-                (*given, *SHARD),
-                Launch(
-                    kernel, blocks.num_warps, {"BLOCK_V": blocks.block_v, "WHOLE_ROW": narrower}
-                ),
-            )
+        if "to" not in dtype:
+            for launch in stats_launches(dtype, given, SHARD_ABSENT):
+                yield options, (*given, *SHARD, "shard_ptr"), launch
+        for launch in grads_launches(dtype, given):
+            yield options, (*given, *SHARD), launch
 
 
 def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch]:
@@ -206,11 +228,13 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
         else:
             constants = {
                 "SLICE": plan.block_v,
-                "K_BLOCK": fused_rows.words_block(plan.slices),
+                "K_BLOCK": fused_rows.words_block(plan.slices, 32),
                 "GROUP": group,
                 "PHASE": 0,
             }
             options = {"launch_cooperative_grid": True, **UNFUSED}
+            if plan.most_registers is not None and target in ("sm_80", "sm_90"):
+                options["maxnreg"] = plan.most_registers
             # compiled for rows of any alignment
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)
 
@@ -326,6 +350,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
     fused = compiled.asm["ptx"].count("fma.rn.f32")
     found = {
         "registers": registers,
+        "instructions": hot_instructions(sass),
         "spills": stack + local + spills,
         "wide": wide,
         "narrow": narrow,
@@ -341,6 +366,22 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
         if tma or mma
         else found
     )
+
+
+def hot_instructions(sass: str) -> int:
+    """Instructions of the longest loop, or of the whole kernel if it has none."""
+    lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(\S+)([^;]*);", sass)
+    code = [(int(at, 16), op) for at, op, _ in lines if not op.startswith("NOP")]
+    loops = [(0, code[-1][0])]
+    for at, op, operands in lines:
+        to = re.search(r"0x([0-9a-f]+)", operands)
+        if op.startswith("BRA") and to is not None and int(to[1], 16) < int(at, 16):
+            loops.append((int(to[1], 16), int(at, 16)))
+    # a jump back from a rare branch behind the end of the kernel is no loop
+    end = next((at for at, op in code if op.startswith("EXIT")), code[-1][0])
+    inner = [loop for loop in loops[1:] if loop[1] <= end] or loops[:1]
+    first, last = max(inner, key=lambda loop: loop[1] - loop[0])
+    return sum(first <= at <= last for at, _ in code)
 
 
 def main(targets: list[str], dtypes: list[str]) -> None:
@@ -378,6 +419,8 @@ def main(targets: list[str], dtypes: list[str]) -> None:
                     "dtype": dtype,
                     "options": options,
                     "warps": launch.num_warps,
+                    # registers are limited, to hold one more program an SM
+                    "limited": "maxnreg" in launch.options,
                 }
                 row |= {k.lower(): v for k, v in launch.constants.items() if k.isupper()}
                 print(json.dumps(row | resources(compiled, TARGETS[target])), flush=True)

@@ -10,12 +10,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SWEEPS = {"row_loss_kernel", "row_grads_kernel", "soft_row_loss_kernel", "soft_row_grads_kernel"}
+STATISTICS = {"row_loss_kernel", "row_parts_kernel", "merge_parts_kernel", "soft_row_loss_kernel"}
+GRADIENTS = {"row_grads_kernel", "soft_row_grads_kernel"}
+SWEEPS = STATISTICS | GRADIENTS
 FUSED = {"whole_row_kernel", "split_row_kernel", "scale_rows_kernel"}
 LABELS = {"label_rows_kernel"}
 LOG_SOFTMAX = {"log_softmax_kernel", "log_softmax_grad_kernel"}
 # only for devices that copy tiles by descriptor, and in half precision
 LINEAR = {"tile_stats_kernel", "merge_tiles_kernel"}
+# most instructions an element of bf16 logits on sm_90, by kernel and options: the time of memory on
+# an H100 is that of 22 for a read, and of 45 for a read and a write (Triton 3.7.1)
+INSTRUCTIONS = {
+    ("row_loss_kernel", "plain"): 12,
+    ("row_loss_kernel", "entropy and argmax"): 16,
+    ("row_grads_kernel", "plain"): 15,
+}
+# bytes that may be spilled to hold one more program an SM, and loads and stores of them: a dozen of
+# each, once a row
+SPILLED = 80
+# programs an SM of rows that are split, by their slice, in bf16 without softcap and smoothing
+PROGRAMS = {16384: 2, 8192: 4, 4096: 6}
 # registers of an SM, and SMs of the smallest GPU that must be able to split the longest rows (A10)
 REGISTERS, SMS = 65536, 72
 
@@ -26,7 +40,7 @@ ALL = [
     for dtype in ("bf16", "fp16", "fp32", "fp32 to bf16")
 ]
 # up to a minute each: one of each vendor by default, the others are slow
-FIRST = [("sm_90", "fp32 to bf16"), ("gfx942", "bf16")]
+FIRST = [("sm_90", "bf16"), ("sm_90", "fp32 to bf16"), ("gfx942", "bf16")]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +69,7 @@ def test_kernels_compile_without_spills(target, dtype):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     expected = SWEEPS | LABELS | LOG_SOFTMAX | FUSED - {"split_row_kernel"}
     if dtype == "fp32 to bf16":
-        expected = {"row_grads_kernel", "soft_row_grads_kernel", "whole_row_kernel"}
+        expected = GRADIENTS | {"whole_row_kernel"}
     if target.startswith("sm"):
         expected |= {"split_row_kernel"}
     if target in ("sm_90", "sm_100") and not dtype.startswith("fp32"):
@@ -63,11 +77,21 @@ def test_kernels_compile_without_spills(target, dtype):
     assert {row["kernel"] for row in rows} == expected
     assert {row["dtype"] for row in rows} == {dtype}
     launches = {
-        (row["kernel"], row["options"], row.get("block_v"), row.get("slice")) for row in rows
+        (row["kernel"], row["options"], row.get("block_v"), row.get("slice"), row.get("edges"))
+        for row in rows
     }
     assert len(launches) == len(rows)
     for row in rows:
-        assert row["spills"] == 0, row
+        # the widest slice takes every register, and on sm_100 two more, which are a few bytes
+        widest = row.get("slice") == 16384 and target == "sm_100"
+        assert row["spills"] <= (SPILLED if row["limited"] else 12 if widest else 0), row
+        if target == "sm_90" and dtype == "bf16":
+            most = INSTRUCTIONS.get((row["kernel"], row["options"]))
+            elements = (row.get("block_v") or 1) / (32 * row["warps"])
+            assert most is None or row["instructions"] <= most * elements, row
+            if row["kernel"] == "split_row_kernel" and row["options"] == "plain":
+                programs = REGISTERS // (row["registers"] * 32 * row["warps"])
+                assert programs >= PROGRAMS[row["slice"]], row
         if row["kernel"] in SWEEPS | LABELS:
             # statistics of probabilities hold nine numbers per class: one program of 256 threads
             # an SM
@@ -86,8 +110,13 @@ def test_kernels_compile_without_spills(target, dtype):
                 "whole_row_kernel": 2,
                 "split_row_kernel": 6,
                 "scale_rows_kernel": 0,
+                "row_loss_kernel": 3,
+                "row_parts_kernel": 1,
+                "merge_parts_kernel": 2,
+                "row_grads_kernel": 4,
             }.get(row["kernel"], 0 if row["kernel"] in LABELS | LOG_SOFTMAX else 1)
-            assert row["wide"] > 0 and row["narrow"] <= most_narrow, row
+            assert row["narrow"] <= most_narrow, row
+            assert row["wide"] > 0 or row["kernel"] == "merge_parts_kernel", row
         if target.startswith("sm") and row["kernel"] not in LABELS | LOG_SOFTMAX:
             # scale * x - maximum must not be one instruction: the maximum was rounded
             assert row["fused"] == 0, row

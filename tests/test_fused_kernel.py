@@ -474,7 +474,8 @@ def test_tables_cover_every_vocabulary(key, aligned):
             assert (
                 plan.slices - 1
             ) * plan.block_v < v + lead <= plan.slices * plan.block_v and v >= 2 * 16 // itemsize
-            assert launch.LaunchConfig(plan.block_v, plan.num_warps) in table.slices
+            config = launch.LaunchConfig(plan.block_v, plan.num_warps, plan.most_registers)
+            assert config in table.slices
         else:
             assert v > table.rows[-1].block_v and not table.slices
         assert plan.kind == "sweeps" or (
@@ -505,7 +506,7 @@ def test_what_was_measured_to_win_is_chosen(v, itemsize, wide, expected):
 
 @pytest.mark.parametrize("k", [1, 2, 8, 13, 32, 33, 128])
 def test_no_two_lanes_of_a_warp_wait_for_one_word(k):
-    assert fused_rows.words_block(k) >= max(32, k)
+    assert fused_rows.words_block(k, 32) >= max(32, k)
 
 
 def test_a_plan_is_of_what_was_compiled(monkeypatch, force):
@@ -571,7 +572,6 @@ class FakeDevice:
         (8, None, [1, 8], "split"),
         (7, None, [1], "sweeps"),  # one program of a row would wait for ever
         (35, 16, [1, 8], "split"),  # refused with 32 and with 24, then 15 have room for one row
-        (35, 5, [1], "sweeps"),
     ],
 )
 def test_no_more_programs_than_run_at_once(monkeypatch, force, device, resident, free, grids, kind):
@@ -586,6 +586,19 @@ def test_no_more_programs_than_run_at_once(monkeypatch, force, device, resident,
     assert fake.grids == [*grids, *grids[1:]]
     if kind == "sweeps":
         assert_loss_close(loss, -torch.log_softmax(x.double(), -1)[:, 0])
+
+
+def test_a_launch_that_is_refused_while_others_use_the_device_is_tried_again(
+    monkeypatch, force, device
+):
+    force(16)
+    fake = FakeDevice(monkeypatch, 35, 5)
+    x, target = torch.randn(4, 128, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    loss, _ = ours(x, target)
+    assert_loss_close(loss, -torch.log_softmax(x.double(), -1)[:, 0])
+    fake.free = 100
+    ours(x, target)
+    assert fake.grids == [1, 1, 32]
 
 
 def test_other_errors_of_a_launch_are_not_swallowed(monkeypatch, force):

@@ -118,15 +118,23 @@ def _require_none(impl: str, obstacle: str | None) -> None:
 
 
 def forms_gradient_in_forward(
-    implementation: Operators, rows: Rows, reduction: str, divisor: Tensor | None, consume: bool
+    implementation: Operators,
+    rows: Rows,
+    reduction: str,
+    divisor: Tensor | None,
+    consume: bool,
+    *,
+    statistics: bool = False,
 ) -> bool:
     """Return True if the forward computes loss and gradient in one pass: one number that is known
     there scales all rows.
 
-    On a CPU, where a block of rows is still in cache; on a device for logits that are consumed, so
-    that no second tensor lives until the backward."""
-    on_cpu = implementation is TORCH and rows.logits.device.type == "cpu"
-    if reduction == "none" or not (consume or on_cpu) or not differentiates(rows):
+    With Triton against class ids, one read and one write of the logits instead of two reads and a
+    write; with torch on a CPU, where a block of rows is still in cache; and for logits that are
+    consumed. The kernels of ``statistics`` and of probabilities have no such pass."""
+    one_pass = implementation is TRITON and not statistics and not rows.soft
+    one_pass |= implementation is TORCH and rows.logits.device.type == "cpu"
+    if reduction == "none" or not (consume or one_pass) or not differentiates(rows):
         return False
     # the gradient of fp16 must be multiplied by the loss scale before it is rounded, or it
     # underflows
