@@ -276,6 +276,16 @@ def test_recorded_operations_are_materialized_bit_for_bit(name):
     assert torch.equal(torch.sin(lazy), made) and report.made == {"sin": 1}
 
 
+def test_an_operator_that_refuses_an_operand_materializes_nothing():
+    model = Tiny()
+    report = lossfuse.fuse_lm_head(model)
+    one_class = model(IDS)[..., 3]
+    assert (one_class == "a") is False
+    with pytest.raises(TypeError):
+        object() - one_class
+    assert not report.made
+
+
 TWO_CALLS = idioms("z, y", globals(), """
 ce(torch.cat([z, y]), torch.cat([TARGET, TARGET.flip(0)]))
 ce(torch.cat([y[:, 1:] * 0.5, z * 0.5], 1), torch.cat([TARGET[:, 1:], TARGET], 1))

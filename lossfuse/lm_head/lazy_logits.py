@@ -356,10 +356,14 @@ class _Materialized(torch.autograd.Function):
         return dlogits
 
 
+# a rule of ``_dispatch`` does not apply; operators of torch may return NotImplemented themselves
+NEXT_RULE = object()
+
+
 def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run a function of torch that has lazy logits among its arguments.
 
-    The first rule decides that does not return NotImplemented:
+    The first rule decides that does not return ``NEXT_RULE``:
 
     1. ``_answer``: metadata, layouts and new tensors need no values;
     2. ``_move_fsdp_hook``: a backward hook of FSDP2 goes to the call of the head;
@@ -369,14 +373,14 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """
     for rule in (_answer, _move_fsdp_hook):
         result = rule(func, args, kwargs)
-        if result is not NotImplemented:
+        if result is not NEXT_RULE:
             return result
     args, kwargs = tree_map(
         lambda x: _before_ddp(x) if isinstance(x, LazyLogits) else x, (args, kwargs)
     )
     for rule in (_read_views, _handle):
         result = rule(func, args, kwargs)
-        if result is not NotImplemented:
+        if result is not NEXT_RULE:
             return result
     return _materialize_arguments(func, args, kwargs)
 
@@ -387,21 +391,21 @@ def _answer(func: Any, args: Any, kwargs: Any) -> Any:
             return func(*args, **kwargs)
     if func in LAYOUT and args[0]._value is None:
         like = args[0]._expression.like()
-        return NotImplemented if like is None else func(like, *args[1:], **kwargs)
+        return NEXT_RULE if like is None else func(like, *args[1:], **kwargs)
     if func in DTYPE_AND_DEVICE and isinstance(args[0], LazyLogits) and args[0]._value is None:
         like = torch.empty(0, dtype=args[0]._transform.dtype, device=args[0]._rows.device)
         return func(like, *args[1:], **kwargs)
     if func in SHAPE_AND_LAYOUT and all(x._value is None for x in _lazies_of((args, kwargs))):
         return _of_layout(func, args, kwargs)
-    return NotImplemented
+    return NEXT_RULE
 
 
 def _move_fsdp_hook(func: Any, args: Any, kwargs: Any) -> Any:
     if func is not T.register_hook or args[0]._value is not None:
-        return NotImplemented
+        return NEXT_RULE
     hook = kwargs["hook"] if "hook" in kwargs else args[1]
     modules = fsdp_hook_modules(hook)
-    return NotImplemented if modules is None else args[0]._call.add_backward_hook(hook, modules)
+    return NEXT_RULE if modules is None else args[0]._call.add_backward_hook(hook, modules)
 
 
 def _are_lazy(lazies: list[LazyLogits]) -> bool:
@@ -419,7 +423,7 @@ def _read_views(func: Any, args: Any, kwargs: Any) -> Any:
         or func in GRADIENTS
         or func in GRADIENT_HOOKS
     ):
-        return NotImplemented
+        return NEXT_RULE
     args, kwargs = tree_map(
         lambda x: (
             _value_of_view(x, func)
@@ -434,28 +438,28 @@ def _read_views(func: Any, args: Any, kwargs: Any) -> Any:
 def _handle(func: Any, args: Any, kwargs: Any) -> Any:
     lazies = _lazies_of((args, kwargs))
     if func not in HANDLERS or any(x._compute_view is not None for x in lazies):
-        return NotImplemented
+        return NEXT_RULE
     given = args, kwargs
     on_mesh = next((x for x in lazies if isinstance(x, DTensorLogits)), None)
     if on_mesh is not None:
         leaves, tree = tree_flatten(given)
         local = local_arguments(on_mesh.device_mesh, leaves)
         if local is None:
-            return NotImplemented
+            return NEXT_RULE
         args, kwargs = tree_unflatten(local, tree)
     if not _are_lazy(lazies):
-        return NotImplemented
+        return NEXT_RULE
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     handler = handler_of(func, args, kwargs)
     if handler is None:
-        return NotImplemented
+        return NEXT_RULE
     with torch._C.DisableTorchFunctionSubclass():
         result = handler(*args, **kwargs)
     if isinstance(result, Written):
         return result.value
     if result is NotImplemented:
-        return NotImplemented
+        return NEXT_RULE
     if not _lazies_of(result):
         # computed from the hidden states
         call = lazies[0]._call
