@@ -319,7 +319,8 @@ def split_row_kernel(
     target_next = load_target(target_ptr, first_row + rows_in_flight, N)
     dloss_next = load_dloss(dloss_ptr, first_row, stride_dloss, N)
     x, edge_x, x_y = load_slice(
-        logits_ptr, first_row, y >= 0, y, stride_logits_n, lead, V, scale, softcap, base, SLICE, GROUP
+        logits_ptr, first_row, y >= 0, y, stride_logits_n, lead, V, scale, softcap,
+        base, SLICE, GROUP,
     )  # fmt: skip
     for row in range(first_row, N, rows_in_flight):
         row_64 = tl.cast(row, tl.int64)
@@ -523,7 +524,7 @@ def row_loss_and_grads(
 
 
 def words_block(k: int, lanes: int) -> int:
-    """K_BLOCK for ``k`` slices and warps of ``lanes``: at least one lane of a warp for each word, and a full warp.
+    """K_BLOCK for ``k`` slices and warps of ``lanes``: a lane for each word, and full warps.
 
     With fewer words than lanes, two lanes load the same word and may see different values. Lanes
     of a warp could then leave the loop of ``wait_for_words`` at different times, and the warp would

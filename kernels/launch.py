@@ -109,7 +109,8 @@ FUSED_TABLES: dict[tuple[str, int, bool], FusedTable] = {
         slices=(LaunchConfig(16384, 4), LaunchConfig(8192, 4, 128), LaunchConfig(4096, 4, 80)),
     ),
     # rows of 32000 with 32 warps 0.975, of 8192 with 32 warps 0.988 in a prototype; here 8 warps
-    # issue 17 instructions an element and 32 warps 46. Between them 32 warps spill (triton 3.6). Slices of 8192 with 4 warps 0.973 at 65536, 0.961 at 128256; of 4096 or 8192
+    # issue 17 instructions an element and 32 warps 46. Between them 32 warps spill (triton 3.6).
+    # Slices of 8192 with 4 warps 0.973 at 65536, 0.961 at 128256; of 4096 or 8192
     # with 4 or 8 warps 0.961 at 32001, 0.952 at 50257, 0.917 at 262147
     ("nvidia", 4, False): FusedTable(
         rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16), LaunchConfig(32768, 32)),
@@ -210,7 +211,8 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def limits_registers(device: torch.device) -> bool:
-    """True if ``LaunchConfig.most_registers`` applies: on Blackwell it spills four times as much."""
+    """True if ``LaunchConfig.most_registers`` applies: on Blackwell the limit spills four times as
+    much."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 10
 
 

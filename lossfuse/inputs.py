@@ -69,7 +69,7 @@ class Rows(Targets):
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        """What the logits are made of."""
+        """The tensors that the logits are computed from."""
         return (self.input,)
 
 
@@ -87,7 +87,7 @@ class HeadRows(Targets):
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        """What the logits are made of."""
+        """The tensors that the logits are computed from."""
         return self.input, self.linear_weight, self.linear_bias
 
 

@@ -3,7 +3,7 @@ below any habitual tolerance.
 
 No bound is the error that one processor made. They are roundings counted: fp32 rounds by at most
 ``ROUNDING`` of a result, so a sum that passes through n additions is off by at most n of these of
-the sum of its terms' sizes, in whatever order a processor adds them."""
+the sum of its terms' sizes, in any order of additions."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ ROUNDING = 2.0**-24
 
 
 def assert_loss_close(got: Tensor, want: Tensor, *, additions: float = 0.0) -> None:
-    """The loss is fp32 whatever came in.
+    """The loss is fp32 for any input.
 
     ``additions`` is how many a term of the sum of exponentials passes through where they follow
     each other. The logarithm of a sum that is off by a fraction is off by this fraction."""

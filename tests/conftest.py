@@ -161,8 +161,8 @@ def nothing_waits() -> Iterator[None]:
 
 @pytest.fixture
 def time_is_up_when(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """The first time limit of every process started from here on ends once a file exists, whatever
-    the machine's speed."""
+    """The first time limit of every process started from here on ends once a file exists, on a
+    machine of any speed."""
 
     def when(path: Path) -> None:
         real, expired = subprocess.Popen.communicate, set()

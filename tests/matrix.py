@@ -213,14 +213,14 @@ def run(
 
 
 def installs() -> list[str]:
-    """What pip is given by the commands of the pages."""
+    """The arguments of pip in the commands of the pages."""
     return [
         words for page in COMMANDS for words in INSTALL.findall(page.read_text(encoding="utf-8"))
     ]
 
 
 def resolved(row: Row, console: Console) -> dict[str, str]:
-    """Whether each command finds a wheel of every package for the row's Python, and which versions;
+    """Check that each command finds a wheel of every package for the row's Python, and which versions;
     reads metadata alone."""
     start = time.monotonic()
     uv = [sys.executable, "-m", "uv"]

@@ -25,7 +25,7 @@ class Program(NamedTuple):
 
     @property
     def missing(self) -> list[str]:
-        """What its first line says to install and is not."""
+        """The packages that its first line asks for and that are not installed."""
         asked = re.match(r"# pip install (.*)", self.code)
         names = asked[1].split() if asked else []
         return [name for name in names if importlib.util.find_spec(name.replace("-", "_")) is None]

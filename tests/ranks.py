@@ -71,7 +71,7 @@ def cases_on_ranks(
 
 
 class Outcome:
-    """What a function did on a rank."""
+    """The result of a function on a rank, or its error."""
 
     def __init__(self, result: Any = None, error: BaseException | None = None) -> None:
         self.result, self.error, self.when = result, error, time.time()
@@ -165,7 +165,7 @@ def _rank(
     faulthandler.dump_traceback_later(timeout - 3.0, exit=True)
     # a host's name need not resolve
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # whatever else there is, ranks are on the CPU; read when a kernel module is imported
+    # ranks are on the CPU also beside a GPU; read when a kernel module is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

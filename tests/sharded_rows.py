@@ -250,7 +250,7 @@ def assert_merged_alike(
     for name in NAMES:
         assert_formula_close(getattr(got, name), stats[name])
     assert torch.equal(got.argmax, stats["argmax"])
-    # numbers of a row whose id is no class are nobody's
+    # the numbers of a row whose id is no class are not compared
     ignored = (
         torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if cut.soft

@@ -459,7 +459,7 @@ def partial_hidden():
 
 
 def the_reference():
-    """It knows no shards: asked for by name, and where only it has the gradient of class weights."""
+    """It knows no shards: asked for by name, or because class weights require grad."""
     _, local, ids, shard = logits_of_two()
     hidden, head, _, _ = head_of_two()
     weight = torch.ones(V, requires_grad=True)

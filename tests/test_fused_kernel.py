@@ -275,7 +275,7 @@ def test_nothing_outside_the_rows_is_read_or_written(force, device, way, dtype, 
 )
 @pytest.mark.parametrize("v", [2500, 4097])
 def test_where_logits_and_gradient_are_aligned_differently(device, v, case):
-    """By the tables: whatever they choose must be right."""
+    """The launches that the tables choose are right."""
     x, target = logits_and_ids(3, v, torch.float32, device)
     want = program.value_and_grads(x, target, dloss=torch.ones(3), reduction="none")
     lead, gap = {
@@ -418,7 +418,7 @@ def test_numbers_of_rows(force, device, n):
 @pytest.mark.parametrize("way", ["whole", 64])
 def test_rows_beyond_two_to_the_31_elements(force, device, way):
     force(way)
-    # pages that nobody touches cost nothing
+    # pages that are not touched cost nothing
     torch.utils.deterministic.fill_uninitialized_memory = False
     memory = torch.empty(2 * 1200_000_000 + 256, dtype=torch.float16, device=device)
     rows = memory.as_strided((3, 203), (1200_000_000, 1))

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no synchronisation, captured graphs, memory to the byte, sizes beyond
+"""Tests that need a GPU: no synchronisation, captured graphs, memory to the byte, sizes beyond
 2^31."""
 
 import pytest
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 @pytest.fixture
 def memory_given_back():
-    """What the allocator of this process keeps, those of others cannot have."""
+    """Free the memory that the allocator of this process caches, for other processes."""
     yield
     torch.cuda.empty_cache()
 
@@ -129,7 +129,7 @@ def test_more_than_two_to_the_31_elements():
     free, _ = torch.cuda.mem_get_info()
     if free < 10 << 30:
         pytest.skip("needs 10 GiB")
-    # nobody else may have logits that are written
+    # logits that are written must have no other owner
     held = [torch.randn(n, v, device="cuda", dtype=torch.bfloat16)]
     address = held[0].data_ptr()
     target = torch.randint(0, v, (n,), device="cuda")
@@ -224,7 +224,7 @@ def test_backward_in_a_thread_of_autograd_on_the_stream_of_the_forward():
         # a while before the logits are there
         torch.cuda._sleep(10_000_000)
         loss = lossfuse.cross_entropy(x * 1.0, target, inplace=True)
-    # autograd runs the backward on that stream, whoever asks
+    # autograd runs the backward on that stream, also from another
     ((grad,),) = together([lambda: torch.autograd.grad(loss * factor, x)])
     torch.cuda.synchronize()
     assert torch.equal(loss, want[0]) and torch.equal(grad, want[1])

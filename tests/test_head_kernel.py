@@ -344,7 +344,7 @@ def test_a_confident_target_keeps_its_digits(device, v, margin):
 
 
 def test_rows_beyond_two_to_the_31_elements(device):
-    # pages that nobody touches cost nothing
+    # pages that are not touched cost nothing
     torch.utils.deterministic.fill_uninitialized_memory = False
     hidden, weight, target = head(3, 300, 24, torch.float16, device, ignored=0.0)
     memory = torch.empty(2 * 1200_000_000 + 64, dtype=torch.float16, device=device)

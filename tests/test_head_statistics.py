@@ -148,7 +148,7 @@ class TestChunksAndDtypes:
     )
     @pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-9, 0.0])
     def test_narrow_products_in_any_unit(self, narrow, thrifty_fast_place, scale, names, dtype):
-        """fp16: the gradient of the logits is brought into its range, whatever comes from above;
+        """fp16: the gradient of the logits is scaled into its range for any upstream gradient;
         65536 may be beyond that of the result."""
         *operands, target = head_and_ids(6, 8, 37, dtype, device=thrifty_fast_place.device)
         got = ours(

@@ -1,4 +1,4 @@
-"""What packaging promises: light and lazy imports, no top-level kernels, a wheel that works."""
+"""Packaging: light and lazy imports, no top-level kernels, a wheel that works."""
 
 import os
 import subprocess

@@ -272,7 +272,7 @@ def test_recorded_operations_are_materialized_bit_for_bit(name):
         torch.equal(made, torch.sin(want)) and len(warned) == 1 and warned[0].filename == __file__
     )
     assert report.made == {"sin": 1} and not report.fused
-    # the second time nobody is told, and nothing is made again
+    # the second time there is no warning, and nothing is computed again
     assert torch.equal(torch.sin(lazy), made) and report.made == {"sin": 1}
 
 
@@ -446,7 +446,7 @@ def test_gradient_of_an_added_bias(head):
 
 
 class Squares(torch.autograd.Function):
-    """A loss of somebody, which autograd calls without asking ``__torch_function__``."""
+    """A user's loss, which autograd calls without ``__torch_function__``."""
 
     @staticmethod
     def forward(ctx, z):
@@ -663,8 +663,8 @@ def test_a_changed_parameter_between_loss_and_backward_is_noticed(head, reductio
 
 
 def test_a_hook_for_backwards_of_a_tied_head():
-    """Who asks for the gradient of the logits gets it, and the embedding behind them one of its
-    own, each once."""
+    """The gradient of the logits reaches the hook, and the embedding behind them gets its own,
+    each once."""
     found = []
     for fused in (False, True):
         model, seen = Tiny("tied"), []
@@ -697,7 +697,7 @@ def test_a_weight_behind_its_own_hidden_states():
 
 
 class Through(torch.autograd.Function):
-    """As a wrapper of somebody's around the outputs of a model."""
+    """As a user's wrapper around the outputs of a model does."""
 
     @staticmethod
     def forward(ctx, t):

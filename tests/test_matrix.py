@@ -1,4 +1,4 @@
-"""What the metadata promises is a row of the matrix, and the script tells red from green."""
+"""Versions in the metadata are rows of the matrix, and the script tells red from green."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Who asks ``__torch_function__`` sees every public function, as it sees torch's own: subclasses of
+"""``__torch_function__`` sees every public function, as it sees those of torch: subclasses of
 Tensor, function modes, torch.fx."""
 
 import inspect

@@ -62,7 +62,10 @@ def test_a_recipe_notices_a_wrong_result(program, monkeypatch):
 
 def test_programs_are_found_and_a_wrong_one_fails_at_its_line(tmp_path):
     document = tmp_path / "document.md"
-    text = "# One\n\n```sh\n# no heading\n```\n\n```python\nx = 1\n```\n\n## Two\n\n```python\ny = 2\nassert y == 3\n```\n"
+    text = (
+        "# One\n\n```sh\n# no heading\n```\n\n```python\nx = 1\n```\n\n"
+        "## Two\n\n```python\ny = 2\nassert y == 3\n```\n"
+    )
     document.write_text(text, encoding="utf-8")
     one, two = programs(document)
     assert (one.heading, one.code, two.heading) == ("One", "x = 1", "Two")

@@ -20,7 +20,7 @@ SIX_DIGITS = {"rtol": 1e-6, "atol": 1e-6}
 
 
 class Run(SimpleNamespace):
-    """What a trainer left behind; all of them run SGD, because Adam makes a step of any rounding of
+    """The state after training; all of them run SGD, because Adam makes a step of any rounding of
     a gradient near 0."""
 
     losses: list[float]
@@ -467,7 +467,7 @@ def test_loop_like_that_of_nanogpt(dtype):
 
 
 class Decoder(nn.Module):
-    """What torchtitan's trainer knows of a model: its head, and that it can be left out."""
+    """A model as torchtitan's trainer knows it: its head, and that it can be left out."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ def plain(
     cap: float | None,
     scale: float,
 ) -> Any:
-    """What the docstring says it equals."""
+    """The program in the docstring."""
     z = scale * F.linear(hidden, weight, bias)
     z = (z if cap is None else cap * torch.tanh(z / cap)) / temperature
     logp = z.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""What all operators share: the library, their options by name, the backend they run on.
+"""Shared by all operators: the library, options by name, the backend.
 
 Operators live in ``torch.ops.lossfuse``. They are opaque to compilers and have fake kernels for
 tracing. The functions ``entry`` returns skip the dispatcher where nothing traces, records or
