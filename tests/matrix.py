@@ -220,8 +220,8 @@ def installs() -> list[str]:
 
 
 def resolved(row: Row, console: Console) -> dict[str, str]:
-    """Check that each command finds a wheel of every package for the row's Python, and which versions;
-    reads metadata alone."""
+    """Check that each command finds a wheel of every package for the row's Python, and return the
+    versions; reads only metadata."""
     start = time.monotonic()
     uv = [sys.executable, "-m", "uv"]
     run([*uv, "--version"], "uv", console)

@@ -53,7 +53,8 @@ LOSSES = {
         t.weight, t.ids, **how), "hidden weight"),
     "log_softmax": (lambda t, **how: lossfuse.log_softmax(t.logits, 1, **how), "logits"),
     # the next two take no impl
-    "nll_loss": (lambda t, impl, **how: lossfuse.nll_loss(t.logits, t.ids, t.classes, **how), "logits"),
+    "nll_loss": (lambda t, impl, **how: lossfuse.nll_loss(t.logits, t.ids, t.classes, **how),
+        "logits"),
     "binary_cross_entropy": (lambda t, impl, **how: lossfuse.binary_cross_entropy(t.soft,
         t.soft.detach(), **how), "soft"),
     "binary_cross_entropy_with_logits": (lambda t, **how: binary_logits(t.logits, t.soft, **how),
