@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """How to compute a result: in place for logits; rows of a chunk and precision for a head."""
+    """A way to compute a result: in place for logits; rows of a chunk and precision for a head."""
 
     name: str
     impl: str

@@ -25,13 +25,13 @@ _keys = itertools.count()
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Return True if two tensors are views of the same memory with the same layout."""
-    alike = (
+    same = (
         a.shape == b.shape
         and a.stride() == b.stride()
         and a.dtype == b.dtype
         and a.device == b.device
     )
-    return a is b or (alike and a.data_ptr() == b.data_ptr() and a.numel() > 0)
+    return a is b or (same and a.data_ptr() == b.data_ptr() and a.numel() > 0)
 
 
 def together(x: LazyLogits, other: LazyLogits) -> bool:
@@ -102,13 +102,13 @@ def step(
             like.append((len(fitted), fitted.dtype) if fitted.dim() else fitted)
     args, kwargs = tree_unflatten(inside, tree)
     if transform is None:
-        made = _made_like(func, like, tree, x, autocast is not None)
-        if made is None:
+        result = _result_like(func, like, tree, x, autocast is not None)
+        if result is None:
             return NotImplemented
         transform = replace(
             x._transform,
-            num_classes=made.shape[1],
-            dtype=made.dtype,
+            num_classes=result.shape[1],
+            dtype=result.dtype,
             kind="other",
             bias=None,
             cap=None,
@@ -154,7 +154,7 @@ def _fitted(t: Tensor, x: LazyLogits) -> Tensor | None:
     return t.expand(*lead, width)
 
 
-def _made_like(
+def _result_like(
     func: Any, like: list[Any], tree: Any, x: LazyLogits, autocast: bool
 ) -> Tensor | None:
     """The result of ``func`` for two rows, without values; None unless it has two rows again."""
@@ -169,12 +169,15 @@ def _made_like(
     args, kwargs = tree_unflatten([stand_in(a) for a in like], tree)
     try:
         with torch.no_grad():
-            made = func(*args, **kwargs)
+            result = func(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     return (
-        made
-        if isinstance(made, Tensor) and made.dim() == 2 and len(made) == 2 and made.shape[1] > 0
+        result
+        if isinstance(result, Tensor)
+        and result.dim() == 2
+        and len(result) == 2
+        and result.shape[1] > 0
         else None
     )
 
@@ -186,9 +189,14 @@ def same_program(a: Any, b: Any) -> bool:
     if isinstance(a, Step) and isinstance(b, Step):
         if a is b:
             return True
-        mine, others = tree_leaves((a.args, a.kwargs)), tree_leaves((b.args, b.kwargs))
-        alike = (a.func, a.grad, a.autocast, len(mine)) == (b.func, b.grad, b.autocast, len(others))
-        return alike and all(map(same_program, mine, others))
+        leaves_a, leaves_b = tree_leaves((a.args, a.kwargs)), tree_leaves((b.args, b.kwargs))
+        same = (a.func, a.grad, a.autocast, len(leaves_a)) == (
+            b.func,
+            b.grad,
+            b.autocast,
+            len(leaves_b),
+        )
+        return same and all(map(same_program, leaves_a, leaves_b))
     return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
 
 
@@ -257,7 +265,7 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
         call.read = call.read or (of_head and torch.is_grad_enabled())
         step = rows_of_a_chunk(call, rows, call.widest)
         starts = range(0, max(1, len(rows)), step)
-        wanted = (
+        needs_grad = (
             torch.is_grad_enabled()
             and len(joined_leaves(lazies)) + sum(b.requires_grad for b in beside) > 0
         )
@@ -265,16 +273,16 @@ def read_chunks(x: LazyLogits, func: Callable[..., Any], *beside: Tensor | LazyL
         for hidden, start in zip(rows.split(step), starts, strict=True):
             parts.append(
                 checkpoint(part, hidden, start, use_reentrant=False)
-                if wanted
+                if needs_grad
                 else part(hidden, start)
             )
     if isinstance(parts[0], Tensor):
         return torch.cat(parts).reshape((*lead, *parts[0].shape[1:]))
-    made = [
+    result = [
         torch.cat(column).reshape((*lead, *column[0].shape[1:]))
         for column in zip(*parts, strict=True)
     ]
-    return type(parts[0])(made)
+    return type(parts[0])(result)
 
 
 def rows_of_a_chunk(call: DeferredCall, rows: Tensor, num_classes: int) -> int:

@@ -107,12 +107,12 @@ def _of_scaled_logits(options: dict[str, Any], reads: dict[str, bool] | None) ->
     return _in_our_dtype(input, _loss(input._with(transform=transform), target, options, reads))
 
 
-def _in_our_dtype(input: LazyLogits, made: Any) -> Any:
+def _in_our_dtype(input: LazyLogits, result: Any) -> Any:
     """float64 for logits of that dtype alone."""
     if input._rows.dtype != torch.float64 or input._transform.dtype == torch.float64:
-        return made
+        return result
     return tree_map(
-        lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, made
+        lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, result
     )
 
 
@@ -282,8 +282,8 @@ def _row_sums(x: LazyLogits) -> Tensor:
             if transform.dtype.is_floating_point
             else torch.int64
         )
-        made: Tensor = read_chunks(x, lambda z: z.sum(-1, dtype=wide))
-        return made
+        result: Tensor = read_chunks(x, lambda z: z.sum(-1, dtype=wide))
+        return result
     if transform.kind == "logp":
         # a target that is spread evenly over all classes
         zeros = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
@@ -301,7 +301,7 @@ def _row_sums(x: LazyLogits) -> Tensor:
 
 def loss_of_values(func: Any, x: LazyLogits, target: Any, options: dict[str, Any]) -> Any:
     """A loss of torch, a chunk of rows at a time, of what the linear form has no word for, or
-    against a target that is made of logits."""
+    against a target that is computed from logits."""
     weight, reduction = options.get("weight"), options["reduction"]
     soft = target.is_floating_point()
     classes_first = x._class_dim == min(x._rows.dim() - 1, 1)
@@ -363,21 +363,21 @@ def _stats(
 ) -> LossStats:
     if target is None:
         target = torch.zeros(x._rows.shape[:-1], dtype=torch.int64, device=x._rows.device)
-    made = _read(
+    result = _read(
         x,
         target,
         {"ignore_index": NO_ID, "reduction": "none"},
         {"entropy": entropy, "argmax": argmax},
     )
-    assert isinstance(made, LossStats)
-    return made
+    assert isinstance(result, LossStats)
+    return result
 
 
 def _loss(
     x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None = None
 ) -> Any:
     dims = x._rows.dim()
-    # classes are in dimension 1 of a loss's logits, or alone; a teacher's logits are made
+    # classes are in dimension 1 of a loss's logits, or alone; a teacher's logits are materialized
     if (
         x._class_dim != min(dims - 1, 1)
         or not isinstance(target, Tensor)
@@ -421,45 +421,53 @@ def _read(
                 weight.detach(),
                 None if bias is None else bias.detach(),
             )
-        kept, added = slice(0, transform.num_classes), transform.bias
+        local_classes, added = slice(0, transform.num_classes), transform.bias
         if call.shard is not None:
-            weight, bias, added, target, kept = _of_this_rank(x, weight, bias, target, options)
-        weight, bias = weight[kept], None if bias is None else bias[kept]
+            weight, bias, added, target, local_classes = _of_this_rank(
+                x, weight, bias, target, options
+            )
+        weight, bias = weight[local_classes], None if bias is None else bias[local_classes]
         if added is not None:
             bias = added / transform.scale if bias is None else bias + added / transform.scale
             bias = bias.to(weight.dtype)
         function: Any = functional.linear_cross_entropy
         if reads is not None:
             function, options = statistics.linear_cross_entropy_stats, {**options, **reads}
-        made: Tensor | LossStats = function(
+        result: Tensor | LossStats = function(
             rows, weight, target, linear_bias=bias, options=call.forward.fuser.options, **options
         )
-        return made
+        return result
 
 
 def _of_this_rank(
     x: LazyLogits, weight: Any, bias: Any, target: Tensor, options: dict[str, Any]
 ) -> Any:
-    """Head, added bias, target and which classes are kept, where each rank has some of the classes;
-    says so in ``options``."""
+    """Return the local head, bias, target and slice of classes of a head whose classes are sharded
+    across ranks, and set ``options["shard"]``."""
     head_shard = x._call.shard
     assert head_shard is not None
-    kept, shard = head_shard.classes(x._transform.num_classes, len(weight))
-    mine = slice(shard.start, shard.start + kept.stop)
+    local_classes, shard = head_shard.classes(x._transform.num_classes, len(weight))
+    rank_classes = slice(shard.start, shard.start + local_classes.stop)
     options["shard"] = shard
-    # whole on every rank, and every rank makes a part of their gradient
+    # replicated on every rank; each rank computes a part of their gradient
     reduced = replace(shard, hidden_grad="reduced")
-    added = None if x._transform.bias is None else shared(x._transform.bias, reduced)[mine]
+    added = None if x._transform.bias is None else shared(x._transform.bias, reduced)[rank_classes]
     if target.is_floating_point():
-        target = shared(target, reduced)[..., mine]
-    return weight.to_local(), None if bias is None else bias.to_local(), added, target, kept
+        target = shared(target, reduced)[..., rank_classes]
+    return (
+        weight.to_local(),
+        None if bias is None else bias.to_local(),
+        added,
+        target,
+        local_classes,
+    )
 
 
 def _read_chunks(
     x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None
 ) -> Tensor | LossStats:
-    """A head that is not linear makes a chunk of logits at a time, and makes it again in the
-    backward."""
+    """A head that is not linear materializes one chunk of logits at a time, and recomputes it in
+    the backward."""
     call, transform = x._call, x._transform
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer", None)
     ignore_index = options["ignore_index"]
@@ -472,7 +480,7 @@ def _read_chunks(
     )
 
     def part(hidden: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        # in the backward again
+        # runs again in the backward
         call.require_unchanged()
         with torch.set_grad_enabled(torch.is_grad_enabled() and x._of_head):
             z = call.run(hidden)[:, : transform.num_classes]
@@ -481,8 +489,8 @@ def _read_chunks(
         if reads is None:
             return (functional.cross_entropy(z, t, reduction="none", **options),)
         read = statistics.cross_entropy_stats(z, t, reduction="none", **options, **wants)
-        made = read.loss, read.lse, read.target_logprob, read.z_loss, read.entropy, read.argmax
-        return tuple(column for column in made if column is not None)
+        result = read.loss, read.lse, read.target_logprob, read.z_loss, read.entropy, read.argmax
+        return tuple(column for column in result if column is not None)
 
     wants: dict[str, Any] = reads or {}
     cpu = rows.device.type == "cpu"
@@ -497,8 +505,8 @@ def _read_chunks(
         step = min(step, max(-(-step // 4), least))
     with call.random():
         parts = [
-            checkpoint(part, h, some, use_reentrant=False)
-            for h, some in zip(rows.split(step), t.split(step), strict=True)
+            checkpoint(part, h, targets, use_reentrant=False)
+            for h, targets in zip(rows.split(step), t.split(step), strict=True)
         ]
     losses, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
     of = Targets(t, options.get("weight"), lead)

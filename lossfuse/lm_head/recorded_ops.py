@@ -2,7 +2,7 @@
 
 Scaling, caps, biases and softmax become part of the transform, which the linear form knows. Other
 functions that keep each row to itself are steps of the program, which runs on a chunk of rows.
-Handlers that cannot return NotImplemented, and the logits are made."""
+Handlers that cannot record an operation return NotImplemented; the logits are materialized."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,8 +148,8 @@ def _tanh(x: LazyLogits) -> Any:
 def _add(x: Any, other: Any, *, alpha: Any = 1) -> Any:
     z, added = (x, other) if isinstance(x, LazyLogits) else (other, x)
     transform = _with_bias(z, added) if alpha == 1 else None
-    made = step(torch.add, x, other, alpha=alpha, transform=transform)
-    return _watched(made, added, transform)
+    result = step(torch.add, x, other, alpha=alpha, transform=transform)
+    return _watched(result, added, transform)
 
 
 @handles(T.sub, T.__sub__, torch.sub, T.subtract, torch.subtract)
@@ -211,10 +211,10 @@ def _with_bias(x: LazyLogits, other: Any) -> LogitTransform | None:
     return x._transform.plus(other)
 
 
-def _watched(made: Any, other: Any, transform: LogitTransform | None) -> Any:
-    if made is not NotImplemented and transform is not None and _plain(other):
-        made._call.watch("what was added to them", other)
-    return made
+def _watched(result: Any, other: Any, transform: LogitTransform | None) -> Any:
+    if result is not NotImplemented and transform is not None and _plain(other):
+        result._call.watch("what was added to them", other)
+    return result
 
 
 @handles(T.exp, torch.exp)
@@ -245,9 +245,9 @@ def _normalised(kind: str, func: Any) -> Callable[..., Any]:
         # autocast computes them in float32, but on a CPU
         on = x._rows.device.type
         autocast = on != "cpu" and torch.is_autocast_enabled(on) and x._transform.dtype.itemsize < 4
-        dtype_made = dtype or (torch.float32 if autocast else x._transform.dtype)
+        result_dtype = dtype or (torch.float32 if autocast else x._transform.dtype)
         return step(
-            func, x, -1, dtype=dtype, transform=replace(x._transform, kind=kind, dtype=dtype_made)
+            func, x, -1, dtype=dtype, transform=replace(x._transform, kind=kind, dtype=result_dtype)
         )
 
     return handler
@@ -486,8 +486,8 @@ def _in_place(func: Any) -> Any:
     def handler(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, LazyLogits):
             return NotImplemented
-        made = HANDLERS[func][0](x, *args, **kwargs)
-        return written(x, made, func, (x, *args), kwargs, value=x)
+        result = HANDLERS[func][0](x, *args, **kwargs)
+        return written(x, result, func, (x, *args), kwargs, value=x)
 
     return handler
 

@@ -103,13 +103,13 @@ def _index_select(x: Any, dim: int, index: Tensor) -> Any:
 
 
 def _pieces(x: LazyLogits, dim: int, lengths: Any) -> tuple[LazyLogits, ...]:
-    made, start = [], 0
+    result, start = [], 0
     for length in lengths:
         piece = on_rows(x, lambda t, s=start, n=length: t.narrow(dim, s, n))  # type: ignore[misc]
         piece._expression.record(T.narrow, (x, dim, start, length), {})
-        made.append(piece)
+        result.append(piece)
         start += length
-    return tuple(made)
+    return tuple(result)
 
 
 @handles(T.unbind, torch.unbind)
@@ -117,12 +117,12 @@ def _unbind(x: LazyLogits, dim: int = 0) -> Any:
     d = _dim(x, dim)
     if d is None:
         return NotImplemented
-    made = []
+    result = []
     for i in range(x.shape[d]):
         row = _select(x, d, i)
         row._expression.record(T.select, (x, d, i), {})
-        made.append(row)
-    return tuple(made)
+        result.append(row)
+    return tuple(result)
 
 
 @handles(T.split, torch.split, T.split_with_sizes, torch.split_with_sizes)
@@ -256,17 +256,17 @@ def _broadcast_tensors(*tensors: Any) -> Any:
     if len(tensors) == 1 and isinstance(tensors[0], tuple | list):
         tensors = tuple(tensors[0])
     shape = torch.broadcast_shapes(*(tuple(t.shape) for t in tensors))
-    made = []
+    result = []
     for t in tensors:
         if not isinstance(t, LazyLogits):
-            made.append(t.expand(shape))
+            result.append(t.expand(shape))
             continue
         lazy = _expand(t, shape)
         if lazy is NotImplemented:
             return NotImplemented
         lazy._expression.record(T.expand, (t, shape), {})
-        made.append(lazy)
-    return tuple(made)
+        result.append(lazy)
+    return tuple(result)
 
 
 @handles(T.repeat)
@@ -297,7 +297,7 @@ def _permuted(x: LazyLogits, order: Any) -> LazyLogits:
 
 
 def _order(x: LazyLogits, func: Callable[[Tensor], Tensor]) -> list[int]:
-    """Where ``func``, which reorders dimensions, takes them from."""
+    """Return the order of dimensions after ``func``, as for ``torch.permute``."""
     return [
         int(n) - 2
         for n in func(torch.empty(tuple(range(2, 2 + x._rows.dim())), device="meta")).shape
@@ -377,7 +377,7 @@ def _together(tensors: Any, func: Callable[[list[Tensor]], Tensor], at: int, to:
     rows = moved([t._rows for t in tensors])
     calls = list({id(t._call): t._call for t in tensors}.values())
     call = calls[0] if len(calls) == 1 else JoinedCalls(calls)
-    made: LazyLogits = first._with(
+    result: LazyLogits = first._with(
         rows=rows,
         carried=carried,
         class_dim=to,
@@ -385,7 +385,7 @@ def _together(tensors: Any, func: Callable[[list[Tensor]], Tensor], at: int, to:
         copied=True,
         call=call,
     )
-    return made
+    return result
 
 
 @handles(torch.cat, torch.concat, torch.concatenate)
@@ -444,7 +444,7 @@ def _items(x: LazyLogits, index: Any) -> list[Any] | None:
 
 
 def _takes(item: Any) -> int:
-    """How many dimensions it is about."""
+    """Return the number of dimensions that an item of an index selects from."""
     if isinstance(item, Tensor) and item.dtype == torch.bool:
         return item.dim()
     return int(item is not None and item is not Ellipsis)
@@ -513,24 +513,27 @@ def _view_of_classes(x: LazyLogits, item: Any) -> Any:
             return NotImplemented
         item, shape = item % num_classes, tuple(x._rows.shape[:-1])
     else:
-        kept = range(num_classes)[item]
-        item, shape = slice(kept.start, kept.stop, kept.step), (*x._rows.shape[:-1], len(kept))
-        if len(kept) == 0:
+        classes = range(num_classes)[item]
+        item, shape = (
+            slice(classes.start, classes.stop, classes.step),
+            (*x._rows.shape[:-1], len(classes)),
+        )
+        if len(classes) == 0:
             return NotImplemented
-        first = kept.start == 0 and kept.step == 1
-        if first or not _is_few(x, len(kept)):
-            made = step(
+        first = classes.start == 0 and classes.step == 1
+        if first or not _is_few(x, len(classes)):
+            result = step(
                 T.__getitem__,
                 x,
                 (slice(None), item),
-                transform=transform.first_classes(len(kept)) if first else None,
+                transform=transform.first_classes(len(classes)) if first else None,
             )
-            if made is not NotImplemented:
-                made._memory = x._memory
-            return made
+            if result is not NotImplemented:
+                result._memory = x._memory
+            return result
     if x._call.shard is not None:
         return NotImplemented
-    made = lazy_logits(
+    result = lazy_logits(
         x._call,
         transform,
         x._rows,
@@ -540,11 +543,11 @@ def _view_of_classes(x: LazyLogits, item: Any) -> Any:
         loses_gradient=len(x._leaves) > 0,
         shape=shape,
     )
-    made._memory = x._memory
+    result._memory = x._memory
     alone = x._with()
     alone._expression.record(T.view_as, (x, x), {})
-    made._compute_view = lambda: classes_of(alone, item)
-    return made
+    result._compute_view = lambda: classes_of(alone, item)
+    return result
 
 
 def _is_few(x: LazyLogits, n: int) -> bool:
@@ -568,7 +571,7 @@ def _classes(x: Any, item: Any) -> Any:
 
 
 def _rows_and_classes(x: LazyLogits, before: list[Any], ids: Tensor) -> Any:
-    """A class for each of some rows, as ``logits[torch.arange(n), ids]``."""
+    """One class for each selected row, as ``logits[torch.arange(n), ids]``."""
     found = [i for i in before if not isinstance(i, int)]
     first = next(n for n, i in enumerate(found) if _is_advanced(i))
     if ids.dtype == torch.bool or not all(map(_is_advanced, found[first:])):
@@ -589,8 +592,8 @@ def _rows_and_classes(x: LazyLogits, before: list[Any], ids: Tensor) -> Any:
     if y is NotImplemented:
         return NotImplemented
     ids = torch.where(ids < 0, ids + x._transform.num_classes, ids)
-    made = gather(y, ids.expand(y._rows.shape[:-1]).unsqueeze(-1))
-    return NotImplemented if made is NotImplemented else made.squeeze(-1)
+    result = gather(y, ids.expand(y._rows.shape[:-1]).unsqueeze(-1))
+    return NotImplemented if result is NotImplemented else result.squeeze(-1)
 
 
 @handles(T.__setitem__)
@@ -625,8 +628,8 @@ def classes_of(x: LazyLogits, item: int | slice | Tensor) -> Tensor:
     linear."""
     call, transform = x._call, x._transform
     if call.weight is None or transform.kind != "logits":
-        made: Tensor = read_chunks(x, lambda z: z[:, item])
-        return made
+        result: Tensor = read_chunks(x, lambda z: z[:, item])
+        return result
     with call.unsharded(), call.call_context():
         call.require_unchanged()
         call.read = call.read or (x._of_head and torch.is_grad_enabled())

@@ -27,18 +27,18 @@ def of_values(
     the dimension."""
     if x._call.shard is not None:
         return NotImplemented
-    made = read_chunks(x, lambda z: func(z, *args, dim=-1, **options))
+    result = read_chunks(x, lambda z: func(z, *args, dim=-1, **options))
     if keeps or not keepdim:
         return (
-            made
+            result
             if not keeps or x._classes_last
-            else _each(made, lambda t: t.movedim(-1, x._class_dim))
+            else _each(result, lambda t: t.movedim(-1, x._class_dim))
         )
-    return _each(made, lambda t: t.unsqueeze(x._class_dim))
+    return _each(result, lambda t: t.unsqueeze(x._class_dim))
 
 
-def _each(made: Any, func: Callable[[Tensor], Tensor]) -> Any:
-    return func(made) if isinstance(made, Tensor) else type(made)([func(t) for t in made])
+def _each(result: Any, func: Callable[[Tensor], Tensor]) -> Any:
+    return func(result) if isinstance(result, Tensor) else type(result)([func(t) for t in result])
 
 
 def over_rows(
@@ -194,8 +194,8 @@ def _pointwise(func: Any) -> Callable[..., Any]:
         lazy = step(partial(func, reduction="none", **options), input, target)
         if lazy is NotImplemented or reduction == "none":
             return lazy
-        made = HANDLERS[torch.sum if reduction == "sum" else torch.mean][0](lazy)
-        return made / input.shape[0] if batchmean and made is not NotImplemented else made
+        result = HANDLERS[torch.sum if reduction == "sum" else torch.mean][0](lazy)
+        return result / input.shape[0] if batchmean and result is not NotImplemented else result
 
     return handler
 

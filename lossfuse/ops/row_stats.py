@@ -53,7 +53,7 @@ row_stats_and_grads = torch.ops.lossfuse.row_stats_and_grads.default
 
 
 class RowNeeds(NamedTuple):
-    """Which tensors of an operator of rows require grad."""
+    """The gradients that a row operator computes."""
 
     dlogits: bool
     dtarget: bool
