@@ -41,8 +41,11 @@ SLOW = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """A short row has several blocks, the last one ragged."""
-    for module in (softmax_rows, soft_target_rows, label_rows, log_softmax_rows):
-        monkeypatch.setattr(module, "row_blocks", lambda v: launch.LaunchConfig(BLOCK, 1))
+    small = launch.LaunchConfig(BLOCK, 1)
+    for module in (soft_target_rows, label_rows, log_softmax_rows):
+        monkeypatch.setattr(module, "row_blocks", lambda v: small)
+    for table in ("stats_blocks", "grad_blocks"):
+        monkeypatch.setattr(softmax_rows, table, lambda v, *, shaping: small)
     if not GPU:
         monkeypatch.setattr(linear_rows, "TILE", linear_rows.TileConfig(16, BLOCK, 16, 2, 1, 1))
         monkeypatch.setattr(linear_rows, "MERGE_ROWS", 4)
