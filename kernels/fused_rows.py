@@ -8,6 +8,8 @@ slices. Where that is not possible, the two sweeps of ``softmax_rows`` read the 
 N rows, V classes, K slices. The logits of a row that is not valid are not read.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +50,7 @@ from .row_access import (
     target_weight,
     weight_sum,
 )
+from .row_totals import divisor_of_many, prepare_rows, total_of
 from .tile_math import (
     LOWEST,
     exp_flushed,
@@ -470,18 +473,89 @@ def row_loss_and_grads(
 
     ``dlogits`` may be ``logits``, or a narrower tensor over the first bytes of each of its rows.
     """
-    n, v = logits.shape
-    loss = torch.empty(n, dtype=torch.float32, device=logits.device)
-    if n == 0:
-        return loss
     options: LossOptions = {
         "scale": scale,
         "softcap": softcap,
         "smoothing": smoothing,
         "lse_square_scale": lse_square_scale,
     }
+    return _launch(
+        logits, target, class_weight, dloss, dlogits, ignore_index, options, prepare=_store_zeros
+    )
+
+
+def _store_zeros(*words: Tensor | None) -> None:
+    for t in words:
+        if t is not None:
+            t.zero_()
+
+
+def row_total_and_grads(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    divisor: Tensor | None,
+    *,
+    mean: bool,
+    dlogits: Tensor,
+    ignore_index: int,
+    scale: float | None,
+    softcap: float | None,
+    smoothing: float | None,
+    lse_square_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(total, dloss) of (N, V) logits, both () fp32; fills ``dlogits`` as above.
+
+    The total is the sum of the losses; with ``mean`` it is divided by ``divisor``, () fp32, or
+    without one by the number of valid rows. ``dloss`` is the gradient of the total with respect to
+    the loss of a row.
+    """
+    options: LossOptions = {
+        "scale": scale,
+        "softcap": softcap,
+        "smoothing": smoothing,
+        "lse_square_scale": lse_square_scale,
+    }
+    divisor = divisor_of_many(target, divisor, mean=mean, ignore_index=ignore_index)
+    dloss = torch.empty((), dtype=torch.float32, device=logits.device)
+    loss = _launch(
+        logits,
+        target,
+        class_weight,
+        dloss.expand(len(logits)),
+        dlogits,
+        ignore_index,
+        options,
+        prepare=functools.partial(
+            prepare_rows, target, divisor, dloss, mean=mean, ignore_index=ignore_index
+        ),
+    )
+    return total_of(loss, target, divisor, mean=mean, ignore_index=ignore_index), dloss
+
+
+def _launch(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    dloss: Tensor,
+    dlogits: Tensor,
+    ignore_index: int,
+    options: LossOptions,
+    *,
+    prepare: Callable[[Tensor | None, Tensor | None], None],
+) -> Tensor:
+    """Return the losses and fill ``dlogits``.
+
+    ``prepare`` stores zeros in the words of ``split_row_kernel``, and may fill ``dloss``.
+    """
+    n, v = logits.shape
+    loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+    if n == 0:
+        prepare(None, None)
+        return loss
+    shaping = options["softcap"] is not None or options["smoothing"] is not None
     wide, lead, most_lead = alignment(logits, dlogits)
-    if softcap is not None and narrower_over(logits, dlogits):
+    if options["softcap"] is not None and narrower_over(logits, dlogits):
         # split_row_kernel would load logits again that other programs have overwritten
         most_lead = None
     absent = (class_weight is None, *(option is None for option in options.values()))
@@ -496,15 +570,22 @@ def row_loss_and_grads(
             logits.element_size(),
             wide=wide,
             most_lead=most_lead,
-            shaping=softcap is not None or smoothing is not None,
+            shaping=shaping,
         )
+    words = smooth_words = None
+    if plan.kind == "split":
+        words = torch.empty(n, plan.slices, dtype=torch.int64, device=logits.device)
+        smooth_words = None if options["smoothing"] is None else torch.empty_like(words)
+    prepare(words, smooth_words)
     if plan.kind != "sweeps":
-        summed = None if smoothing is None else class_weight
+        summed = None if options["smoothing"] is None else class_weight
         class_weight_sum = None if summed is None else summed.sum()
         operands = (logits, target, class_weight, class_weight_sum, dloss, loss, dlogits)
         with on_device_of(logits):
-            if plan.kind == "split":
-                launched = _split_rows(plan, operands, lead, ignore_index, options)
+            if words is not None:
+                launched = _split_rows(
+                    plan, operands, words, smooth_words, lead, ignore_index, options
+                )
                 _plans[key] = launched or plan
                 plan = launched or SWEEPS
             else:
@@ -541,6 +622,8 @@ def programs_run_together(device: torch.device) -> bool:
 def _split_rows(
     plan: FusedPlan,
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor],
+    words: Tensor,
+    smooth_words: Tensor | None,
     lead: int,
     ignore_index: int,
     options: LossOptions,
@@ -554,8 +637,6 @@ def _split_rows(
     n, v = logits.shape
     k = plan.slices
     most_registers = plan.most_registers if limits_registers(logits.device) else None
-    words = torch.zeros(n, k, dtype=torch.int64, device=logits.device)
-    smooth_words = None if options["smoothing"] is None else torch.zeros_like(words)
 
     def launch(rows: int, rows_in_flight: int, programs: int, phase: int) -> Any:
         return split_row_kernel[(programs,)](

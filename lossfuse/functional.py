@@ -8,7 +8,7 @@ from .call.dtensor import local_head, local_logits, shard_options
 from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
 from .call.implementations import Operators
 from .call.public import public
-from .call.reduction import denominator, reduce_rows
+from .call.reduction import denominator, divides_by_valid_rows, reduce_rows
 from .inputs import Rows, check_normalizer, flatten
 from .ops.inplace import Owner, may_consume
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
@@ -156,10 +156,16 @@ def _loss(
     normalizer: float | Tensor | None,
     owner: Owner | None,
 ) -> Tensor:
-    divisor = denominator(rows, spec, reduction, normalizer)
+    mean = reduction == "mean"
+    # counted with the losses, in a launch less
+    counted = mean and divides_by_valid_rows(rows, normalizer)
+    divisor = None if counted else denominator(rows, spec, reduction, normalizer)
     if forms_gradient_in_forward(implementation, rows, reduction, divisor, owner is not None):
-        return implementation.total(rows, spec, divisor, owner)
-    return reduce_rows(implementation.row_loss(rows, spec, owner), rows, reduction, divisor)
+        return implementation.total(rows, spec, divisor, mean, owner)
+    loss = implementation.row_loss(rows, spec, owner)
+    if counted:
+        return implementation.mean_over_valid(loss, rows, spec)
+    return reduce_rows(loss, rows, reduction, divisor)
 
 
 @public

@@ -21,6 +21,7 @@ from lossfuse.kernels import (
     label_rows,
     linear_rows,
     log_softmax_rows,
+    row_totals,
     scale_rows,
     soft_target_rows,
     softmax_rows,
@@ -210,6 +211,9 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
     yield Launch(
         scale_rows.scale_rows_kernel, block.num_warps, {"BLOCK": block.block_v}, options={}
     )
+    block = row_totals.BLOCK
+    for kernel in (row_totals.prepare_rows_kernel, row_totals.total_kernel):
+        yield Launch(kernel, block.num_warps, {"BLOCK": block.block_v}, options={})
     family = "amd" if target.startswith("gfx") else "nvidia"
     group = 16 // itemsize
     seen = set()

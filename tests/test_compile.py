@@ -44,8 +44,11 @@ def row_operators(impl, device, soft, spec):
     yield OPERATORS.row_loss, (x, target, weight, *options)
     yield OPERATORS.row_grads, (x, target, weight, stats, dloss, True, soft, *options)
     z, t, up = x.detach(), target.detach(), dloss.detach()
-    yield OPERATORS.row_loss_and_grads, (z, t, weight, up, True, soft, *options)
-    yield OPERATORS.row_loss_and_grads_, (z.clone(), t, weight, up, soft, *options)
+    half = torch.tensor(0.5, device=device)
+    yield OPERATORS.row_total_and_grads, (z, t, weight, half, True, True, soft, *options)
+    yield OPERATORS.row_total_and_grads_, (z.clone(), t, weight, None, not soft, soft, *options)
+    if impl == "triton" and not soft:
+        yield OPERATORS.mean_over_valid, (up, t, spec.ignore_index)
     yield OPERATORS.row_grads_, (z.clone(), t, weight, stats, up, soft, *options)
     yield OPERATORS.multiply_, (z.clone(), torch.tensor(0.5, device=device), impl)
 

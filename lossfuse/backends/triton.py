@@ -10,6 +10,7 @@ from ..kernels import (
     label_rows,
     linear_rows,
     log_softmax_rows,
+    row_totals,
     scale_rows,
     soft_target_rows,
     softmax_rows,
@@ -162,6 +163,44 @@ def row_loss_and_grads(
     )
     _copy_back(buffer, dlogits)
     return loss
+
+
+def row_total_and_grads(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    divisor: Tensor | None,
+    mean: bool,
+    spec: LossSpec,
+    dlogits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(total, dloss), both (), of rows against class ids; fills ``dlogits``, which may be
+    ``logits``.
+
+    With ``mean`` the sum of the losses is divided by ``divisor``, which is on the device, or
+    without one by the number of valid rows."""
+    x, t, weight = _operands(logits, target, class_weight)
+    buffer = _grad_buffer(x, logits, dlogits)
+    assert buffer is not None
+    total, dloss = fused_rows.row_total_and_grads(
+        x,
+        t,
+        weight,
+        divisor,
+        mean=mean,
+        dlogits=buffer,
+        ignore_index=spec.ignore_index,
+        **_options(spec),
+    )
+    _copy_back(buffer, dlogits)
+    return total, dloss
+
+
+def mean_over_valid(loss: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """(): the sum of (N,) losses over the number of valid rows."""
+    return row_totals.total_of(
+        loss, target.contiguous(), None, mean=True, ignore_index=ignore_index
+    )
 
 
 def row_stats(

@@ -57,13 +57,28 @@ class Operators:
         return loss
 
     def total(
-        self, rows: Rows, spec: LossSpec, divisor: Tensor | None, owner: Owner | None
+        self,
+        rows: Rows,
+        spec: LossSpec,
+        divisor: Tensor | None,
+        mean: bool,
+        owner: Owner | None,
     ) -> Tensor:
-        """The sum of the losses over ``divisor``; the forward forms its gradient."""
+        """The sum of the losses; with ``mean`` over ``divisor``, or without one over the number of
+        valid rows. The forward forms its gradient."""
         total: Tensor = row_ops.ReducedLoss.apply(
-            rows.logits, rows.target, rows.local_weight, divisor, spec, self.name, owner
+            rows.logits, rows.target, rows.local_weight, divisor, mean, spec, self.name, owner
         )
         return total
+
+    def mean_over_valid(self, loss: Tensor, rows: Rows, spec: LossSpec) -> Tensor:
+        """() of (N,) losses against class ids."""
+        if self is TRITON and not (loss.requires_grad or torch.compiler.is_compiling()):
+            mean: Tensor = row_ops.mean_over_valid(loss, rows.target, spec.ignore_index)
+            return mean
+        # a compiler fuses these, and autograd knows them
+        valid = rows.target != spec.ignore_index
+        return loss.sum() / valid.sum(dtype=loss.dtype)
 
     def row_stats(self, rows: Rows, spec: LossSpec, wants: Wants) -> Stats:
         *stats, _ = stats_ops.row_stats(

@@ -9,6 +9,11 @@ from ..ops.library import all_sum
 from ..spec import LossSpec
 
 
+def divides_by_valid_rows(rows: Targets, normalizer: float | Tensor | None) -> bool:
+    """Return True if the divisor of a mean is the number of targets other than ``ignore_index``."""
+    return normalizer is None and not rows.soft and rows.class_weight is None
+
+
 def denominator(
     rows: Rows | HeadRows, spec: LossSpec, reduction: str, normalizer: float | Tensor | None
 ) -> Tensor | None:

@@ -26,10 +26,22 @@ from .gradients import (
     writing,
 )
 from .inplace import Owner
-from .library import OPTIONS, OpArgs, entry, library, new_grad, new_loss, no_grads, register
+from .library import (
+    OPTIONS,
+    OpArgs,
+    backend,
+    entry,
+    library,
+    new_grad,
+    new_loss,
+    no_grads,
+    register,
+)
 
 _ROWS = "Tensor logits, Tensor target, Tensor? class_weight"
 _CONSUMED_ROWS = "Tensor(a!) logits, Tensor target, Tensor? class_weight"
+# with mean, the sum of the losses is divided by the divisor, or without one by the valid rows
+_TOTAL = "Tensor? divisor, bool mean"
 _NEEDS = "bool need_dlogits, bool need_dtarget"
 
 library.define(f"row_loss({_ROWS}, {OPTIONS}) -> (Tensor loss, Tensor stats)")
@@ -38,17 +50,18 @@ library.define(
     " -> (Tensor dlogits, Tensor dtarget)"
 )
 library.define(
-    f"row_loss_and_grads({_ROWS}, Tensor dloss, {_NEEDS}, {OPTIONS})"
-    " -> (Tensor loss, Tensor dlogits, Tensor dtarget)"
+    f"row_total_and_grads({_ROWS}, {_TOTAL}, {_NEEDS}, {OPTIONS})"
+    " -> (Tensor total, Tensor dloss, Tensor dlogits, Tensor dtarget)"
 )
 library.define(
-    f"row_loss_and_grads_({_CONSUMED_ROWS}, Tensor dloss, bool need_dtarget, {OPTIONS})"
-    " -> (Tensor loss, Tensor dtarget)"
+    f"row_total_and_grads_({_CONSUMED_ROWS}, {_TOTAL}, bool need_dtarget, {OPTIONS})"
+    " -> (Tensor total, Tensor dloss, Tensor dtarget)"
 )
 library.define(
     f"row_grads_({_CONSUMED_ROWS}, Tensor stats, Tensor dloss, bool need_dtarget, {OPTIONS})"
     " -> Tensor dtarget"
 )
+library.define("mean_over_valid(Tensor loss, Tensor target, int ignore_index) -> Tensor")
 
 
 def new_grads(
@@ -116,67 +129,103 @@ def _row_grads_fake(
     return new_grads(logits, target, need_dlogits, need_dtarget)
 
 
-def _row_loss_and_grads(
+def _row_total_and_grads(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
-    dloss: Tensor,
+    divisor: Tensor | None,
+    mean: bool,
     need_dlogits: bool,
     need_dtarget: bool,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    args = OpArgs(*options)
-    spec = args.checked_spec(logits.shape[1], target)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = new_grads(logits, target, need_dlogits, need_dtarget)
-    loss: Tensor = args.backend.row_loss_and_grads(
-        logits,
-        target,
-        class_weight,
-        dloss,
-        spec,
+    total, dloss = _total_and_fill(
+        OpArgs(*options),
+        (logits, target, class_weight),
+        divisor,
+        mean,
         *only_needed(grads, need_dlogits, need_dtarget),
     )
-    return loss, *grads
+    return total, dloss, *grads
 
 
-def _row_loss_and_grads_fake(
+def _row_total_and_grads_fake(
     logits: Tensor,
     target: Tensor,
     _class_weight: Tensor | None,
-    _dloss: Tensor,
+    _divisor: Tensor | None,
+    _mean: bool,
     need_dlogits: bool,
     need_dtarget: bool,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return new_loss(logits), *new_grads(logits, target, need_dlogits, need_dtarget)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = new_loss(logits).new_empty(())
+    return total, torch.empty_like(total), *new_grads(logits, target, need_dlogits, need_dtarget)
 
 
-def _row_loss_and_grads_(
+def _row_total_and_grads_(
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
-    dloss: Tensor,
+    divisor: Tensor | None,
+    mean: bool,
     need_dtarget: bool,
     *options: Any,
-) -> tuple[Tensor, Tensor]:
-    args = OpArgs(*options)
-    spec = args.checked_spec(logits.shape[1], target)
+) -> tuple[Tensor, Tensor, Tensor]:
     dtarget = new_grad(target, need_dtarget)
-    loss: Tensor = args.backend.row_loss_and_grads(
-        logits, target, class_weight, dloss, spec, logits, dtarget if need_dtarget else None
+    total, dloss = _total_and_fill(
+        OpArgs(*options),
+        (logits, target, class_weight),
+        divisor,
+        mean,
+        logits,
+        dtarget if need_dtarget else None,
     )
-    return loss, dtarget
+    return total, dloss, dtarget
 
 
-def _row_loss_and_grads_fake_(
+def _row_total_and_grads_fake_(
     logits: Tensor,
     target: Tensor,
     _class_weight: Tensor | None,
-    _dloss: Tensor,
+    _divisor: Tensor | None,
+    _mean: bool,
     need_dtarget: bool,
     *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = new_loss(logits).new_empty(())
+    return total, torch.empty_like(total), new_grad(target, need_dtarget)
+
+
+def _total_and_fill(
+    args: OpArgs,
+    rows: tuple[Tensor, Tensor, Tensor | None],
+    divisor: Tensor | None,
+    mean: bool,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return new_loss(logits), new_grad(target, need_dtarget)
+    """(total, dloss), both (); fills the gradients that are given."""
+    logits, target, _ = rows
+    spec, ids = args.checked_spec(logits.shape[1], target), not target.is_floating_point()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if divisor is not None and divisor.device != logits.device:
+        # from the CPU: a fill, which takes the number as an argument; a copy would be waited for
+        divisor = torch.full((), float(divisor), dtype=dtype, device=logits.device)
+    if args.impl == "triton" and args.group is None and ids and dlogits is not None:
+        # with fewer launches than torch's operators
+        total, dloss = args.backend.row_total_and_grads(*rows, divisor, mean, spec, dlogits)
+        return total, dloss
+    if mean and divisor is None:
+        divisor = (target != spec.ignore_index).sum(dtype=dtype)
+    if divisor is None:
+        dloss = torch.ones((), dtype=dtype, device=logits.device)
+    else:
+        dloss = divisor.reciprocal()
+    loss = args.backend.row_loss_and_grads(*rows, dloss.expand(len(logits)), spec, dlogits, dtarget)
+    total = loss.sum()
+    return total if divisor is None else total / divisor, dloss
 
 
 def _row_grads_(
@@ -215,17 +264,28 @@ def _row_grads_fake_(
     return new_grad(target, need_dtarget)
 
 
+def _mean_over_valid(loss: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    mean: Tensor = backend("triton").mean_over_valid(loss, target, ignore_index)
+    return mean
+
+
+def _mean_over_valid_fake(loss: Tensor, *_: Any) -> Tensor:
+    return loss.new_empty(())
+
+
+register("mean_over_valid", _mean_over_valid, _mean_over_valid_fake)
 register("row_loss", _row_loss, _row_loss_fake)
 register("row_grads", _row_grads, _row_grads_fake)
-register("row_loss_and_grads", _row_loss_and_grads, _row_loss_and_grads_fake)
-register("row_loss_and_grads_", _row_loss_and_grads_, _row_loss_and_grads_fake_)
+register("row_total_and_grads", _row_total_and_grads, _row_total_and_grads_fake)
+register("row_total_and_grads_", _row_total_and_grads_, _row_total_and_grads_fake_)
 register("row_grads_", _row_grads_, _row_grads_fake_)
 
 row_loss = entry("row_loss", _row_loss, 3)
 row_grads = entry("row_grads", _row_grads, 5)
-row_loss_and_grads = entry("row_loss_and_grads", _row_loss_and_grads, 4)
-row_loss_and_grads_ = entry("row_loss_and_grads_", _row_loss_and_grads_, 4)
+row_total_and_grads = entry("row_total_and_grads", _row_total_and_grads, 4)
+row_total_and_grads_ = entry("row_total_and_grads_", _row_total_and_grads_, 4)
 row_grads_ = entry("row_grads_", _row_grads_, 5)
+mean_over_valid = entry("mean_over_valid", _mean_over_valid, 2)
 
 
 def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -279,8 +339,9 @@ torch.library.register_autograd(
 
 
 class ReducedLoss(torch.autograd.Function):
-    """(N, V) logits -> the sum of the row losses over ``divisor``, with the gradient formed in the
-    forward, from the same read of a row.
+    """(N, V) logits -> the sum of the row losses, with the gradient formed in the forward, from the
+    same read of a row. With ``mean`` the sum is divided by ``divisor``, or without one by the
+    number of valid rows.
 
     With an ``owner`` the gradient is written over the logits. The first backward returns the
     gradient that the forward formed; a later one, or one with a graph, computes it again, or raises
@@ -293,34 +354,34 @@ class ReducedLoss(torch.autograd.Function):
         target: Tensor,
         class_weight: Tensor | None,
         divisor: Tensor | None,
+        mean: bool,
         spec: LossSpec,
         impl: str,
         owner: Owner | None,
     ) -> Tensor:
         needed = ctx.needs_input_grad[:2]
-        dloss = row_gradient_of_total(logits, divisor)
         ctx.options, ctx.impl, ctx.consumed = OpArgs.of(spec, impl), impl, owner is not None
         grads: tuple[Tensor, ...]
         if owner is not None:
             _, need_dtarget = needed
             with writing(logits, owner) as dlogits:
-                loss, dtarget = row_loss_and_grads_(
-                    dlogits, target, class_weight, dloss, need_dtarget, *ctx.options
+                total, _, dtarget = row_total_and_grads_(
+                    dlogits, target, class_weight, divisor, mean, need_dtarget, *ctx.options
                 )
             grads = dlogits, dtarget
         else:
-            loss, *grads = row_loss_and_grads(
-                logits, target, class_weight, dloss, *needed, *ctx.options
+            total, dloss, *grads = row_total_and_grads(
+                logits, target, class_weight, divisor, mean, *needed, *ctx.options
             )
             ctx.save_for_backward(logits, target, class_weight, dloss)
         ctx.formed = only_needed(grads, *needed)
-        total: Tensor = loss.sum()
-        return total if divisor is None else total / divisor
+        result: Tensor = total
+        return result
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         grads = formed_gradients(ctx, dtotal, _recomputed_gradients)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def row_gradient_of_total(rows: Tensor, divisor: Tensor | None) -> Tensor:
@@ -338,6 +399,7 @@ def row_gradient_of_total(rows: Tensor, divisor: Tensor | None) -> Tensor:
 
 def _recomputed_gradients(ctx: Any) -> tuple[Tensor, Tensor]:
     logits, target, class_weight, dloss = ctx.saved_tensors
+    dloss = dloss.expand(len(logits))
     # the forward that formed the gradient saved no statistics, and the torch backend needs none
     stats = dloss.new_empty(0, len(logits))
     if ctx.impl == "triton" or ctx.options.group is not None:
