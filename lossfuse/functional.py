@@ -217,7 +217,7 @@ def linear_cross_entropy(
         ignore_index: rows with this id have loss 0 and gradient 0, even if their hidden states are
             NaN. None is -100, as in torch.
         options: size of a chunk, dtypes, accumulation; see ``LinearOptions``. The default size of a
-            chunk follows from ``lossfuse.ops.head_chunks.chunk_rows``.
+            chunk follows from ``lossfuse.ops.chunk_plan.chunk_rows``.
 
     Returns:
         As ``cross_entropy``: float32 (float64 for float64), ``()`` or the shape of the ids.
@@ -241,12 +241,16 @@ def linear_cross_entropy(
 
     Rounding: logits in float32 (see ``LinearOptions``). Their gradient is rounded to the dtype of
     the operands for the products, except on a CPU, where products are in float32. Gradients are
-    accumulated in float32 over all chunks, multiplied by the upstream gradient and rounded once.
+    accumulated in float32 over all chunks, multiplied by the upstream gradient and rounded once;
+    that of a bfloat16 weight on CUDA and ROCm is rounded up to three times before it is multiplied
+    (see ``options.acc_dtype``).
     The loss is summed in float32. Products of float32 obey torch's settings (TF32).
 
     Memory: a chunk of logits, ``chunk_rows * C`` elements (none if nothing requires grad, in
     bfloat16 and float16 on NVIDIA GPUs from Hopper on, for ids without label smoothing); the
-    gradients, and for half precision their sums in float32, 4 D (N + C) bytes. On a CPU with
+    gradients, and for half precision their sums in float32, 4 D (N + C) bytes, without the 4 D C
+    for a bfloat16 weight on CUDA and ROCm where ``lossfuse.ops.chunk_plan.chunk_plan`` rounds its
+    sum. On a CPU with
     half-precision operands also 16 MiB of weight in float32. With probabilities Triton takes half a
     chunk more.
 

@@ -124,7 +124,7 @@ class LinearOptions:
 
     Args:
         chunk_bytes: upper bound of the bytes of logits at a time; a chunk has at least one row.
-            None is the rule of ``lossfuse.ops.head_chunks.chunk_rows``: 1 GiB on an accelerator and
+            None is the rule of ``lossfuse.ops.chunk_plan.chunk_rows``: 1 GiB on an accelerator and
             256 MiB on a CPU, or more if the matrix products need it. With ``shard`` it counts for
             an even shard, so that all ranks have the same number of chunks; a larger shard takes
             proportionally more.
@@ -134,11 +134,17 @@ class LinearOptions:
             classes, and rounds; a CPU with AMX multiplies in bfloat16 if ``acc_dtype`` is bfloat16
             too and D and V are multiples of 32.
         acc_dtype: dtype in which gradients are accumulated, and stored until the backward
-            multiplies and rounds them once: float32, which is None (float64 for float64), or
-            bfloat16 for bfloat16 operands, which rounds them once per chunk.
+            multiplies and rounds them once: float32 (float64 for float64), or bfloat16 for bfloat16
+            operands, which rounds them once per chunk. None is float32, but on CUDA and ROCm the
+            gradient of a bfloat16 weight is accumulated in bfloat16 if that takes at most three
+            roundings, and rounded in the forward otherwise; see
+            ``lossfuse.ops.chunk_plan.chunk_plan``.
         drop_ignored: leave rows with ``ignore_index`` out of the products. None does so on a CPU,
             where finding them is free; True synchronizes on other devices. With ``shard`` None does
             not, and True relies on all ranks having the same targets.
+        keep_dlogits: keep the gradient of all logits, in the dtype of the operands, until one
+            product computes the gradient of the weight from it. Faster than a product for each
+            chunk, and rounded once; takes ``N * V`` elements.
         allow_retain_graph: keep the gradients for a second backward. Every backward then allocates
             a copy of them.
         main_grad: add the gradient of the weight to ``linear_weight.main_grad`` in float32, without
@@ -149,6 +155,7 @@ class LinearOptions:
     logits_dtype: torch.dtype | None = None
     acc_dtype: torch.dtype | None = None
     drop_ignored: bool | None = None
+    keep_dlogits: bool = False
     allow_retain_graph: bool = False
     main_grad: bool = False
 
@@ -167,7 +174,7 @@ class LinearOptions:
                 raise ValueError(
                     f"{name} is {value} but must be torch.float32, torch.bfloat16 or None"
                 )
-        for name in ("drop_ignored", "allow_retain_graph", "main_grad"):
+        for name in ("drop_ignored", "keep_dlogits", "allow_retain_graph", "main_grad"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "drop_ignored" and value is None):
                 raise TypeError(f"{name} is {value!r} but must be True or False")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lossfuse
 
-from ..ops.head_chunks import chunk_rows, padded
+from ..ops.chunk_plan import chunk_plan, padded
 from . import bound_cases, interrupts, tables
 from .cases import DTYPES
 from .error_bounds import (
@@ -137,13 +137,17 @@ class HeadProblem:
 
     def roundings(self, how: Variant) -> Roundings:
         dtype, cpu = self.hidden.dtype, self.hidden.device.type == "cpu"
-        rows = chunk_rows(self.n, self.d, self.v, dtype, self.options(how), cpu=cpu)
+        size = self.n, self.d, self.v, dtype
+        plan = chunk_plan(*size, self.options(how), narrow_sums=not cpu, cpu=cpu)
         narrow = unit_roundoff(torch.bfloat16) if how.lean else 0.0
         # on a CPU operands are upcast, and products are in float32
         grad = narrow if cpu or dtype == torch.float32 else unit_roundoff(dtype)
         # gradients are scaled to 256 before they are rounded to float16
         floor = 2.0**-25 / 256.0 if dtype == torch.float16 and not cpu else 0.0
-        return Roundings(narrow, grad, floor, narrow, math.ceil(self.n / rows))
+        # rounded for each product, and multiplied by the upstream gradient
+        rounded = plan.sum_dtype == torch.bfloat16
+        sums = unit_roundoff(torch.bfloat16) if rounded else 0.0
+        return Roundings(narrow, grad, floor, sums, math.ceil(self.n / plan.grad_rows) + rounded)
 
     def judge(self, got: HeadResult, how: Variant | Roundings) -> Iterator[Finding]:
         how = self.roundings(how) if isinstance(how, Variant) else how
@@ -154,7 +158,7 @@ class HeadProblem:
         bound = bound + 2.0 * upstream(self.n) * SMALLEST
         yield worst("loss", distance(got.losses, rows.loss), rows.loss_bound)
         yield worst("mean loss", distance(got.mean, mean), mean_bound)
-        yield from self._judge_product("dhidden", got.dhidden, grad, bound, self.w, how.sums)
+        yield from self._judge_product("dhidden", got.dhidden, grad, bound, self.w, how.logits)
         sums = how.sums * how.chunks
         yield from self._judge_product("dweight", got.dweight, grad.T, bound.T, self.x, sums)
 

@@ -16,13 +16,13 @@ import torch
 
 from ..backends.torch_labels import DENSE_BLOCKS, LISTED_BLOCKS, block_shape
 from ..backends.torch_rows import LEAST_SEGMENTS, SEGMENT, block_rows, summed_rows, threads_for
+from ..ops.chunk_plan import ChunkPlan, chunk_plan, chunk_rows, padded
 from ..ops.head import ROUNDED_BYTES
-from ..ops.head_chunks import chunk_rows, padded
 from ..ops.matmul import block_classes
 from ..spec import LinearOptions
 from . import tables
 from .cases import DTYPES, IGNORED, Case, named
-from .methods import LEAN, LEANEST, OF_LABELS
+from .methods import KEPT, LEAN, LEANEST, OF_LABELS
 
 
 @dataclass(frozen=True)
@@ -156,17 +156,13 @@ def _our_linear(s: Shape, options: LinearOptions, stats: bool = False) -> int:
     n, d, v, dtype = s.case.n, s.case.d or 0, s.case.v, DTYPES[s.dtype]
     # a CPU drops ignored rows before the products
     valid = n - math.ceil(n / IGNORED) if s.cpu else n
+    plan = chunk_plan(valid, d, v, dtype, options, narrow_sums=not s.cpu, cpu=s.cpu)
     chunk = chunk_rows(valid, d, v, dtype, options, cpu=s.cpu)
+    if not s.cpu:
+        return _our_linear_on_cuda(s, options, plan, chunk, stats)
     buffer = chunk * padded(v) * options.dtype("logits_dtype", dtype).itemsize
     acc = options.dtype("acc_dtype", dtype).itemsize * s.g // s.b
     rounded = s.g if acc > s.g else 0
-    if not s.cpu:
-        # hidden states without the NaN of ignored rows; in the memory of their gradient if both
-        # have one dtype
-        copy = chunk * d * s.b * (acc > s.g or s.mode == "no_grad")
-        # plus the words with which the programs of a row synchronize
-        loop = buffer + copy + (64 if stats else 24) * n + 8 * chunk * math.ceil(v / 4096)
-        return loop if s.mode == "no_grad" else max(acc + loop, (acc + rounded) * s.step)
     x = chunk * d * 4 * (s.b < 4)
     block = block_classes(v, d, dtype, torch.float32)
     converted = block * d * 4 * (s.b < 4)
@@ -181,6 +177,30 @@ def _our_linear(s: Shape, options: LinearOptions, stats: bool = False) -> int:
     after = acc + valid * d * 4 + loop + x + converted + dx
     backward = acc + rounded + min(v * d * 4, ROUNDED_BYTES) * (s.b < 4)
     return max(in_loop, after, backward * s.step)
+
+
+def _our_linear_on_cuda(
+    s: Shape, options: LinearOptions, plan: ChunkPlan, chunk: int, stats: bool
+) -> int:
+    """``chunk``: rows of a chunk where no gradient is computed."""
+    n, d, v, dtype = s.case.n, s.case.d or 0, s.case.v, DTYPES[s.dtype]
+    acc = options.dtype("acc_dtype", dtype).itemsize
+    no_grad = s.mode == "no_grad"
+    rows, grad_rows = (chunk, chunk) if no_grad else (plan.rows, plan.grad_rows)
+    buffer = rows * padded(v) * options.dtype("logits_dtype", dtype).itemsize
+    held = grad_rows * padded(v) * s.b * (grad_rows > rows)
+    # hidden states without the NaN of ignored rows; in the memory of their gradient if both have
+    # one dtype
+    copy = grad_rows * d * s.b * (acc > s.b or no_grad)
+    # plus the words with which the programs of a row synchronize
+    loop = buffer + held + copy + (64 if stats else 24) * n + 8 * rows * math.ceil(v / 4096)
+    if no_grad:
+        return loop
+    dhidden, dweight = s.dhidden // s.b * acc, s.dweight // s.b * plan.sum_dtype.itemsize
+    # the sum of the weight's gradient is rounded in the forward, unless float32 was asked for
+    rounded = dhidden + dweight + s.dweight * (plan.sum_dtype.itemsize > s.b)
+    backward = rounded + s.dhidden * (acc > s.b)
+    return max(dhidden + dweight + loop, backward * s.step)
 
 
 def _our_linear_reference(s: Shape) -> int:
@@ -333,9 +353,17 @@ FORMULAS = [
     Formula(
         "lossfuse linear",
         "head",
-        "S + max(C V 4, half: G); no gradient: C V 4",
+        "S + max(C V 4, half: G); bf16: 4 N D + V D b + third of E b; no gradient: C V 4",
         lambda s: _our_linear(s, LinearOptions()),
         True,
+        False,
+    ),
+    Formula(
+        "lossfuse linear kept",
+        "head",
+        "G + E b + C V 4",
+        lambda s: _our_linear(s, KEPT),
+        False,
         False,
     ),
     Formula(

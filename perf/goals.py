@@ -26,7 +26,7 @@ class Goal:
 
     def __str__(self) -> str:
         bounds = [
-            f"at least {self.roofline} of the roofline" if self.roofline else "",
+            f"at least {self.roofline:.3g} of the roofline" if self.roofline else "",
             f"at most {self.peak_gib} GiB" if self.peak_gib else "",
             f"at most {self.peak_logits} of the logits" if self.peak_logits else "",
             f"at most {self.loss_times} times the loss" if self.loss_times else "",
@@ -36,7 +36,8 @@ class Goal:
 
 
 IN_PLACE, DEFAULT = "lossfuse in place", "lossfuse"
-LINEAR, LEAN, LEANEST = "lossfuse linear", "lossfuse linear lean", "lossfuse linear leanest"
+LINEAR, KEPT = "lossfuse linear", "lossfuse linear kept"
+LEAN, LEANEST = "lossfuse linear lean", "lossfuse linear leanest"
 STATS, LINEAR_STATS = "lossfuse stats", "lossfuse linear stats"
 IDS, IDS_IN_PLACE = "lossfuse ids", "lossfuse ids in place"
 LARGE = ("llama2", "llama3", "qwen", "gemma2", "gemma3")
@@ -45,18 +46,21 @@ STEP = "forward+backward"
 
 def _goals() -> Iterable[Goal]:
     for dtype in DTYPES:
-        for case in LARGE:
-            yield Goal(case, dtype, STEP, IN_PLACE, roofline=0.94, peak_logits=0.01)
-        yield Goal("16384x8192", dtype, STEP, IN_PLACE, roofline=0.97, peak_logits=0.01)
-        for case in ("gpt2", "unaligned"):
-            yield Goal(case, dtype, STEP, IN_PLACE, roofline=0.90, peak_logits=0.01)
-        yield Goal("few-rows", dtype, STEP, IN_PLACE, roofline=0.85)
+        for method, peak in ((IN_PLACE, 0.01), (DEFAULT, 1.01)):
+            # a gradient in float16 is formed in the backward, from a second read of the logits
+            most = 2 / 3 if dtype == "fp16" else 1.0
+            for case in LARGE:
+                yield Goal(case, dtype, STEP, method, roofline=most * 0.94, peak_logits=peak)
+            yield Goal("16384x8192", dtype, STEP, method, roofline=most * 0.97, peak_logits=peak)
+            for case in ("gpt2", "unaligned"):
+                yield Goal(case, dtype, STEP, method, roofline=most * 0.90, peak_logits=peak)
+            yield Goal("few-rows", dtype, STEP, method, roofline=most * 0.70)
         for case in LARGE:
             for mode in (STEP, "no_grad"):
                 yield Goal(case, dtype, mode, STATS, loss_times=1.10)
-            yield Goal(case, dtype, STEP, DEFAULT, roofline=0.66, peak_logits=1.01)
             yield Goal(case, dtype, "no_grad", DEFAULT, roofline=0.94, peak_logits=0.01)
-    yield Goal("head-llama3", "bf16", STEP, LINEAR, roofline=0.90)
+    yield Goal("head-llama3", "bf16", STEP, LINEAR, roofline=0.90, peak_gib=2.1)
+    yield Goal("head-llama3", "bf16", STEP, KEPT, roofline=0.93)
     yield Goal("head-llama3", "bf16", STEP, LEANEST, roofline=0.92, peak_gib=1.04 + 0.3)
     yield Goal("head-llama3", "bf16", STEP, LEAN, roofline=0.94, peak_gib=1.04 + 1.0)
     yield Goal("head-llama3", "bf16", "no_grad", LINEAR, roofline=1.0, peak_gib=0.3)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from ..ops.head_chunks import chunk_rows, padded
+from ..ops.chunk_plan import ChunkPlan, chunk_plan, chunk_rows, padded
 from ..row_types import Wants
 from ..spec import LinearOptions, LossSpec
 from ..vocab_parallel.backend import FINGERPRINT_INTS
@@ -163,10 +163,20 @@ def _local(step: LossStep, layout: Layout) -> tuple[int, int, int, int]:
     return n, v, step.d or 0, DTYPES[step.dtype].itemsize
 
 
+def _chunk_plan(step: LossStep, layout: Layout) -> ChunkPlan:
+    """The chunks of our linear loss on one rank."""
+    n, v, d, _ = _local(step, layout)
+    dtype = DTYPES[step.dtype]
+    if step.has_backward or (step.mode == "forward" and step.reduction != "none"):
+        return chunk_plan(n, d, v, dtype, step.options, narrow_sums=True, cpu=False)
+    rows = chunk_rows(n, d, v, dtype, step.options, cpu=False)
+    return ChunkPlan(rows, rows, dtype)
+
+
 def lossfuse_plan(step: LossStep, layout: Layout) -> Plan:
     """Plan of ``shard=VocabShard.even(V, the tp group)``, or unsharded where tp is 1."""
-    n, v, d, _ = _local(step, layout)
-    rows = chunk_rows(n, d, v, DTYPES[step.dtype], step.options, cpu=False) if d else n
+    n, _, d, _ = _local(step, layout)
+    rows = _chunk_plan(step, layout).rows if d else n
     chunks = [min(rows, n - start) for start in range(0, n, rows)]
     payloads = [step.payload(chunk, step.statistics) for chunk in chunks]
     gathered = (layout.tp + 1) * payloads[0] if layout.tp > 1 else 0
@@ -273,23 +283,29 @@ def _lossfuse_buffers(step: LossStep, layout: Layout, rows: int) -> Iterator[Buf
     dtype = DTYPES[step.dtype]
     logits_dtype = step.options.dtype("logits_dtype", dtype)
     acc = step.options.dtype("acc_dtype", dtype).itemsize
+    plan = _chunk_plan(step, layout)
+    sums = plan.sum_dtype.itemsize
+    held = min(plan.grad_rows, n) if plan.grad_rows > plan.rows else 0
     accumulates = step.has_backward or (step.mode == "forward" and step.reduction != "none")
-    # the accumulator is the gradient if their dtypes are the same
-    when = ALWAYS if acc == b else (LOOP, RETURNED)
-    copied = rows * d * b if acc > b or not accumulates else 0
+    copied = (held or rows) * d * b if acc > b or not accumulates else 0
     yield Buffer("chunk of logits", rows * padded(v) * logits_dtype.itemsize, (LOOP,))
+    yield Buffer("gradients of logits, held", held * padded(v) * b, (LOOP,))
     yield Buffer("chunk of hidden states", copied, (LOOP,))
-    yield Buffer(f"hidden gradient, its {8 * acc}-bit sum", n * d * acc * accumulates, when)
-    yield Buffer(f"weight gradient, its {8 * acc}-bit sum", v * d * acc * accumulates, when)
-    if acc > b:
-        yield from _returned_gradients(step, layout, of_logits=False)
+    for name, elements, size in (("hidden", n * d, acc), ("weight", v * d, sums)):
+        # the accumulator is the gradient if their dtypes are the same
+        when = ALWAYS if size == b else (LOOP, RETURNED)
+        yield Buffer(
+            f"{name} gradient, its {8 * size}-bit sum", elements * size * accumulates, when
+        )
+        if size > b and step.has_backward:
+            yield Buffer(f"{name} gradient", elements * b, (RETURNED, HIDDEN, WEIGHT))
 
 
-def _returned_gradients(step: LossStep, layout: Layout, of_logits: bool = True) -> Iterator[Buffer]:
+def _returned_gradients(step: LossStep, layout: Layout) -> Iterator[Buffer]:
     """Gradients in the dtype of the operands; that of all logits until both products are done."""
     if step.has_backward:
         n, v, d, b = _local(step, layout)
         later = (RETURNED, HIDDEN, WEIGHT)
-        yield Buffer("gradient of the logits", n * v * b * of_logits, (RETURNED,))
+        yield Buffer("gradient of the logits", n * v * b, (RETURNED,))
         yield Buffer("hidden gradient", n * d * b, later)
         yield Buffer("weight gradient", v * d * b, later)

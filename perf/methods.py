@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lossfuse
 
-from ..ops.head_chunks import padded
+from ..ops.chunk_plan import padded
 from .cases import DTYPES
 from .environment import version
 from .mistakes import Mistake
@@ -161,6 +161,8 @@ LEAN = lossfuse.LinearOptions(
     logits_dtype=torch.bfloat16, acc_dtype=torch.bfloat16, chunk_bytes=1 << 30
 )
 LEANEST = replace(LEAN, chunk_bytes=256 << 20)
+# the gradient of all logits is kept for one product
+KEPT = lossfuse.LinearOptions(keep_dlogits=True)
 OURS = {"logits": "lossfuse", "head": "lossfuse linear", "labels": "lossfuse"}
 BASELINE = {
     "logits": "F.cross_entropy",
@@ -233,6 +235,7 @@ METHODS = [
         devices=GPU,
         dtypes=("bf16",),
     ),
+    Method("lossfuse linear kept", "head", lambda: _our_linear(options=KEPT), devices=GPU),
     # takes 25 times the logits
     Method("lossfuse linear reference", "head", lambda: _our_linear("reference"), devices=("cpu",)),
     Method(

@@ -1,5 +1,7 @@
 """A call of a head: its arguments checked, and how it is computed."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from .. import reference
@@ -48,6 +50,9 @@ def head_call(
             "options.main_grad needs another implementation than the reference, which this call"
             " must take"
         )
+    if main_grad is not None:
+        # what is added to main_grad is not rounded before
+        options = replace(options, acc_dtype=options.dtype("acc_dtype", input.dtype))
     divisor = denominator(rows, spec, reduction, normalizer)
     needs = head_needs(rows)
     hidden = rows.input if shard is None else shared(rows.input, shard)

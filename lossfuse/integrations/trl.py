@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..lm_head.deferred_call import LogitsReport
 from ..lm_head.fuse import find_lm_head
 from ..lm_head.lazy_logits import LazyLogits, frames_to_the_user
-from ..ops.head_chunks import chunk_rows
+from ..ops.chunk_plan import chunk_rows
 from ..spec import LinearOptions
 from ..statistics import LossStats, cross_entropy_stats, linear_cross_entropy_stats
 

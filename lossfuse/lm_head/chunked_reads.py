@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.head_chunks import chunk_rows
+from ..ops.chunk_plan import chunk_rows
 from .deferred_call import DeferredCall, require_unchanged, version_of
 from .expression import Carried, Program, Step
 from .lazy_logits import LazyLogits, lazy_logits

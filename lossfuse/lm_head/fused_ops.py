@@ -16,7 +16,7 @@ from .. import family, functional, statistics
 from ..call.dtensor import shared
 from ..call.reduction import divisor_of, reduce_rows
 from ..inputs import Targets
-from ..ops.head_chunks import chunk_rows
+from ..ops.chunk_plan import chunk_rows
 from ..spec import loss_spec, require_bool, resolve_reduction
 from ..statistics import LossStats
 from .chunked_reads import read_chunks, together

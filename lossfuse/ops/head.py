@@ -15,6 +15,7 @@ from ..spec import LinearOptions, LossSpec
 from ..targets import values_are_readable
 from ..vocab_parallel.backend import check_ranks_agree
 from . import head_chunks
+from .chunk_plan import weight_grad_dtype
 from .gradients import is_plain, multiply
 from .head_chunks import Gradients, Head, Needs
 from .library import (
@@ -67,6 +68,7 @@ class ChunkArgs(NamedTuple):
     logits_dtype: torch.dtype | None
     acc_dtype: torch.dtype | None
     drop_ignored: bool | None
+    keep_dlogits: bool
     allow_retain_graph: bool
 
     @classmethod
@@ -76,6 +78,7 @@ class ChunkArgs(NamedTuple):
             options.logits_dtype,
             options.acc_dtype,
             options.drop_ignored,
+            options.keep_dlogits,
             options.allow_retain_graph,
         )
 
@@ -96,7 +99,7 @@ class Reduction(NamedTuple):
 OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
 CHUNKS = (
     "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored,"
-    " bool allow_retain_graph"
+    " bool keep_dlogits, bool allow_retain_graph"
 )
 NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_target"
 GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dtarget"
@@ -254,10 +257,12 @@ def _as_tensors(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
 
 def _new_grads(operands: HeadOperands, needs: Needs, chunks: ChunkArgs) -> tuple[Tensor, ...]:
     hidden, weight, _, target, _ = operands
-    dtype = LinearOptions(*chunks).dtype("acc_dtype", hidden.dtype)
+    options = LinearOptions(*chunks)
+    dtype = options.dtype("acc_dtype", hidden.dtype)
+    dweight_dtype = weight_grad_dtype(hidden.dtype, options, hidden.device)
     grads = Gradients(
         hidden.new_empty(hidden.shape, dtype=dtype) if needs.hidden else None,
-        hidden.new_empty(weight.shape, dtype=dtype) if needs.weight else None,
+        hidden.new_empty(weight.shape, dtype=dweight_dtype) if needs.weight else None,
         hidden.new_empty(len(weight), dtype=dtype) if needs.bias else None,
         target.new_empty(target.shape) if needs.target else None,
     )

@@ -5,7 +5,6 @@ For each chunk: a matrix product computes its logits, a backend the row losses a
 gradient over the logits, and matrix products the gradients of the head from it. The matrix products
 are torch's. N rows, width D, V classes."""
 
-import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -17,13 +16,8 @@ from ..inputs import without_autocast
 from ..row_types import RowStats, Upstream, Wants, no_class
 from ..spec import LinearOptions, LossSpec
 from ..vocab_parallel.backend import even_classes, gather
+from .chunk_plan import ChunkPlan, chunk_plan, chunk_rows, padded, weight_grad_dtype
 from .matmul import Weight, cpu_multiplies_bf16, mm_returns_fp32, product
-
-# rows of logits start at multiples of it (elements): vectorized loads, and strides that cuBLAS has
-# fast kernels for
-ROW_ALIGNMENT = 16
-# rows of a tile of a matrix product
-TILE_ROWS = 128
 
 
 class Head(NamedTuple):
@@ -44,59 +38,13 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """None where not needed; all but the target's in ``acc_dtype``."""
+    """None where not needed. Those of hidden states and bias are in ``acc_dtype``, that of the
+    weight in ``weight_grad_dtype``."""
 
     hidden: Tensor | None = None  # (N, D)
     weight: Tensor | None = None  # (V, D)
     bias: Tensor | None = None  # (V,)
     target: Tensor | None = None  # (N, V)
-
-
-def padded(v: int) -> int:
-    """The stride of rows of V logits, in elements."""
-    return -(-v // ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
-def chunk_rows(
-    n: int, d: int, v: int, dtype: torch.dtype, options: LinearOptions, *, cpu: bool
-) -> int:
-    """Rows of a chunk: equal chunks, as few as the bytes allow; only the last may be shorter.
-
-    On an accelerator a chunk of C rows costs, beside the 6 C D V operations of its matrix products,
-
-    - the weight read twice, 4 V D bytes in bfloat16, and its gradient read and written, 8 V D bytes
-      in float32, independent of C. Half of that overlaps with the matrix products, which take as
-      long as it does at C = 1000 for a gradient in bfloat16 and at 2000 for one in float32 (H100:
-      the product that accumulates reaches 437 TFLOP/s at C = 1024 and 589 at 2048, of 651 at 8192);
-    - a gradient of the hidden states of C x D, in tiles of 128 x 256, which leaves SMs idle below
-      C D = 2^22;
-    - the logits, written, read and overwritten by their gradient, independent of C.
-
-    Beyond 4096 rows 1 or 2 % are left. So without ``chunk_bytes`` a chunk has 1 GiB of logits, but
-    at least the rows above and at most 4096: 2048 for V = 128256 in float32, where 8192 rows then
-    take 41.2 ms on an H100 (the three products alone 37.0), and 4096 take as long. On a CPU
-    products reach their full speed with some hundred rows: 256 MiB, at least 256 rows, at most 512.
-
-    Args:
-        n, d, v: rows, width, classes.
-        dtype: of the operands.
-        options: ``chunk_bytes``, which is obeyed down to a single row, ``logits_dtype`` and
-            ``acc_dtype``.
-        cpu: True for tensors on a CPU.
-    """
-    row_bytes = padded(v) * options.dtype("logits_dtype", dtype).itemsize
-    if options.chunk_bytes is not None:
-        most = options.chunk_bytes // row_bytes
-    elif cpu:
-        most = min(max((256 << 20) // row_bytes, 256), 512)
-    else:
-        wide_sum = options.dtype("acc_dtype", dtype).itemsize > 2
-        least = max(2048 if wide_sum else 1024, 2**22 // max(d, 1))
-        most = min(max((1 << 30) // row_bytes, least), 4096)
-    most = max(1, min(most, n))
-    equal = math.ceil(n / math.ceil(n / most)) if n else 1
-    tiled = -(-equal // TILE_ROWS) * TILE_ROWS
-    return tiled if tiled <= most else equal
 
 
 def row_loss(
@@ -116,8 +64,12 @@ def row_loss(
             loss = _empty_loss(head.hidden, len(some_target))
             weight = _weight(some, spec, options)
             has_ignored = valid_rows is None
-            for rows, _, z in _logits(some, weight, some_target, spec, options, has_ignored):
-                loss[rows] = backend.row_loss(z, some_target[rows], class_weight, spec)[0]
+            step = _rows_per_chunk(head, spec, options)
+            for chunk in _chunks(some, weight, some_target, spec, options, has_ignored, step, step):
+                rows = chunk.rows
+                loss[rows] = backend.row_loss(chunk.logits, some_target[rows], class_weight, spec)[
+                    0
+                ]
         return _scatter(loss, valid_rows, target)
 
 
@@ -173,8 +125,10 @@ def row_stats(
             stats = _empty_stats(head.hidden, len(some_target), wants)
             weight = _weight(some, spec, options)
             has_ignored = valid_rows is None
-            for rows, _, z in _logits(some, weight, some_target, spec, options, has_ignored):
-                part = backend.row_stats(z, some_target[rows], class_weight, spec, wants)
+            step = _rows_per_chunk(head, spec, options)
+            for chunk in _chunks(some, weight, some_target, spec, options, has_ignored, step, step):
+                rows = chunk.rows
+                part = backend.row_stats(chunk.logits, some_target[rows], class_weight, spec, wants)
                 _store(stats, rows, part)
         return _scatter_stats(stats, valid_rows, target, spec)
 
@@ -239,33 +193,41 @@ def _grads(
     *,
     compute: Compute,
 ) -> Gradients:
-    """The gradients of a head. For each chunk: logits, ``compute``, products of their gradient."""
+    """The gradients of a head. For each chunk: logits, ``compute``, which fills their gradient; for
+    each group of chunks the products of it."""
     with without_autocast(head.hidden):
         some, some_target = _select(head, target, valid_rows)
         upstream = upstream if valid_rows is None else upstream.of(valid_rows)
-        grads = _empty_grads(some, target, needs, options)
+        plan = _plan(some, needs, spec, options)
+        grads = _empty_grads(some, target, needs, options, plan.sum_dtype)
         weight = _weight(some, spec, options)
-        scale = None
-        has_ignored = valid_rows is None
-        for rows, x, z in _logits(
-            some, weight, some_target, spec, options, has_ignored, buffer=grads.hidden
+        scale = held = None
+        has_ignored, sizes = valid_rows is None, (plan.rows, plan.grad_rows)
+        for chunk in _chunks(
+            some, weight, some_target, spec, options, has_ignored, *sizes, buffer=grads.hidden
         ):
-            chunk = rows, z, some_target[rows]
-            up = upstream.of(rows)
+            rows, z, group, x = chunk
+            operands, up = (rows, z, some_target[rows]), upstream.of(rows)
             dtarget = None if grads.target is None else grads.target[rows]
             if not (needs.hidden or needs.weight or needs.bias):
-                compute(*chunk, upstream=up, dtarget=dtarget)
+                compute(*operands, upstream=up, dtarget=dtarget)
                 continue
             dz = _gradient_over(z, x.dtype)
+            if plan.grad_rows > plan.rows:
+                if held is None:
+                    held = _rows_like(dz, min(plan.grad_rows, len(some.hidden)))
+                dz = held[rows.start - group.start : rows.stop - group.start]
             if dz.dtype != torch.float16:
-                compute(*chunk, upstream=up, dlogits=dz, dtarget=dtarget)
+                compute(*operands, upstream=up, dlogits=dz, dtarget=dtarget)
             else:
                 scale = _fp16_scale(upstream, class_weight, spec) if scale is None else scale
                 if dtarget is not None:
                     # not scaled, as it is the operand of no product
-                    compute(*chunk, upstream=up, dtarget=dtarget)
-                compute(*chunk, upstream=up.over(scale), dlogits=dz)
-            _accumulate(grads, rows, x, dz, weight)
+                    compute(*operands, upstream=up, dtarget=dtarget)
+                compute(*operands, upstream=up.over(scale), dlogits=dz)
+            if chunk.completes_group:
+                dzs = dz if held is None else held[: len(x)]
+                _accumulate(grads, group, x, dzs, weight)
 
         if scale is not None:
             for grad in (grads.hidden, grads.weight, grads.bias):
@@ -273,10 +235,32 @@ def _grads(
                     grad.mul_(scale)
         if grads.hidden is not None:
             grads = grads._replace(hidden=_scatter(grads.hidden, valid_rows, target))
+        if grads.weight is not None:
+            dtype = weight_grad_dtype(some.hidden.dtype, options, some.hidden.device)
+            del held
+            grads = grads._replace(weight=grads.weight.to(dtype))
         return grads
 
 
-def _empty_grads(head: Head, target: Tensor, needs: Needs, options: LinearOptions) -> Gradients:
+def _plan(head: Head, needs: Needs, spec: LossSpec, options: LinearOptions) -> ChunkPlan:
+    (n, d), dtype, device = head.hidden.shape, head.hidden.dtype, head.hidden.device
+    v, narrow_sums = _widest_shard(head, spec), mm_returns_fp32(device)
+    plan = chunk_plan(n, d, v, dtype, options, narrow_sums=narrow_sums, cpu=device.type == "cpu")
+    if not needs.weight:
+        rows = _rows_per_chunk(head, spec, options)
+        plan = plan._replace(rows=rows, grad_rows=rows)
+    return plan
+
+
+def _rows_like(dz: Tensor, rows: int) -> Tensor:
+    """(rows, V) of the dtype of ``dz``, with rows that start where accesses are wide."""
+    v = dz.shape[1]
+    return torch.empty(rows, padded(v), dtype=dz.dtype, device=dz.device)[:, :v]
+
+
+def _empty_grads(
+    head: Head, target: Tensor, needs: Needs, options: LinearOptions, sum_dtype: torch.dtype
+) -> Gradients:
     """Memory for the gradients of the rows of ``head``, and for those of all probabilities."""
     hidden, weight = head.hidden, head.weight
     dtype = options.dtype("acc_dtype", hidden.dtype)
@@ -284,7 +268,7 @@ def _empty_grads(head: Head, target: Tensor, needs: Needs, options: LinearOption
     if needs.hidden:
         dhidden = torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
     if needs.weight:
-        dweight = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        dweight = torch.empty_like(weight, dtype=sum_dtype, memory_format=torch.contiguous_format)
         if len(hidden) == 0:
             # the first chunk fills it, and there is none
             dweight.zero_()
@@ -330,10 +314,13 @@ def _operand_dtype(head: Head, options: LinearOptions) -> torch.dtype:
 
 
 def _rows_per_chunk(head: Head, spec: LossSpec, options: LinearOptions) -> int:
-    (n, d), v, cpu = head.hidden.shape, len(head.weight), head.hidden.device.type == "cpu"
+    (n, d), cpu = head.hidden.shape, head.hidden.device.type == "cpu"
+    return chunk_rows(n, d, _widest_shard(head, spec), head.hidden.dtype, options, cpu=cpu)
+
+
+def _widest_shard(head: Head, spec: LossSpec) -> int:
     # shards of unequal sizes must have equal numbers of chunks
-    v = v if spec.group is None else even_classes(spec)
-    return chunk_rows(n, d, v, head.hidden.dtype, options, cpu=cpu)
+    return len(head.weight) if spec.group is None else even_classes(spec)
 
 
 def _weight(head: Head, spec: LossSpec, options: LinearOptions) -> Weight:
@@ -344,17 +331,31 @@ def _weight(head: Head, spec: LossSpec, options: LinearOptions) -> Weight:
     return Weight(head.weight, dtype, converted_rows=rows)
 
 
-def _logits(
+class Chunk(NamedTuple):
+    """Logits of some rows, and the group of chunks whose gradients are multiplied together."""
+
+    rows: slice
+    logits: Tensor
+    group: slice
+    hidden: Tensor  # of the group, in the products' dtype
+
+    @property
+    def completes_group(self) -> bool:
+        return self.rows.stop == self.group.stop
+
+
+def _chunks(
     head: Head,
     weight: Weight,
     target: Tensor,
     spec: LossSpec,
     options: LinearOptions,
     has_ignored: bool,
+    rows: int,
+    group_rows: int,
     buffer: Tensor | None = None,
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, hidden states in the products' dtype, logits) of each chunk in turn; all chunks share
-    the memory of the logits.
+) -> Iterator[Chunk]:
+    """Chunks of ``rows`` in turn, in groups of ``group_rows``; all share the memory of the logits.
 
     Hidden states that must be copied go to ``buffer`` (N, D), that of their gradient, if it fits.
     """
@@ -363,28 +364,33 @@ def _logits(
     dtype = _operand_dtype(head, options)
     # ignored rows may hold NaN, which a gradient of 0 would not remove from the products
     masks = has_ignored and not target.is_floating_point()
-    step = _rows_per_chunk(head, spec, options)
     logits_dtype = options.dtype("logits_dtype", hidden.dtype)
-    logits = torch.empty(min(step, n), padded(v), dtype=logits_dtype, device=hidden.device)
+    logits = torch.empty(min(rows, n), padded(v), dtype=logits_dtype, device=hidden.device)
     copies = None
     if masks or dtype != hidden.dtype:
         if buffer is not None and buffer.dtype == dtype and weight.single_block:
             copies = buffer
         else:
-            copies = torch.empty(min(step, n), d, dtype=dtype, device=hidden.device)
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        x = hidden[rows]
+            copies = torch.empty(min(group_rows, n), d, dtype=dtype, device=hidden.device)
+    for group in _slices(0, n, group_rows):
+        xs = hidden[group]
         if copies is not None:
-            x = (copies[rows] if copies is buffer else copies[: len(x)]).copy_(x)
+            xs = (copies[group] if copies is buffer else copies[: len(xs)]).copy_(xs)
         if masks:
-            x.masked_fill_((target[rows] == spec.ignore_index)[:, None], 0.0)
-        z = logits[: len(x), :v]
-        for classes, block in weight.blocks():
-            product(z[:, classes], x, block.T)
-        if bias is not None:
-            z += bias
-        yield rows, x, z
+            xs.masked_fill_((target[group] == spec.ignore_index)[:, None], 0.0)
+        for part in _slices(group.start, group.stop, rows):
+            x = xs[part.start - group.start : part.stop - group.start]
+            z = logits[: len(x), :v]
+            for classes, block in weight.blocks():
+                product(z[:, classes], x, block.T)
+            if bias is not None:
+                z += bias
+            yield Chunk(part, z, group, xs)
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    for at in range(start, stop, step):
+        yield slice(at, min(at + step, stop))
 
 
 def _gradient_over(z: Tensor, operand_dtype: torch.dtype) -> Tensor:
