@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -50,9 +51,9 @@ def head_call(
             "options.main_grad needs another implementation than the reference, which this call"
             " must take"
         )
-    if main_grad is not None:
+    if main_grad is not None and options.acc_dtype is None and input.dtype == torch.bfloat16:
         # what is added to main_grad is not rounded before
-        options = replace(options, acc_dtype=options.dtype("acc_dtype", input.dtype))
+        options = replace(options, acc_dtype=torch.float32)
     divisor = denominator(rows, spec, reduction, normalizer)
     needs = head_needs(rows)
     hidden = rows.input if shard is None else shared(rows.input, shard)

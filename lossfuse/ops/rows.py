@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..backends import torch_small
 from ..row_types import Upstream
 from ..spec import LossSpec
+from ..targets import values_are_readable
 from ..vocab_parallel.merge import SAVED_ROWS
 from .gradients import (
     formed_gradients,
@@ -139,9 +141,13 @@ def _row_total_and_grads(
     need_dtarget: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = OpArgs(*options)
+    few = _of_few_logits(args, logits, target, class_weight, divisor, mean)
+    if few is not None:
+        return *few, new_grad(target, False)
     grads = new_grads(logits, target, need_dlogits, need_dtarget)
     total, dloss = _total_and_fill(
-        OpArgs(*options),
+        args,
         (logits, target, class_weight),
         divisor,
         mean,
@@ -173,9 +179,14 @@ def _row_total_and_grads_(
     need_dtarget: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtarget = new_grad(target, need_dtarget)
+    args, dtarget = OpArgs(*options), new_grad(target, need_dtarget)
+    few = _of_few_logits(args, logits, target, class_weight, divisor, mean)
+    if few is not None:
+        total, dloss, dlogits = few
+        logits.copy_(dlogits)
+        return total, dloss, dtarget
     total, dloss = _total_and_fill(
-        OpArgs(*options),
+        args,
         (logits, target, class_weight),
         divisor,
         mean,
@@ -196,6 +207,31 @@ def _row_total_and_grads_fake_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = new_loss(logits).new_empty(())
     return total, torch.empty_like(total), new_grad(target, need_dtarget)
+
+
+def _of_few_logits(
+    args: OpArgs,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    divisor: Tensor | None,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(total, dloss, dlogits), where few operators of torch compute them."""
+    plain = (
+        args.impl == "torch"
+        and logits.device.type == "cpu"
+        and class_weight is None
+        and args.softcap is None
+        and args.logit_scale is None
+        and args.group is None
+        and args.label_smoothing == 0.0
+        and args.lse_square_scale == 0.0
+        and not target.is_floating_point()
+    )
+    if not plain or not values_are_readable(target):
+        return None
+    return torch_small.total_and_grad(logits, target, divisor, mean, args.ignore_index)
 
 
 def _total_and_fill(
