@@ -19,18 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import softmax_rows
+from .devices import device_of, multiprocessors, warp_size
 from .launch import (
     SWEEPS,
     UNFUSED,
     FusedPlan,
     LossOptions,
-    family,
     fused_plan,
-    limits_registers,
-    multiprocessors,
     on_device_of,
     resident_programs,
-    warp_size,
 )
 from .row_access import (
     IGNORED,
@@ -565,7 +562,7 @@ def _launch(
     plan = _plans.get(key)
     if plan is None:
         plan = fused_plan(
-            family(logits.device),
+            device_of(logits.device),
             v,
             logits.element_size(),
             wide=wide,
@@ -636,7 +633,6 @@ def _split_rows(
     logits, _, _, _, dloss, _, dlogits = operands
     n, v = logits.shape
     k = plan.slices
-    most_registers = plan.most_registers if limits_registers(logits.device) else None
 
     def launch(rows: int, rows_in_flight: int, programs: int, phase: int) -> Any:
         return split_row_kernel[(programs,)](
@@ -644,7 +640,7 @@ def _split_rows(
             logits.stride(0), dlogits.stride(0), dloss.stride(0), lead, rows, v, k, rows_in_flight,
             ignore_index, **options, SLICE=plan.block_v,
             K_BLOCK=words_block(k, warp_size(logits.device)), GROUP=16 // logits.element_size(),
-            PHASE=phase, num_warps=plan.num_warps, maxnreg=most_registers,
+            PHASE=phase, num_warps=plan.num_warps, maxnreg=plan.most_registers,
             launch_cooperative_grid=phase == 0, **UNFUSED,
         )  # fmt: skip
 

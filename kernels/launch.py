@@ -11,15 +11,32 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
+from .devices import Device, multiprocessors
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Classes per block, warps per program, and the limit of registers per thread, if any, on GPUs
-    before Blackwell."""
+    """Classes per block and warps per program."""
 
     block_v: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class SliceConfig(LaunchConfig):
+    """A slice of a row, and the programs of it that an SM holds (sm_80 to sm_120, triton 3.7.1):
+    ``limited`` where the device limits registers per thread to ``most_registers``."""
+
+    programs: int = 1
+    limited: int | None = None
     most_registers: int | None = None
+
+    def bytes_in_flight(self, device: Device, itemsize: int) -> int:
+        """Bytes of logits that an SM has loaded or is loading."""
+        programs = self.programs
+        if device.limits_registers and self.limited is not None:
+            programs = self.limited
+        return programs * self.block_v * itemsize
 
 
 class LossOptions(TypedDict):
@@ -94,7 +111,7 @@ class FusedTable:
     """
 
     rows: tuple[LaunchConfig, ...]
-    slices: tuple[LaunchConfig, ...]
+    slices: tuple[SliceConfig, ...]
 
 
 # by family, bytes of a logit, and whether a softcap or smoothing is given, which need registers for
@@ -106,7 +123,11 @@ FUSED_TABLES: dict[tuple[str, int, bool], FusedTable] = {
     # 6 of 4096, which need the limits: a dozen registers are spilled, once a row (triton 3.7.1)
     ("nvidia", 2, False): FusedTable(
         rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16)),
-        slices=(LaunchConfig(16384, 4), LaunchConfig(8192, 4, 128), LaunchConfig(4096, 4, 80)),
+        slices=(
+            SliceConfig(16384, 4, programs=2),
+            SliceConfig(8192, 4, programs=2, limited=4, most_registers=128),
+            SliceConfig(4096, 4, programs=4, limited=6, most_registers=80),
+        ),
     ),
     # rows of 32000 with 32 warps 0.975, of 8192 with 32 warps 0.988 in a prototype; here 8 warps
     # issue 17 instructions an element and 32 warps 46. Between them 32 warps spill (triton 3.6).
@@ -114,18 +135,18 @@ FUSED_TABLES: dict[tuple[str, int, bool], FusedTable] = {
     # with 4 or 8 warps 0.961 at 32001, 0.952 at 50257, 0.917 at 262147
     ("nvidia", 4, False): FusedTable(
         rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 16), LaunchConfig(32768, 32)),
-        slices=(LaunchConfig(8192, 4), LaunchConfig(4096, 4)),
+        slices=(SliceConfig(8192, 4, programs=2), SliceConfig(4096, 4, programs=3)),
     ),
     # not measured: no spills on sm_80 to sm_100, two programs an SM; rows of 16384 spill with 16
     # warps (triton 3.9)
     ("nvidia", 2, True): FusedTable(
         rows=(LaunchConfig(8192, 8), LaunchConfig(16384, 32)),
-        slices=(LaunchConfig(4096, 4),),
+        slices=(SliceConfig(4096, 4, programs=2),),
     ),
     # not measured: no spills on sm_80 to sm_100, three programs an SM
     ("nvidia", 4, True): FusedTable(
         rows=(LaunchConfig(8192, 32), LaunchConfig(16384, 32)),
-        slices=(LaunchConfig(2048, 4),),
+        slices=(SliceConfig(2048, 4, programs=3),),
     ),
     # not measured: no spills on gfx942, whose programs have at most 16 wavefronts of 64. No slices:
     # that the programs of a row may wait for one another is not verified there
@@ -134,9 +155,19 @@ FUSED_TABLES: dict[tuple[str, int, bool], FusedTable] = {
     ("amd", 2, True): FusedTable((LaunchConfig(8192, 8),), ()),
     ("amd", 4, True): FusedTable((LaunchConfig(8192, 8),), ()),
 }
-# share of a row's slices that are classes and not padding. Below it the next narrower slice is
-# better: 50257 classes fill 0.77 of four slices of 16384
-LEAST_FILL = 15 / 16
+
+
+def predicted(slices: int, config: SliceConfig, v: int, itemsize: int, device: Device) -> float:
+    """The share of the speed of copying the logits that a row split in this way reaches.
+
+    The latency of memory limits it: on an H100 0.95 was measured with 64 KiB in flight an SM and
+    0.90 with 48, and the curve goes through these two points. A device with more bandwidth an SM
+    needs more bytes. Padding takes as long as classes.
+    """
+    kib = config.bytes_in_flight(device, itemsize) / 1024 / device.pressure
+    return v / (slices * config.block_v) / (1.0 + (21.3 / kib) ** 2.7)
+
+
 # unaligned rows with fewer classes are read element by element by one program; not measured
 LEAST_UNALIGNED_SPLIT = 2048
 
@@ -158,7 +189,7 @@ SWEEPS = FusedPlan("sweeps")
 
 
 def fused_plan(
-    family: str,
+    device: Device,
     v: int,
     itemsize: int,
     *,
@@ -172,7 +203,7 @@ def fused_plan(
     ``most_lead``: the largest distance of a row from the 16-byte boundary before it, in elements;
     None where logits and gradient differ in it. ``shaping``: a softcap or smoothing is given.
     """
-    table = FUSED_TABLES.get((family, itemsize, shaping))
+    table = FUSED_TABLES.get((device.family, itemsize, shaping))
     if table is None:
         return SWEEPS
     split = most_lead is not None and len(table.slices) > 0 and v >= LEAST_UNALIGNED_SPLIT
@@ -184,45 +215,10 @@ def fused_plan(
         return SWEEPS
     assert most_lead is not None
     counts = [(-(-(v + most_lead) // c.block_v), c) for c in table.slices]
-    fills = [v / (k * c.block_v) for k, c in counts]
-    best = next((i for i, fill in enumerate(fills) if fill >= LEAST_FILL), fills.index(max(fills)))
-    k, config = counts[best]
-    return FusedPlan("split", config.block_v, config.num_warps, k, config.most_registers)
-
-
-@functools.cache
-def family(device: torch.device) -> str:
-    """The family of a device in ``FUSED_TABLES``; the interpreter takes NVIDIA's tables."""
-    if device.type == "cpu":
-        return "nvidia"
-    if device.type == "cuda":
-        return "amd" if torch.version.hip else "nvidia"
-    return device.type
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Number of SMs (or compute units) of the device."""
-    if device.type == "cpu":
-        return 1
-    properties: Any = torch.get_device_module(device).get_device_properties(device)
-    return int(getattr(properties, "multi_processor_count", 64))
-
-
-@functools.cache
-def limits_registers(device: torch.device) -> bool:
-    """True if ``LaunchConfig.most_registers`` applies: on Blackwell the limit spills four times as
-    much."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 10
-
-
-@functools.cache
-def warp_size(device: torch.device) -> int:
-    """Lanes of a warp (a wavefront on AMD)."""
-    if device.type == "cpu":
-        return 32
-    properties: Any = torch.get_device_module(device).get_device_properties(device)
-    return int(getattr(properties, "warp_size", 32))
+    shares = [predicted(k, c, v, itemsize, device) for k, c in counts]
+    k, config = counts[shares.index(max(shares))]
+    most_registers = config.most_registers if device.limits_registers else None
+    return FusedPlan("split", config.block_v, config.num_warps, k, most_registers)
 
 
 def resident_programs(compiled: Any, device: torch.device) -> int:

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNFUSED, family, multiprocessors, on_device_of
+from .devices import multiprocessors
+from .launch import UNFUSED, on_device_of
 from .row_access import IGNORED, class_of, mask_row, masked_argmax, target_weight
 from .tile_math import (
     HIGHEST,
@@ -322,7 +323,7 @@ def runs_on(hidden: Tensor, weight: Tensor) -> str | None:
 
 
 def _device_obstacle(device: torch.device) -> str | None:
-    if family(device) != "nvidia":
+    if device.type != "cuda" or torch.version.hip:
         return f"{device.type} is not CUDA"
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 9:

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, family, fused_plan, on_device_of, row_blocks
+from .devices import device_of
+from .launch import LaunchConfig, fused_plan, on_device_of, row_blocks
 from .tile_math import (
     LOWEST,
     log1p_from_minus_one,
@@ -140,7 +141,7 @@ def row_plan(t: Tensor, tensors: int) -> tuple[LaunchConfig, bool]:
     """(block, True if a block is a whole row) for rows of ``t``, of ``tensors`` loaded tensors."""
     v = t.shape[1]
     plan = fused_plan(
-        family(t.device),
+        device_of(t.device),
         v,
         t.element_size(),
         wide=True,

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, multiprocessors, on_device_of
+from .devices import multiprocessors
+from .launch import LaunchConfig, on_device_of
 
 SCALE_BLOCK = LaunchConfig(4096, 8)
 

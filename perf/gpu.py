@@ -28,7 +28,16 @@ ERRORS_SECONDS = 60.0
 # one file per kernel; CONTRIBUTING.md has the command for all tests of a GPU, ten times as many
 TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("values", "gpu", "fused_rows", "linear_rows", "stats_rows", "labels", "family")
+    for name in (
+        "values",
+        "gpu",
+        "fused_kernel",
+        "head_kernel",
+        "statistics_kernels",
+        "row_totals",
+        "labels",
+        "family",
+    )
 )
 TEST_WORKERS = 4
 # a rehearsal runs a few tests, and divides the sizes of cases by SHRINK

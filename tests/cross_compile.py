@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lossfuse.kernels import (
+    devices,
     fused_rows,
     label_rows,
     linear_rows,
@@ -35,6 +36,12 @@ from lossfuse.kernels.launch import (
     stats_blocks,
 )
 
+DEVICES = {
+    "sm_80": devices.A100,
+    "sm_90": devices.H100,
+    "sm_100": devices.B200,
+    "gfx942": devices.MI300X,
+}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -214,13 +221,17 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
     block = row_totals.BLOCK
     for kernel in (row_totals.prepare_rows_kernel, row_totals.total_kernel):
         yield Launch(kernel, block.num_warps, {"BLOCK": block.block_v}, options={})
-    family = "amd" if target.startswith("gfx") else "nvidia"
     group = 16 // itemsize
     seen = set()
     for v in FUSED_V:
         wide = v % 16 == 0
         plan = fused_plan(
-            family, v, itemsize, wide=wide, most_lead=0 if wide else group - 1, shaping=shaping
+            DEVICES[target],
+            v,
+            itemsize,
+            wide=wide,
+            most_lead=0 if wide else group - 1,
+            shaping=shaping,
         )
         if plan.kind == "sweeps" or (plan.kind, plan.block_v) in seen:
             continue
@@ -237,7 +248,7 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
                 "PHASE": 0,
             }
             options = {"launch_cooperative_grid": True, **UNFUSED}
-            if plan.most_registers is not None and target in ("sm_80", "sm_90"):
+            if plan.most_registers is not None:
                 options["maxnreg"] = plan.most_registers
             # compiled for rows of any alignment
             yield Launch(fused_rows.split_row_kernel, plan.num_warps, constants, False, options)
@@ -289,12 +300,11 @@ def log_softmax_launches(
     target: str, itemsize: int
 ) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
     """Each width of a whole row in the tables, and a longer row."""
-    family = "amd" if target.startswith("gfx") else "nvidia"
     for kernel, two in (
         (log_softmax_rows.log_softmax_kernel, False),
         (log_softmax_rows.log_softmax_grad_kernel, True),
     ):
-        configs = {(c, True) for c in FUSED_TABLES[family, itemsize, two].rows} | {
+        configs = {(c, True) for c in FUSED_TABLES[DEVICES[target].family, itemsize, two].rows} | {
             (row_blocks(V), False)
         }
         for config, whole in sorted(configs, key=str):

@@ -3,6 +3,7 @@ and the tables that choose one."""
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rows import class_weight, logits_and_ids, probabilities
 
 pytest.importorskip("triton")
 from lossfuse.backends import triton as backend
-from lossfuse.kernels import fused_rows, launch, scale_rows
+from lossfuse.kernels import devices, fused_rows, launch, scale_rows
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,7 +44,7 @@ def force(monkeypatch):
     """Make the launcher take a way: "whole", "sweeps", or the width of a slice."""
 
     def force(way):
-        def plan(family, v, itemsize, *, wide, most_lead, shaping):
+        def plan(device, v, itemsize, *, wide, most_lead, shaping):
             if way == "sweeps":
                 return launch.SWEEPS
             if way == "whole":
@@ -460,12 +461,15 @@ def test_multiply_in_place(device, n, dtype):
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_tables_cover_every_vocabulary(key, aligned):
     family, itemsize, shaping = key
-    table = launch.FUSED_TABLES[key]
+    table, device = (
+        launch.FUSED_TABLES[key],
+        {"nvidia": devices.B200, "amd": devices.MI300X}[family],
+    )
     lead = 0 if aligned else 16 // itemsize - 1
     real = (16384, 16385, 32000, 32768, 50257, 128256, 151936, 262144, 300_000)
     for v in itertools.chain(range(1, 3000), range(3000, 300_000, 23), real):
         plan = launch.fused_plan(
-            family, v, itemsize, wide=aligned and v % 16 == 0, most_lead=lead, shaping=shaping
+            device, v, itemsize, wide=aligned and v % 16 == 0, most_lead=lead, shaping=shaping
         )
         if plan.kind == "whole":
             assert v <= plan.block_v < max(129, 2 * v) and plan.block_v <= table.rows[-1].block_v
@@ -474,8 +478,9 @@ def test_tables_cover_every_vocabulary(key, aligned):
             assert (
                 plan.slices - 1
             ) * plan.block_v < v + lead <= plan.slices * plan.block_v and v >= 2 * 16 // itemsize
-            config = launch.LaunchConfig(plan.block_v, plan.num_warps, plan.most_registers)
-            assert config in table.slices
+            assert (plan.block_v, plan.num_warps) in {
+                (c.block_v, c.num_warps) for c in table.slices
+            }
         else:
             assert v > table.rows[-1].block_v and not table.slices
         assert plan.kind == "sweeps" or (
@@ -494,14 +499,32 @@ def test_tables_cover_every_vocabulary(key, aligned):
         (32001, 2, False, ("split", 16384, 4, 2)),
         (50257, 2, False, ("split", 4096, 4, 13)),
         (151643, 2, False, ("split", 8192, 4, 19)),
-        (262147, 2, False, ("split", 16384, 4, 17)),
         (128256, 4, True, ("split", 8192, 4, 16)),
     ],
 )
 def test_what_was_measured_to_win_is_chosen(v, itemsize, wide, expected):
     lead = 0 if wide else 16 // itemsize - 1
-    plan = launch.fused_plan("nvidia", v, itemsize, wide=wide, most_lead=lead, shaping=False)
+    plan = launch.fused_plan(devices.H100, v, itemsize, wide=wide, most_lead=lead, shaping=False)
     assert (plan.kind, plan.block_v, plan.num_warps, plan.slices) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "width"), [(devices.H100, 4096), (devices.H200, 8192), (devices.B200, 16384)]
+)
+def test_more_bandwidth_takes_more_bytes_in_flight(device, width):
+    plan = launch.fused_plan(device, 50304, 2, wide=True, most_lead=0, shaping=False)
+    assert plan.block_v == width
+
+
+@pytest.mark.parametrize("name", [*devices.NAMED, "a GPU of next year"])
+def test_a_device_is_known_by_its_name_or_by_its_multiprocessors(monkeypatch, name):
+    properties = SimpleNamespace(name=f"NVIDIA {name} 80GB", multi_processor_count=100, major=11)
+    module = SimpleNamespace(get_device_properties=lambda device: properties)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    for function in (devices.device_of, devices.multiprocessors):
+        monkeypatch.setattr(devices, function.__name__, function.__wrapped__)
+    found, known = devices.device_of(torch.device("cuda")), devices.NAMED.get(name)
+    assert found == known or (known is None and found.pressure == pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 13, 32, 33, 128])
@@ -526,15 +549,10 @@ def test_rows_that_32_bits_do_not_count_are_refused():
 
 
 def test_devices_without_a_table_and_gradients_at_other_alignments_sweep_twice():
-    assert launch.fused_plan("xpu", 1000, 2, wide=True, most_lead=0, shaping=False) == launch.SWEEPS
-    assert (
-        launch.fused_plan("nvidia", 50257, 2, wide=False, most_lead=None, shaping=False)
-        == launch.SWEEPS
-    )
-    assert (
-        launch.fused_plan("nvidia", 5000, 2, wide=False, most_lead=None, shaping=False).kind
-        == "whole"
-    )
+    xpu, unaligned = devices.Device("xpu", 64, 1.0), {"wide": False, "most_lead": None}
+    assert launch.fused_plan(xpu, 1000, 2, wide=True, most_lead=0, shaping=False) == launch.SWEEPS
+    assert launch.fused_plan(devices.H100, 50257, 2, **unaligned, shaping=False) == launch.SWEEPS
+    assert launch.fused_plan(devices.H100, 5000, 2, **unaligned, shaping=False).kind == "whole"
 
 
 class FakeDevice:

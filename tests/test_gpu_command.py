@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from lossfuse.perf.goals import GOALS, Goal, judge
 from lossfuse.perf.rows import BOUNDS, append, read
 
 STEP = "forward+backward"
+ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda")
 WHERE = dict.fromkeys(("device", "torch", "triton", "lossfuse", "commit", "date"), "")
 WHERE |= {"device": "a|b<c>", "dirty": True}
@@ -24,6 +26,10 @@ WHERE |= {"device": "a|b<c>", "dirty": True}
 def row(**changes):
     few = {"case": "llama3", "n": 10, "v": 100, "ideal_ms": 0.7, "peak_extra_bytes": 2000}
     return measured_row(**few | {"date": "2026-01-01"} | changes)
+
+
+def test_the_tests_that_it_runs_exist():
+    assert all((ROOT / path).is_file() for path in gpu.TESTS)
 
 
 def test_goals_name_cases_modes_dtypes_and_methods_that_exist():

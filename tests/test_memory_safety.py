@@ -58,7 +58,7 @@ def take_plan(monkeypatch):
     """Make the fused launcher take "whole" rows, "sweeps", or slices of a width."""
 
     def take(kind):
-        def plan(family, v, itemsize, *, wide, most_lead, shaping):
+        def plan(device, v, itemsize, *, wide, most_lead, shaping):
             if kind == "whole":
                 return launch.FusedPlan("whole", max(BLOCK, 1 << (v - 1).bit_length()), 1)
             if kind == "sweeps" or most_lead is None or v < 32 // itemsize:
