@@ -16,7 +16,6 @@ from .torch_rows import (
     DEVICE_BLOCK_BYTES,
     TEMPORARY_BYTES,
     TEMPORARY_SHARE,
-    prefer_huge_pages,
     threads_for,
 )
 
@@ -48,9 +47,6 @@ def label_loss_and_grads(
             loss.zero_()
         return
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for out in (loss, dlogits, dtarget):
-        if out is not None:
-            prefer_huge_pages(out)
     dloss = None if dloss is None else dloss.to(dtype).expand(n, v)
     listed = not target.is_floating_point()
     if listed and target.shape[1] == 0:

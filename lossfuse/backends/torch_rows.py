@@ -21,9 +21,7 @@ sum(e)``, ``e = exp(d)`` and ``d`` the distance z - row_max (<= 0), the entropy 
     dentropy * p_v * (sum(p * d) - d_v)
 """
 
-import ctypes
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -163,9 +161,6 @@ def _run(
     dtype = compute_dtype(logits)
     weight = None if class_weight is None else class_weight.to(dtype)
     up = None if upstream is None else upstream.columns(dtype)
-    for grad in (dlogits, dtarget):
-        if grad is not None:
-            prefer_huge_pages(grad)
     n, v = logits.shape
     soft = target.is_floating_point()
     temporaries = FEATURE_BLOCKS if soft or spec.label_smoothing or spec.transforms_logits else 0
@@ -724,17 +719,3 @@ def zero_rows(dlogits: Tensor, ignored: Tensor) -> None:
         dlogits.index_fill_(0, ignored[:, 0].nonzero()[:, 0], 0.0)
     else:
         dlogits.masked_fill_(ignored, 0.0)
-
-
-_MADV_HUGEPAGE = 14
-_PAGE, _HUGE_PAGE = 4096, 2 << 20
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def prefer_huge_pages(fresh: Tensor) -> None:
-    """Advise Linux to back a new tensor with huge pages, as numpy does: page faults on small ones
-    take longer than the loss."""
-    first = -(-fresh.data_ptr() // _PAGE) * _PAGE
-    end = (fresh.data_ptr() + fresh.numel() * fresh.element_size()) // _PAGE * _PAGE
-    if _libc is not None and fresh.device.type == "cpu" and end - first >= 2 * _HUGE_PAGE:
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)

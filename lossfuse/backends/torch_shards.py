@@ -15,7 +15,6 @@ from .torch_rows import (
     largest,
     map_row_ranges,
     multiply_in_place,
-    prefer_huge_pages,
     soft_target_grad,
     softmax_coef_of,
     target_masses,
@@ -184,9 +183,6 @@ def shard_grads(
     columns = saved.to(dtype)[:, :, None]
     n = len(logits)
     soft = target.is_floating_point()
-    for grad in (dlogits, dtarget):
-        if grad is not None:
-            prefer_huge_pages(grad)
     temporaries = 2 + (up.entropy is not None)
     if soft or spec.label_smoothing or spec.transforms_logits:
         temporaries += FEATURE_BLOCKS
