@@ -29,6 +29,9 @@ INSTRUCTIONS = {
 # bytes that may be spilled to hold one more program an SM, and loads and stores of them: a dozen of
 # each, once a row
 SPILLED = 80
+# what other versions of Triton may add: a tenth of the instructions, a few bytes, and as many again
+# where a limit of registers forces them out
+MARGIN, FEW, MORE = 1.1, 16, 80
 # programs an SM of rows that are split, by their slice, in bf16 without softcap and smoothing
 PROGRAMS = {16384: 2, 8192: 4, 4096: 6}
 # registers of an SM, and SMs of the smallest GPU that must be able to split the longest rows (A10)
@@ -49,8 +52,10 @@ FIRST = [("sm_90", "bf16"), ("sm_90", "fp32 to bf16"), ("gfx942", "bf16")]
     [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) for case in ALL],
 )
 def test_kernels_compile_without_spills(target, dtype):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     from lossfuse.kernels import linear_rows
+
+    counted = triton.__version__.startswith("3.7.")
 
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONPATH": str(ROOT)
@@ -85,11 +90,14 @@ def test_kernels_compile_without_spills(target, dtype):
     for row in rows:
         # the widest slice takes every register, and on sm_100 two more, which are a few bytes
         widest = row.get("slice") == 16384 and target == "sm_100"
-        assert row["spills"] <= (SPILLED if row["limited"] else 12 if widest else 0), row
+        spilled = SPILLED if row["limited"] else 12 if widest else 0
+        more = 0 if counted else MORE if row["limited"] else FEW
+        assert row["spills"] <= spilled + more, row
         if target == "sm_90" and dtype == "bf16":
             most = INSTRUCTIONS.get((row["kernel"], row["options"]))
             elements = (row.get("block_v") or 1) / (32 * row["warps"])
-            assert most is None or row["instructions"] <= most * elements, row
+            margin = 1 if counted else MARGIN
+            assert most is None or row["instructions"] <= most * elements * margin, row
             if row["kernel"] == "split_row_kernel" and row["options"] == "plain":
                 programs = REGISTERS // (row["registers"] * 32 * row["warps"])
                 assert programs >= PROGRAMS[row["slice"]], row
