@@ -26,7 +26,7 @@ COLORS = {
     "lossfuse linear stats": "#974783",
     "lossfuse linear lean": "#bf56b5",
     "lossfuse linear leanest": "#f16015",
-    "lossfuse linear kept": "#b56f3d",
+    "lossfuse linear kept": "#fa5b70",
     "lossfuse reference": "#8d6263",
     "lossfuse linear reference": "#8d6263",
     "F.cross_entropy": "#8197a7",

@@ -34,7 +34,7 @@ def assert_loss_close(got: Tensor, want: Tensor, *, additions: float = 0.0) -> N
     )
 
 
-def assert_statistics_close(got, want) -> None:
+def assert_statistics_close(got, want, *, additions: float = 0.0) -> None:
     """Every statistic that was asked for, its dtype and its shape; classes and numbers of rows
     exactly."""
     for name, g, w in zip(got._fields, got, want, strict=True):
@@ -48,7 +48,7 @@ def assert_statistics_close(got, want) -> None:
             assert g.dtype == (
                 torch.float64 if got.lse.dtype == torch.float64 else torch.float32
             ), name
-            assert_loss_close(g.detach(), w.detach())
+            assert_loss_close(g.detach(), w.detach(), additions=additions)
 
 
 def assert_formula_close(got: Tensor, want: Tensor) -> None:

@@ -29,9 +29,9 @@ INSTRUCTIONS = {
 # bytes that may be spilled to hold one more program an SM, and loads and stores of them: a dozen of
 # each, once a row
 SPILLED = 80
-# what other versions of Triton may add: a tenth of the instructions, a few bytes, and as many again
-# where a limit of registers forces them out
-MARGIN, FEW, MORE = 1.1, 16, 80
+# what other versions of Triton may add: a tenth of the instructions, bytes that are spilled, also
+# where registers are limited, and registers of a thread
+MARGIN, FEW, MORE, REGISTERS_MORE = 1.1, 16, 80, 24
 # programs an SM of rows that are split, by their slice, in bf16 without softcap and smoothing
 PROGRAMS = {16384: 2, 8192: 4, 4096: 6}
 # registers of an SM, and SMs of the smallest GPU that must be able to split the longest rows (A10)
@@ -108,7 +108,8 @@ def test_kernels_compile_without_spills(target, dtype):
                 "statistics",
                 "shard, every option",
             )
-            assert row["registers"] <= (144 if crowded else 128), row
+            most = (144 if crowded else 128) + (0 if counted else REGISTERS_MORE)
+            assert row["registers"] <= most, row
         if row["kernel"] == "tile_stats_kernel":
             assert row["tma"] > 0 and row["mma"] > 0, row
             assert row["shared"] <= linear_rows.TILE.shared_memory(2), row

@@ -30,7 +30,7 @@ def test_batches_are_next_tokens_and_repeat_with_their_seed():
 
 
 def test_both_losses_train_alike_and_are_drawn(tmp_path, capsys):
-    sizes = {"vocab_size": 600, "characters": 300_000, "batch": 4, "length": 16, "width": 16}
+    sizes = {"vocab_size": 600, "characters": 300_000, "batch": 32, "length": 64, "width": 16}
     setup = demo.Setup(steps=6, layers=1, heads=2, **sizes)
     result = demo.main(tmp_path / "demo.png", setup)
     theirs, ours = (result.runs[name] for name in (demo.TORCH, demo.OURS))

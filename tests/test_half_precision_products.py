@@ -80,7 +80,10 @@ def test_as_near_as_the_dtype_of_the_operands(
     exact = [t.detach().double().nan_to_num().requires_grad_() for t in operands]
     want_loss, want = run(exact, "reference", None)
     got_loss, got = run(operands, place.impl, options)
-    assert len(mixed) == (1 if reduction == "mean" else 2) * -(-N // rows) + 2 * -(-N // rows)
+    chunks = -(-N // rows)
+    # a gradient of the weight that one chunk gives is rounded once and needs no fp32 sums
+    of_weight = 0 if chunks == 1 and dtype == torch.bfloat16 else chunks
+    assert len(mixed) == (2 if reduction == "mean" else 3) * chunks + of_weight
     torch.testing.assert_close(got_loss.double(), want_loss, rtol=1e-5, atol=1e-5)
     for a, b in zip(got, want, strict=True):
         within = b.abs() < 0.99 * torch.finfo(dtype).max

@@ -305,7 +305,7 @@ def test_rows_of_two_calls_of_a_head_are_joined(name, head):
         loss = TWO_CALLS[name](model(IDS), model(IDS.flip(0)))
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], found[0], rtol=5e-5, atol=1e-5)
     assert report.fused and not report.made
 
 

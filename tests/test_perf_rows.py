@@ -147,8 +147,9 @@ def test_hostile_text_is_stored_and_read_as_text(path):
     append(path, [row(**dict.fromkeys(columns, HOSTILE[0]))])
     expected = [text.replace("\r\n", "\n").replace("\r", "\n") for text in [*HOSTILE, HOSTILE[0]]]
     frame = read([path])
+    escaped = [t.replace("\ud800", "\\ud800").replace("\0", "\\x00") for t in expected]
     for column in columns:
-        assert frame[column].tolist() == [t.replace("\ud800", "\\ud800") for t in expected]
+        assert frame[column].tolist() == escaped
 
 
 def test_no_escape_sequence_of_a_file_reaches_the_terminal(path, capsys):

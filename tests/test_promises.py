@@ -113,12 +113,13 @@ def check_call(subject, x, target, **options):
 
 def assert_only_rows_are_nan(got, clean, bad):
     """Losses and gradients of these rows are NaN, the others those of ``clean``."""
+    # few rows without NaN may take other formulas, which round differently
     others = [row for row in range(len(got.rows)) if row not in bad]
     assert got.rows[bad].isnan().all() and got.total.isnan()
-    torch.testing.assert_close(got.rows[others], clean.rows[others], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.rows[others], clean.rows[others], rtol=5e-6, atol=0)
     for g, whole in zip(got.both_grads, clean.both_grads, strict=True):
         assert g[bad].isnan().all()
-        torch.testing.assert_close(g[others], whole[others], rtol=1e-6, atol=0)
+        torch.testing.assert_close(g[others], whole[others], rtol=5e-6, atol=0)
 
 
 # --- numbers

@@ -297,7 +297,9 @@ class TestRegimes:
         x, target, _ = case(thrifty_logits, False, 3, v, dtype)
         options = options | {"reduction": "none"}
         got, (want, wide) = thrifty_logits(x, target, **options), wanted(x, target, **options)
-        assert_statistics_close(got, want)
+        # torch's log_softmax without AVX-512 adds the exponentials up in eight sums
+        additions = v / 8 if thrifty_logits.place.impl == "reference" else 0.0
+        assert_statistics_close(got, want, additions=additions)
         ups = upstreams(got)
         scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
         z = x.detach().double() * scale
