@@ -138,7 +138,7 @@ def append(path: Path, rows: Sequence[dict[str, Any]], kind: Kind = MEASUREMENTS
 
     new = _typed(pd.DataFrame([{"schema": kind.version} | row for row in rows]), path, kind)
     text = [name for name, held in kind.columns.items() if held == "str"]
-    # pandas does not quote a lone carriage return, which ends a row; pandas 2.2 reads no text beyond
+    # pandas does not quote a lone carriage return, which ends a row; pandas 2.2 reads no text after
     # a NUL
     new[text] = new[text].replace({"\r\n?": "\n", "\0": r"\\x00"}, regex=True)
     try:
