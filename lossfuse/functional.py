@@ -9,6 +9,7 @@ from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
 from .call.implementations import Operators
 from .call.public import public
 from .call.reduction import denominator, divides_by_valid_rows, reduce_rows
+from .call.small_calls import is_plain, small_loss
 from .inputs import Rows, check_normalizer, flatten
 from .ops.inplace import Owner, may_consume
 from .spec import LinearOptions, LossSpec, VocabShard, loss_spec, require_bool, resolve_reduction
@@ -120,7 +121,8 @@ def cross_entropy(
     Rounding: float32 from load to store (float64 for float64). The row maximum and the logarithm of
     the sum are stored apart, so that an offset common to a row cancels exactly. The gradient
     ``p - 1`` at the target is computed before rounding and stays accurate for confident
-    predictions.
+    predictions. With ``impl="auto"``, a plain call of at most 65536 logits on a CPU is computed by
+    operators of torch if no prediction is so confident that they lose precision.
 
     Memory: O(N), and one tensor like ``input`` for the gradient unless ``inplace``. For "mean" and
     "sum" the forward forms the gradient, from the same read of the logits (on a GPU against class
@@ -133,6 +135,12 @@ def cross_entropy(
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for
     softmax", arXiv:1805.02867; z-loss is de Brebisson and Vincent, arXiv:1604.08859.
     """
+    options = (weight, size_average, reduce, softcap, logit_scale, normalizer, shard)
+    numbers = (label_smoothing, lse_square_scale)
+    if impl == "auto" and inplace is False and is_plain(options, numbers):
+        loss = small_loss(input, target, ignore_index, reduction)
+        if loss is not None:
+            return loss
     input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(

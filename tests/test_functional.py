@@ -2,6 +2,7 @@
 logits in place and heads, against the torch program in fp64."""
 
 import itertools
+import math
 from decimal import Decimal
 from fractions import Fraction
 
@@ -11,7 +12,13 @@ import torch
 
 import lossfuse
 import program
-from closeness import assert_formula_close, assert_loss_close, assert_product_close
+from closeness import (
+    assert_formula_close,
+    assert_gradient_close,
+    assert_loss_close,
+    assert_product_close,
+)
+from lossfuse import functional
 from options import COMBINATIONS, EVERYTHING, PAIRS, chunks_of, options_of, upstream
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
 
@@ -160,8 +167,8 @@ def test_deprecated_arguments_warn_and_win(size_average, reduce, means):
     x, target = logits_and_ids(5, 17)
     deprecated = {"size_average": size_average, "reduce": reduce}
     with pytest.warns(UserWarning, match=f"reduction='{means}'"):
-        got = lossfuse.cross_entropy(x, target, **deprecated, reduction="sum")
-    assert torch.equal(got, lossfuse.cross_entropy(x, target, reduction=means))
+        got = lossfuse.cross_entropy(x, target, **deprecated, reduction="sum", impl="torch")
+    assert torch.equal(got, lossfuse.cross_entropy(x, target, reduction=means, impl="torch"))
 
 
 @SOFT
@@ -219,3 +226,67 @@ def test_the_module_is_the_function_and_a_torch_module(place):
     assert torch.equal(got, want)
     mean = lossfuse.CrossEntropyLoss(impl=place.impl)(x, target, normalizer=5)
     assert torch.equal(mean, lossfuse.cross_entropy(x, target, normalizer=5, impl=place.impl))
+
+
+def small_case(n, v, dtype, sharp, ignored):
+    """Logits whose target leads by ``sharp``, and ids of which some are ignored."""
+    x, target = logits_and_ids(n, v, ignored=0.25 if ignored else 0.0)
+    lead = torch.zeros(n, v).scatter_(1, target.clamp_min(0).unsqueeze(1), sharp)
+    return (x.detach() + lead).to(dtype).requires_grad_(), target
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("sharp", [0.0, 3.0, 8.0, 15.0, 20.0, -200.0])
+@pytest.mark.parametrize(
+    ("n", "v", "dtype"),
+    [(4, 10, torch.float32), (3, 1, torch.float32), (5, 700, torch.bfloat16),
+        (4, 10, torch.float16), (2, 4096, torch.float32)],
+)  # fmt: skip
+def test_small_calls_are_accurate_however_confident(n, v, dtype, sharp, reduction):
+    """Some of them are computed by operators of torch in float32, some in float64."""
+    x, target = small_case(n, v, dtype, sharp, ignored=sharp == 3.0)
+    want = program.value_and_grads(x, target, reduction=reduction)
+    loss = lossfuse.cross_entropy(x, target, reduction=reduction)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.dtype == torch.float32 and grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), want[0], rtol=1e-5, atol=1e-37)
+    assert_gradient_close(grad, want[1])
+
+
+@pytest.mark.parametrize("lead", [1.0, 10.0, 30.0, 80.0])
+def test_small_calls_of_two_classes_have_the_logistic_loss(lead):
+    x = torch.tensor([[0.0, lead]], requires_grad=True)
+    loss = lossfuse.cross_entropy(x, torch.tensor([1]))
+    (grad,) = torch.autograd.grad(loss, x)
+    miss = math.exp(-lead) / (1 + math.exp(-lead))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-lead)), rel=1e-6, abs=0)
+    assert grad[0].tolist() == pytest.approx([miss, -miss], rel=1e-6, abs=0)
+
+
+def test_operators_of_torch_compute_small_calls_without_confident_predictions(monkeypatch):
+    calls = []
+    real = functional.small_loss
+
+    def counted(*args):
+        calls.append(real(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(functional, "small_loss", counted)
+    x, target = small_case(4, 10, torch.float32, 0.0, ignored=True)
+    for changes in ({}, {"reduction": "none"}, {"sharp": 8.0}):
+        sharp = changes.pop("sharp", 0.0)
+        lossfuse.cross_entropy(*small_case(4, 10, torch.float32, sharp, True), **changes)
+    assert all(loss is not None for loss in calls) and len(calls) == 3
+    calls.clear()
+    confident = small_case(64, 100, torch.float32, 8.0, False)
+    for logits, ids in (confident, (x.detach() * torch.nan, target), (x.double(), target)):
+        lossfuse.cross_entropy(logits, ids)
+    assert calls == [None] * 3
+    calls.clear()
+    options = {"label_smoothing": 0.1, "softcap": 9.0, "normalizer": 3.0, "impl": "torch"}
+    for name, value in options.items():
+        lossfuse.cross_entropy(x, target, **{name: value})
+    lossfuse.cross_entropy(x * 1.0, target, inplace=True)
+    assert not calls
+    with pytest.raises(IndexError, match="target"):
+        lossfuse.cross_entropy(x, target + 10)
