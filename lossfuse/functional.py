@@ -8,7 +8,12 @@ from .call.dtensor import local_head, local_logits, shard_options
 from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
 from .call.implementations import Operators
 from .call.public import public
-from .call.reduction import denominator, divides_by_valid_rows, reduce_rows
+from .call.reduction import (
+    denominator,
+    divides_by_valid_rows,
+    ignore_rows_of_weight_0,
+    reduce_rows,
+)
 from .call.small_calls import is_plain, small_loss
 from .inputs import Rows, check_normalizer, flatten
 from .ops.inplace import Owner, may_consume
@@ -29,6 +34,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float | None = None,
     lse_square_scale: float = 0.0,
+    row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     shard: VocabShard | None = None,
@@ -46,6 +52,7 @@ def cross_entropy(
                                label_smoothing=label_smoothing)
         z_loss = lse_square_scale * x.logsumexp(dim=1) ** 2
         loss = loss + z_loss.where(target != ignore_index, 0)
+        loss = loss * row_weight                   # if row_weight is given
         return loss, loss.sum() or loss.sum() / n  # for "none", "sum", "mean"
 
     where ``n`` is torch's: the sum of the class weights of the valid targets, their number without
@@ -68,6 +75,10 @@ def cross_entropy(
         logit_scale: factor of the logits (the inverse of a temperature), applied before the cap.
         lse_square_scale: factor of the squared log-sum-exp of a row ("z-loss"); not multiplied by
             ``weight``.
+        row_weight: the weight of each row's loss, of the shape of the ids: a mask, advantages, the
+            weights of sequences. Any sign; None is 1. The divisor of "mean" does not depend on it.
+            Against ids, loss and gradient of a row of weight 0 are those of an ignored row. If it
+            requires grad it gets one, and the backward forms that of ``input``.
         normalizer: divisor of "mean", such as the number of tokens of the global batch: a positive
             number, or a 0-d tensor on the CPU or on the device of ``input``. Does not synchronize.
             Cheaper than a division of the loss, whose gradient is then multiplied once more.
@@ -135,7 +146,7 @@ def cross_entropy(
     Source: the running log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for
     softmax", arXiv:1805.02867; z-loss is de Brebisson and Vincent, arXiv:1604.08859.
     """
-    options = (weight, size_average, reduce, softcap, logit_scale, normalizer, shard)
+    options = (weight, size_average, reduce, softcap, logit_scale, row_weight, normalizer, shard)
     numbers = (label_smoothing, lse_square_scale)
     if impl == "auto" and inplace is False and is_plain(options, numbers):
         loss = small_loss(input, target, ignore_index, reduction)
@@ -146,7 +157,7 @@ def cross_entropy(
     spec = loss_spec(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
     )
-    rows = flatten(input, target, weight, ignore_index, shard)
+    rows = flatten(input, target, weight, ignore_index, shard, row_weight)
     check_normalizer(normalizer, reduction, input)
     require_bool("inplace", inplace)
     implementation = pick(impl, rows)
@@ -168,6 +179,7 @@ def _loss(
     # counted with the losses, in a launch less
     counted = mean and divides_by_valid_rows(rows, normalizer)
     divisor = None if counted else denominator(rows, spec, reduction, normalizer)
+    rows = ignore_rows_of_weight_0(rows, spec.ignore_index)
     if forms_gradient_in_forward(implementation, rows, reduction, divisor, owner is not None):
         return implementation.total(rows, spec, divisor, mean, owner)
     loss = implementation.row_loss(rows, spec, owner)
@@ -190,6 +202,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float | None = None,
     lse_square_scale: float = 0.0,
+    row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     shard: VocabShard | None = None,
     options: LinearOptions | None = None,
@@ -217,8 +230,8 @@ def linear_cross_entropy(
             ``cross_entropy``.
         linear_bias: ``(C)``, or ``(C, d1, ..., dK)``, in the dtype of ``linear_weight``.
         weight: ``(C)``: the weight of each class.
-        reduction, label_smoothing, softcap, logit_scale, lse_square_scale, normalizer, impl: as in
-            ``cross_entropy``.
+        reduction, label_smoothing, softcap, logit_scale, lse_square_scale, row_weight, normalizer,
+            impl: as in ``cross_entropy``.
         shard: the classes of ``linear_weight`` and ``linear_bias`` on this rank, if the head is
             sharded over the vocabulary and all ranks have the same ``input``; see ``VocabShard``.
             None for DTensors: a weight placed ``Shard(0)`` and an ``input`` placed ``Replicate``.
@@ -277,12 +290,14 @@ def linear_cross_entropy(
     operands = input, linear_weight, linear_bias, target
     if is_k_dimensional(linear_weight):
         logits = k_dimensional_logits(*operands, shard, options, impl)
-        rows = flatten(logits, target, weight, ignore_index)
+        rows = flatten(logits, target, weight, ignore_index, None, row_weight)
         check_normalizer(normalizer, reduction, logits)
         return _loss(pick(impl, rows), rows, spec, reduction, normalizer, None)
     implementation, head = head_call(
-        *operands, weight, spec, reduction, normalizer, shard, options, impl
+        *operands, weight, row_weight, spec, reduction, normalizer, shard, options, impl
     )
     if head.forms_gradients:
         return implementation.head_total(head)
-    return reduce_rows(implementation.head_row_loss(head), head.rows, reduction, head.divisor)
+    return reduce_rows(
+        implementation.head_row_loss(head), head.rows, reduction, head.reduction.divisor
+    )

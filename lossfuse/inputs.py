@@ -23,6 +23,8 @@ class Targets:
     batch_shape: torch.Size  # of the loss with reduction="none"
     # None if the V local classes are all classes
     shard: VocabShard | None = field(default=None, kw_only=True)
+    # (N,) in the dtype of the loss; None for 1
+    row_weight: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def weights(self) -> dict[str, Tensor | None]:
@@ -128,6 +130,7 @@ def flatten(
     weight: Tensor | None,
     ignore_index: int,
     shard: VocabShard | None = None,
+    row_weight: Tensor | None = None,
 ) -> Rows:
     """(C), (N, C) or (N, C, d1, ..., dK) logits with ids or probabilities -> checked rows."""
     require_tensor("input", input)
@@ -158,7 +161,12 @@ def flatten(
     if weight is not None:
         _check_weight(weight, input, num_classes, shard)
     return Rows(
-        _target_rows(target, class_dim), weight, batch_shape, _rows(input, class_dim), shard=shard
+        _target_rows(target, class_dim),
+        weight,
+        batch_shape,
+        _rows(input, class_dim),
+        shard=shard,
+        row_weight=flatten_row_weight(row_weight, input, batch_shape),
     )
 
 
@@ -170,6 +178,7 @@ def flatten_head(
     weight: Tensor | None,
     ignore_index: int,
     shard: VocabShard | None = None,
+    row_weight: Tensor | None = None,
 ) -> HeadRows:
     """Hidden states (..., D) and a head (V, D) with ids (...) or probabilities (..., V) -> checked
     rows."""
@@ -192,7 +201,16 @@ def flatten_head(
         _check_weight(weight, input, num_classes, shard)
     hidden = _rows(input, input.dim() - 1)
     ids = _target_rows(target, target.dim() - 1)
-    return HeadRows(ids, weight, batch_shape, hidden, linear_weight, linear_bias, shard=shard)
+    return HeadRows(
+        ids,
+        weight,
+        batch_shape,
+        hidden,
+        linear_weight,
+        linear_bias,
+        shard=shard,
+        row_weight=flatten_row_weight(row_weight, input, batch_shape),
+    )
 
 
 def _require_shard(shard: object) -> None:
@@ -431,6 +449,26 @@ def _check_weight(
         )
     if weight.device != input.device:
         raise ValueError(f"weight is on {weight.device} but input is on {input.device}")
+
+
+def flatten_row_weight(
+    row_weight: Tensor | None, input: Tensor, batch_shape: torch.Size
+) -> Tensor | None:
+    """(N,) weights of the rows in the dtype of the loss."""
+    if row_weight is None:
+        return None
+    require_tensor("row_weight", row_weight)
+    if row_weight.is_complex():
+        raise TypeError(f"row_weight has dtype {row_weight.dtype} but must be real")
+    if row_weight.device != input.device:
+        raise ValueError(f"row_weight is on {row_weight.device} but input is on {input.device}")
+    if row_weight.shape != batch_shape:
+        raise ValueError(
+            f"row_weight has shape {_shape(row_weight)} but must have one number per row,"
+            f" {tuple(batch_shape)}"
+        )
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return row_weight.to(wide).flatten()
 
 
 def check_normalizer(normalizer: float | Tensor | None, reduction: str, input: Tensor) -> None:

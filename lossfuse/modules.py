@@ -40,7 +40,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss``, computed by ``lossfuse.cross_entropy`` and with its keywords.
 
     It is a subclass with the same ``state_dict``, so ``isinstance`` and checkpoints work.
-    ``normalizer`` is an argument of the call.
+    ``row_weight`` and ``normalizer`` are arguments of the call.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -77,7 +77,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.impl = impl
 
     def forward(
-        self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
     ) -> Tensor:
         return functional.cross_entropy(
             input,
@@ -89,6 +94,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             lse_square_scale=self.lse_square_scale,
+            row_weight=row_weight,
             normalizer=normalizer,
             inplace=self.inplace,
             shard=self.shard,
@@ -103,7 +109,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     The parameters are ``linear.weight`` of shape ``(num_classes * prod(out_features),
     in_features)`` and, with ``bias``, ``linear.bias``. Their names and initialization are torch's,
     so checkpoints are interchangeable. To tie the head to an embedding, assign
-    ``loss.linear.weight``. ``normalizer`` is an argument of the call.
+    ``loss.linear.weight``. ``row_weight`` and ``normalizer`` are arguments of the call.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -166,7 +172,12 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         )
 
     def forward(
-        self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
     ) -> Tensor:
         linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if self.out_features:
@@ -188,6 +199,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             lse_square_scale=self.lse_square_scale,
+            row_weight=row_weight,
             normalizer=normalizer,
             options=self.options,
             impl=self.impl,

@@ -58,6 +58,7 @@ def cross_entropy_stats(
     softcap: float | None = None,
     logit_scale: float | None = None,
     lse_square_scale: float = 0.0,
+    row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     entropy: bool = True,
     argmax: bool = True,
@@ -83,7 +84,7 @@ def cross_entropy_stats(
     In ignored rows ``lse``, ``target_logprob``, ``entropy`` and ``z_loss`` are 0 and ``argmax`` is
     -1 (-2 if ``ignore_index`` is -1). For probabilities ``target_logprob`` is ``(target *
     logp).sum(dim=1)`` and every row is valid. Class weights and label smoothing change only the
-    loss.
+    loss, ``row_weight`` the loss and ``z_loss``: the statistics of a row of weight 0 are computed.
 
     Args:
         entropy, argmax: whether to compute them. If False the field is None and costs neither
@@ -122,7 +123,7 @@ def cross_entropy_stats(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, *shard_options(shard)
     )
     wants = _checked_wants(entropy, argmax)
-    rows = flatten(input, target, weight, ignore_index, shard)
+    rows = flatten(input, target, weight, ignore_index, shard, row_weight)
     check_normalizer(normalizer, reduction, input)
     return _stats(pick(impl, rows), rows, spec, wants, reduction, normalizer)
 
@@ -160,6 +161,7 @@ def linear_cross_entropy_stats(
     softcap: float | None = None,
     logit_scale: float | None = None,
     lse_square_scale: float = 0.0,
+    row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     entropy: bool = True,
     argmax: bool = True,
@@ -211,18 +213,28 @@ def linear_cross_entropy_stats(
     operands = input, linear_weight, linear_bias, target
     if is_k_dimensional(linear_weight):
         logits = k_dimensional_logits(*operands, shard, options, impl)
-        rows = flatten(logits, target, weight, ignore_index)
+        rows = flatten(logits, target, weight, ignore_index, None, row_weight)
         check_normalizer(normalizer, reduction, logits)
         return _stats(pick(impl, rows), rows, spec, wants, reduction, normalizer)
     implementation, head = head_call(
-        *operands, weight, spec, reduction, normalizer, shard, options, impl
+        *operands,
+        weight,
+        row_weight,
+        spec,
+        reduction,
+        normalizer,
+        shard,
+        options,
+        impl,
+        statistics=True,
     )
+    divisor = head.reduction.divisor
     if head.forms_gradients:
         total, *stats = implementation.head_stats_total(head, wants)
     else:
         loss, *stats = implementation.head_row_stats(head, wants)
-        total = reduce_rows(loss, head.rows, reduction, head.divisor)
-    return _loss_stats(total, stats, head.rows, spec, reduction, head.divisor, wants)
+        total = reduce_rows(loss, head.rows, reduction, divisor)
+    return _loss_stats(total, stats, head.rows, spec, reduction, divisor, wants)
 
 
 def _checked_wants(entropy: bool, argmax: bool) -> Wants:

@@ -29,6 +29,12 @@ EXCLUSIVE = [
     {"none", "normalizer"},
 ]
 PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if set(pair) not in EXCLUSIVE]
+# it multiplies losses of rows, whatever options they have
+ROW_WEIGHTED = [
+    ("row weight",),
+    *(("row weight", name) for name in ("weight", "sum", "none", "normalizer")),
+    ("row weight", "weight", "smoothing", "softcap", "scale", "z-loss"),
+]
 EVERYTHING = ("weight", "smoothing", "softcap", "scale", "z-loss")
 COMBINATIONS = [
     (),
@@ -37,6 +43,7 @@ COMBINATIONS = [
     EVERYTHING,
     (*EVERYTHING, "none"),
     (*EVERYTHING, "normalizer"),
+    *ROW_WEIGHTED,
 ]
 # where each case is many calls, pairs are for slow runs
 THRIFTY_COMBINATIONS = [
@@ -48,10 +55,17 @@ THRIFTY_COMBINATIONS = [
 COMPILERS = [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
 
 
-def options_of(names, v, device):
+def row_weights(n, device):
+    """Of either sign, every fourth 0, in fp32."""
+    signs = torch.tensor([1.0, -1.0, 1.0, 0.0], device=device).repeat(n // 4 + 1)
+    return signs[:n] * torch.linspace(0.5, 2.0, n, device=device)
+
+
+def options_of(names, v, device, n=5):
+    """Class weights, or None, and the other options of ``n`` rows of ``v`` classes."""
     options = {}
     for name in names:
-        options |= OPTIONS[name]
+        options |= {"row_weight": row_weights(n, device)} if name == "row weight" else OPTIONS[name]
     weight = class_weight(v, device) if options.pop("weight", False) else None
     return weight, options
 

@@ -20,6 +20,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float | None = None,
     lse_square_scale: float = 0.0,
+    row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     x = input if logit_scale is None else input * logit_scale
@@ -36,7 +37,7 @@ def cross_entropy(
     if lse_square_scale:
         z_loss = lse_square_scale * x.logsumexp(0 if x.dim() == 1 else 1) ** 2
         loss = loss + (z_loss.where(target != ignore_index, 0) if ids else z_loss)
-    return reduced(loss, target, weight, ignore_index, reduction, normalizer)
+    return reduced(loss, target, weight, ignore_index, reduction, row_weight, normalizer)
 
 
 def reduced(
@@ -45,9 +46,11 @@ def reduced(
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
+    row_weight: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """Reduce losses of rows."""
+    loss = loss if row_weight is None else loss * row_weight.to(loss.dtype)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -107,6 +110,7 @@ def cross_entropy_stats(
     softcap: float | None = None,
     logit_scale: float | None = None,
     lse_square_scale: float = 0.0,
+    row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Statistics:
@@ -127,7 +131,9 @@ def cross_entropy_stats(
         target_logprob = (target * logp).sum(dim)
     # 0 * -inf of a class that is out is 0
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(dim).where(valid, 0.0)
-    z_loss = reduced(lse_square_scale * lse**2, target, weight, ignore_index, reduction, normalizer)
+    z_loss = reduced(
+        lse_square_scale * lse**2, target, weight, ignore_index, reduction, row_weight, normalizer
+    )
     loss = cross_entropy(
         input,
         target,
@@ -138,6 +144,7 @@ def cross_entropy_stats(
         softcap=softcap,
         logit_scale=logit_scale,
         lse_square_scale=lse_square_scale,
+        row_weight=row_weight,
         normalizer=normalizer,
     )
     argmax = x.argmax(dim).where(valid, -2 if ignore_index == -1 else -1)

@@ -401,6 +401,9 @@ def test_forward_mode(form):
         normalizer = forward_ad.make_dual(torch.tensor(4.0), torch.tensor(1.0))
         loss = forward_ad.unpack_dual(ours(leaves, target, normalizer=normalizer))
         torch.testing.assert_close(loss.tangent, -loss.primal / 4)
+        row_weight = forward_ad.make_dual(torch.ones(len(target)), torch.ones(len(target)))
+        loss = forward_ad.unpack_dual(ours(leaves, target, row_weight=row_weight))
+        torch.testing.assert_close(loss.tangent, loss.primal)
 
 
 @FORM

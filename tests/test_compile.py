@@ -17,7 +17,7 @@ from lossfuse import LinearOptions
 from lossfuse.ops import head as head_ops
 from lossfuse.ops import library, rows
 from lossfuse.spec import LossSpec
-from options import COMPILERS
+from options import COMPILERS, row_weights
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
 
 REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -45,8 +45,8 @@ def row_operators(impl, device, soft, spec):
     yield OPERATORS.row_grads, (x, target, weight, stats, dloss, True, soft, *options)
     z, t, up = x.detach(), target.detach(), dloss.detach()
     half = torch.tensor(0.5, device=device)
-    yield OPERATORS.row_total_and_grads, (z, t, weight, half, True, True, soft, *options)
-    yield OPERATORS.row_total_and_grads_, (z.clone(), t, weight, None, not soft, soft, *options)
+    yield OPERATORS.row_total_and_grads, (z, t, weight, half, True, None, True, soft, *options)
+    yield OPERATORS.row_total_and_grads_, (z.clone(), t, weight, None, not soft, up, soft, *options)
     if impl == "triton" and not soft:
         yield OPERATORS.mean_over_valid, (up, t, spec.ignore_index)
     yield OPERATORS.row_grads_, (z.clone(), t, weight, stats, up, soft, *options)
@@ -64,10 +64,10 @@ def head_operators(impl, device, soft, spec):
     plain = tuple(None if t is None else t.detach() for t in operands)
     divisor, up = torch.tensor(3.0, device=device), torch.randn(4, device=device)
     yield head_ops.linear_row_loss, (*operands, None, *settings)
-    yield head_ops.linear_total, (*plain, divisor, None, *needs, *settings)
+    yield head_ops.linear_total, (*plain, divisor, up, None, *needs, *settings)
     if retain:
         # without it the gradients are returned once, and opcheck asks twice
-        yield head_ops.linear_total, (*operands, divisor, None, *needs, *settings)
+        yield head_ops.linear_total, (*operands, divisor, None, None, *needs, *settings)
     yield head_ops.linear_grads, (*plain, up, None, None, None, *needs, *settings)
 
 
@@ -123,6 +123,7 @@ GIVEN = {
     "normalizer, a number": lambda device: {"normalizer": 3.0},
     "normalizer, a tensor": lambda device: {"normalizer": torch.tensor(3.0, device=device)},
     "weight": lambda device: {"weight": class_weight(19, device)},
+    "row_weight": lambda device: {"row_weight": row_weights(6, device)},
     "sum": lambda device: {"reduction": "sum"},
 }  # fmt: skip
 CHUNKS = {

@@ -113,7 +113,7 @@ def check(
         *operands, ids = logits_and_ids(n, v, dtype)
         dims = (1,)
     target = probabilities(n, v) if soft else ids
-    weight, options = options_of(names, v, "cpu")
+    weight, options = options_of(names, v, "cpu", n)
     wide, leaves = program.wide_leaves(*operands, target, weight)
     local = [t if d is None else mine(t, classes, d) for t, d in zip(operands, dims, strict=True)]
     local.append(mine(target, classes) if soft else target)

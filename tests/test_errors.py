@@ -102,6 +102,11 @@ OPTIONS = [
     (ValueError, r"normalizer has shape \(7,\) but must be a number or a 0-d tensor",
         {"normalizer": ONES}),
     (TypeError, "normalizer is a str", {"normalizer": "4"}),
+    (ValueError, r"row_weight has shape \(7,\) but must have one number per row, \(4,\)",
+        {"row_weight": ONES}),
+    (TypeError, "row_weight has dtype torch.complex64 but must be real",
+        {"row_weight": torch.ones(4, dtype=torch.complex64)}),
+    (TypeError, "row_weight is a float but must be a Tensor", {"row_weight": 2.0}),
     (ValueError, r"weight has shape \(6,\) but input has 7 classes", {"weight": ONES[:6]}),
     (ValueError, "impl is 'cuda' but must be one of 'auto', 'triton', 'torch', 'reference'",
         {"impl": "cuda"}),
@@ -383,6 +388,11 @@ TAKEN = {
         lossfuse.binary_cross_entropy_with_logits,
         lambda t: (X, X),
         {"pos_weight": lambda t: t(torch.ones(4, 7))},
+    ),
+    "row_weight": (
+        lossfuse.cross_entropy,
+        lambda t: (X, IDS),
+        {"row_weight": lambda t: t(torch.ones(4))},
     ),
     "normalizer": (
         lossfuse.cross_entropy,

@@ -19,7 +19,7 @@ from closeness import (
     assert_product_close,
 )
 from lossfuse import functional
-from options import COMBINATIONS, EVERYTHING, PAIRS, chunks_of, options_of, upstream
+from options import COMBINATIONS, EVERYTHING, PAIRS, chunks_of, options_of, row_weights, upstream
 from rows import class_weight, head_and_ids, logits_and_ids, probabilities
 
 SOFT = pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
@@ -144,6 +144,62 @@ def test_normalizers_of_any_kind(place, form, normalizer):
         else {"normalizer": normalizer}
     )
     check(place, form, leaves, target, **given)
+
+
+@FORM
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_rows_of_weight_0_are_ignored_to_the_bit(place, form, reduction):
+    leaves, target = leaves_of(form, 6, 17, False, place.device)
+    row_weight = torch.tensor([0.5, 0.0, -2.0, 1.0, 0.0, 3.0], device=place.device)
+    with torch.no_grad():
+        # where a weight is 0 logits may be anything
+        leaves[0][1], leaves[0][4] = torch.nan, torch.inf
+    given = {"reduction": reduction, "impl": place.impl, "row_weight": row_weight}
+    given |= {"normalizer": 4.0} if reduction == "mean" else {}
+    results = []
+    for ids in (target, target.masked_fill(row_weight == 0, -100)):
+        loss = loss_of(form, leaves, ids, **given)
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+    assert all(map(torch.equal, *results))
+    assert not any(t.isnan().any() for t in results[0])
+
+
+@FORM
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_row_weight_that_requires_grad_gets_the_losses(place, form, reduction):
+    leaves, target = leaves_of(form, 5, 17, False, place.device)
+    row_weight = row_weights(5, place.device).requires_grad_()
+    given = {"reduction": reduction, "impl": place.impl, "weight": class_weight(17, place.device)}
+    loss = loss_of(form, leaves, target, row_weight=row_weight, **given)
+    *grads, own = torch.autograd.grad(loss.sum(), [*leaves, row_weight])
+    fixed = loss_of(form, leaves, target, row_weight=row_weight.detach(), **given)
+    torch.testing.assert_close(loss, fixed)
+    torch.testing.assert_close(
+        grads, [*torch.autograd.grad(fixed.sum(), leaves)], rtol=1e-5, atol=1e-6
+    )
+    losses = loss_of(form, leaves, target, **given | {"reduction": "none"}).detach()
+    ones = torch.ones(5, device=place.device)
+    total = loss_of(form, leaves, target, row_weight=ones, **given).sum().detach()
+    torch.testing.assert_close(own, losses / (losses.sum() / total))
+
+
+def test_a_second_backward_of_weighted_rows_is_the_first(place):
+    x, target = logits_and_ids(5, 17, device=place.device)
+    row_weight = row_weights(5, place.device)
+    loss = lossfuse.cross_entropy(x, target, row_weight=row_weight, impl=place.impl)
+    first, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64])
+def test_row_weights_of_any_real_dtype(place, dtype):
+    x, target = logits_and_ids(4, 17, device=place.device)
+    mask = torch.tensor([1, 0, 1, 1], device=place.device)
+    got, want = (
+        lossfuse.cross_entropy(x, target, row_weight=w, impl=place.impl)
+        for w in (mask.to(dtype), mask.float())
+    )
+    assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 @FORM

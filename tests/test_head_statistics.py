@@ -18,6 +18,7 @@ from options import (
     DIFFERENTIABLE,
     EVERYTHING,
     OPTIONS,
+    ROW_WEIGHTED,
     differentiated,
     options_of,
     upstreams,
@@ -32,6 +33,7 @@ SINGLE = [
     EVERYTHING,
     (*EVERYTHING, "none"),
     (*EVERYTHING, "normalizer"),
+    *ROW_WEIGHTED,
 ]
 FLOATS = ("loss", "lse", "target_logprob", "entropy")
 
@@ -431,7 +433,7 @@ class TestCompilers:
         ]:
             torch.library.opcheck(head_ops.linear_row_stats, (*head, None, *wants, *settings))
             torch.library.opcheck(
-                head_ops.linear_stats_total, (*head, divisor, None, *needs, *wants, *settings)
+                head_ops.linear_stats_total, (*head, divisor, None, None, *needs, *wants, *settings)
             )
         ups = [torch.randn(4, device=device) for _ in range(4)]
         for given in (ups, [None, ups[1], None, ups[3]]):

@@ -337,11 +337,14 @@ def test_only_the_products_of_required_gradients_run(ran, reduction, case):
     for name, t in given.items():
         if t.is_floating_point():
             t.requires_grad_(name in names)
-    how = {"linear_bias": bias, "reduction": reduction, "options": chunks_of(3, 11)}
-    loss = lossfuse.linear_cross_entropy(hidden, weight, target, **how)
+    # weights of rows take no further product
+    how = {"reduction": reduction, "row_weight": torch.linspace(-1.0, 1.0, 6)}
+    loss = lossfuse.linear_cross_entropy(
+        hidden, weight, target, linear_bias=bias, options=chunks_of(3, 11), **how
+    )
     if names:
         loss.sum().backward()
-        want = program.head_value_and_grads((hidden, weight, bias), target, reduction=reduction)
+        want = program.head_value_and_grads((hidden, weight, bias), target, **how)
         for t, w in zip(requiring(*given.values()), want[1:], strict=True):
             assert_formula_close(t.grad, w)
     assert [name for name, t in given.items() if t.grad is not None] == names.split()

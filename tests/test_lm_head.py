@@ -132,6 +132,7 @@ F.cross_entropy(input=z.view(-1, V), target=TARGET.view(-1))
 lossfuse.cross_entropy(z.view(-1, V), TARGET.view(-1), softcap=4.0, logit_scale=0.9,
     lse_square_scale=1e-2)
 lossfuse.cross_entropy(z.view(-1, V), TARGET.view(-1), normalizer=5.0)
+lossfuse.cross_entropy(z.transpose(1, 2), TARGET, row_weight=ROW[:B * T].view(B, T))
 of_our_statistics(z)
 F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), TARGET.view(-1))
 nn.NLLLoss(CLASS_WEIGHT)(nn.LogSoftmax(-1)(z.view(-1, V)), TARGET.view(-1))
@@ -356,6 +357,7 @@ def test_questions_that_need_no_values_are_answered_without_them(name, part):
 
 ON_ALL_HEADS = idioms("z", globals(), """
 ce(z);  ce(z, label_smoothing=0.2, weight=CLASS_WEIGHT)
+lossfuse.cross_entropy(z.transpose(1, 2), TARGET, row_weight=ROW[:B * T].view(B, T))
 F.cross_entropy(z.reshape(-1, V), PROBABILITIES.reshape(-1, V));  of_our_statistics(z)
 z.log_softmax(-1).gather(-1, VALID.unsqueeze(-1)).squeeze(-1).sum()
 """)  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..inputs import HeadRows, Rows, torch_func_active
+from ..inputs import HeadRows, Rows, Targets, torch_func_active
 from ..ops.head_chunks import Needs
 from .implementations import REFERENCE, TORCH, TRITON, Operators, differentiates
 
@@ -142,7 +142,7 @@ def forms_gradient_in_forward(
         return False
     # checkpointing and offloading decide what is saved until the backward, and would not see a
     # gradient that is already there
-    if _saved_tensors_hooks_active():
+    if _saved_tensors_hooks_active() or differentiates_row_weight(rows):
         return False
     return divisor is None or not (divisor.requires_grad or _has_tangent(divisor))
 
@@ -164,7 +164,18 @@ def scale_is_known(rows: HeadRows, divisor: Tensor | None) -> bool:
     rounded to fp16 before it is multiplied by a loss scale."""
     if rows.target.requires_grad and rows.target.dtype == torch.float16:
         return False
+    if differentiates_row_weight(rows):
+        return False
     return divisor is None or not (divisor.requires_grad or _has_tangent(divisor))
+
+
+def differentiates_row_weight(rows: Targets) -> bool:
+    """Return True if autograd needs the loss of each row, the derivative with respect to its
+    weight."""
+    row_weight = rows.row_weight
+    if row_weight is None:
+        return False
+    return (row_weight.requires_grad and torch.is_grad_enabled()) or _has_tangent(row_weight)
 
 
 def may_write_in_place(implementation: Operators, input: Tensor) -> bool:

@@ -15,12 +15,12 @@ from ..inputs import (
     main_grad_of,
     require_tensor,
 )
-from ..ops.head import HeadOperands
+from ..ops.head import HeadOperands, Reduction
 from ..spec import LinearOptions, LossSpec, VocabShard
 from .dispatch import head_needs, pick, scale_is_known
 from .dtensor import shared
 from .implementations import REFERENCE, HeadCall, Operators
-from .reduction import denominator
+from .reduction import denominator, ignore_rows_of_weight_0
 
 
 def head_call(
@@ -29,18 +29,23 @@ def head_call(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
+    row_weight: Tensor | None,
     spec: LossSpec,
     reduction: str,
     normalizer: float | Tensor | None,
     shard: VocabShard | None,
     options: LinearOptions | None,
     impl: str,
+    *,
+    statistics: bool = False,
 ) -> tuple[Operators, HeadCall]:
     """Check the arguments of a head (C, D) and decide how the call is computed."""
     options = _checked_options(options)
     parameter = linear_weight
     input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
-    rows = flatten_head(input, linear_weight, linear_bias, target, weight, spec.ignore_index, shard)
+    rows = flatten_head(
+        input, linear_weight, linear_bias, target, weight, spec.ignore_index, shard, row_weight
+    )
     check_normalizer(normalizer, reduction, input)
     for name in ("logits_dtype", "acc_dtype"):
         options.dtype(name, input.dtype)
@@ -55,6 +60,8 @@ def head_call(
         # what is added to main_grad is not rounded before
         options = replace(options, acc_dtype=torch.float32)
     divisor = denominator(rows, spec, reduction, normalizer)
+    if not statistics:
+        rows = ignore_rows_of_weight_0(rows, spec.ignore_index)
     needs = head_needs(rows)
     hidden = rows.input if shard is None else shared(rows.input, shard)
     call = HeadCall(
@@ -62,8 +69,7 @@ def head_call(
         operands=HeadOperands(
             hidden, rows.linear_weight, rows.linear_bias, rows.target, rows.local_weight
         ),
-        divisor=divisor,
-        main_grad=main_grad,
+        reduction=Reduction(divisor, rows.row_weight, main_grad),
         needs=needs,
         forms_gradients=implementation is not REFERENCE
         and reduction != "none"

@@ -15,7 +15,7 @@ from ..inputs import HeadRows, Rows
 from ..ops import head as head_ops
 from ..ops import row_stats as stats_ops
 from ..ops import rows as row_ops
-from ..ops.head import ChunkArgs, HeadOperands
+from ..ops.head import ChunkArgs, HeadOperands, Reduction
 from ..ops.head_chunks import Needs
 from ..ops.inplace import Owner
 from ..ops.library import OpArgs
@@ -33,8 +33,7 @@ class HeadCall:
 
     rows: HeadRows
     operands: HeadOperands
-    divisor: Tensor | None
-    main_grad: Tensor | None
+    reduction: Reduction
     needs: Needs
     forms_gradients: bool  # in the forward
     spec: LossSpec
@@ -64,10 +63,18 @@ class Operators:
         mean: bool,
         owner: Owner | None,
     ) -> Tensor:
-        """The sum of the losses; with ``mean`` over ``divisor``, or without one over the number of
-        valid rows. The forward forms its gradient."""
+        """The sum of the losses times their weights; with ``mean`` over ``divisor``, or without one
+        over the number of valid rows. The forward forms its gradient."""
         total: Tensor = row_ops.ReducedLoss.apply(
-            rows.logits, rows.target, rows.local_weight, divisor, mean, spec, self.name, owner
+            rows.logits,
+            rows.target,
+            rows.local_weight,
+            divisor,
+            mean,
+            rows.row_weight,
+            spec,
+            self.name,
+            owner,
         )
         return total
 
@@ -92,32 +99,39 @@ class Operators:
         """``row_stats`` with the sum of the losses over ``divisor``; the forward forms its
         gradient."""
         stats: Stats = stats_ops.ReducedStats.apply(
-            rows.logits, rows.target, rows.local_weight, divisor, wants, spec, self.name
+            rows.logits,
+            rows.target,
+            rows.local_weight,
+            divisor,
+            rows.row_weight,
+            wants,
+            spec,
+            self.name,
         )
         return stats
 
     def head_row_loss(self, call: HeadCall) -> Tensor:
         loss: Tensor = head_ops.linear_row_loss(
-            *call.operands, call.main_grad, *self._options(call)
+            *call.operands, call.reduction.main_grad, *self._options(call)
         )
         return loss
 
     def head_total(self, call: HeadCall) -> Tensor:
         total: Tensor
         total, *_ = head_ops.linear_total(
-            *call.operands, call.divisor, call.main_grad, *call.needs, *self._options(call)
+            *call.operands, *call.reduction, *call.needs, *self._options(call)
         )
         return total
 
     def head_row_stats(self, call: HeadCall, wants: Wants) -> Stats:
         stats: Stats = head_ops.linear_row_stats(
-            *call.operands, call.main_grad, *wants, *self._options(call)
+            *call.operands, call.reduction.main_grad, *wants, *self._options(call)
         )
         return stats
 
     def head_stats_total(self, call: HeadCall, wants: Wants) -> Stats:
         total, lse, target_logprob, entropy, argmax, *_ = head_ops.linear_stats_total(
-            *call.operands, call.divisor, call.main_grad, *call.needs, *wants, *self._options(call)
+            *call.operands, *call.reduction, *call.needs, *wants, *self._options(call)
         )
         return total, lse, target_logprob, entropy, argmax
 

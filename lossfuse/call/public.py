@@ -35,6 +35,7 @@ _NAMES = {
         "z_loss_weight",
         "z_loss_coef",
     ),
+    "row_weight": ("sample_weight", "token_weights", "loss_weights"),
     "normalizer": ("num_items_in_batch", "num_items", "n_items"),
     "inplace": ("inplace_backward",),
 }

@@ -1,5 +1,8 @@
 """Reductions of row losses: "none", "mean", "sum", and the divisor of a mean."""
 
+from dataclasses import replace
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,11 +10,31 @@ from torch import Tensor
 from ..inputs import HeadRows, Rows, Targets
 from ..ops.library import all_sum
 from ..spec import LossSpec
+from .dispatch import differentiates_row_weight
+
+AnyRows = TypeVar("AnyRows", bound=Targets)
 
 
 def divides_by_valid_rows(rows: Targets, normalizer: float | Tensor | None) -> bool:
     """Return True if the divisor of a mean is the number of targets other than ``ignore_index``."""
-    return normalizer is None and not rows.soft and rows.class_weight is None
+    return (
+        normalizer is None
+        and not rows.soft
+        and rows.class_weight is None
+        and rows.row_weight is None
+    )
+
+
+def ignore_rows_of_weight_0(rows: AnyRows, ignore_index: int) -> AnyRows:
+    """``rows``, of which those with a ``row_weight`` of 0 have the target ``ignore_index``, so that
+    they are computed, or left out, like ignored rows.
+
+    They stay if their loss is the gradient of ``row_weight``, and for probabilities, which cannot
+    be ignored."""
+    row_weight = rows.row_weight
+    if row_weight is None or rows.soft or differentiates_row_weight(rows):
+        return rows
+    return replace(rows, target=rows.target.masked_fill(row_weight == 0, ignore_index))
 
 
 def denominator(
@@ -60,7 +83,9 @@ def divisor_of(
 
 
 def reduce_rows(loss: Tensor, rows: Targets, reduction: str, divisor: Tensor | None) -> Tensor:
-    """(N,) row losses -> the shape the caller expects."""
+    """(N,) row losses -> the shape the caller expects, times ``row_weight``."""
+    if rows.row_weight is not None:
+        loss = loss * rows.row_weight
     if reduction == "none":
         return loss.reshape(rows.batch_shape)
     return loss.sum() if divisor is None else loss.sum() / divisor

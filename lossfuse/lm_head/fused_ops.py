@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import family, functional, statistics
 from ..call.dtensor import shared
-from ..call.reduction import divisor_of, reduce_rows
-from ..inputs import Targets
+from ..call.reduction import divisor_of, ignore_rows_of_weight_0, reduce_rows
+from ..inputs import Targets, flatten_row_weight
 from ..ops.chunk_plan import chunk_rows
 from ..spec import loss_spec, require_bool, resolve_reduction
 from ..statistics import LossStats
@@ -470,6 +470,7 @@ def _read_chunks(
     the backward."""
     call, transform = x._call, x._transform
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer", None)
+    row_weight = flatten_row_weight(options.pop("row_weight", None), x._rows, x._rows.shape[:-1])
     ignore_index = options["ignore_index"]
     rows = x._rows.reshape(-1, x._rows.shape[-1])
     lead = x._rows.shape[:-1]
@@ -478,6 +479,8 @@ def _read_chunks(
         if target.is_floating_point()
         else target.reshape(-1)
     )
+    of = Targets(t, options.get("weight"), lead, row_weight=row_weight)
+    some = of if reads is not None else ignore_rows_of_weight_0(of, ignore_index)
 
     def part(hidden: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         # runs again in the backward
@@ -506,10 +509,9 @@ def _read_chunks(
     with call.random():
         parts = [
             checkpoint(part, h, targets, use_reentrant=False)
-            for h, targets in zip(rows.split(step), t.split(step), strict=True)
+            for h, targets in zip(rows.split(step), some.target.split(step), strict=True)
         ]
     losses, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
-    of = Targets(t, options.get("weight"), lead)
     divisor = divisor_of(
         of, transform.num_classes, losses.dtype, ignore_index, reduction, normalizer
     )

@@ -32,7 +32,7 @@ from .library import (
 )
 from .row_stats import as_tensors as stats_as_tensors
 from .row_stats import mark_stats, new_stats
-from .rows import row_gradient_of_total
+from .rows import row_gradient_of_total, total_of_rows
 
 ERR_SECOND_BACKWARD = (
     "a second backward needs the gradients of linear_cross_entropy again, but the first has"
@@ -93,6 +93,7 @@ class Reduction(NamedTuple):
     """The further tensors of a call whose loss is reduced."""
 
     divisor: Tensor | None  # ()
+    row_weight: Tensor | None  # (N,)
     main_grad: Tensor | None
 
 
@@ -101,6 +102,7 @@ CHUNKS = (
     "int? chunk_bytes, ScalarType? logits_dtype, ScalarType? acc_dtype, bool? drop_ignored,"
     " bool keep_dlogits, bool allow_retain_graph"
 )
+REDUCTION = "Tensor? divisor, Tensor? row_weight, Tensor? main_grad"
 NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_target"
 GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dtarget"
 
@@ -111,12 +113,12 @@ library.define(
 )
 library.define(f"linear_grads({OPERANDS}, {UPSTREAM}, {NEEDS}, {CHUNKS}, {OPTIONS}) -> ({GRADS})")
 library.define(
-    f"linear_total({OPERANDS}, Tensor? divisor, Tensor? main_grad, {NEEDS}, {CHUNKS}, {OPTIONS})"
+    f"linear_total({OPERANDS}, {REDUCTION}, {NEEDS}, {CHUNKS}, {OPTIONS})"
     f" -> (Tensor total, {GRADS})"
 )
 library.define(
-    f"linear_stats_total({OPERANDS}, Tensor? divisor, Tensor? main_grad, {NEEDS}, {WANTS},"
-    f" {CHUNKS}, {OPTIONS}) -> (Tensor total, {STATS}, {GRADS})"
+    f"linear_stats_total({OPERANDS}, {REDUCTION}, {NEEDS}, {WANTS}, {CHUNKS}, {OPTIONS})"
+    f" -> (Tensor total, {STATS}, {GRADS})"
 )
 
 linear_row_loss = torch.ops.lossfuse.linear_row_loss.default
@@ -198,7 +200,7 @@ def _grads_fake(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _total(*flat: Any) -> tuple[Tensor, ...]:
-    operands, (divisor, _), needs, chunks, args = grouped(
+    operands, (divisor, row_weight, _), needs, chunks, args = grouped(
         flat, HeadOperands, Reduction, Needs, ChunkArgs, OpArgs
     )
     spec = _checked_spec(operands, args)
@@ -206,14 +208,13 @@ def _total(*flat: Any) -> tuple[Tensor, ...]:
         operands.head,
         operands.target,
         operands.class_weight,
-        row_gradient_of_total(operands.hidden, divisor),
+        row_gradient_of_total(operands.hidden, divisor, row_weight),
         needs,
         spec,
         LinearOptions(*chunks),
         args.backend,
     )
-    total = loss.sum() if divisor is None else loss.sum() / divisor
-    return total, *_as_tensors(grads, operands.hidden)
+    return total_of_rows(loss, divisor, row_weight), *_as_tensors(grads, operands.hidden)
 
 
 def _total_fake(*flat: Any) -> tuple[Tensor, ...]:
@@ -222,7 +223,7 @@ def _total_fake(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _stats_total(*flat: Any) -> tuple[Tensor, ...]:
-    operands, (divisor, _), needs, wants, chunks, args = grouped(
+    operands, (divisor, row_weight, _), needs, wants, chunks, args = grouped(
         flat, HeadOperands, Reduction, Needs, Wants, ChunkArgs, OpArgs
     )
     spec = _checked_spec(operands, args)
@@ -230,7 +231,7 @@ def _stats_total(*flat: Any) -> tuple[Tensor, ...]:
         operands.head,
         operands.target,
         operands.class_weight,
-        Upstream(row_gradient_of_total(operands.hidden, divisor)),
+        Upstream(row_gradient_of_total(operands.hidden, divisor, row_weight)),
         needs,
         wants,
         spec,
@@ -238,7 +239,7 @@ def _stats_total(*flat: Any) -> tuple[Tensor, ...]:
         args.backend,
     )
     loss, *stats, _ = stats_as_tensors(computed)
-    total = loss.sum() if divisor is None else loss.sum() / divisor
+    total = total_of_rows(loss, divisor, row_weight)
     return total, *stats, *_as_tensors(grads, operands.hidden)
 
 
@@ -338,7 +339,7 @@ def _recomputed(ctx: Any, operands: HeadOperands, upstream: Upstream, needs: Nee
 
 
 def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    operands, (_, ctx.main_grad), ctx.needs, *ctx.options = grouped(
+    operands, (_, _, ctx.main_grad), ctx.needs, *ctx.options = grouped(
         inputs, HeadOperands, Reduction, Needs, ChunkArgs, OpArgs
     )
     _, *grads = output
@@ -358,13 +359,13 @@ def _total_backward(ctx: Any, dtotal: Tensor | None, *_: None) -> tuple[Tensor |
 
 
 def _save_stats_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    operands, (divisor, ctx.main_grad), ctx.needs, wants, *ctx.options = grouped(
+    operands, (divisor, row_weight, ctx.main_grad), ctx.needs, wants, *ctx.options = grouped(
         inputs, HeadOperands, Reduction, Needs, Wants, ChunkArgs, OpArgs
     )
     _, _, _, entropy, argmax, *grads = output
     _save_formed(ctx, operands)
     mark_stats(ctx, wants, entropy, argmax, *grads)
-    ctx.save_for_backward(*operands, divisor, *grads)
+    ctx.save_for_backward(*operands, divisor, row_weight, *grads)
 
 
 def _stats_total_backward(
@@ -375,7 +376,7 @@ def _stats_total_backward(
     dentropy: Tensor | None,
     *_: None,
 ) -> tuple[Tensor | None, ...]:
-    *tensors, divisor, dhidden, dweight, dbias, dtarget = ctx.saved_tensors
+    *tensors, divisor, row_weight, dhidden, dweight, dbias, dtarget = ctx.saved_tensors
     operands = HeadOperands(*tensors)
     total_alone = dtotal is not None and dlse is dlogprob is dentropy is None
     if dtotal is not None and total_alone and not ctx.spent:
@@ -385,7 +386,7 @@ def _stats_total_backward(
     else:
         dloss = None
         if dtotal is not None:
-            dloss = row_gradient_of_total(operands.hidden, divisor) * dtotal
+            dloss = row_gradient_of_total(operands.hidden, divisor, row_weight) * dtotal
         upstream = Upstream(dloss, dlse, dlogprob, dentropy)
         grads = _recomputed(ctx, operands, upstream, ctx.needs)
     return *grads, None, *no_grads(Reduction, Needs, Wants, ChunkArgs, OpArgs)

@@ -32,7 +32,7 @@ from .library import (
     no_grads,
     register,
 )
-from .rows import new_grads, row_gradient_of_total
+from .rows import new_grads, row_gradient_of_total, total_of_rows
 
 _ROWS = "Tensor logits, Tensor target, Tensor? class_weight"
 _NEEDS = "bool need_dlogits, bool need_dtarget"
@@ -231,8 +231,8 @@ torch.library.register_autograd(
 
 
 class ReducedStats(torch.autograd.Function):
-    """(N, V) logits -> the sum of the row losses over ``divisor`` and the statistics of rows; the
-    gradient of the sum is formed in the forward.
+    """(N, V) logits -> the sum of the row losses, times ``row_weight``, over ``divisor``, and the
+    statistics of rows; the gradient of the sum is formed in the forward.
 
     The first backward returns that gradient if the sum alone has an upstream gradient. Any other
     backward computes its own."""
@@ -244,12 +244,13 @@ class ReducedStats(torch.autograd.Function):
         target: Tensor,
         class_weight: Tensor | None,
         divisor: Tensor | None,
+        row_weight: Tensor | None,
         wants: Wants,
         spec: LossSpec,
         impl: str,
     ) -> tuple[Tensor, ...]:
         needs = RowNeeds(*ctx.needs_input_grad[:2])
-        dloss = row_gradient_of_total(logits, divisor)
+        dloss = row_gradient_of_total(logits, divisor, row_weight)
         ctx.options, ctx.impl = OpArgs.of(spec, impl), impl
         loss, *stats, saved, dlogits, dtarget = row_stats_and_grads(
             logits, target, class_weight, dloss, *needs, *wants, *ctx.options
@@ -258,8 +259,7 @@ class ReducedStats(torch.autograd.Function):
         ctx.formed = only_needed((dlogits, dtarget), *needs)
         _, _, entropy, argmax = stats
         mark_stats(ctx, wants, entropy, argmax)
-        total = loss.sum()
-        return total if divisor is None else total / divisor, *stats
+        return total_of_rows(loss, divisor, row_weight), *stats
 
     @staticmethod
     def backward(
@@ -282,10 +282,10 @@ class ReducedStats(torch.autograd.Function):
             for g in formed:
                 if g is not None:
                     multiply(g, dtotal, ctx.impl)
-            return *formed, None, None, None, None, None
+            return *formed, None, None, None, None, None, None
         *saved, dloss = ctx.saved_tensors
         # free the formed gradient before another is allocated
         formed = None
         upstream = Upstream(None if dtotal is None else dloss * dtotal, dlse, dlogprob, dentropy)
         grads = _row_stats_gradients(ctx, saved, upstream)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None

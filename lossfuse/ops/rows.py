@@ -43,7 +43,7 @@ from .library import (
 _ROWS = "Tensor logits, Tensor target, Tensor? class_weight"
 _CONSUMED_ROWS = "Tensor(a!) logits, Tensor target, Tensor? class_weight"
 # with mean, the sum of the losses is divided by the divisor, or without one by the valid rows
-_TOTAL = "Tensor? divisor, bool mean"
+_TOTAL = "Tensor? divisor, bool mean, Tensor? row_weight"
 _NEEDS = "bool need_dlogits, bool need_dtarget"
 
 library.define(f"row_loss({_ROWS}, {OPTIONS}) -> (Tensor loss, Tensor stats)")
@@ -137,12 +137,13 @@ def _row_total_and_grads(
     class_weight: Tensor | None,
     divisor: Tensor | None,
     mean: bool,
+    row_weight: Tensor | None,
     need_dlogits: bool,
     need_dtarget: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args = OpArgs(*options)
-    few = _of_few_logits(args, logits, target, class_weight, divisor, mean)
+    few = _of_few_logits(args, logits, target, class_weight, divisor, mean, row_weight)
     if few is not None:
         return *few, new_grad(target, False)
     grads = new_grads(logits, target, need_dlogits, need_dtarget)
@@ -151,6 +152,7 @@ def _row_total_and_grads(
         (logits, target, class_weight),
         divisor,
         mean,
+        row_weight,
         *only_needed(grads, need_dlogits, need_dtarget),
     )
     return total, dloss, *grads
@@ -162,6 +164,7 @@ def _row_total_and_grads_fake(
     _class_weight: Tensor | None,
     _divisor: Tensor | None,
     _mean: bool,
+    _row_weight: Tensor | None,
     need_dlogits: bool,
     need_dtarget: bool,
     *_: Any,
@@ -176,11 +179,12 @@ def _row_total_and_grads_(
     class_weight: Tensor | None,
     divisor: Tensor | None,
     mean: bool,
+    row_weight: Tensor | None,
     need_dtarget: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     args, dtarget = OpArgs(*options), new_grad(target, need_dtarget)
-    few = _of_few_logits(args, logits, target, class_weight, divisor, mean)
+    few = _of_few_logits(args, logits, target, class_weight, divisor, mean, row_weight)
     if few is not None:
         total, dloss, dlogits = few
         logits.copy_(dlogits)
@@ -190,6 +194,7 @@ def _row_total_and_grads_(
         (logits, target, class_weight),
         divisor,
         mean,
+        row_weight,
         logits,
         dtarget if need_dtarget else None,
     )
@@ -202,6 +207,7 @@ def _row_total_and_grads_fake_(
     _class_weight: Tensor | None,
     _divisor: Tensor | None,
     _mean: bool,
+    _row_weight: Tensor | None,
     need_dtarget: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,12 +222,14 @@ def _of_few_logits(
     class_weight: Tensor | None,
     divisor: Tensor | None,
     mean: bool,
+    row_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(total, dloss, dlogits), where few operators of torch compute them."""
     plain = (
         args.impl == "torch"
         and logits.device.type == "cpu"
         and class_weight is None
+        and row_weight is None
         and args.softcap is None
         and args.logit_scale is None
         and args.group is None
@@ -239,17 +247,20 @@ def _total_and_fill(
     rows: tuple[Tensor, Tensor, Tensor | None],
     divisor: Tensor | None,
     mean: bool,
+    row_weight: Tensor | None,
     dlogits: Tensor | None,
     dtarget: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(total, dloss), both (); fills the gradients that are given."""
+    """(total, dloss), both (); fills the gradients that are given. ``dloss`` is the gradient of the
+    total with respect to the loss of a row of weight 1."""
     logits, target, _ = rows
     spec, ids = args.checked_spec(logits.shape[1], target), not target.is_floating_point()
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if divisor is not None and divisor.device != logits.device:
         # from the CPU: a fill, which takes the number as an argument; a copy would be waited for
         divisor = torch.full((), float(divisor), dtype=dtype, device=logits.device)
-    if args.impl == "triton" and args.group is None and ids and dlogits is not None:
+    fewer_launches = args.impl == "triton" and args.group is None and row_weight is None
+    if fewer_launches and ids and dlogits is not None:
         # with fewer launches than torch's operators
         total, dloss = args.backend.row_total_and_grads(*rows, divisor, mean, spec, dlogits)
         return total, dloss
@@ -259,9 +270,9 @@ def _total_and_fill(
         dloss = torch.ones((), dtype=dtype, device=logits.device)
     else:
         dloss = divisor.reciprocal()
-    loss = args.backend.row_loss_and_grads(*rows, dloss.expand(len(logits)), spec, dlogits, dtarget)
-    total = loss.sum()
-    return total if divisor is None else total / divisor, dloss
+    per_row = dloss.expand(len(logits)) if row_weight is None else dloss * row_weight
+    loss = args.backend.row_loss_and_grads(*rows, per_row, spec, dlogits, dtarget)
+    return total_of_rows(loss, divisor, row_weight), dloss
 
 
 def _row_grads_(
@@ -379,6 +390,8 @@ class ReducedLoss(torch.autograd.Function):
     same read of a row. With ``mean`` the sum is divided by ``divisor``, or without one by the
     number of valid rows.
 
+    ``row_weight`` multiplies each row's loss in the sum.
+
     With an ``owner`` the gradient is written over the logits. The first backward returns the
     gradient that the forward formed; a later one, or one with a graph, computes it again, or raises
     if the logits were consumed."""
@@ -391,6 +404,7 @@ class ReducedLoss(torch.autograd.Function):
         class_weight: Tensor | None,
         divisor: Tensor | None,
         mean: bool,
+        row_weight: Tensor | None,
         spec: LossSpec,
         impl: str,
         owner: Owner | None,
@@ -402,14 +416,21 @@ class ReducedLoss(torch.autograd.Function):
             _, need_dtarget = needed
             with writing(logits, owner) as dlogits:
                 total, _, dtarget = row_total_and_grads_(
-                    dlogits, target, class_weight, divisor, mean, need_dtarget, *ctx.options
+                    dlogits,
+                    target,
+                    class_weight,
+                    divisor,
+                    mean,
+                    row_weight,
+                    need_dtarget,
+                    *ctx.options,
                 )
             grads = dlogits, dtarget
         else:
             total, dloss, *grads = row_total_and_grads(
-                logits, target, class_weight, divisor, mean, *needed, *ctx.options
+                logits, target, class_weight, divisor, mean, row_weight, *needed, *ctx.options
             )
-            ctx.save_for_backward(logits, target, class_weight, dloss)
+            ctx.save_for_backward(logits, target, class_weight, dloss, row_weight)
         ctx.formed = only_needed(grads, *needed)
         result: Tensor = total
         return result
@@ -417,11 +438,19 @@ class ReducedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         grads = formed_gradients(ctx, dtotal, _recomputed_gradients)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
-def row_gradient_of_total(rows: Tensor, divisor: Tensor | None) -> Tensor:
-    """(N,): the gradient of ``loss.sum() / divisor`` with respect to each row's loss."""
+def total_of_rows(loss: Tensor, divisor: Tensor | None, row_weight: Tensor | None) -> Tensor:
+    """(): the sum of (N,) losses times their weights, over the divisor."""
+    total = loss.sum() if row_weight is None else (loss * row_weight).sum()
+    return total if divisor is None else total / divisor
+
+
+def row_gradient_of_total(
+    rows: Tensor, divisor: Tensor | None, row_weight: Tensor | None
+) -> Tensor:
+    """(N,): the gradient of ``total_of_rows`` with respect to each row's loss."""
     if divisor is not None and divisor.device == rows.device:
         scale = divisor.reciprocal()
     else:
@@ -430,12 +459,12 @@ def row_gradient_of_total(rows: Tensor, divisor: Tensor | None) -> Tensor:
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         one = torch.ones((), dtype=dtype, device=rows.device)
         scale = one / (1.0 if divisor is None else divisor)
-    return scale.expand(rows.shape[0])
+    return scale.expand(rows.shape[0]) if row_weight is None else scale * row_weight
 
 
 def _recomputed_gradients(ctx: Any) -> tuple[Tensor, Tensor]:
-    logits, target, class_weight, dloss = ctx.saved_tensors
-    dloss = dloss.expand(len(logits))
+    logits, target, class_weight, dloss, row_weight = ctx.saved_tensors
+    dloss = dloss.expand(len(logits)) if row_weight is None else dloss * row_weight
     # the forward that formed the gradient saved no statistics, and the torch backend needs none
     stats = dloss.new_empty(0, len(logits))
     if ctx.impl == "triton" or ctx.options.group is not None:
