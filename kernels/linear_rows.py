@@ -294,7 +294,7 @@ MERGE_ROWS, MERGE_TILES, MERGE_WARPS = 32, 32, 4
 PARTS_BUDGET, LEAST_ROWS = 128 * 2**20, 8192
 
 
-def runs_on(hidden: Tensor, weight: Tensor) -> str | None:
+def obstacle(hidden: Tensor, weight: Tensor) -> str | None:
     """None if ``row_loss`` and ``row_stats`` take these tensors, else the reason why not."""
     device = hidden.device
     if device.type == "cpu":
@@ -356,7 +356,7 @@ def row_loss(
 ) -> Tensor:
     """(N,) fp32 losses of the logits hidden @ weight.T + bias.
 
-    hidden is (N, D), weight (V, D), and ``runs_on`` must accept them. bias (V,), target (N,) and
+    hidden is (N, D), weight (V, D), and ``obstacle`` must accept them. bias (V,), target (N,) and
     class_weight (V,) fp32 are contiguous.
     """
     loss, target_logit = _fp32_rows(2, hidden)

@@ -83,8 +83,9 @@ def row_stats(
 
 
 def _one_or_nan(good: Tensor, like: Tensor) -> Tensor:
-    """A factor, so that the gradient is NaN too; in the dtype of ``like``, as torch.where of two
-    Python numbers has the default dtype."""
+    """1 where ``good`` and NaN elsewhere, in the dtype of ``like``. As a factor it makes gradients
+    NaN too."""
+    # torch.where of two Python numbers has the default dtype
     return torch.where(good, like.new_ones(()), torch.nan)
 
 

@@ -255,7 +255,7 @@ def fused_launches(target: str, itemsize: int, shaping: bool) -> Iterator[Launch
 
 
 def linear_launches(target: str, dtype: str) -> Iterator[tuple[str, tuple[str, ...], Launch]]:
-    """(options, arguments given, launch), for the targets that ``linear_rows.runs_on`` accepts."""
+    """(options, arguments given, launch), for the targets that ``linear_rows.obstacle`` accepts."""
     if target not in ("sm_90", "sm_100") or dtype.startswith("fp32"):
         return
     tile = linear_rows.TILE

@@ -65,7 +65,7 @@ def keywords(spec):
 
 def ours(hidden, weight, target, bias=None, class_weight=None, **options):
     spec = LossSpec(**options)
-    assert linear_rows.runs_on(hidden, weight) is None
+    assert linear_rows.obstacle(hidden, weight) is None
     z_scale = spec.lse_square_scale or None
     return linear_rows.row_loss(
         hidden, weight, bias, target, class_weight, **keywords(spec), lse_square_scale=z_scale
@@ -395,8 +395,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_descriptor_cannot_hold_is_refused(device, case):
     hidden, weight, _ = head(3, 40, 24, torch.float16, device)
-    assert linear_rows.runs_on(hidden, weight) is None
-    assert isinstance(linear_rows.runs_on(*REFUSED[case](hidden, weight)), str)
+    assert linear_rows.obstacle(hidden, weight) is None
+    assert isinstance(linear_rows.obstacle(*REFUSED[case](hidden, weight)), str)
 
 
 def test_one_row_may_have_any_stride(device):
@@ -408,7 +408,7 @@ def test_one_row_may_have_any_stride(device):
 @pytest.mark.skipif(GPU, reason="of the interpreter")
 def test_bf16_is_refused_where_it_would_be_wrong():
     hidden, weight, _ = head(3, 40, 24, torch.bfloat16)
-    assert "bfloat16" in linear_rows.runs_on(hidden, weight)
+    assert "bfloat16" in linear_rows.obstacle(hidden, weight)
 
 
 class FakeProperties:

@@ -82,7 +82,7 @@ def test_an_error_in_a_thread_is_raised_and_the_next_call_works():
 
 def test_the_number_of_threads_of_others_stays():
     before = torch.get_num_threads()
-    threads._forget()
+    threads._forget_pool()
     threads.run([int] * 5, 3)
     assert torch.get_num_threads() == before and together([torch.get_num_threads]) == [before]
 
@@ -201,7 +201,7 @@ def test_without_threads_the_caller_does_the_work(monkeypatch):
         real(thread)
 
     with monkeypatch.context() as patch:
-        threads._forget()
+        threads._forget_pool()
         patch.setattr(threading.Thread, "start", start)
         assert threads.run([lambda i=i: i * i for i in range(20)], 3) == [i * i for i in range(20)]
     assert len(started) == 2 and torch.get_num_threads() == before
@@ -274,7 +274,7 @@ def test_a_pool_interrupted_while_it_is_made(monkeypatch):
             raise KeyboardInterrupt
         return real(barrier, timeout)
 
-    threads._forget()
+    threads._forget_pool()
     alive = threading.active_count()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(threading.Barrier, "wait", wait)

@@ -96,7 +96,7 @@ class _Queue(Generic[T]):
                         self._changed.notify_all()
 
     def wait(self) -> None:
-        """Until no thread works on a task and none will start one."""
+        """Block until no thread works on a task and none will start one."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopping and self._busy == 0)
 
@@ -130,11 +130,11 @@ def _use_one_thread(started: threading.Barrier) -> None:
     started.wait()
 
 
-def _forget() -> None:
+def _forget_pool() -> None:
     global _pool, _making
     _pool, _making = None, threading.Lock()
 
 
 # a forked process has the pool, but not its threads
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_forget_pool)

@@ -366,7 +366,7 @@ class _IdRows:
             torch.sub(z, self.row_max[rows], out=e)
             torch.gather(e, 1, y, out=margin)
             if self.smoothing_coef:
-                torch.sum(times(-e, self.weight), -1, keepdim=True, out=self.shortfall[rows])
+                torch.sum(weighted(-e, self.weight), -1, keepdim=True, out=self.shortfall[rows])
             e.exp_()
         e.scatter_(1, y, 0.0)
         torch.sum(e, -1, keepdim=True, out=self.others[rows])
@@ -381,7 +381,7 @@ class _IdRows:
             at = slice(rows.start + i, min(rows.start + i + step, rows.stop))
             d = torch.sub(z[part], self.row_max[at], out=self.distances[: at.stop - at.start])
             if self.smoothing_coef:
-                torch.sum(times(-d, self.weight), -1, keepdim=True, out=self.shortfall[at])
+                torch.sum(weighted(-d, self.weight), -1, keepdim=True, out=self.shortfall[at])
             self.distance_sum[at] = times_distance(torch.exp(d, out=e[part]), d)
 
     def write_gradient(self, rows: slice, e: Tensor) -> None:
@@ -632,7 +632,7 @@ def target_masses(
     q = t
     if spec.label_smoothing:
         q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / num_classes
-    return t, times(q, weight)
+    return t, weighted(q, weight)
 
 
 def soft_target_grad(
@@ -646,7 +646,7 @@ def soft_target_grad(
 ) -> Tensor:
     """(B, V) gradient of the probabilities, from ``nll = lse - z``, which is overwritten; 0 where
     ``absent``, unless the log-probability has an upstream gradient."""
-    dt = times(nll, weight).mul((1.0 - spec.label_smoothing) * dloss).masked_fill_(absent, 0.0)
+    dt = weighted(nll, weight).mul((1.0 - spec.label_smoothing) * dloss).masked_fill_(absent, 0.0)
     if dlogprob is not None:
         nll.masked_fill_(absent, torch.inf)
         dt -= torch.where((t == 0.0) & (nll == torch.inf), 0.0, nll * dlogprob)
@@ -703,7 +703,7 @@ def _log_sum(others: Tensor, e_y: Tensor) -> Tensor:
     return torch.log1p(others + (e_y - 1.0))
 
 
-def times(x: Tensor, weight: Tensor | None) -> Tensor:
+def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
     """x * weight; 0 where the weight is 0, also for an infinite x."""
     return x if weight is None else (x * weight).masked_fill_((weight == 0.0) & x.isinf(), 0.0)
 

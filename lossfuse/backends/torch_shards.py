@@ -18,9 +18,9 @@ from .torch_rows import (
     soft_target_grad,
     softmax_coef_of,
     target_masses,
-    times,
     times_distance,
     transform_logits,
+    weighted,
     zero_rows,
 )
 
@@ -98,7 +98,7 @@ def _read_id_block(
         out.target_weight.copy_(torch.where(local, weight[y], 0.0))
     d = torch.sub(z, row_max, out=scratch)
     if out.shortfall is not None:
-        torch.sum(times(-d, weight), -1, keepdim=True, out=out.shortfall)
+        torch.sum(weighted(-d, weight), -1, keepdim=True, out=out.shortfall)
     e = torch.exp(d) if out.mean_shortfall is not None else d.exp_()
     distance_sum = times_distance(e, d) if out.mean_shortfall is not None else None
     # the target is left out of the sum, as it may be nearly all of it

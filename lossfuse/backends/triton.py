@@ -302,7 +302,7 @@ def _head_operands(
     if (
         target.is_floating_point()
         or spec.label_smoothing
-        or linear_rows.runs_on(hidden, weight) is not None
+        or linear_rows.obstacle(hidden, weight) is not None
     ):
         return None
     bias = None if bias is None else bias.contiguous()

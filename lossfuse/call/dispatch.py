@@ -62,7 +62,7 @@ def pick(impl: str, rows: Rows | HeadRows) -> Operators:
         on_device = rows.input.device.type in TRITON_DEVICES
         return TRITON if on_device and not _triton_obstacle(rows.input, rows.target) else TORCH
     obstacle = _triton_obstacle(rows.input, rows.target) if impl == "triton" else None
-    _require_none(impl, reference_only or obstacle)
+    _raise_if_obstacle(impl, reference_only or obstacle)
     return TRITON if impl == "triton" else TORCH
 
 
@@ -99,7 +99,7 @@ def pick_log_softmax(impl: str, input: Tensor) -> str:
         supported = not (_reason_for_reference({}, input) or _triton_obstacle(input, None))
         return "triton" if plain and supported else "torch"
     if impl == "triton":
-        _require_none(impl, _reason_for_reference({}, input) or _triton_obstacle(input, None))
+        _raise_if_obstacle(impl, _reason_for_reference({}, input) or _triton_obstacle(input, None))
     return impl
 
 
@@ -110,7 +110,7 @@ def _require_known(impl: str) -> None:
         )
 
 
-def _require_none(impl: str, obstacle: str | None) -> None:
+def _raise_if_obstacle(impl: str, obstacle: str | None) -> None:
     if obstacle:
         raise ValueError(
             f"impl={impl!r} cannot run here: {obstacle}; impl='auto' picks one that can"
