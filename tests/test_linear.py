@@ -1,4 +1,4 @@
-"""A head and its loss, beyond the formula: shapes, chunks and dtypes, precision, the products that
+"""A head and its loss, beyond the formula: chunks and dtypes, precision, the products that
 run, and memory."""
 
 import pytest
@@ -39,10 +39,9 @@ def assert_all_close(got, want, leaves):
         (assert_formula_close if g.dtype == torch.float32 else assert_product_close)(g, w)
 
 
-def check(operands, target, weight=None, dloss=None, *, impl="torch", chunks=None, **options):
-    want = program.head_value_and_grads(operands, target, weight, dloss, **options)
-    given = {"impl": impl, "options": chunks, **options}
-    got = head_loss_and_grads(operands, target, weight, dloss, **given)
+def check(operands, target, chunks, **options):
+    want = program.head_value_and_grads(operands, target, **options)
+    got = head_loss_and_grads(operands, target, options=chunks, **options)
     assert_all_close(got, want, requiring(*operands, target))
 
 
@@ -58,47 +57,6 @@ def mixed(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(head_chunks, "mm_returns_fp32", lambda device: True)
     return request.param
-
-
-# --- shapes
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@SOFT
-@pytest.mark.parametrize("shape", [(), (5,), (2, 1, 3), (2, 0)], ids=str)
-def test_batches_of_any_shape(shape, soft, reduction):
-    n = torch.Size(shape).numel()
-    hidden, weight, bias, target = head_and_ids(max(n, 1), 4, 9)
-    hidden = hidden.detach()[:n].reshape(*shape, 4).requires_grad_()
-    q = probabilities(max(n, 1), 9).detach()[:n].reshape(*shape, 9)
-    target = q if soft else target[:n].reshape(shape)
-    operands, given = (hidden, weight, bias), {"reduction": reduction}
-    got = head_loss_and_grads(operands, target, **given, options=chunks_of(2, 9))
-    assert got[0].shape == (shape if reduction == "none" else ())
-    # torch's mean over no rows is NaN with gradients of 0
-    want = program.head_value_and_grads(operands, target, **given)
-    want[1:] = [w if n else torch.zeros_like(w) for w in want[1:]]
-    assert_all_close(got, want, operands)
-
-
-LAYOUTS = {
-    "hidden transposed": (0, lambda t: t.t().contiguous().t()),
-    "weight transposed": (1, lambda t: t.t().contiguous().t()),
-    "hidden strided": (0, lambda t: t.repeat_interleave(2, 1)[:, ::2]),
-    "hidden expanded": (0, lambda t: t[:1].expand(6, 4)),
-    "target strided": (3, lambda t: t.repeat_interleave(2)[::2]),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_operands_of_any_layout(place, layout):
-    tensors = [t.detach() for t in head_and_ids(6, 4, 9, device=place.device)]
-    at, make = LAYOUTS[layout]
-    tensors[at] = make(tensors[at])
-    *operands, target = tensors
-    operands = [t.requires_grad_() for t in operands]
-    for options in ({}, {"reduction": "none"}):
-        check(operands, target, impl=place.impl, chunks=chunks_of(4, 9), **options)
 
 
 @SOFT
@@ -231,25 +189,12 @@ def test_no_error_above_that_of_eager_with_fp32_logits(mixed, dtype, rows):
     got = head_loss_and_grads(operands, target, None, dloss, options=chunks_of(rows, 64))
     assert abs(got[0] - want[0]) <= max(abs(loss - want[0]), 1e-6 * want[0])
     for ours, eagers, w in zip(got[1:], theirs, want[1:], strict=True):
-        assert relative_error(ours, w) <= 1.1 * relative_error(eagers, w) + 1e-6
+        slack = 0.0 if mixed else 1e-6
+        assert relative_error(ours, w) <= 1.1 * relative_error(eagers, w) + slack
     if dtype == torch.bfloat16 and rows == 1 and not mixed:
         lean = chunks_of(1, 64, acc_dtype=torch.bfloat16)
         got = head_loss_and_grads(operands, target, None, dloss, options=lean)
         assert relative_error(got[2], want[2]) > 3 * relative_error(theirs[1], want[2])
-
-
-@pytest.mark.parametrize("value", [0.3, 0.0, 65536.0, 1e-4])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_any_upstream_gradient(dtype, reduction, value):
-    """fp16: no gradient is rounded before it has seen the factor, so a loss scaler's 65536
-    brings back entries that 1e-4 would lose."""
-    *operands, target = head_and_ids(9, 4, 11, dtype)
-    scale = 64 if value == 65536.0 else 1
-    operands = [t.detach().div(scale).requires_grad_() for t in operands]
-    dloss = torch.full((9,) if reduction == "none" else (), value)
-    given = {"reduction": reduction, "normalizer": 4096.0 if reduction == "mean" else None}
-    check(operands, target, None, dloss, chunks=chunks_of(4, 11), **given)
 
 
 # --- the products that run

@@ -1,9 +1,8 @@
-"""Losses of logits at real vocabularies and dtypes, every gradient entry relative to itself, and of
-any dimensions."""
+"""Losses of logits at real vocabularies and dtypes, every gradient entry relative to itself, and
+beyond the sizes that 32 bits or a grid count."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import lossfuse
 import program
@@ -89,26 +88,3 @@ def test_more_than_two_to_the_31_elements(fast_place):
 def test_more_rows_than_a_grid_dimension_holds(fast_place):
     x, target = logits_and_ids(70000, 5, device=fast_place.device)
     check(fast_place, x, target, reduction="none")
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("batch", [(), (4,), (4, 3), (2, 1, 3, 2)], ids=str)
-def test_any_number_of_dimensions(thrifty_place, batch, reduction):
-    """Torch on the CPU is the oracle: its sums of losses of K dimensions are not deterministic on
-    CUDA, and raise."""
-    c = 7
-    x, ids = torch.randn(*batch[:1], c, *batch[1:]), torch.randint(0, c, batch)
-    if ids.dim():
-        ids[..., 0] = -100
-    soft, weight = torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1), torch.rand(c)
-    for target in (ids, soft):
-        leaf, copy = x.clone().requires_grad_(), x.to(thrifty_place.device).requires_grad_()
-        want = F.cross_entropy(leaf, target, weight, reduction=reduction)
-        there = target.to(copy.device), weight.to(copy.device)
-        got = lossfuse.cross_entropy(copy, *there, reduction=reduction, impl=thrifty_place.impl)
-        assert got.shape == (batch if reduction == "none" else ())
-        torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6)
-        g, w = (
-            torch.autograd.grad(loss.sum() * 0.5, t)[0] for loss, t in ((got, copy), (want, leaf))
-        )
-        torch.testing.assert_close(g.cpu(), w, rtol=1e-5, atol=1e-6)

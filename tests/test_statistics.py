@@ -482,21 +482,6 @@ def test_a_target_out_of_range_under_a_transform_is_nan():
 # --- shapes
 
 
-@ROWS_OR_MEAN
-@pytest.mark.parametrize("batch", [(), (4, 3), (2, 1, 3, 2)], ids=str)
-def test_dimensions(thrifty_logits, batch, reduction):
-    device = thrifty_logits.place.device
-    x = torch.randn(*batch[:1], 7, *batch[1:], device=device, requires_grad=True)
-    target = torch.randint(0, 7, batch, device=device)
-    if target.numel() > 1:
-        target[..., 0] = -100
-    options = {"weight": class_weight(7, device), "reduction": reduction, "lse_square_scale": 0.1}
-    got = check(thrifty_logits, x, target, **options)
-    assert got.lse.shape == got.argmax.shape == batch and got.n_valid.shape == ()
-    soft = torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1).detach().requires_grad_()
-    assert check(thrifty_logits, x, soft, **options).n_valid == target.numel()
-
-
 @pytest.mark.parametrize(("reduction", "value"), [("none", 0.0), ("mean", NAN), ("sum", 0.0)])
 @pytest.mark.parametrize("n", [0, 4], ids=["no rows", "all rows ignored"])
 def test_no_row_counts(thrifty_form, n, reduction, value):
