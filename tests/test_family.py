@@ -86,9 +86,9 @@ def test_log_softmax_equals_torchs_along_any_dimension_of_any_layout(place, call
     assert_equals_torch(ours, lambda x: x.log_softmax(dim), x, terms)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 7, 3), (2, 7, 3, 2), (0, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(7,), (2, 7, 3, 2), (0, 7)], ids=str)
 def test_losses_of_probabilities_equal_torchs(shape, reduction, dtype):
     """Of log-probabilities of classes, and of probabilities of labels, which may be 0 or 1."""
     x, w = torch.randn(shape[::-1]).permute(*range(len(shape))[::-1]) * 8.0, torch.rand(14)[::2]
@@ -289,7 +289,7 @@ def test_second_derivatives_of_kernels_are_right(device, name):
         torch.testing.assert_close(g.double().cpu(), w, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch", "triton", "auto"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @NAMES
 def test_functions_compile_to_one_graph_for_any_number_of_classes(gpu, name, impl):
     torch._dynamo.reset()

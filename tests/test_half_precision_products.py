@@ -7,11 +7,11 @@ import torch
 import lossfuse
 import program
 from closeness import assert_loss_close, relative_error
+from compared import head_loss_and_grads
 from conftest import interpreted_only
 from lossfuse.ops import head_chunks, matmul
 from options import chunks_of
 from rows import class_weight, head_and_ids, probabilities
-from test_linear import LEAN, SOFT, differentiated
 
 N, D, V = 23, 16, 77
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -67,23 +67,21 @@ def test_as_near_as_the_dtype_of_the_operands(
     """Gradients of logits must fit fp16 for the products, under loss scalers and in long batches;
     the sums need not."""
     operands, target = inputs(dtype, place.device)
+    given = {"reduction": reduction, "label_smoothing": 0.1}
+    given |= {"normalizer": normalizer} if reduction == "mean" else {}
+    up = torch.tensor(factor if reduction == "mean" else factor / normalizer)
+    dloss = up.expand(N if reduction == "none" else ())
+    wide = [t.detach().double().nan_to_num().requires_grad_() for t in operands]
+    want_loss, *want = program.head_value_and_grads(wide, target, None, dloss, **given)
     options = chunks_of(rows, V, drop_ignored=False)
-
-    def run(operands, impl, options):
-        hidden, weight, bias = operands
-        given = {"normalizer": normalizer} if reduction == "mean" else {}
-        given |= {"linear_bias": bias, "label_smoothing": 0.1, "options": options, "impl": impl}
-        loss = lossfuse.linear_cross_entropy(hidden, weight, target, reduction=reduction, **given)
-        up = factor if reduction == "mean" else factor / normalizer
-        return loss, torch.autograd.grad((loss * up).sum(), operands)
-
-    exact = [t.detach().double().nan_to_num().requires_grad_() for t in operands]
-    want_loss, want = run(exact, "reference", None)
-    got_loss, got = run(operands, place.impl, options)
+    got_loss, *got = head_loss_and_grads(
+        operands, target, None, dloss, impl=place.impl, options=options, **given
+    )
+    # the logits of each chunk, twice where the backward computes them again, and two gradients; the
+    # bf16 gradient of the weight is one product without fp32 where there is one chunk
     chunks = -(-N // rows)
-    # a gradient of the weight that one chunk gives is rounded once and needs no fp32 sums
-    of_weight = 0 if chunks == 1 and dtype == torch.bfloat16 else chunks
-    assert len(mixed) == (2 if reduction == "mean" else 3) * chunks + of_weight
+    once = dtype == torch.bfloat16 and chunks == 1
+    assert len(mixed) == (3 if reduction == "mean" else 4) * chunks - once
     torch.testing.assert_close(got_loss.double(), want_loss, rtol=1e-5, atol=1e-5)
     for a, b in zip(got, want, strict=True):
         within = b.abs() < 0.99 * torch.finfo(dtype).max
@@ -99,7 +97,7 @@ def test_a_mean_over_nothing_has_no_gradient(dtype):
     operands, target = inputs(dtype)
     for drop in (None, False):
         given = {"options": lossfuse.LinearOptions(drop_ignored=drop)}
-        loss, *grads = differentiated(operands, torch.full_like(target, -100), **given)
+        loss, *grads = head_loss_and_grads(operands, torch.full_like(target, -100), **given)
         assert loss.isnan() and all((g == 0.0).all() for g in grads)
 
 
@@ -110,29 +108,29 @@ def test_an_ignored_row_with_an_infinite_upstream_gradient(dtype):
     target = torch.tensor([3, -100, 8, 3])
     given = {"reduction": "none", "options": chunks_of(3, 9, drop_ignored=False)}
     ups = (torch.ones(4), torch.tensor([1.0, torch.inf, 1.0, 1.0]))
-    want, got = (differentiated(operands, target, None, up, **given) for up in ups)
+    want, got = (head_loss_and_grads(operands, target, None, up, **given) for up in ups)
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("lean", LEAN[:2], ids=str)
-def test_lean_modes_are_within_two_percent(lean):
+@pytest.mark.parametrize("name", ["logits_dtype", "acc_dtype"])
+def test_lean_modes_are_within_two_percent(name):
     operands, target = inputs(torch.bfloat16)
     want, got = (
-        differentiated(operands, target, options=chunks_of(64, V, drop_ignored=False, **some))
-        for some in ({}, lean)
+        head_loss_and_grads(operands, target, options=chunks_of(64, V, drop_ignored=False, **some))
+        for some in ({}, {name: torch.bfloat16})
     )
     torch.testing.assert_close(got[0], want[0], rtol=1e-2, atol=0.0)
     assert_gradients_close(got[1:], want[1:], 2e-2)
 
 
-@SOFT
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
 @HALF
 def test_a_narrow_gradient_over_logits_by_kernels(device, dtype, soft):
     """A row of it in the first bytes of the row whose place it takes."""
     *operands, target = head_and_ids(5, 8, 301, dtype, device)
     target = probabilities(5, 301, dtype, device).detach() if soft else target
     want = program.head_value_and_grads(operands, target)
-    got = differentiated(operands, target, options=chunks_of(2, 301), impl="triton")
+    got = head_loss_and_grads(operands, target, options=chunks_of(2, 301), impl="triton")
     assert_loss_close(got[0], want[0])
     assert_gradients_close(got[1:], want[1:], 2 * torch.finfo(dtype).eps)
 
@@ -151,7 +149,7 @@ def test_a_narrow_gradient_in_any_order_of_programs(monkeypatch):
     *operands, _ = head_and_ids(2, 3, 40000, torch.bfloat16)
     target = probabilities(2, 40000, torch.bfloat16).detach()
     want = program.head_value_and_grads(operands, target)
-    assert_gradients_close(differentiated(operands, target, impl="triton"), want, 0.01)
+    assert_gradients_close(head_loss_and_grads(operands, target, impl="triton"), want, 0.01)
 
 
 def test_a_narrow_gradient_lies_over_the_logits():
@@ -170,9 +168,9 @@ def test_fp16_products_neither_overflow_nor_underflow(n, value, retain):
     *operands, target = head_and_ids(4, 8, 37, torch.float16)
     given = {"normalizer": n, "options": chunks_of(3, 37, allow_retain_graph=retain)}
     want = program.head_value_and_grads(operands, target, normalizer=n)
-    assert_gradients_close(differentiated(operands, target, **given)[1:], want[1:], 2e-3)
+    assert_gradients_close(head_loss_and_grads(operands, target, **given)[1:], want[1:], 2e-3)
     # the same, multiplied: nothing was lost before
-    scaled = differentiated(operands, target, None, torch.tensor(value), **given)
+    scaled = head_loss_and_grads(operands, target, None, torch.tensor(value), **given)
     for s, w in zip(scaled[1:], want[1:], strict=True):
         w = (w * value).half().double()
         atol = max(4e-3 * float(w[w.isfinite()].abs().max()), 2.0**-24)
@@ -189,5 +187,5 @@ def test_fp16_products_with_large_and_small_factors(classes):
     classes = None if classes is None else class_weight(37) * classes
     args = ((hidden, weight, bias), target, classes)
     want = program.head_value_and_grads(*args, **options)
-    got = differentiated(*args, options=chunks_of(2, 37), **options)
+    got = head_loss_and_grads(*args, options=chunks_of(2, 37), **options)
     assert_gradients_close(got[1:], want[1:], 2e-3)

@@ -4,14 +4,12 @@ import contextlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from guarded import Guards, Interpreter
-from rows import logits_and_ids
 
 pytest.importorskip("triton")
 
-from lossfuse.kernels import fused_rows, row_totals
+from lossfuse.kernels import row_totals
 
 BLOCK = row_totals.BLOCK.block_v
 
@@ -24,8 +22,8 @@ def losses_and_ids(n, device, ignore_index=-100):
     return loss.masked_fill(ids == ignore_index, 0).to(device), ids.to(device)
 
 
-@pytest.mark.parametrize("ignore_index", [-100, 0, 2**40])
-@pytest.mark.parametrize("n", [0, 1, 5, BLOCK + 1, row_totals.MOST_ROWS + 1])
+@pytest.mark.parametrize("ignore_index", [-100, 2**40])
+@pytest.mark.parametrize("n", [0, 5, BLOCK + 1, row_totals.MOST_ROWS + 1])
 def test_the_divisor_is_the_number_of_valid_rows(n, ignore_index, device):
     loss, ids = losses_and_ids(n, device, ignore_index)
     mean = {"mean": True, "ignore_index": ignore_index}
@@ -63,25 +61,3 @@ def test_they_write_no_memory_outside_their_tensors(n_words, device):
     guards.check()
     assert not words.any() and not smooth_words.any()
     assert (dloss.item(), total.item()) == (torch.tensor(0.2).item(), 2.0)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_total_and_gradient_are_torch_s(device, reduction):
-    x, ids = logits_and_ids(6, 40, device=device)
-    ids[2] = -100
-    want = F.cross_entropy(x, ids, reduction=reduction)
-    (want_grad,) = torch.autograd.grad(want, x)
-    dlogits = x.detach().clone()
-    options = dict.fromkeys(("scale", "softcap", "smoothing", "lse_square_scale"))
-    total, _ = fused_rows.row_total_and_grads(
-        dlogits,
-        ids,
-        None,
-        None,
-        mean=reduction == "mean",
-        dlogits=dlogits,
-        ignore_index=-100,
-        **options,
-    )
-    torch.testing.assert_close(total, want)
-    torch.testing.assert_close(dlogits, want_grad)

@@ -1,21 +1,19 @@
 """Statistics of rows beside the loss, of logits and of a head, against the torch program in
 float64."""
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
+from torch.autograd import gradcheck, gradgradcheck
 
 import lossfuse
-import mutants
 import program
 from allocations import Largest
 from closeness import assert_formula_close, assert_gradient_close, assert_statistics_close
+from compared import gradient_pairs, requiring
 from conftest import Place
 from lossfuse.backends import threads, torch_rows
 from lossfuse.ops import row_stats
@@ -92,16 +90,12 @@ def case(form, soft, n, v, dtype=torch.float32, **options):
 
 def check(form, x, target, weight=None, names=DIFFERENTIABLE, **options):
     """Values, and the gradients of a mixture."""
-    got, (want, wide) = (
-        form(x, target, weight, **options),
-        wanted(x, target, weight, **options),
-    )
+    got = form(x, target, weight, **options)
+    want, wide = wanted(x, target, weight, **options)
     assert_statistics_close(got, want)
-    leaves = [t for t in (x, target) if t.requires_grad]
-    ups = upstreams(got, names)
-    for leaf, g, w in zip(
-        leaves, differentiated(got, leaves, ups), differentiated(want, wide, ups), strict=True
-    ):
+    leaves = requiring(x, target)
+    pairs = gradient_pairs(got, leaves, want, wide, upstreams(got, names))
+    for leaf, (g, w) in zip(leaves, pairs, strict=True):
         assert g.dtype == leaf.dtype and g.shape == leaf.shape
         assert_formula_close(g, w)
     return got
@@ -114,13 +108,14 @@ class TestFormula:
     @pytest.mark.parametrize(
         "names", THRIFTY_COMBINATIONS, ids=lambda names: "+".join(names) or "plain"
     )
-    def test_every_option(self, form, names, soft):
+    def test_every_option_of_logits(self, place, names, soft):
+        form = Form("logits", place)
         x, target, _ = case(form, soft, 5, 17)
-        weight, options = options_of(names, 17, form.place.device)
+        weight, options = options_of(names, 17, place.device)
         check(form, x, target, weight, **options)
 
     @SOFT
-    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @ROWS_OR_MEAN
     def test_each_statistic_alone_and_in_pairs(self, thrifty_form, reduction, soft):
         x, target, _ = case(thrifty_form, soft, 5, 17)
         weight, options = options_of(EVERYTHING, 17, thrifty_form.place.device)
@@ -128,73 +123,44 @@ class TestFormula:
         for names in (*((name,) for name in DIFFERENTIABLE), *pairs):
             check(thrifty_form, x, target, weight, names, **options | {"reduction": reduction})
 
-    @SOFT
-    @pytest.mark.parametrize("name", FLOATS)
-    def test_each_statistic_alone_in_rows(self, form, name, soft):
-        x, target, _ = case(form, soft, 3, 17)
-        check(form, x, target, names=(name,), reduction="none", label_smoothing=0.1)
-
-    @pytest.mark.parametrize("v", [1, 2, 33, 128, 129])
-    @pytest.mark.parametrize("n", [1, 7])
-    def test_small_sizes(self, thrifty_form, n, v):
-        weight, options = options_of(EVERYTHING, v, thrifty_form.place.device)
-        for soft in (False, True):
-            x, target, _ = case(thrifty_form, soft, n, v)
-            check(thrifty_form, x, target, weight, **options)
-
-    @SOFT
     @FORMS
     @pytest.mark.parametrize("impl", ["reference", "torch"])
-    def test_float64_is_float64(self, impl, form, soft):
+    def test_float64_is_float64(self, impl, form):
         form = Form(form, Place(impl, "cpu"))
-        x, target, _ = case(form, soft, 5, 17)
-        x = x.detach().double().requires_grad_()
-        target = target.detach().double().requires_grad_() if soft else target
+        x, _ = logits_and_ids(5, 17, torch.float64)
+        target = probabilities(5, 17, torch.float64)
         weight, options = options_of(EVERYTHING, 17, "cpu")
-        leaves = [x, target] if soft else [x]
         for reduction in ("mean", "none"):
             given = {"weight": weight.double(), **options, "reduction": reduction}
             got, (want, wide) = form(x, target, **given), wanted(x, target, **given)
             assert all(t.dtype == torch.float64 for t in got[:5])
             torch.testing.assert_close(got[:5], want[:5], rtol=1e-12, atol=1e-13)
-            ups = upstreams(got)
-            torch.testing.assert_close(
-                differentiated(got, leaves, ups),
-                differentiated(want, wide, ups),
-                rtol=1e-10,
-                atol=1e-13,
-            )
+            for g, w in gradient_pairs(got, [x, target], want, wide, upstreams(got)):
+                torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-13)
 
-    @SOFT
     @pytest.mark.parametrize("only", ["input", "target"])
-    def test_one_gradient_alone(self, thrifty_form, soft, only):
-        x, target, _ = case(thrifty_form, soft, 5, 17)
+    def test_one_gradient_alone(self, thrifty_form, only):
+        x, target, _ = case(thrifty_form, True, 5, 17)
         x.requires_grad_(only == "input")
-        if soft:
-            target.requires_grad_(only == "target")
-        if soft or only == "input":
-            for reduction in ("none", "mean"):
-                check(thrifty_form, x, target, reduction=reduction)
+        target.requires_grad_(only == "target")
+        for reduction in ("none", "mean"):
+            check(thrifty_form, x, target, reduction=reduction)
 
-    @SOFT
-    @pytest.mark.parametrize("kind", ["number", "tensor", "requires grad"])
-    def test_normalizers(self, thrifty_form, kind, soft):
-        x, target, leaves = case(thrifty_form, soft, 5, 17)
-        number = torch.tensor(7.5, device=x.device, requires_grad=kind == "requires grad")
-        normalizer = 7.5 if kind == "number" else number
-        got = thrifty_form(x, target, lse_square_scale=0.1, normalizer=normalizer)
+    def test_a_normalizer_that_requires_grad_gets_one(self, thrifty_form):
+        x, target, _ = case(thrifty_form, False, 5, 17)
+        number = torch.tensor(7.5, device=x.device, requires_grad=True)
+        got = thrifty_form(x, target, lse_square_scale=0.1, normalizer=number)
         want, wide = wanted(x, target, lse_square_scale=0.1, normalizer=7.5)
         assert_statistics_close(got, want)
         ups = upstreams(got)
-        given = [*leaves, number] if number.requires_grad else leaves
-        of_number = -(ups["loss"] * want.loss + ups["z_loss"] * want.z_loss) / 7.5
-        wants = [*differentiated(want, wide, ups), of_number]
-        for g, w in zip(differentiated(got, given, ups), wants, strict=False):
-            assert_formula_close(g, w)
+        dx, of_number = differentiated(got, [x, number], ups)
+        assert_formula_close(dx, differentiated(want, wide, ups)[0])
+        total = ups["loss"] * want.loss + ups["z_loss"] * want.z_loss
+        assert_formula_close(of_number, -total / 7.5)
 
-    @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 0])
+    @pytest.mark.parametrize("ignore_index", [-1, 3])
     def test_ignored_ids(self, thrifty_form, ignore_index):
-        """3 and 0 are classes too; the argmax of an ignored row is no class and not ignored."""
+        """3 is a class too; the argmax of an ignored row is no class and not ignored."""
         x, target, _ = case(thrifty_form, False, 6, 9, ignored=0.0)
         target[::2] = ignore_index
         options = {"ignore_index": ignore_index, "label_smoothing": 0.1, "lse_square_scale": 0.1}
@@ -204,62 +170,31 @@ class TestFormula:
         assert got.n_valid == (~ignored).sum()
         assert not any(t[ignored].any() for t in (got.lse, got.target_logprob, got.entropy))
 
-    def test_the_loss_is_that_of_cross_entropy(self, thrifty_logits):
-        for dtype, names in itertools.product(
-            (torch.float32, torch.bfloat16), ((), EVERYTHING, (*EVERYTHING, "none"))
-        ):
-            x, target, _ = case(thrifty_logits, False, 6, 300, dtype)
-            weight, options = options_of(names, 300, x.device)
-            want = lossfuse.cross_entropy(
-                x, target, weight, impl=thrifty_logits.place.impl, **options
-            )
-            got = thrifty_logits(x, target, weight, **options).loss
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-            (g,), (w,) = (torch.autograd.grad(loss.sum() * 0.3, x) for loss in (got, want))
-            # exp(x) of a GPU is exp2(x * log2(e)), where x * log2(e) is rounded: of p by two
-            # ways that is twice 1.3e-6 at x = -25
-            rtol = 1e-6 if x.device.type == "cpu" else 5e-6
-            rtol = rtol if dtype == torch.float32 else 2.0**-7
-            torch.testing.assert_close(g, w, rtol=rtol, atol=1e-12)
-
-    @pytest.mark.parametrize(
-        ("size_average", "reduce", "means"),
-        [(True, None, "mean"), (False, None, "sum"), (True, False, "none"), (None, False, "none")],
-    )
-    def test_deprecated_arguments_warn_and_win(self, size_average, reduce, means):
-        x, target = logits_and_ids(5, 17)
-        with pytest.warns(UserWarning, match=f"reduction='{means}'"):
-            got = lossfuse.cross_entropy_stats(
-                x, target, size_average=size_average, reduce=reduce, lse_square_scale=0.1
-            )
-        want = lossfuse.cross_entropy_stats(x, target, reduction=means, lse_square_scale=0.1)
-        torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
-
 
 class TestNotAskedFor:
     @SOFT
     @ROWS_OR_MEAN
-    @pytest.mark.parametrize("entropy", [True, False])
-    @pytest.mark.parametrize("argmax", [True, False])
     def test_statistics_not_asked_for_are_none_and_the_others_equal(
-        self, thrifty_form, reduction, soft, argmax, entropy
+        self, thrifty_form, reduction, soft
     ):
         x, target, leaves = case(thrifty_form, soft, 5, 600)
         options = {"reduction": reduction, "lse_square_scale": 0.1, "label_smoothing": 0.1}
-        got = thrifty_form(x, target, entropy=entropy, argmax=argmax, **options)
         every = thrifty_form(x, target, **options)
-        assert (got.entropy is not None) == entropy and (got.argmax is not None) == argmax
-        for g, w in zip(got, every, strict=True):
-            if g is not None:
-                torch.testing.assert_close(g, w, rtol=1e-6, atol=0)
         ups = {name: u for name, u in upstreams(every).items() if name != "entropy"}
-        g, w = (differentiated(s, leaves, ups) for s in (got, every))
-        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-7)
+        want = differentiated(every, leaves, ups)
+        for entropy, argmax in ((False, False), (False, True), (True, False)):
+            got = thrifty_form(x, target, entropy=entropy, argmax=argmax, **options)
+            assert (got.entropy is not None, got.argmax is not None) == (entropy, argmax)
+            for g, w in zip(got, every, strict=True):
+                if g is not None:
+                    torch.testing.assert_close(g, w, rtol=1e-6, atol=0)
+            grads = differentiated(got, leaves, ups)
+            torch.testing.assert_close(grads, want, rtol=1e-5, atol=1e-7)
 
-    @pytest.mark.parametrize("bad", [{"entropy": 1}, {"argmax": None}, {"entropy": "yes"}], ids=str)
-    def test_anything_but_a_bool_is_refused(self, bad):
-        with pytest.raises(TypeError, match="must be True or False"):
-            lossfuse.cross_entropy_stats(torch.randn(2, 3), torch.tensor([0, 1]), **bad)
+    @pytest.mark.parametrize("name", ["entropy", "argmax"])
+    def test_anything_but_a_bool_is_refused(self, name):
+        with pytest.raises(TypeError, match=f"{name} is 1 but must be True or False"):
+            lossfuse.cross_entropy_stats(torch.randn(2, 3), torch.tensor([0, 1]), **{name: 1})
 
     def test_no_grad_gives_the_same_statistics(self, thrifty_form):
         x, target, _ = case(thrifty_form, False, 5, 600)
@@ -290,9 +225,7 @@ class TestRegimes:
 
     @pytest.mark.parametrize("options", [{}, POLICY], ids=["plain", "temperature and cap"])
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-    @pytest.mark.parametrize(
-        "v", [511, 2049, pytest.param(32000, marks=pytest.mark.slow), 50257, 128257]
-    )
+    @pytest.mark.parametrize("v", [511, 50257, pytest.param(128257, marks=pytest.mark.slow)])
     def test_each_statistic_of_class_ids(self, thrifty_logits, v, dtype, options):
         x, target, _ = case(thrifty_logits, False, 3, v, dtype)
         options = options | {"reduction": "none"}
@@ -306,10 +239,7 @@ class TestRegimes:
         p = torch.softmax(z if cap is None else cap * torch.tanh(z / cap), 1)
         for names in (*((name,) for name in FLOATS), FLOATS):
             some = {name: ups[name] for name in names}
-            (g,), (w,) = (
-                differentiated(s, ls, some, retain_graph=True)
-                for s, ls in ((got, [x]), (want, wide))
-            )
+            ((g, w),) = gradient_pairs(got, [x], want, wide, some)
             terms = entropy_terms(x, ups, **options) if "entropy" in names else 0.0
             if len(names) > 1 or options.get("softcap"):
                 terms = terms + 2 * p * sum(u.abs() for u in some.values())[:, None]
@@ -329,71 +259,17 @@ class TestRegimes:
         assert_gradient_close(dt, wt, terms=wt.abs() + 1)
 
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-    @pytest.mark.parametrize("reduction", ["mean", "sum"])
-    def test_a_gradient_formed_in_the_forward_and_later_ones(
-        self, thrifty_logits, reduction, dtype
-    ):
+    def test_a_gradient_formed_in_the_forward_and_later_ones(self, thrifty_logits, dtype):
         """The loss alone, the loss and an entropy, the loss again: of one graph."""
         x, target, _ = case(thrifty_logits, False, 4, 5000, dtype)
-        got = thrifty_logits(x, target, reduction=reduction)
-        want, wide = wanted(x, target, reduction=reduction)
-        scale = 512.0 if reduction == "mean" else 1.0
-        ups = {name: u * scale for name, u in upstreams(got, ("loss", "entropy")).items()}
+        got, (want, wide) = thrifty_logits(x, target), wanted(x, target)
+        ups = {name: u * 512.0 for name, u in upstreams(got, ("loss", "entropy")).items()}
         p = torch.softmax(x.detach().double(), 1)
         terms = entropy_terms(x, ups) + p * float(ups["loss"].abs())
         for names in (("loss",), ("loss", "entropy"), ("entropy",), ("loss",)):
             some = {name: ups[name] for name in names}
-            (g,), (w,) = (
-                differentiated(s, ls, some, retain_graph=True)
-                for s, ls in ((got, [x]), (want, wide))
-            )
+            ((g, w),) = gradient_pairs(got, [x], want, wide, some)
             assert_gradient_close(g, w, terms=terms)
-
-
-@functools.cache
-def mixture(v, dtype):
-    """(logits, targets, the gradient of the mutants' objective, ours)."""
-    x, target = logits_and_ids(8, v, dtype)
-    options = {
-        "softcap": mutants.SOFTCAP,
-        "logit_scale": mutants.LOGIT_SCALE,
-        "lse_square_scale": mutants.Z_SCALE,
-    }
-    stats, (leaf,) = wanted(x, target, **options)
-    (want,) = torch.autograd.grad(mutants.objective(stats, x), leaf)
-    got = mutants.objective(lossfuse.cross_entropy_stats(x, target, **options), x)
-    return x, target, want, torch.autograd.grad(got, x)[0]
-
-
-@pytest.mark.parametrize(
-    ("v", "dtype", "compare"),
-    [
-        pytest.param(17, torch.float32, assert_formula_close, id="V17-fp32"),
-        pytest.param(32000, torch.float32, assert_gradient_close, id="V32000-fp32"),
-        pytest.param(32000, torch.bfloat16, assert_gradient_close, id="V32000-bf16"),
-    ],
-)
-class TestTheComparison:
-    def test_accepts_the_right_gradient(self, v, dtype, compare):
-        x, target, want, got = mixture(v, dtype)
-        right = mutants.statistics_gradient(x, target)
-        torch.testing.assert_close(right, want, rtol=1e-9, atol=1e-14)
-        compare(want.to(dtype), want)
-        terms = {} if v == 17 else {"terms": 20 * torch.softmax(x.detach().double(), 1)}
-        compare(got, want, **terms)
-
-    @pytest.mark.parametrize("mutant", mutants.STATISTICS_MUTANTS)
-    def test_rejects_every_mutant(self, v, dtype, compare, mutant):
-        x, target, want, _ = mixture(v, dtype)
-        with pytest.raises(AssertionError):
-            compare(mutants.STATISTICS_MUTANTS[mutant](x, target).to(dtype), want)
-
-
-@pytest.mark.parametrize("name", [n for n in program.Statistics._fields if n != "n_valid"])
-def test_the_comparison_rejects_a_statistic_of_another_row(name):
-    want, _ = wanted(*logits_and_ids(8, 17), reduction="none", lse_square_scale=0.1)
-    with pytest.raises(AssertionError):
-        assert_statistics_close(want._replace(**{name: getattr(want, name).roll(1)}), want)
 
 
 # --- hard rows
@@ -425,7 +301,7 @@ def test_a_common_offset_cancels_except_from_the_lse(place, soft, offset):
 
 @SOFT
 @FORMS
-@pytest.mark.parametrize("margin", [5.0, 12.0, 17.0, 25.0, 40.0])
+@pytest.mark.parametrize("margin", [5.0, 17.0, 40.0])
 def test_a_confident_row_stays_accurate(fast_place, form, margin, soft):
     """Below 6e-8, an entropy computed as lse - E[x] is 0 in fp32 or rounding."""
     v = 1000
@@ -462,18 +338,17 @@ def test_a_confident_row_of_another_class_has_an_accurate_entropy_gradient(fast_
 @pytest.mark.parametrize(
     "where", [slice(0, 4096), slice(4096, None), slice(1, None), slice(0, -1)], ids=str
 )
-@pytest.mark.parametrize(
-    "options", [{}, {"softcap": 15.0}, {"logit_scale": 0.5}], ids=["plain", "softcap", "scale"]
-)
-def test_minus_infinity_over_whole_blocks(fast_place, where, options):
-    x, _ = logits_and_ids(4, 5000, device=fast_place.device)
+def test_minus_infinity_over_whole_blocks(thrifty_fast_place, where):
+    x, _ = logits_and_ids(4, 5000, device=thrifty_fast_place.device)
     x = x.detach()
     x[:, where] = -INF
     finite = x[0].isfinite().nonzero()[:, 0]
     target = finite[[0, len(finite) // 2, -1, 0]]
-    got = check(Form("logits", fast_place), x.requires_grad_(), target, **options, reduction="none")
-    if "softcap" not in options:
-        assert got.entropy.isfinite().all() and (len(finite) > 1 or not got.entropy.any())
+    form, x = Form("logits", thrifty_fast_place), x.requires_grad_()
+    for options in ({}, {"softcap": 15.0}, {"logit_scale": 0.5}):
+        got = check(form, x, target, **options, reduction="none")
+        if "softcap" not in options:
+            assert got.entropy.isfinite().all() and (len(finite) > 1 or not got.entropy.any())
 
 
 def test_a_target_of_minus_infinity_has_a_finite_entropy(place):
@@ -536,7 +411,7 @@ def test_an_infinite_logit_has_an_infinite_lse_and_nothing_else(place, form, sof
     assert dx[4].isfinite().all() or form == "head"
 
 
-@pytest.mark.parametrize("value", [LOWEST, -1e30, 0.0], ids=str)
+@pytest.mark.parametrize("value", [LOWEST, 0.0], ids=str)
 def test_rows_masked_by_a_large_negative_number(place, value):
     """A row of it is uniform; a row half of it is a row of the others."""
     x, target = logits_and_ids(4, 600, device=place.device, ignored=0.0)
@@ -548,7 +423,7 @@ def test_rows_masked_by_a_large_negative_number(place, value):
 
 
 @ROWS_OR_MEAN
-@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("poison", [NAN, -INF])
 def test_ignored_rows_may_hold_and_receive_anything(form, reduction, poison):
     x, target, _ = case(form, False, 6, 30, ignored=0.0)
     target[2], target[4] = -100, -100
@@ -580,7 +455,7 @@ def test_a_class_of_no_weight_and_no_logit_is_left_out_of_the_loss_alone(place):
 
 
 @SOFT
-@pytest.mark.parametrize("v", [2, 511, 512, 513, 1300, 5000])
+@pytest.mark.parametrize("v", [2, 513, 5000])
 def test_the_argmax_is_the_first_of_ties(place, soft, v):
     x = torch.zeros(6, v)
     x[1, [v // 2, v - 1]], x[2, -1], x[3, v // 3 :], x[5, 0] = 3.0, 3.0, 3.0, -1.0
@@ -590,29 +465,6 @@ def test_the_argmax_is_the_first_of_ties(place, soft, v):
         logits = x.to(place.device, dtype)
         got = Form("logits", place)(logits, target.to(place.device), reduction="none")
         assert got.argmax.tolist() == [0, v // 2, v - 1, v // 3, 1, 1]
-
-
-@pytest.mark.parametrize("scale", [0.0, -2.0, 50.0])
-def test_scales_of_any_sign(place, scale):
-    x, target = logits_and_ids(4, 129, device=place.device, spread=1.0)
-    got = check(Form("logits", place), x, target, logit_scale=scale, reduction="none")
-    if scale == -2.0:
-        valid = got.argmax >= 0
-        assert torch.equal(got.argmax[valid], x.argmin(1)[valid])
-
-
-@ROWS_OR_MEAN
-@pytest.mark.parametrize("bad", [7, -1])
-def test_a_target_out_of_range_raises(form, reduction, bad):
-    """With debug_targets() on every device; on the CPU always."""
-    x = torch.randn(3, 7, device=form.place.device, requires_grad=True)
-    target = torch.tensor([0, bad, -100], device=x.device)
-    match = f"target of row 1 is {bad} but input has 7 classes"
-    with pytest.raises(IndexError, match=match), lossfuse.debug_targets():
-        form(x, target, reduction=reduction)
-    if x.device.type == "cpu":
-        with pytest.raises(IndexError, match=match):
-            form(x, target, reduction=reduction)
 
 
 def test_a_target_out_of_range_under_a_transform_is_nan():
@@ -632,54 +484,24 @@ def test_a_target_out_of_range_under_a_transform_is_nan():
 # --- shapes
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("batch", [(), (1,), (4,), (4, 3), (2, 3, 4), (2, 1, 3, 2)], ids=str)
-def test_dimensions(thrifty_logits, batch, reduction):
-    device = thrifty_logits.place.device
-    x = torch.randn(*batch[:1], 7, *batch[1:], device=device, requires_grad=True)
-    target = torch.randint(0, 7, batch, device=device)
-    if target.numel() > 1:
-        target[..., 0] = -100
-    options = {"weight": class_weight(7, device), "reduction": reduction, "lse_square_scale": 0.1}
-    got = check(thrifty_logits, x, target, **options)
-    assert got.lse.shape == got.argmax.shape == batch and got.n_valid.shape == ()
-    soft = torch.softmax(torch.randn_like(x), 0 if x.dim() == 1 else 1).detach().requires_grad_()
-    assert check(thrifty_logits, x, soft, **options).n_valid == target.numel()
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_batch_time_vocabulary_and_strided_ids(thrifty_logits, step):
-    with torch.device(thrifty_logits.place.device):
-        x = torch.randn(2, 3, 9 * step)[..., ::step].transpose(1, 2).requires_grad_()
-        target = torch.randint(0, 9, (2, 6))[:, ::2]
-    for reduction in ("none", "mean"):
-        check(thrifty_logits, x, target, reduction=reduction)
-
-
-NOTHING = pytest.mark.parametrize(
-    ("reduction", "value"), [("none", 0.0), ("mean", NAN), ("sum", 0.0)]
-)
-
-
-@NOTHING
+@pytest.mark.parametrize(("reduction", "value"), [("none", 0.0), ("mean", NAN), ("sum", 0.0)])
 @pytest.mark.parametrize("n", [0, 4], ids=["no rows", "all rows ignored"])
-@pytest.mark.parametrize("asked", [{}, {"entropy": False, "argmax": False}], ids=["", "few"])
-def test_no_row_counts(thrifty_form, asked, n, reduction, value):
+def test_no_row_counts(thrifty_form, n, reduction, value):
     x = torch.randn(n, 9, device=thrifty_form.place.device, requires_grad=True)
     targets = [torch.full((n,), -100, device=x.device)]
     # probabilities are never ignored
     targets += [torch.empty(0, 9, device=x.device)] if n == 0 else []
-    for target in targets:
-        got = thrifty_form(x, target, reduction=reduction, lse_square_scale=0.1, **asked)
+    options = {"reduction": reduction, "lse_square_scale": 0.1}
+    for target, every in itertools.product(targets, (True, False)):
+        got = thrifty_form(x, target, entropy=every, argmax=every, **options)
         for t in (got.loss, got.z_loss):
             torch.testing.assert_close(t.detach(), torch.full_like(t, value), equal_nan=True)
         assert got.n_valid == 0
-        assert not asked or got.argmax is got.entropy is None
-        for t in (got.lse, got.target_logprob, *([] if asked else [got.entropy])):
+        for t in (got.lse, got.target_logprob, *([got.entropy] if every else [])):
             assert t.shape == (n,) and t.dtype == torch.float32 and not t.any()
-        if not asked:
+        if every:
             assert got.argmax.tolist() == [-1] * n and got.argmax.dtype == torch.int64
-        names = [name for name in FLOATS if name != "entropy" or not asked]
+        names = FLOATS if every else FLOATS[:-1]
         assert not differentiated(got, [x], upstreams(got, names))[0].any()
 
 
@@ -690,13 +512,6 @@ def test_one_class(thrifty_form):
         assert got.entropy.tolist() == got.target_logprob.tolist() == [0.0, 0.0]
         assert got.lse[0] == 3.0
         assert not torch.autograd.grad(got.entropy.sum() + got.target_logprob.sum(), x)[0].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
-def test_ids_of_any_width(thrifty_logits, dtype):
-    x, target, _ = case(thrifty_logits, False, 6, 11, ignored=0.0)
-    got, want = thrifty_logits(x, target.to(dtype)), thrifty_logits(x, target)
-    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
 
 
 # --- autograd
@@ -722,23 +537,22 @@ def test_first_and_second_derivatives_in_fp64(impl, soft, reduction):
     assert gradgradcheck(f, (x, target), check_undefined_grad=False)
 
 
-def double_backward(stats, name, leaf):
-    (g,) = torch.autograd.grad(getattr(stats, name).sum(), leaf, create_graph=True)
+def double_backward(statistic, leaf):
+    (g,) = torch.autograd.grad(statistic.sum(), leaf, create_graph=True)
     return torch.autograd.grad((g**2).sum(), leaf)[0]
 
 
 @ROWS_OR_MEAN
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_a_double_backward_is_right_or_raises(thrifty_form, reduction, name):
+def test_a_double_backward_of_an_entropy_is_right_or_raises(thrifty_form, reduction):
     x, target, _ = case(thrifty_form, False, 5, 11)
-    options = {"reduction": reduction, "lse_square_scale": 0.1, "logit_scale": 0.8}
+    options = {"reduction": reduction, "logit_scale": 0.8}
     got = thrifty_form(x, target, **options)
     if thrifty_form.name == "head" and thrifty_form.place.impl != "reference":
         with pytest.raises(RuntimeError, match=r"no second derivative \(create_graph=True\)"):
-            double_backward(got, name, x)
+            double_backward(got.entropy, x)
         return
     want, wide = wanted(x, target, **options)
-    assert_formula_close(double_backward(got, name, x), double_backward(want, name, wide[0]))
+    assert_formula_close(double_backward(got.entropy, x), double_backward(want.entropy, *wide))
 
 
 @ROWS_OR_MEAN
@@ -751,10 +565,7 @@ def test_backwards_in_any_order(thrifty_form, reduction):
         ups = upstreams(got)
         for names in order:
             some = {name: ups[name] for name in names}
-            (g,), (w,) = (
-                differentiated(s, ls, some, retain_graph=True)
-                for s, ls in ((got, [x]), (want, wide))
-            )
+            ((g, w),) = gradient_pairs(got, [x], want, wide, some)
             assert_formula_close(g, w)
             earlier.append((g, g.clone()))
         assert all(torch.equal(g, copy) for g, copy in earlier)
@@ -772,26 +583,22 @@ def test_gradients_accumulate_in_a_leaf(thrifty_form, reduction):
     assert_formula_close(x.grad, torch.autograd.grad(total, wide)[0])
 
 
-@pytest.mark.parametrize("shape", ["expanded", "strided", "transposed"])
-def test_upstream_gradients_of_any_stride(thrifty_logits, shape):
+def test_upstream_gradients_of_any_stride(thrifty_logits):
     # a move to the device would make them contiguous
     with torch.device(thrifty_logits.place.device):
-        x = torch.randn(3, 7, 4, requires_grad=True)
-        target = torch.randint(0, 7, (3, 4))
-        up = {
-            "expanded": torch.tensor(0.3).expand(3, 4),
-            "strided": torch.randn(6, 8)[::2, ::2],
-            "transposed": torch.randn(4, 3).t(),
-        }[shape]
+        x, target = torch.randn(3, 7, 4, requires_grad=True), torch.randint(0, 7, (3, 4))
+        expanded, strided = torch.tensor(0.3).expand(3, 4), torch.randn(6, 8)[::2, ::2]
+        transposed = torch.randn(4, 3).t()
     got = thrifty_logits(x, target, reduction="none")
     want, wide = wanted(x, target, reduction="none")
-    ups = dict.fromkeys(FLOATS, up)
-    assert_formula_close(differentiated(got, [x], ups)[0], differentiated(want, wide, ups)[0])
+    for up in (expanded, strided, transposed):
+        ((g, w),) = gradient_pairs(got, [x], want, wide, dict.fromkeys(FLOATS, up))
+        assert_formula_close(g, w)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @ROWS_OR_MEAN
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", ["loss", "entropy"])
 def test_batched_upstream_gradients(thrifty_form, name, reduction):
     x, target, _ = case(thrifty_form, False, 3, 5)
     got = getattr(thrifty_form(x, target, reduction=reduction), name)
@@ -803,21 +610,19 @@ def test_batched_upstream_gradients(thrifty_form, name, reduction):
 
 
 @ROWS_OR_MEAN
-@pytest.mark.parametrize("name", ["loss", "entropy"])
-def test_inputs_changed_before_the_backward_raise_or_do_not_matter(thrifty_form, name, reduction):
+def test_inputs_changed_before_the_backward_of_an_entropy_raise(thrifty_form, reduction):
     x, target, _ = case(thrifty_form, False, 6, 40)
     z = x * 1.0
-    got, same = (getattr(thrifty_form(t, target, reduction=reduction), name).sum() for t in (z, x))
-    (want,) = torch.autograd.grad(same, x)
+    got, want = (thrifty_form(t, target, reduction=reduction).entropy.sum() for t in (z, x))
     with torch.no_grad():
         z.zero_()
-    try:
-        (g,) = torch.autograd.grad(got, x)
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+    if thrifty_form.place.impl == "reference":
+        # which saves what it computed
+        (g,), (w,) = torch.autograd.grad(got, x), torch.autograd.grad(want, x)
+        torch.testing.assert_close(g, w)
     else:
-        assert name == "loss" or thrifty_form.place.impl == "reference"
-        torch.testing.assert_close(g, want)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(got, x)
 
 
 @ROWS_OR_MEAN
@@ -831,20 +636,6 @@ def test_statistics_changed_before_the_backward_of_the_loss_do_not_matter(
             t.zero_()
     g, w = (torch.autograd.grad(stats.loss.sum(), x)[0] for stats in (got, want))
     torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-9)
-
-
-@ROWS_OR_MEAN
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-def test_checkpointing(thrifty_form, reduction, reentrant):
-    x, target, _ = case(thrifty_form, False, 5, 40)
-
-    def f(x, target):
-        got = thrifty_form(x, target, reduction=reduction)
-        return got.loss.sum() + (got.entropy * torch.arange(5.0, device=x.device)).sum()
-
-    (want,) = torch.autograd.grad(f(x, target), x)
-    checkpoint(f, x, target, use_reentrant=reentrant).backward()
-    torch.testing.assert_close(x.grad, want)
 
 
 @ROWS_OR_MEAN
@@ -882,68 +673,21 @@ def test_no_second_tensor_of_the_logits_size_is_saved_for_backward(fast_place):
     assert saved == []
 
 
-def test_autocast_changes_nothing_of_logits(thrifty_logits):
-    x, target, _ = case(thrifty_logits, False, 5, 17, torch.bfloat16)
-    for reduction in ("none", "mean"):
-        want = thrifty_logits(x, target, lse_square_scale=0.1, reduction=reduction)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            got = thrifty_logits(x, target, lse_square_scale=0.1, reduction=reduction)
-        torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
-        g, w = (differentiated(s, [x], upstreams(got)) for s in (got, want))
-        torch.testing.assert_close(g, w, rtol=0, atol=0)
-
-
-@FORMS
-def test_a_class_weight_may_require_grad(form):
-    form = Form(form, Place("auto", "cpu"))
+def test_a_class_weight_may_require_grad():
+    form = Form("logits", Place("auto", "cpu"))
     x, target, _ = case(form, False, 5, 11)
     weight = class_weight(11).requires_grad_()
     got = form(x, target, weight, reduction="sum")
+    gx, gw = differentiated(got, [x, weight], ups := upstreams(got))
     # torch has no gradient for a weight beside ids
     want, wide = wanted(x, target, weight.detach(), reduction="sum")
-    gx, gw = differentiated(got, [x, weight], ups := upstreams(got))
     assert_formula_close(gx, differentiated(want, wide, ups)[0])
     rows = torch.nn.functional.cross_entropy(x, target, reduction="none").detach()
     of_weight = torch.zeros(11).index_add(0, target.clamp(min=0), rows)
     torch.testing.assert_close(gw, ups["loss"].float() * of_weight)
-    with pytest.raises(ValueError, match="weight requires grad"):
-        form(x, target, weight, impl="torch")
 
 
 # --- transforms, which "auto" sends to the reference
-
-
-@FORMS
-def test_grad_jvp_and_hessian(form):
-    x, target = torch.randn(3, 5), torch.tensor([0, 4, -100])
-
-    def mixture_of(f):
-        def g(x):
-            got = f(x, target)
-            return got.loss + (got.entropy + got.target_logprob).sum() + (got.lse**2).sum()
-
-        return g
-
-    got = mixture_of(Form(form, Place("auto", "cpu")))
-    want = mixture_of(program.cross_entropy_stats)
-    torch.testing.assert_close(torch.func.grad(got)(x), torch.func.grad(want)(x))
-    torch.testing.assert_close(torch.func.hessian(got)(x), torch.func.hessian(want)(x))
-    tangent = (torch.randn(3, 5),)
-    torch.testing.assert_close(
-        torch.func.jvp(got, (x,), tangent), torch.func.jvp(want, (x,), tangent)
-    )
-
-
-def test_forward_mode():
-    x, target = logits_and_ids(5, 11)
-    tangent = torch.randn(5, 11)
-    with forward_ad.dual_level():
-        stats = lossfuse.cross_entropy_stats(forward_ad.make_dual(x.detach(), tangent), target)
-        got = {name: forward_ad.unpack_dual(getattr(stats, name)).tangent for name in FLOATS}
-    stats = lossfuse.cross_entropy_stats(x, target)
-    for name in FLOATS:
-        (grad,) = torch.autograd.grad(getattr(stats, name).sum(), x, retain_graph=True)
-        torch.testing.assert_close(got[name].sum(), (grad * tangent).sum(), rtol=1e-4, atol=1e-5)
 
 
 def test_vmap():
@@ -958,28 +702,25 @@ def test_vmap():
 
 
 @SOFT
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_several_threads_give_the_results_of_one(dtype, soft, monkeypatch):
+def test_several_threads_give_the_results_of_one(soft, monkeypatch):
     monkeypatch.setattr(torch_rows, "THREAD_LEAST_BYTES", 1 << 10)
     monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 1 << 13)
     form = Form("logits", Place("torch", "cpu"))
-    x, target, leaves = case(form, soft, 131, 400, dtype)
-    used, run, results = [], threads.run, []
+    x, target, leaves = case(form, soft, 131, 400)
+    used, run, results = [], threads.run, {3: [], 1: []}
 
     def counted(tasks, count):
         used.append(count)
         return run(tasks, count)
 
     monkeypatch.setattr(threads, "run", counted)
-    for count, reduction in itertools.product((3, 1), ("none", "mean")):
+    for count, reduction in itertools.product(results, ("none", "mean")):
         monkeypatch.setattr(threads, "workers", lambda count=count: count)
         got = form(x, target, reduction=reduction, lse_square_scale=0.1)
         loss = differentiated(got, leaves, upstreams(got, ("loss",)), retain_graph=True)
-        results.append((*got, *differentiated(got, leaves, upstreams(got)), *loss))
+        results[count] += [*got, *differentiated(got, leaves, upstreams(got)), *loss]
     assert used and set(used) == {3}
-    rtol = 1e-5 if dtype == torch.float32 else 2.0**-7
-    for several, one in zip(results[:2], results[2:], strict=True):
-        torch.testing.assert_close(several, one, rtol=rtol, atol=1e-9)
+    torch.testing.assert_close(results[3], results[1], rtol=1e-5, atol=1e-9)
 
 
 def test_repeated_runs_are_bitwise_equal(thrifty_form):
@@ -1031,37 +772,3 @@ def test_opcheck(thrifty_fast_place, soft):
     if impl == "torch":
         plain = (x.detach(), target.detach(), weight, ups[0].detach(), True, soft, True, True)
         torch.library.opcheck(row_stats.row_stats_and_grads, (*plain, *settings))
-
-
-@SOFT
-@ROWS_OR_MEAN
-def test_a_compiled_graph_gives_the_results_of_eager(thrifty_form, soft, reduction):
-    torch._dynamo.reset()
-    x, target, leaves = case(thrifty_form, soft, 6, 19)
-
-    def f(x, target):
-        got = thrifty_form(x * 1.5, target, lse_square_scale=0.1, reduction=reduction)
-        bonus = (got.entropy * got.target_logprob.detach()).sum() + got.lse.sum()
-        return got.loss.sum() * 0.3, bonus + got.z_loss.sum(), got.argmax, got.n_valid
-
-    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
-    for count in (1, 2):
-        got, want = compiled(x, target), f(x, target)
-        torch.testing.assert_close(got, want)
-        g, w = (torch.autograd.grad(sum(made[:count]), leaves) for made in (got, want))
-        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_inductor_with_ignored_rows():
-    torch._dynamo.reset()
-    x, target = logits_and_ids(16, 1000, torch.bfloat16)
-
-    def f(x):
-        got = lossfuse.cross_entropy_stats(x, target)
-        return got.loss - 0.01 * got.entropy.sum() / got.n_valid
-
-    compiled = torch.compile(f, fullgraph=True)
-    torch.testing.assert_close(compiled(x), f(x))
-    got, want = (torch.autograd.grad(g(x), x)[0] for g in (compiled, f))
-    torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
