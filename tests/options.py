@@ -29,7 +29,7 @@ EXCLUSIVE = [
     {"none", "normalizer"},
 ]
 PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if set(pair) not in EXCLUSIVE]
-# it multiplies losses of rows, whatever options they have
+# it multiplies the losses of rows that other options give
 ROW_WEIGHTED = [
     ("row weight",),
     *(("row weight", name) for name in ("weight", "sum", "none", "normalizer")),

@@ -78,14 +78,8 @@ def label_loss_and_grads(
                     block_loss = _dense(
                         x, target[block], w, pw, d, dx, dt, loss is not None, buffers
                     )
-                if loss is None or block_loss is None:
-                    continue
-                if elementwise:
-                    loss[block].copy_(block_loss)
-                elif j == 0:
-                    torch.sum(block_loss, 1, keepdim=True, out=loss[block[0]])
-                else:
-                    loss[block[0]] += block_loss.sum(1, keepdim=True)
+                if loss is not None and block_loss is not None:
+                    _store_loss(loss, block, block_loss, elementwise=elementwise)
 
     if count == 1:
         fill_rows(0, n)
@@ -95,6 +89,20 @@ def label_loss_and_grads(
     threads.run(
         [functools.partial(fill_rows, i, min(i + length, n)) for i in range(0, n, length)], count
     )
+
+
+def _store_loss(
+    loss: Tensor, block: tuple[slice, slice], block_loss: Tensor, *, elementwise: bool
+) -> None:
+    """Store the losses of a block, or add their sums to those of the blocks before it in its
+    rows."""
+    rows, labels = block
+    if elementwise:
+        loss[block].copy_(block_loss)
+    elif labels.start == 0:
+        torch.sum(block_loss, 1, keepdim=True, out=loss[rows])
+    else:
+        loss[rows] += block_loss.sum(1, keepdim=True)
 
 
 def block_shape(

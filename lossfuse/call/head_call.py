@@ -49,16 +49,8 @@ def head_call(
     check_normalizer(normalizer, reduction, input)
     for name in ("logits_dtype", "acc_dtype"):
         options.dtype(name, input.dtype)
-    main_grad = main_grad_of(parameter) if options.main_grad else None
     implementation = pick(impl, rows)
-    if implementation is REFERENCE and main_grad is not None:
-        raise ValueError(
-            "options.main_grad needs another implementation than the reference, which this call"
-            " must take"
-        )
-    if main_grad is not None and options.acc_dtype is None and input.dtype == torch.bfloat16:
-        # what is added to main_grad is not rounded before
-        options = replace(options, acc_dtype=torch.float32)
+    main_grad, options = _main_grad(parameter, options, implementation, input.dtype)
     divisor = denominator(rows, spec, reduction, normalizer)
     if not statistics:
         rows = ignore_rows_of_weight_0(rows, spec.ignore_index)
@@ -79,6 +71,28 @@ def head_call(
         options=options,
     )
     return implementation, call
+
+
+def _main_grad(
+    linear_weight: Tensor,
+    options: LinearOptions,
+    implementation: Operators,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, LinearOptions]:
+    """Return ``linear_weight.main_grad`` if the options ask for it, and the options with which the
+    gradient of the weight is accumulated."""
+    if not options.main_grad:
+        return None, options
+    main_grad = main_grad_of(linear_weight)
+    if implementation is REFERENCE:
+        raise ValueError(
+            "options.main_grad needs another implementation than the reference, which this call"
+            " must take"
+        )
+    if options.acc_dtype is None and dtype == torch.bfloat16:
+        # what is added to main_grad is not rounded before
+        options = replace(options, acc_dtype=torch.float32)
+    return main_grad, options
 
 
 def is_k_dimensional(linear_weight: object) -> bool:

@@ -105,22 +105,28 @@ def step(
         result = _result_like(func, like, tree, x, autocast is not None)
         if result is None:
             return NotImplemented
-        transform = replace(
-            x._transform,
-            num_classes=result.shape[1],
-            dtype=result.dtype,
-            kind="other",
-            bias=None,
-            cap=None,
-            scale=1.0,
-            factor=1.0,
-        )
+        transform = _transform_of(result, x)
     program = Step(func, args, kwargs, torch.is_grad_enabled(), autocast, tuple(watched))
     rows = next((other._rows for other in lazies if other._of_head), x._rows)
     class_dim = None if x._classes_last else x._class_dim
     ends = ends if transform.dtype.is_floating_point else []
     return lazy_logits(
         x._call, transform, rows, class_dim, leaves=tuple(ends), program=program, carried=carried
+    )
+
+
+def _transform_of(result: Tensor, x: LazyLogits) -> LogitTransform:
+    """The transform of values that the linear form does not know, in the classes and dtype of
+    ``result``."""
+    return replace(
+        x._transform,
+        num_classes=result.shape[1],
+        dtype=result.dtype,
+        kind="other",
+        bias=None,
+        cap=None,
+        scale=1.0,
+        factor=1.0,
     )
 
 

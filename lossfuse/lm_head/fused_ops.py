@@ -17,7 +17,7 @@ from ..call.dtensor import shared
 from ..call.reduction import divisor_of, ignore_rows_of_weight_0, reduce_rows
 from ..inputs import Targets, flatten_row_weight
 from ..ops.chunk_plan import chunk_rows
-from ..spec import loss_spec, require_bool, resolve_reduction
+from ..spec import LinearOptions, loss_spec, require_bool, resolve_reduction
 from ..statistics import LossStats
 from .chunked_reads import read_chunks, together
 from .lazy_logits import LazyLogits, of_classes
@@ -463,6 +463,18 @@ def _of_this_rank(
     )
 
 
+def _rows_of_a_chunk(rows: Tensor, num_classes: int, options: LinearOptions) -> int:
+    """Hidden states whose logits are computed at a time by a head that is not linear."""
+    cpu = rows.device.type == "cpu"
+    step = chunk_rows(len(rows), rows.shape[-1], num_classes, rows.dtype, options, cpu=cpu)
+    if options.chunk_bytes is None:
+        # the linear form holds one tensor of a chunk's logits; a LoRA layer's terms, their sum and
+        # its gradient are four. Freed blocks below 32 MiB stay in glibc's heap, in pieces
+        least = (64 << 20) // (4 * num_classes) if cpu else 1
+        step = min(step, max(-(-step // 4), least))
+    return step
+
+
 def _read_chunks(
     x: LazyLogits, target: Tensor, options: dict[str, Any], reads: dict[str, bool] | None
 ) -> Tensor | LossStats:
@@ -496,16 +508,7 @@ def _read_chunks(
         return tuple(column for column in result if column is not None)
 
     wants: dict[str, Any] = reads or {}
-    cpu = rows.device.type == "cpu"
-    chunking = call.forward.fuser.options
-    step = chunk_rows(
-        len(rows), rows.shape[-1], transform.num_classes, rows.dtype, chunking, cpu=cpu
-    )
-    if chunking.chunk_bytes is None:
-        # the linear form holds one tensor of a chunk's logits; a LoRA layer's terms, their sum and
-        # its gradient are four. Freed blocks below 32 MiB stay in glibc's heap, in pieces
-        least = (64 << 20) // (4 * transform.num_classes) if cpu else 1
-        step = min(step, max(-(-step // 4), least))
+    step = _rows_of_a_chunk(rows, transform.num_classes, call.forward.fuser.options)
     with call.random():
         parts = [
             checkpoint(part, h, targets, use_reentrant=False)

@@ -229,17 +229,29 @@ def _grads(
                 dzs = dz if held is None else held[: len(x)]
                 _accumulate(grads, group, x, dzs, weight)
 
-        if scale is not None:
-            for grad in (grads.hidden, grads.weight, grads.bias):
-                if grad is not None:
-                    grad.mul_(scale)
-        if grads.hidden is not None:
-            grads = grads._replace(hidden=_scatter(grads.hidden, valid_rows, target))
-        if grads.weight is not None:
-            dtype = weight_grad_dtype(some.hidden.dtype, options, some.hidden.device)
-            del held
-            grads = grads._replace(weight=grads.weight.to(dtype))
-        return grads
+        del held
+        dtype = weight_grad_dtype(some.hidden.dtype, options, some.hidden.device)
+        return _finished(grads, scale, dtype, valid_rows, target)
+
+
+def _finished(
+    grads: Gradients,
+    scale: Tensor | None,
+    weight_dtype: torch.dtype,
+    valid_rows: Tensor | None,
+    target: Tensor,
+) -> Gradients:
+    """Multiply accumulated gradients by the scale of the fp16 products, give ignored rows their
+    zeros and the gradient of the weight its dtype."""
+    if scale is not None:
+        for grad in (grads.hidden, grads.weight, grads.bias):
+            if grad is not None:
+                grad.mul_(scale)
+    if grads.hidden is not None:
+        grads = grads._replace(hidden=_scatter(grads.hidden, valid_rows, target))
+    if grads.weight is not None:
+        grads = grads._replace(weight=grads.weight.to(weight_dtype))
+    return grads
 
 
 def _plan(head: Head, needs: Needs, spec: LossSpec, options: LinearOptions) -> ChunkPlan:
