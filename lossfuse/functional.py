@@ -179,7 +179,8 @@ def _loss(
     # counted with the losses, in a launch less
     counted = mean and divides_by_valid_rows(rows, normalizer)
     divisor = None if counted else denominator(rows, spec, reduction, normalizer)
-    rows = ignore_rows_of_weight_0(rows, spec.ignore_index)
+    if rows.row_weight is not None:
+        rows = ignore_rows_of_weight_0(rows, spec.ignore_index)
     if forms_gradient_in_forward(implementation, rows, reduction, divisor, owner is not None):
         return implementation.total(rows, spec, divisor, mean, owner)
     loss = implementation.row_loss(rows, spec, owner)

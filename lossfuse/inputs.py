@@ -166,7 +166,9 @@ def flatten(
         batch_shape,
         _rows(input, class_dim),
         shard=shard,
-        row_weight=flatten_row_weight(row_weight, input, batch_shape),
+        row_weight=(
+            None if row_weight is None else flatten_row_weight(row_weight, input, batch_shape)
+        ),
     )
 
 
@@ -209,7 +211,9 @@ def flatten_head(
         linear_weight,
         linear_bias,
         shard=shard,
-        row_weight=flatten_row_weight(row_weight, input, batch_shape),
+        row_weight=(
+            None if row_weight is None else flatten_row_weight(row_weight, input, batch_shape)
+        ),
     )
 
 
@@ -451,12 +455,8 @@ def _check_weight(
         raise ValueError(f"weight is on {weight.device} but input is on {input.device}")
 
 
-def flatten_row_weight(
-    row_weight: Tensor | None, input: Tensor, batch_shape: torch.Size
-) -> Tensor | None:
+def flatten_row_weight(row_weight: Tensor, input: Tensor, batch_shape: torch.Size) -> Tensor:
     """(N,) weights of the rows in the dtype of the loss."""
-    if row_weight is None:
-        return None
     require_tensor("row_weight", row_weight)
     if row_weight.is_complex():
         raise TypeError(f"row_weight has dtype {row_weight.dtype} but must be real")

@@ -86,7 +86,8 @@ class Case:
             return dloss.flatten().double()
         ones = torch.ones(self.rows, dtype=torch.float64)
         target = call.target if self.soft else call.target.flatten().long()
-        how = given.get("ignore_index", -100), given["reduction"], given.get("normalizer")
+        reduction, normalizer = given["reduction"], given.get("normalizer")
+        how = given.get("ignore_index", -100), reduction, None, normalizer
         made = program.reduced(ones, target, double(call.weight), *how)
         # the weights of rows are in the terms
         share = float(dloss * made / self.rows)

@@ -482,7 +482,9 @@ def _read_chunks(
     the backward."""
     call, transform = x._call, x._transform
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer", None)
-    row_weight = flatten_row_weight(options.pop("row_weight", None), x._rows, x._rows.shape[:-1])
+    row_weight = options.pop("row_weight", None)
+    if row_weight is not None:
+        row_weight = flatten_row_weight(row_weight, x._rows, x._rows.shape[:-1])
     ignore_index = options["ignore_index"]
     rows = x._rows.reshape(-1, x._rows.shape[-1])
     lead = x._rows.shape[:-1]
