@@ -1,4 +1,4 @@
-"""What launch tables know of a GPU: its family, SMs and memory bandwidth. Plain Python."""
+"""GPUs as the launch tables see them: family, SMs and memory bandwidth. Plain Python."""
 
 import functools
 from dataclasses import dataclass
