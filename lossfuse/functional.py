@@ -4,7 +4,7 @@ those torch does not have."""
 from torch import Tensor
 
 from .call.dispatch import forms_gradient_in_forward, may_write_in_place, pick
-from .call.dtensor import local_head, local_logits, shard_options
+from .call.dtensor import local_head, local_logits, local_row_weight, shard_options
 from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
 from .call.implementations import Operators
 from .call.public import public
@@ -152,6 +152,8 @@ def cross_entropy(
         loss = small_loss(input, target, ignore_index, reduction)
         if loss is not None:
             return loss
+    if row_weight is not None:
+        row_weight = local_row_weight(row_weight, input)
     input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(
@@ -282,6 +284,8 @@ def linear_cross_entropy(
     """
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
+    if row_weight is not None:
+        row_weight = local_row_weight(row_weight, linear_weight)
     input, linear_weight, linear_bias, target, weight, shard = local_head(
         input, linear_weight, linear_bias, target, weight, shard
     )

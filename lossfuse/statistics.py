@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .call.dispatch import forms_gradient_in_forward, pick
-from .call.dtensor import local_head, local_logits, shard_options
+from .call.dtensor import local_head, local_logits, local_row_weight, shard_options
 from .call.head_call import head_call, is_k_dimensional, k_dimensional_logits
 from .call.implementations import Operators, Stats
 from .call.public import public
@@ -117,6 +117,8 @@ def cross_entropy_stats(
     Source: an entropy beside the loss of a policy is Williams and Peng, "Function optimization
     using connectionist reinforcement learning algorithms", Connection Science 3 (1991).
     """
+    if row_weight is not None:
+        row_weight = local_row_weight(row_weight, input)
     input, target, weight, shard = local_logits(input, target, weight, shard)
     reduction = resolve_reduction(reduction, size_average, reduce)
     spec = loss_spec(
@@ -203,6 +205,8 @@ def linear_cross_entropy_stats(
     """
     reduction = resolve_reduction(reduction, None, None)
     ignore_index = -100 if ignore_index is None else ignore_index
+    if row_weight is not None:
+        row_weight = local_row_weight(row_weight, linear_weight)
     input, linear_weight, linear_bias, target, weight, shard = local_head(
         input, linear_weight, linear_bias, target, weight, shard
     )

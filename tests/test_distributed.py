@@ -27,6 +27,7 @@ from options import (
     OPTIONS,
     differentiated,
     options_of,
+    row_weights,
     upstream,
     upstreams,
 )
@@ -612,12 +613,22 @@ def dtensor_logits():
         assert_formula_close(grad.full_tensor(), torch.autograd.grad(want, wide)[0])
     soft, sharded = probabilities(6, V).detach(), spread(x, Shard(1))
     close(cross_entropy(sharded, spread(soft, Shard(1))), F.cross_entropy(wide, soft.double()))
+    weights = row_weights(6, "cpu")
+    for row_weight in (weights, spread(weights, Replicate())):
+        want = program.cross_entropy(wide, ids, row_weight=weights)
+        close(cross_entropy(sharded, ids, row_weight=row_weight), want)
     partial = DTensor.from_local(x.detach(), mesh, [Partial()])
     for words, args, given in (
         (r"expected Shard\(1\)", (spread(x, Shard(0)), ids), {}),
         ("Partial", (partial, ids), {}),
         ("knows its shard", (sharded, ids), {"shard": VocabShard.even(V)}),
         ("target is a DTensor", (x, spread(ids, Replicate())), {}),
+        ("row_weight is a DTensor", (x, ids), {"row_weight": spread(weights, Replicate())}),
+        (
+            "row_weight is a DTensor placed",
+            (sharded, ids),
+            {"row_weight": spread(weights, Shard(0))},
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             cross_entropy(*args, **given)

@@ -123,6 +123,17 @@ def local_head(
     )
 
 
+def local_row_weight(row_weight: Tensor, beside: object) -> Tensor:
+    """Return the local tensor of row weights beside logits or a head that are a DTensor; a plain
+    tensor unchanged."""
+    if not is_dtensor(row_weight):
+        return row_weight
+    if not is_dtensor(beside):
+        _refuse_dtensors("input and linear_weight are plain tensors", row_weight=row_weight)
+    local: Tensor = _local("row_weight", row_weight, beside, None, None)
+    return local
+
+
 def _refuse_dtensors(why: str, **others: Tensor | None) -> None:
     for name, t in others.items():
         if is_dtensor(t):
