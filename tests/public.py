@@ -42,6 +42,8 @@ LOSSES = {
         **how), "logits soft"),
     "cross_entropy_stats": (lambda t, **how: lossfuse.cross_entropy_stats(t.logits, t.ids, **how),
         "logits"),
+    "cross_entropy_stats of probabilities": (lambda t, **how: lossfuse.cross_entropy_stats(t.logits,
+        t.soft, reduction="none", **how), "logits soft"),
     "linear_cross_entropy": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight,
         t.ids, linear_bias=t.bias, **how), "hidden weight bias"),
     "linear_cross_entropy none": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight,
@@ -51,6 +53,8 @@ LOSSES = {
         **how), "hidden weight soft"),
     "linear_cross_entropy_stats": (lambda t, **how: lossfuse.linear_cross_entropy_stats(t.hidden,
         t.weight, t.ids, **how), "hidden weight"),
+    "linear_cross_entropy_stats none": (lambda t, **how: lossfuse.linear_cross_entropy_stats(
+        t.hidden, t.weight, t.ids, reduction="none", **how), "hidden weight"),
     "log_softmax": (lambda t, **how: lossfuse.log_softmax(t.logits, 1, **how), "logits"),
     # the next two take no impl
     "nll_loss": (lambda t, impl, **how: lossfuse.nll_loss(t.logits, t.ids, t.classes, **how),

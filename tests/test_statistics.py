@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import lossfuse
 import program
@@ -772,3 +773,52 @@ def test_opcheck(thrifty_fast_place, soft):
     if impl == "torch":
         plain = (x.detach(), target.detach(), weight, ups[0].detach(), True, soft, True, True)
         torch.library.opcheck(row_stats.row_stats_and_grads, (*plain, *settings))
+
+
+@ROWS_OR_MEAN
+def test_checkpointed_statistics_have_the_same_gradient(thrifty_form, reduction):
+    x, target, _ = case(thrifty_form, False, 5, 40)
+
+    def f(x, target):
+        got = thrifty_form(x, target, reduction=reduction)
+        return got.loss.sum() + (got.entropy * torch.arange(5.0, device=x.device)).sum()
+
+    (want,) = torch.autograd.grad(f(x, target), x)
+    checkpoint(f, x, target, use_reentrant=False).backward()
+    torch.testing.assert_close(x.grad, want)
+
+
+# --- transforms and gradients of class weights, which "auto" leaves to the reference
+
+
+@FORMS
+def test_torch_func_differentiates_statistics(form):
+    x, target = torch.randn(3, 5), torch.tensor([0, 4, -100])
+
+    def mixture_of(f):
+        def g(x):
+            got = f(x, target)
+            return got.loss + (got.entropy + got.target_logprob).sum() + (got.lse**2).sum()
+
+        return g
+
+    got = mixture_of(Form(form, Place("auto", "cpu")))
+    want = mixture_of(program.cross_entropy_stats)
+    torch.testing.assert_close(torch.func.hessian(got)(x), torch.func.hessian(want)(x))
+    tangent = (torch.randn(3, 5),)
+    torch.testing.assert_close(
+        torch.func.jvp(got, (x,), tangent), torch.func.jvp(want, (x,), tangent)
+    )
+
+
+@FORMS
+def test_a_class_weight_of_statistics_may_require_grad(form):
+    form = Form(form, Place("auto", "cpu"))
+    x, target, _ = case(form, False, 5, 11)
+    weight = class_weight(11).requires_grad_()
+    (got,) = torch.autograd.grad(form(x, target, weight, reduction="sum").loss, weight)
+    rows = torch.nn.functional.cross_entropy(x, target, reduction="none").detach()
+    want = torch.zeros(11).index_add(0, target.clamp(min=0), rows)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="weight requires grad"):
+        form(x, target, weight, impl="torch")
