@@ -42,8 +42,8 @@ LOSSES = {
         **how), "logits soft"),
     "cross_entropy_stats": (lambda t, **how: lossfuse.cross_entropy_stats(t.logits, t.ids, **how),
         "logits"),
-    "cross_entropy_stats of probabilities": (lambda t, **how: lossfuse.cross_entropy_stats(t.logits,
-        t.soft, reduction="none", **how), "logits soft"),
+    "cross_entropy_stats none, probabilities": (lambda t, **how: lossfuse.cross_entropy_stats(
+        t.logits, t.soft, reduction="none", **how), "logits soft"),
     "linear_cross_entropy": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight,
         t.ids, linear_bias=t.bias, **how), "hidden weight bias"),
     "linear_cross_entropy none": (lambda t, **how: lossfuse.linear_cross_entropy(t.hidden, t.weight,
