@@ -46,7 +46,7 @@ def small_loss(input: Tensor, target: Tensor, ignore_index: int, reduction: str)
         if dtype == torch.float64 and input.numel() > MOST_IN_FLOAT64:
             break
         log_probs = torch.log_softmax(input, 1, dtype=dtype)
-        # False for NaN, which every row without a finite logit has
+        # read at once, on a CPU; False for NaN, which every row without a finite logit has
         if log_probs.amax().item() <= CONFIDENT[dtype]:
             return _loss(log_probs, target, ignore_index, reduction)
     return None
